@@ -1,0 +1,81 @@
+"""The exceptions that sd35bench raises on purpose; anything else is a bug and propagates.
+
+    SD35BenchError
+    ├── ConfigError              the user's input is wrong: names field, value and remedy
+    ├── BackendError             turning a request into an image failed
+    │   ├── UnsupportedRequest       this backend cannot do that, known before running
+    │   ├── OutOfMemory              device or process memory ran out
+    │   ├── InvalidImage             NaN latents, a black or constant image, a wrong size
+    │   └── OptimizationNotApplied   what was asked for is not what is in force
+    ├── WorkerDied               the process that held the backend ended without an answer
+    ├── MetricError              a metric cannot be computed, and what it would need
+    └── StoreError               a study on disk cannot be read or written
+        ├── StudyLocked              another process is writing this study
+        └── DiskFull                 paused: free some space and run the same command again
+
+Messages say what was wrong, where, and what to do. Foreign errors become these at the edge,
+with ``raise … from exc``.
+"""
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "DiskFull",
+    "InvalidImage",
+    "MetricError",
+    "OptimizationNotApplied",
+    "OutOfMemory",
+    "SD35BenchError",
+    "StoreError",
+    "StudyLocked",
+    "UnsupportedRequest",
+    "WorkerDied",
+]
+
+
+class SD35BenchError(Exception):
+    """Base of everything that sd35bench raises on purpose."""
+
+
+class ConfigError(SD35BenchError):
+    """The user's input is wrong; the message names the field, the value and the remedy."""
+
+
+class BackendError(SD35BenchError):
+    """A backend could not turn a request into an image."""
+
+
+class UnsupportedRequest(BackendError):
+    """The backend cannot do what the request asks, and knew it before running."""
+
+
+class OutOfMemory(BackendError):
+    """Device or process memory ran out."""
+
+
+class InvalidImage(BackendError):
+    """The backend returned NaN latents, a black or constant image, or a wrong size."""
+
+
+class OptimizationNotApplied(BackendError):
+    """The optimisation that was asked for is not the one in force."""
+
+
+class WorkerDied(SD35BenchError):
+    """The worker process that held a backend ended without an answer."""
+
+
+class MetricError(SD35BenchError):
+    """A metric cannot be computed; the message says what it would need."""
+
+
+class StoreError(SD35BenchError):
+    """A study on disk cannot be read or written."""
+
+
+class StudyLocked(StoreError):
+    """Another process is writing this study."""
+
+
+class DiskFull(StoreError):
+    """The disk is full; what was computed is kept and the same command resumes."""

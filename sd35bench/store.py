@@ -1,0 +1,389 @@
+"""A study on disk: append-only journal shards, content-addressed images, kept features and scores.
+
+    results/<study>/
+      study.json              schema version
+      journal/<shard>.jsonl   sessions and records, one JSON object a line, fsync per line
+      scores/<shard>.jsonl    scores, appended by `score`
+      images/ab/<sha256>.png  what trials made; inits/ holds what they started from
+      features/<extractor>/   what extractors saw in images, so that nothing is embedded twice
+      records.parquet …       derived views; delete them whenever you like
+
+Nothing is ever rewritten. A writer that dies leaves at most a torn last line, which readers
+ignore, and at most one image that no record names, which the next writer sweeps away. Locks are
+kernel locks (flock): they end with the process that held them, so none can be stale. Writers of
+different loads may share a study; a second writer of the same load is refused.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from PIL import Image
+
+from sd35bench.errors import DiskFull, StoreError, StudyLocked
+from sd35bench.types import Load, Record, Session, Status, from_json, to_json
+
+__all__ = ["Score", "Shard", "Study", "decode_rgb", "new_shard_id"]
+
+SCHEMA = 1
+IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One metric's value for one trial's image; ``None`` where it does not apply."""
+
+    metric: str
+    key: str
+    image: str
+    value: float | None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+def new_shard_id() -> str:
+    """Name a shard so that names sort by time and no two processes share one."""
+    now = time.time_ns()
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now // 10**9))
+    return f"{stamp}.{now % 10**9:09d}-{os.getpid()}"
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Decode an image file's bytes to uint8 RGB [H, W, 3]."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+class Shard:
+    """One writer's own journal file; every line is on disk before `append_*` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is created until the first line."""
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def append_session(self, session: Session) -> None:
+        """Append one worker's life."""
+        self._append({"kind": "session", **to_json(session)})
+
+    def append_record(self, record: Record) -> None:
+        """Append what one trial left behind."""
+        self._append({"kind": "record", **to_json(record)})
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, line: dict[str, Any]) -> None:
+        data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        with _disk(self.path):
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - kept open
+            self._file.write(data)
+            os.fsync(self._file.fileno())
+
+
+class Study:
+    """A named set of trials under a results folder."""
+
+    def __init__(self, path: Path) -> None:
+        """Use `Study.open`."""
+        self.path = path
+        self.name = path.name
+
+    @classmethod
+    def open(cls, root: Path, name: str, create: bool = False) -> "Study":
+        """Open `root/name`, making it if `create`.
+
+        Raises: StoreError where there is no such study, or one of another schema.
+        """
+        path = Path(root) / name
+        marker = path / "study.json"
+        if not marker.exists():
+            if not create:
+                known = sorted(p.parent.name for p in Path(root).glob("*/study.json"))
+                there = ", ".join(known) if known else "none"
+                raise StoreError(f"study {name!r} is not in {root}; there: {there}")
+            with _disk(path):
+                for folder in ("journal", "scores", "images", "inits", "features"):
+                    (path / folder).mkdir(parents=True, exist_ok=True)
+            _write_atomic(marker, json.dumps({"schema": SCHEMA}).encode())
+        schema = json.loads(marker.read_text()).get("schema")
+        if schema != SCHEMA:
+            raise StoreError(f"study {name!r} has schema {schema}, this version reads {SCHEMA}")
+        return cls(path)
+
+    # Records -----------------------------------------------------------------------------------
+
+    def shard(self, shard_id: str) -> Shard:
+        """Open a new journal shard of this writer's own."""
+        return Shard(self.path / "journal" / f"{shard_id}.jsonl")
+
+    def records(self) -> list[Record]:
+        """Read every trial's last record, in the order in which keys first appeared."""
+        last: dict[str, Record] = {}
+        for record in self._all_records():
+            last[record.trial.key] = record
+        return list(last.values())
+
+    def sessions(self) -> dict[str, Session]:
+        """Read every worker's life, by id."""
+        lines = (line for line in self._journal() if line["kind"] == "session")
+        return {line["id"]: from_json(Session, line) for line in lines}
+
+    def done_keys(self) -> set[str]:
+        """Keys of the trials that succeeded and whose image is still there."""
+        return {r.trial.key for r in self.records() if r.status is Status.OK and self._there(r)}
+
+    def _there(self, record: Record) -> bool:
+        return record.image is not None and self._find_image(record.image) is not None
+
+    def _all_records(self) -> Iterator[Record]:
+        loads: dict[str, Load] = {}
+        for line in self._journal():
+            if line["kind"] != "record":
+                continue
+            trial = line["trial"]
+            text = json.dumps(trial["load"], sort_keys=True)
+            if text not in loads:
+                loads[text] = from_json(Load, trial["load"])
+            load, trial["load"] = loads[text], None
+            record = cast(Record, from_json(Record, line))
+            object.__setattr__(record.trial, "load", load)
+            yield record
+
+    def _journal(self) -> Iterator[dict[str, Any]]:
+        for path in sorted((self.path / "journal").glob("*.jsonl")):
+            yield from _read_lines(path)
+
+    # Images ------------------------------------------------------------------------------------
+
+    def put_image(self, data: bytes, suffix: str) -> str:
+        """Keep an image file under its SHA-256 and return that."""
+        return self._put("images", data, suffix)
+
+    def image_path(self, digest: str) -> Path:
+        """Path of an image. Raises: StoreError if it is gone."""
+        path = self._find_image(digest)
+        if path is None:
+            raise StoreError(f"image {digest} is not in study {self.name!r}; run it again")
+        return path
+
+    def read_image(self, digest: str) -> np.ndarray:
+        """Read an image as uint8 RGB [H, W, 3]. Raises: StoreError if it is gone."""
+        return decode_rgb(self.image_path(digest).read_bytes())
+
+    def put_init(self, data: bytes) -> str:
+        """Keep an init image's file under its SHA-256 and return that."""
+        return self._put("inits", data, ".img")
+
+    def init_path(self, digest: str) -> Path:
+        """Path of an init image's file."""
+        return self.path / "inits" / digest[:2] / f"{digest}.img"
+
+    def read_init(self, digest: str) -> np.ndarray:
+        """Read an init image as uint8 RGB [H, W, 3]. Raises: StoreError if it is gone."""
+        path = self.init_path(digest)
+        if not path.exists():
+            raise StoreError(f"init image {digest} is not in study {self.name!r}")
+        return decode_rgb(path.read_bytes())
+
+    def _put(self, folder: str, data: bytes, suffix: str) -> str:
+        digest = hashlib.sha256(data).hexdigest()
+        path = self.path / folder / digest[:2] / f"{digest}{suffix}"
+        if not path.exists():
+            _write_atomic(path, data)
+        return digest
+
+    def _find_image(self, digest: str) -> Path | None:
+        stem = self.path / "images" / digest[:2] / digest
+        for suffix in IMAGE_SUFFIXES:
+            path = stem.with_name(digest + suffix)
+            if path.exists():
+                return path
+        return None
+
+    # Scores and features -----------------------------------------------------------------------
+
+    def append_scores(self, metric: str, rows: Iterable[Score]) -> None:
+        """Append scores of one metric in a shard of their own, on disk when this returns."""
+        lines = [json.dumps(to_json(row), allow_nan=False) for row in rows]
+        if lines:
+            path = self.path / "scores" / f"{new_shard_id()}-{metric}.jsonl"
+            _write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+    def scores(self) -> list[Score]:
+        """Read the last score of every (metric, trial, image)."""
+        last: dict[tuple[str, str, str], Score] = {}
+        for path in sorted((self.path / "scores").glob("*.jsonl")):
+            for line in _read_lines(path):
+                score = Score(**line)
+                last[score.metric, score.key, score.image] = score
+        return list(last.values())
+
+    def put_features(self, extractor: str, digests: list[str], features: np.ndarray) -> None:
+        """Keep features [n, d] of the images with these digests."""
+        if len(digests) != len(features):
+            raise ValueError(f"{len(digests)} digests for {len(features)} rows of features")
+        buffer = io.BytesIO()
+        np.savez(buffer, digests=np.array(digests), features=features)
+        _write_atomic(
+            self.path / "features" / extractor / f"{new_shard_id()}.npz", buffer.getvalue()
+        )
+
+    def features(self, extractor: str) -> dict[str, np.ndarray]:
+        """Read an extractor's features [d] by image digest."""
+        found: dict[str, np.ndarray] = {}
+        for path in sorted((self.path / "features" / extractor).glob("*.npz")):
+            with np.load(path) as data:
+                found.update(zip(data["digests"].tolist(), data["features"], strict=True))
+        return found
+
+    # Locks and sweeping ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self, load_key: str) -> Iterator[None]:
+        """Hold this load's lock; the first writer in sweeps up what a killed one left.
+
+        Raises: StudyLocked if another process runs the same load on this study.
+        """
+        with contextlib.ExitStack() as stack:
+            shared = stack.enter_context(_open_lock(self.path / ".lock"))
+            own = stack.enter_context(_open_lock(self.path / f".lock-{load_key[:16]}"))
+            if not _try_flock(own, fcntl.LOCK_EX):
+                raise StudyLocked(
+                    f"another process is running this model and backend on study {self.name!r};"
+                    " wait for it, or use another study= name"
+                )
+            if _try_flock(shared, fcntl.LOCK_EX):
+                self._sweep()
+            fcntl.flock(shared, fcntl.LOCK_SH)
+            yield
+
+    def _sweep(self) -> None:
+        """Remove temporary files, and images that no record names."""
+        for path in self.path.rglob("*.tmp"):
+            path.unlink(missing_ok=True)
+        named = {record.image for record in self._all_records()}
+        for path in (self.path / "images").glob("*/*"):
+            if path.stem not in named:
+                path.unlink(missing_ok=True)
+
+    # Derived views -----------------------------------------------------------------------------
+
+    def export_parquet(self) -> dict[str, Path]:
+        """Write records.parquet and scores.parquet beside the journal and return their paths."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = {
+            "records": [_flat(to_json(r)) for r in self.records()],
+            "scores": [{**to_json(s), "detail": json.dumps(s.detail)} for s in self.scores()],
+        }
+        paths = {}
+        for name, table_rows in rows.items():
+            buffer = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(table_rows), buffer)
+            paths[name] = self.path / f"{name}.parquet"
+            _write_atomic(paths[name], buffer.getvalue())
+        return paths
+
+    def sql(self, query: str) -> Any:
+        """Run SQL over the views `records` and `scores`; returns a pyarrow Table.
+
+        Columns of `records` are the record's fields with dots as underscores
+        (``request_steps``, ``timings_generate_s``).
+        """
+        import duckdb
+
+        paths = self.export_parquet()
+        with duckdb.connect() as connection:
+            for name, path in paths.items():
+                quoted = str(path).replace("'", "''")
+                connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
+            return connection.sql(query).to_arrow_table()
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings: trial.request.steps becomes request_steps."""
+    row: dict[str, Any] = {}
+    for name, item in value.items():
+        short = f"{prefix}{name}"
+        if isinstance(item, dict) and name == "options":
+            row[short] = json.dumps(item, sort_keys=True)
+        elif isinstance(item, dict):
+            inner = "" if name in ("trial", "load") else f"{short}_"
+            row.update(_flat(item, inner))
+        else:
+            row[short] = item
+    return row
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Parse JSON lines; a torn last line is what a kill leaves and is skipped."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as exc:
+            if number == len(lines):
+                return
+            raise StoreError(f"{path}:{number} is not JSON: restore or delete that line") from exc
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
+    """Write all or nothing: a temporary file on disk, then a rename."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with _disk(path, cleanup=lambda: temporary.unlink(missing_ok=True)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _disk(path: Path, cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn the system's errors into ours."""
+    try:
+        yield
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            cleanup()
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"the disk of {path.parent} is full; free some space and run the same command"
+                " again: nothing that was stored is lost"
+            ) from exc
+        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+@contextlib.contextmanager
+def _open_lock(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _try_flock(handle: int, mode: int) -> bool:
+    try:
+        fcntl.flock(handle, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

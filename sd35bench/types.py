@@ -1,0 +1,311 @@
+"""The nouns of the project as frozen records; standard library only.
+
+A `Request` is everything asked for one image. A `Load` is what a worker process must hold
+(a model on a backend). A `Trial` is one request on one load; its key is a content hash, so a
+trial is never done twice and never mistaken for another. A `Record` is what a trial left behind,
+success or failure; a `Session` is what one worker's life left behind (load, first call,
+environment). Units are suffixes. Unknown is ``None``, never 0.
+
+Records go to disk as JSON through `to_json` and come back through `from_json`; both know only
+the types in this module.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types as _types
+import typing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+__all__ = [
+    "BackendSpec",
+    "Load",
+    "Memory",
+    "ModelSpec",
+    "PromptRef",
+    "Record",
+    "Request",
+    "Scalar",
+    "Session",
+    "SkipLayerGuidance",
+    "Status",
+    "Task",
+    "Timings",
+    "Trial",
+    "content_hash",
+    "from_json",
+    "make_trial",
+    "to_json",
+]
+
+Scalar = str | int | float | bool | None
+
+
+class Task(StrEnum):
+    """What a request does: from noise, or from an init image."""
+
+    TEXT_TO_IMAGE = "text-to-image"
+    IMAGE_TO_IMAGE = "image-to-image"
+
+
+class Status(StrEnum):
+    """How a trial ended. Only `OK` carries timings and an image."""
+
+    OK = "ok"
+    ERROR = "error"
+    UNSUPPORTED = "unsupported"
+    OUT_OF_MEMORY = "out-of-memory"
+    INVALID_IMAGE = "invalid-image"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipLayerGuidance:
+    """Skip-layer guidance: which layers, how strong, from and until which fraction of the steps."""
+
+    layers: tuple[int, ...]
+    scale: float
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Everything asked for one image.
+
+    `init_image` is the SHA-256 of the init image's file in the study's store; `prompt_strength`
+    in (0, 1] acts only with it and is ``None`` without. `shift`, `max_sequence_length` ``None``
+    means the model's own.
+    """
+
+    prompt: str
+    steps: int
+    cfg: float
+    seed: int
+    width: int
+    height: int
+    negative_prompt: str = ""
+    init_image: str | None = None
+    prompt_strength: float | None = None
+    sampler: str = "euler"
+    shift: float | None = None
+    skip_layer_guidance: SkipLayerGuidance | None = None
+    max_sequence_length: int | None = None
+    output_format: str = "png"
+    output_quality: int = 90
+
+    @property
+    def task(self) -> Task:
+        """Image-to-image with an init image, text-to-image without."""
+        return Task.TEXT_TO_IMAGE if self.init_image is None else Task.IMAGE_TO_IMAGE
+
+    @property
+    def effective_steps(self) -> int:
+        """Denoising steps that really run.
+
+        Source: diffusers `StableDiffusion3Img2ImgPipeline.get_timesteps`: of N steps at strength s
+        the first ``int(N - min(N * s, N))`` are left out.
+        """
+        if self.prompt_strength is None:
+            return self.steps
+        return self.steps - int(self.steps - min(self.steps * self.prompt_strength, self.steps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Which weights: a name, where they are, and the SHA-256 digest of what is there."""
+
+    name: str
+    path: str
+    weights_digest: str
+    max_sequence_length: int
+    target_latency_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSpec:
+    """A backend variant: its name, the module that implements it (`kind`), and its options."""
+
+    name: str
+    kind: str
+    options: dict[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What one worker process holds: a model on a backend with so many threads."""
+
+    model: ModelSpec
+    backend: BackendSpec
+    threads: int
+
+    @property
+    def key(self) -> str:
+        """Content hash of the model's digest, the backend's options and the thread count."""
+        identity = [self.model.name, self.model.weights_digest, to_json(self.backend), self.threads]
+        return content_hash(identity)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRef:
+    """Where a prompt came from: not part of a trial's identity, needed to score it.
+
+    `set` is the prompt set's name ("nano", "geneval", a file's name), `split` its part
+    ("tune", "heldout", "all"), `level` a difficulty where the set knows one. `init_prompt` is the
+    caption of the init image where the set knows it.
+    """
+
+    id: str
+    set: str
+    split: str = "all"
+    level: str | None = None
+    init_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One request on one load; made by `make_trial`, which computes the key."""
+
+    key: str
+    load: Load
+    request: Request
+    batch_size: int
+    prompt: PromptRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Wall seconds between synchronisations, for one image (batch 1) or one batch.
+
+    `generate_s` runs from the request to pixels on the host and contains `text_s`, `denoise_s`
+    and `decode_s`; `encode_s` is the image file's encoding. `step_s` has one entry per
+    denoising step. A stage that a backend cannot see is ``None``.
+    """
+
+    generate_s: float
+    encode_s: float
+    text_s: float | None = None
+    denoise_s: float | None = None
+    decode_s: float | None = None
+    step_s: tuple[float, ...] = ()
+
+    @property
+    def latency_s(self) -> float:
+        """What a user waits for: generation and the encoding of the file."""
+        return self.generate_s + self.encode_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Peaks of the worker process so far, in bytes; ``None`` where there is no such memory."""
+
+    peak_rss_bytes: int
+    peak_vram_bytes: int | None = None
+    peak_allocator_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One worker's life: environment, load and first call apart from the steady state.
+
+    `in_force` is what the backend proved about itself; `environment` is a flat mapping
+    (versions, device, commit …) and `environment_id` its hash.
+    """
+
+    id: str
+    load: Load
+    started_at: str
+    environment_id: str
+    environment: dict[str, Scalar]
+    load_s: float
+    first_call_s: float
+    warmup_s: float
+    in_force: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a trial left behind; `timings` and `image` only if the status is `OK`.
+
+    `image` is the SHA-256 of the image file. `evaluations` counts the denoiser's calls per image,
+    guidance's second half of the batch not counted. `truncated_tokens` counts prompt tokens that
+    the CLIP encoders did not see. `batch_actual` is how many images ran together.
+    """
+
+    trial: Trial
+    status: Status
+    session_id: str
+    started_at: str
+    phase: str | None = None
+    error: str | None = None
+    timings: Timings | None = None
+    memory: Memory | None = None
+    image: str | None = None
+    image_bytes: int | None = None
+    effective_steps: int | None = None
+    evaluations: int | None = None
+    truncated_tokens: int | None = None
+    batch_actual: int = 1
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 (hex) of `value`'s canonical JSON: sorted keys, no spaces, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_trial(*, load: Load, request: Request, batch_size: int, prompt: PromptRef) -> Trial:
+    """Build a trial; its key hashes the request, the load and the batch size, not the prompt's id.
+
+    The key's 20 hex digits (80 bits) make an accidental clash in 10^9 trials less likely
+    than 10^-6.
+    """
+    key = content_hash([to_json(request), load.key, batch_size])[:20]
+    return Trial(key=key, load=load, request=request, batch_size=batch_size, prompt=prompt)
+
+
+def to_json(value: Any) -> Any:
+    """Turn records into plain JSON values; mappings and scalars pass through."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {f.name: to_json(getattr(value, f.name)) for f in fields}
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    if isinstance(value, dict):
+        return {k: to_json(v) for k, v in value.items()}
+    return value
+
+
+def from_json(cls: Any, data: Any) -> Any:
+    """Rebuild a record of type `cls` from `to_json`'s output; unknown keys are ignored.
+
+    Raises: TypeError where a required field is missing.
+    """
+    if data is None or cls is Any:
+        return data
+    origin = typing.get_origin(cls)
+    if origin in (typing.Union, _types.UnionType):
+        inner = [a for a in typing.get_args(cls) if a is not type(None)]
+        return from_json(inner[0], data) if len(inner) == 1 else data
+    if origin is tuple:
+        return tuple(from_json(typing.get_args(cls)[0], v) for v in data)
+    if dataclasses.is_dataclass(cls) and isinstance(cls, type):
+        hints = _hints(cls)
+        known = {k: from_json(hints[k], v) for k, v in data.items() if k in hints}
+        return cls(**known)
+    if isinstance(cls, type) and issubclass(cls, StrEnum):
+        return cls(data)
+    return data
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]

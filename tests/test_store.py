@@ -1,0 +1,232 @@
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd35bench.errors import DiskFull, StoreError, StudyLocked
+from sd35bench.store import Score, Study, new_shard_id
+from sd35bench.types import (
+    Memory,
+    PromptRef,
+    Record,
+    Request,
+    SkipLayerGuidance,
+    Status,
+    Timings,
+    from_json,
+    make_trial,
+    to_json,
+)
+from sd35bench.worker import encode_image
+from tests.fakes import fake_load
+
+finite = st.floats(min_value=0, max_value=1e6, allow_nan=False)
+requests = st.builds(
+    Request,
+    prompt=st.text(max_size=40),
+    negative_prompt=st.text(max_size=10),
+    steps=st.integers(1, 100),
+    cfg=finite,
+    seed=st.integers(0, 2**32),
+    width=st.integers(8, 128),
+    height=st.integers(8, 128),
+    prompt_strength=st.none() | st.floats(0.1, 1),
+    skip_layer_guidance=st.none()
+    | st.builds(
+        SkipLayerGuidance,
+        layers=st.tuples(st.integers(0, 23)),
+        scale=finite,
+        start=finite,
+        stop=finite,
+    ),
+)
+
+
+def make_record(request: Request, status=Status.OK, image="ab" * 32, session="s") -> Record:
+    trial = make_trial(
+        load=fake_load(), request=request, batch_size=1, prompt=PromptRef(id="p", set="test")
+    )
+    return Record(
+        trial=trial,
+        status=status,
+        session_id=session,
+        started_at="2026-01-01T00:00:00Z",
+        timings=Timings(generate_s=0.5, encode_s=0.25, step_s=(0.1, 0.2)),
+        memory=Memory(peak_rss_bytes=1),
+        image=image,
+    )
+
+
+def request(seed=0, **fields) -> Request:
+    return Request(prompt="a", steps=4, cfg=5.0, seed=seed, width=64, height=64, **fields)
+
+
+@given(requests)
+def test_record_survives_json(req):
+    record = make_record(req)
+    assert from_json(Record, json.loads(json.dumps(to_json(record)))) == record
+
+
+@given(requests, requests)
+def test_key_differs_exactly_when_the_request_does(first, second):
+    keys = [make_record(r).trial.key for r in (first, second)]
+    assert (keys[0] == keys[1]) == (to_json(first) == to_json(second))
+
+
+@pytest.mark.parametrize("change", ["batch", "threads", "option", "digest"])
+def test_key_depends_on_everything_that_changes_an_image_or_its_time(change):
+    import dataclasses
+
+    load, batch = fake_load(), 1
+    ref = PromptRef(id="p", set="s")
+    before = make_trial(load=load, request=request(), batch_size=batch, prompt=ref).key
+    if change == "batch":
+        batch = 2
+    elif change == "threads":
+        load = dataclasses.replace(load, threads=2)
+    elif change == "option":
+        load = fake_load(delay_s=1.0)
+    else:
+        load = dataclasses.replace(
+            load, model=dataclasses.replace(load.model, weights_digest="1" * 64)
+        )
+    assert make_trial(load=load, request=request(), batch_size=batch, prompt=ref).key != before
+
+
+def test_key_ignores_where_the_prompt_and_the_weights_came_from():
+    import dataclasses
+
+    load = fake_load()
+    moved = dataclasses.replace(load, model=dataclasses.replace(load.model, path="elsewhere"))
+    keys = {
+        make_trial(load=x, request=request(), batch_size=1, prompt=PromptRef(id=i, set="s")).key
+        for x in (load, moved)
+        for i in ("a", "b")
+    }
+    assert len(keys) == 1
+
+
+def test_study_absent_names_those_that_are_there(tmp_path):
+    Study.open(tmp_path, "here", create=True)
+    with pytest.raises(StoreError, match="here"):
+        Study.open(tmp_path, "absent")
+
+
+def test_records_last_of_a_key_wins(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    first, second = study.shard("1"), study.shard("2")
+    first.append_record(make_record(request(), Status.ERROR, image=None))
+    first.append_record(make_record(request(1)))
+    second.append_record(make_record(request(), Status.OK))
+    assert [r.status for r in study.records()] == [Status.OK, Status.OK]
+
+
+def test_journal_torn_last_line_is_skipped_and_a_torn_middle_refused(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    shard = study.shard("1")
+    shard.append_record(make_record(request()))
+    shard.append_record(make_record(request(1)))
+    shard.close()
+    whole = shard.path.read_bytes()
+    for cut in (2, 10, len(whole) // 3):
+        shard.path.write_bytes(whole[:-cut])
+        assert len(study.records()) == 1
+    shard.path.write_bytes(whole[: len(whole) // 4] + b"\n" + whole)
+    with pytest.raises(StoreError, match=r"1\.jsonl:1"):
+        study.records()
+
+
+def test_done_keys_need_the_image(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    data = encode_image(np.zeros((8, 8, 3), np.uint8), "png", 90)
+    digest = study.put_image(data, ".png")
+    record = make_record(request(), image=digest)
+    study.shard("1").append_record(record)
+    assert study.done_keys() == {record.trial.key}
+    study.image_path(digest).unlink()
+    assert study.done_keys() == set()
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
+def test_image_comes_back_as_rgb(tmp_path, output_format):
+    study = Study.open(tmp_path, "s", create=True)
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[..., 0] = 200
+    digest = study.put_image(encode_image(pixels, output_format, 95), f".{output_format}")
+    back = study.read_image(digest)
+    assert back.shape == (16, 24, 3)
+    assert np.abs(back.astype(int) - pixels).max() <= (0 if output_format == "png" else 6)
+
+
+def test_scores_last_wins_and_features_come_back(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    study.append_scores("m", [Score(metric="m", key="k", image="i", value=1.0)])
+    study.append_scores("m", [Score(metric="m", key="k", image="i", value=None)])
+    assert [s.value for s in study.scores()] == [None]
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(3, 4)).astype(np.float32)
+    study.put_features("e", ["a", "b", "c"], features)
+    assert np.array_equal(study.features("e")["b"], features[1])
+    assert study.features("other") == {}
+
+
+def test_lock_refuses_the_same_load_and_lets_another_in(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    with study.lock("one"):
+        with pytest.raises(StudyLocked, match="another process"), study.lock("one"):
+            pass
+        with study.lock("two"):
+            pass
+    with study.lock("one"):
+        pass
+
+
+def test_lock_sweeps_orphans_only_when_alone(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    kept = study.put_image(b"kept", ".png")
+    study.shard("1").append_record(make_record(request(), image=kept))
+    with study.lock("one"):
+        in_flight = study.put_image(b"not yet recorded", ".png")
+        with study.lock("two"):
+            assert study.image_path(in_flight).exists()
+    (tmp_path / "s" / "images" / "x.tmp").write_bytes(b"torn")
+    with study.lock("one"):
+        assert [p.stem for p in (study.path / "images").glob("*/*")] == [kept]
+        assert not list(study.path.rglob("*.tmp"))
+
+
+def test_full_disk_is_said_and_leaves_no_temporary_file(tmp_path, monkeypatch):
+    study = Study.open(tmp_path, "s", create=True)
+
+    def full(_handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match="same command"):
+        study.put_image(b"data", ".png")
+    with pytest.raises(DiskFull):
+        study.shard("1").append_record(make_record(request()))
+    assert not list(study.path.rglob("*.tmp"))
+
+
+def test_sql_sees_flat_columns(tmp_path):
+    study = Study.open(tmp_path, "s'quoted", create=True)
+    shard = study.shard("1")
+    for seed in range(3):
+        shard.append_record(make_record(request(seed)))
+    study.append_scores("m", [Score(metric="m", key="k", image="i", value=1.0)])
+    table = study.sql(
+        "SELECT request_steps, avg(timings_generate_s) AS s, count(*) AS n"
+        " FROM records GROUP BY ALL"
+    )
+    assert table.to_pylist() == [{"request_steps": 4, "s": 0.5, "n": 3}]
+
+
+def test_shard_ids_sort_by_time():
+    ids = [new_shard_id() for _ in range(50)]
+    assert ids == sorted(ids)
+    assert len(set(ids)) == 50
