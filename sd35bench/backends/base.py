@@ -1,0 +1,84 @@
+"""What a backend is: something that turns requests into images, one method plus `close`.
+
+A backend holds one loaded model and answers one batch at a time. It never times itself as a
+whole (the worker does, between synchronisations) but reports the stages that only it can see.
+Modules register by *kind* in `KINDS` and are imported only when loaded, so that naming a backend
+costs nothing.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sd35bench.errors import ConfigError
+from sd35bench.types import Load, Request
+
+__all__ = ["KINDS", "Backend", "Generation", "load_backend"]
+
+KINDS = {
+    "eager": "sd35bench.backends.eager:EagerBackend",
+    "fake": "sd35bench.backends.fake:FakeBackend",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One batch of images and what was seen while making it.
+
+    `images`: uint8 RGB [H, W, 3], one per request. `evaluations`: denoiser calls per image, as
+    counted; guidance's second half of the batch is not counted. Stages are wall seconds of the
+    whole batch, ``None`` where the backend cannot see them; `step_s` has one entry per step.
+    `truncated_tokens`: per request, prompt tokens that did not fit.
+    """
+
+    images: list[np.ndarray]
+    evaluations: int | None = None
+    effective_steps: int | None = None
+    text_s: float | None = None
+    denoise_s: float | None = None
+    decode_s: float | None = None
+    step_s: tuple[float, ...] = ()
+    truncated_tokens: tuple[int, ...] = field(default=())
+
+
+class Backend(ABC):
+    """One loaded model that turns requests into images.
+
+    `in_force` is what the backend proved about itself after loading (dtype, device, attention,
+    providers …), not what it was asked for.
+    """
+
+    in_force: dict[str, Any]
+
+    @abstractmethod
+    def generate(
+        self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
+    ) -> Generation:
+        """Make one image per request; all requests share setting and size, each has its own seed.
+
+        `inits`: uint8 RGB [H, W, 3] where the request has an init image, else ``None``.
+        Raises: BackendError (a subclass says which).
+        """
+
+    def synchronize(self) -> None:  # noqa: B027 - a backend without a device queue has nothing to do
+        """Wait until the device has finished what was queued."""
+
+    def close(self) -> None:  # noqa: B027 - most backends end with their process
+        """Release what was loaded; safe to call twice."""
+
+
+def load_backend(load: Load) -> Backend:
+    """Import the backend's module and load the model into it.
+
+    Raises: ConfigError for an unknown kind, BackendError where loading fails.
+    """
+    if load.backend.kind not in KINDS:
+        known = ", ".join(sorted(KINDS))
+        raise ConfigError(f"backend.kind={load.backend.kind!r} is unknown; known: {known}")
+    module_name, class_name = KINDS[load.backend.kind].split(":")
+    backend_class = getattr(importlib.import_module(module_name), class_name)
+    return backend_class(load)

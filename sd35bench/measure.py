@@ -1,0 +1,311 @@
+"""Clocks, memory and environment: what turns an image into a measurement.
+
+Wall time counts only between synchronisations (`Stopwatch`); stages inside are stamped on the
+device's own clock (`DeviceClock`: CUDA events, or the CPU's monotonic clock). Memory is what the
+operating system and the driver say about this process, with torch's allocator beside it, because
+torch does not see what ONNX Runtime or TensorRT hold. Figures from unlike environments are never
+pooled, so `environment_id` hashes exactly what makes two figures comparable.
+
+Nothing here imports torch: where it matters, the backend has loaded it already.
+"""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sd35bench.types import Memory, Scalar, content_hash
+
+__all__ = [
+    "COMPARABLE",
+    "DeviceClock",
+    "Stopwatch",
+    "environment",
+    "environment_id",
+    "memory",
+]
+
+GIT_TIMEOUT_S = 5.0
+
+COMPARABLE = (
+    "python",
+    "machine",
+    "cpu_model",
+    "cpu_count",
+    "threads",
+    "gpu_name",
+    "gpu_driver",
+    "torch",
+    "diffusers",
+    "transformers",
+    "sd35bench",
+    "commit",
+    "dirty",
+)
+"""Keys of `environment` that make figures comparable; RAM and kernel release do not."""
+
+
+class Stopwatch:
+    """Wall seconds between two synchronisations: ``with Stopwatch(sync) as watch: ...``.
+
+    `elapsed_s` is set on leaving. After an exception nothing is synchronised, so that a broken
+    device queue does not hide the first error.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        """`synchronize` waits for the device's queue; ``None`` where there is none."""
+        self._synchronize = synchronize
+        self.elapsed_s = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        if self._synchronize is not None:
+            self._synchronize()
+        self._start_s = time.perf_counter()
+        return self
+
+    def __exit__(self, exc_type: object, *_: object) -> None:
+        if exc_type is None and self._synchronize is not None:
+            self._synchronize()
+        self.elapsed_s = time.perf_counter() - self._start_s
+
+
+class DeviceClock:
+    """Time stamps on the device's own clock, cheap enough for every denoising step.
+
+    On CUDA a stamp is an event in the stream and costs microseconds without waiting; on the CPU
+    it is the monotonic clock.
+    """
+
+    def __init__(self, device: str) -> None:
+        """`device`: torch's name, such as "cpu" or "cuda:0"."""
+        self._cuda = sys.modules["torch"].cuda if device.startswith("cuda") else None
+
+    def stamp(self) -> Any:
+        """Mark the present moment in the device's queue."""
+        if self._cuda is None:
+            return time.perf_counter()
+        event = self._cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        """Seconds from one stamp to a later one; on CUDA waits until `stop` has happened."""
+        if self._cuda is None:
+            return stop - start
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+
+def memory(device: str | None = None) -> Memory:
+    """Peaks of this process so far, in bytes.
+
+    `device`: torch's name; ``None`` means CUDA if torch has initialised it in this process.
+    `peak_vram_bytes` is the most that NVML has shown for this process in any call so far: NVML
+    knows no peak, but caching allocators seldom give back, so a reading after each image finds
+    it. ``None`` without CUDA, or where the driver does not show this process (containers with
+    their own process ids and more than one process on the device).
+    """
+    torch = sys.modules.get("torch")
+    initialised = torch is not None and torch.cuda.is_initialized()
+    if not (initialised if device is None else device.startswith("cuda")):
+        return Memory(peak_rss_bytes=peak_rss_bytes())
+    allocator = torch.cuda.max_memory_reserved() if torch is not None and initialised else None
+    return Memory(
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_vram_bytes=_vram_peak().read(),
+        peak_allocator_bytes=allocator,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident set of this process, in bytes.
+
+    On Linux from VmHWM: `ru_maxrss` survives fork and exec, so a worker spawned by a large parent
+    would report its parent's peak.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment(threads: int | None = None) -> dict[str, Scalar]:
+    """Describe where figures come from: machine, versions, project commit, GPU, threads.
+
+    Unknown is ``None``. `threads`: as given, else torch's own count where torch is loaded.
+    """
+    torch = sys.modules.get("torch")
+    if threads is None and torch is not None:
+        threads = torch.get_num_threads()
+    return {
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cpu_model": _cpu_model(),
+        "cpu_count": _cpu_count(),
+        "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "threads": threads,
+        "torch": _version("torch"),
+        "diffusers": _version("diffusers"),
+        "transformers": _version("transformers"),
+        "sd35bench": _version("sd35bench"),
+        **_commit(Path(__file__).resolve().parent.parent),
+        **_gpu(),
+    }
+
+
+def environment_id(env: dict[str, Scalar]) -> str:
+    """Hash what makes figures comparable (`COMPARABLE`); 16 hex digits, no time in it."""
+    return content_hash({key: env.get(key) for key in COMPARABLE})[:16]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    if names:
+        return names[0]
+    return platform.processor() or None
+
+
+def _cpu_count() -> int | None:
+    """Cores that this process may use, not those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _commit(root: Path) -> dict[str, Scalar]:
+    """Commit of the checkout that the code runs from, and whether tracked code differs from it.
+
+    Only code counts as dirty: a study's own output and an edited README change no figure.
+    """
+    unknown: dict[str, Scalar] = {"commit": None, "dirty": None}
+    if not (root / ".git").exists():
+        return unknown
+    commit = _git(root, "rev-parse", "HEAD")
+    if commit is None:
+        return unknown
+    changes = _git(root, "status", "--porcelain", "--", "sd35bench", "kernels", "configs")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Run a read-only git command; ``None`` where git is absent, refuses or is slow."""
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace").strip()
+
+
+def _gpu() -> dict[str, Scalar]:
+    """Name, memory and driver of the GPU that torch calls cuda:0, through NVML."""
+    unknown: dict[str, Scalar] = {"gpu_name": None, "gpu_memory_bytes": None, "gpu_driver": None}
+    nvml = _nvml()
+    if nvml is None:
+        return unknown
+    try:
+        handle = _visible_handle(nvml)
+        if handle is None:
+            return unknown
+        return {
+            "gpu_name": nvml.nvmlDeviceGetName(handle),
+            "gpu_memory_bytes": int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            "gpu_driver": nvml.nvmlSystemGetDriverVersion(),
+        }
+    except nvml.NVMLError:
+        return unknown
+
+
+@functools.cache
+def _nvml() -> Any:
+    """Return the initialised NVML binding, or ``None`` where there is no driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def _visible_handle(nvml: Any) -> Any:
+    """NVML handle of the first device that CUDA may use; ``None`` if it may use none.
+
+    NVML ignores CUDA_VISIBLE_DEVICES, torch obeys it.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return nvml.nvmlDeviceGetHandleByIndex(0) if nvml.nvmlDeviceGetCount() else None
+    first = visible.split(",")[0].strip()
+    if first.startswith(("GPU-", "MIG-")):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else None
+
+
+class _VramPeak:
+    """Largest memory of this process that NVML has shown so far."""
+
+    def __init__(self) -> None:
+        self._peak_bytes: int | None = None
+
+    def read(self) -> int | None:
+        """Take a reading and return the peak so far, in bytes."""
+        now_bytes = _vram_bytes()
+        if now_bytes is not None:
+            seen = self._peak_bytes
+            self._peak_bytes = now_bytes if seen is None else max(seen, now_bytes)
+        return self._peak_bytes
+
+
+@functools.cache
+def _vram_peak() -> _VramPeak:
+    return _VramPeak()
+
+
+def _vram_bytes() -> int | None:
+    """NVML's memory of this process on the visible device, in bytes.
+
+    In a container NVML shows the host's process ids; if exactly one process is on the device,
+    it is this one.
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    try:
+        handle = _visible_handle(nvml)
+        if handle is None:
+            return None
+        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError:
+        return None
+    own = [p for p in processes if p.pid == os.getpid()]
+    candidates = own if own else processes
+    if len(candidates) != 1 or candidates[0].usedGpuMemory is None:
+        return None
+    return int(candidates[0].usedGpuMemory)
