@@ -1,0 +1,7 @@
+"""`python -m sd35bench.cli` is the `sd35bench` command."""
+
+import sys
+
+from sd35bench.cli import main
+
+sys.exit(main())

@@ -1,0 +1,59 @@
+"""What a verb hands back, and how progress and tables reach the terminal."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sd35bench.types import Record, Status
+
+__all__ = ["Answer", "TrialProgress", "console", "show_progress"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A verb's result: the JSON document (printed only with --json) and the exit code."""
+
+    document: Any = None
+    exit_code: int = 0
+
+
+def console(as_json: bool = False) -> Console:
+    """A console on stdout, or on stderr when stdout belongs to a JSON document."""
+    return Console(stderr=as_json, highlight=False)
+
+
+class TrialProgress:
+    """Draws one bar over the trials of a load; call it once per record."""
+
+    def __init__(self, bar: Progress, title: str) -> None:
+        """`bar` is shown by the caller."""
+        self._bar = bar
+        self._task = bar.add_task(title, total=None)
+        self._title = title
+        self._failed = 0
+
+    def __call__(self, done: int, total: int, record: Record) -> None:
+        """Move the bar."""
+        self._failed += record.status is not Status.OK
+        failed = f", {self._failed} failed" if self._failed else ""
+        self._bar.update(
+            self._task, completed=done, total=total, description=f"{self._title}{failed}"
+        )
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """A progress display on stderr; silent where stderr is not a terminal."""
+    target = Console(stderr=True)
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=target, disable=not target.is_terminal) as bar:
+        yield bar

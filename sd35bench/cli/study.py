@@ -1,0 +1,184 @@
+"""The verbs that read a study: score, show, recommend, report. Each is a call and a print."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sd35bench.cli.output import Answer, console, show_progress
+from sd35bench.errors import ConfigError, StoreError
+from sd35bench.store import Study
+
+__all__ = ["VERBS"]
+
+EXAMPLES = {
+    "score": """examples:
+  sd35bench score grid                        the model's default metrics
+  sd35bench score grid --metric fid_nano      one metric
+  sd35bench score photos --metric fid metric.fid.reference=coco_stats.npz
+""",
+    "show": """examples:
+  sd35bench show grid
+  sd35bench show grid --markdown > grid.md
+  sd35bench show grid --json | jq '.settings[].latency_s.p50'
+""",
+    "recommend": """examples:
+  sd35bench recommend grid                    preview, balanced and final
+  sd35bench recommend grid --profile preview
+""",
+    "report": """examples:
+  sd35bench report grid                       writes results/grid/report.html
+""",
+}
+MEANS = {
+    "score": "Compute metrics for a study's images; what is there already is not made again.",
+    "show": "Print a study's settings as a table; scores what is missing first.",
+    "recommend": "Name steps, cfg and prompt_strength per profile, with the evidence.",
+    "report": "Write one self-contained HTML file that opens offline.",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's exit into our error."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def score(arguments: list[str], as_json: bool) -> Answer:
+    """Add metrics to a study."""
+    parser = _parser("score")
+    parser.add_argument("--metric", help="names, comma-separated; default: the model's own")
+    parser.add_argument("override", nargs="*", help="metric.NAME.OPTION=VALUE")
+    found = parser.parse_args(arguments)
+    study = _open(found)
+    names = None if found.metric is None else [n for n in found.metric.split(",") if n]
+    counts = _score(study, names, found.override)
+    out = console(as_json)
+    for name, count in counts["scored"].items():
+        out.print(f"{name}: {count} new scores", markup=False)
+    if counts["total"] == 0:
+        out.print("nothing was missing")
+    _print_refused(out, counts)
+    return Answer(document=counts)
+
+
+def show(arguments: list[str], as_json: bool) -> Answer:
+    """Print a study's settings."""
+    from sd35bench.analysis.summary import show_document
+
+    parser = _parser("show")
+    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
+    found = parser.parse_args(arguments)
+    study = _open(found)
+    counts = _score(study)
+    document = show_document(study)
+    if found.markdown and not as_json:
+        from sd35bench.report.markdown import settings_markdown
+
+        print(settings_markdown(document), end="")
+    elif not as_json:
+        from sd35bench.report.tables import print_settings
+
+        print_settings(document, console())
+    _print_refused(console(as_json), counts)
+    return Answer(document=document)
+
+
+def recommend(arguments: list[str], as_json: bool) -> Answer:
+    """Name a setting per profile and write recommended.yaml."""
+    from sd35bench.analysis.profiles import load_profiles
+    from sd35bench.analysis.recommend import recommend_document
+    from sd35bench.analysis.recommended import print_recommendation, write_recommended
+    from sd35bench.config import config_dir
+    from sd35bench.config.fields import nearest
+
+    parser = _parser("recommend")
+    parser.add_argument("--profile", help="names, comma-separated; default: all")
+    found = parser.parse_args(arguments)
+    known = load_profiles(config_dir() / "profile")
+    names = list(known) if found.profile is None else found.profile.split(",")
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--profile={name}: must be one of {', '.join(known)}{nearest(name, known)}"
+            )
+    study = _open(found)
+    _score(study)
+    document = recommend_document(study, {name: known[name] for name in names})
+    path = write_recommended(study, document)
+    out = console(as_json)
+    if not as_json:
+        print_recommendation(document, out)
+    out.print(f"written: {path}", markup=False, soft_wrap=True)
+    return Answer(document=document)
+
+
+def report(arguments: list[str], as_json: bool) -> Answer:
+    """Write the HTML report."""
+    from sd35bench.analysis.profiles import load_profiles
+    from sd35bench.config import config_dir
+    from sd35bench.report.html import write_report
+
+    study = _open(_parser("report").parse_args(arguments))
+    _score(study)
+    path = write_report(study, load_profiles(config_dir() / "profile"))
+    console(as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
+    return Answer(document={"study": study.name, "path": str(path)})
+
+
+VERBS: dict[str, Callable[[list[str], bool], Answer]] = {
+    "score": score,
+    "show": show,
+    "recommend": recommend,
+    "report": report,
+}
+
+
+def _parser(verb: str) -> _Parser:
+    parser = _Parser(
+        prog=f"sd35bench {verb}",
+        description=MEANS[verb],
+        epilog=EXAMPLES[verb],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", nargs="?", help="name of the study")
+    parser.add_argument("--results-dir", default="results", help="folder of the studies")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def _open(found: argparse.Namespace) -> Study:
+    root = Path(found.results_dir)
+    if found.study is None:
+        known = sorted(path.parent.name for path in root.glob("*/study.json"))
+        there = ", ".join(known) if known else "none yet; make one with sd35bench run"
+        raise ConfigError(f"which study? in {root} there are: {there}")
+    try:
+        study = Study.open(root, found.study)
+    except StoreError as exc:  # an unknown name is wrong input, unlike a study that is broken
+        raise ConfigError(str(exc)) from exc
+    if not study.done_keys():
+        raise ConfigError(f"study {study.name!r} has no image yet; see what failed with run again")
+    return study
+
+
+def _score(
+    study: Study, names: Sequence[str] | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    from sd35bench.config.options import metric_options
+    from sd35bench.score import score_study
+
+    options = metric_options(overrides)
+    with show_progress() as bar:
+        task = bar.add_task(f"scoring {study.name}", total=None)
+
+        def moved(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return score_study(study, names, moved, options)
+
+
+def _print_refused(out: Any, counts: dict[str, Any]) -> None:
+    for name, why in counts["refused"].items():
+        out.print(f"not scored: {name}: {why}", markup=False, soft_wrap=True)

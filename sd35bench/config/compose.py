@@ -1,0 +1,90 @@
+"""Hydra at arm's length: start it, compose, and turn its errors into one line of ours."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from sd35bench.config.fields import FIELDS, nearest
+from sd35bench.config.files import config_dir
+from sd35bench.config.schema import register
+from sd35bench.errors import ConfigError
+
+__all__ = ["CONFIG_NAME", "compose", "explained", "hydra_session", "search_path"]
+
+CONFIG_NAME = "run"
+
+
+def compose(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
+    """Compose one configuration, without Hydra's own node.
+
+    Raises: ConfigError, one line.
+    """
+    with hydra_session() as hydra, explained():
+        config = hydra.compose_config(
+            config_name=CONFIG_NAME,
+            overrides=[*overrides, *search_path(extra), "hydra.mode=RUN"],
+            run_mode=RunMode.RUN,
+        )
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into a `ConfigError` of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as exc:
+        raise ConfigError(_one_line(exc)) from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"not valid YAML: {' '.join(str(exc).split())}") from exc
+
+
+@contextmanager
+def hydra_session() -> Iterator[Any]:
+    """Start Hydra on our folder with our schema; gives its `Hydra` object."""
+    register()
+    with initialize_config_dir(str(config_dir()), job_name="sd35bench", version_base="1.3"):
+        yield GlobalHydra.instance().hydra
+
+
+def search_path(extra: Path | None) -> list[str]:
+    """The override that adds the user's own YAML folder."""
+    return [] if extra is None else [f'hydra.searchpath=["file://{extra.resolve()}"]']
+
+
+def _one_line(exc: BaseException) -> str:
+    """Say which field of which file was wrong, from whichever exception of the chain knows it."""
+    found = re.match(r"In '[\w./-]+': ", str(exc))
+    where = found.group(0) if found else ""
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException):
+            return where + _about_key(cause)
+        cause = cause.__cause__ if cause.__cause__ is not None else cause.__context__
+    return re.sub(r"\s*\n\s*", "; ", str(exc).strip())
+
+
+def _about_key(exc: OmegaConfBaseException) -> str:
+    name = str(exc.full_key or exc.key or "configuration").replace("backend.options.", "backend.")
+    first = str(exc.msg or exc).strip().splitlines()[0]
+    if "not in" in first and "Key" in first:
+        leaf = name.rpartition(".")[2]
+        return f"{name}: unknown field{nearest(leaf, FIELDS)}"
+    plain = re.sub(r"\[\d+\]$", "", name).removeprefix("axes.")
+    if plain in FIELDS:
+        found = re.search(r"Value '(.*)' of type", first)
+        shown = f"={found.group(1)}" if found else ""
+        return f"{plain}{shown}: must be {FIELDS[plain].takes.allowed}"
+    return f"{name}: {first}"

@@ -1,0 +1,334 @@
+"""The override names of `run`, one line each: type, range, meaning. Help and checks read them.
+
+What depends on the model (sizes, aspect ratios, token lengths) or on the prompts is checked in
+`freeze`, where these are known.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from sd35bench.errors import ConfigError
+from sd35bench.types import Scalar
+
+__all__ = ["FIELDS", "Choice", "Field", "Number", "Text", "check_field", "nearest"]
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """An integer or a finite real in a range; `above` makes the lower end exclusive."""
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    above: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        word = "an integer" if self.kind is int else "a number"
+        if math.isinf(self.high):
+            return f"{word} of at least {self.low:g}"
+        if self.above:
+            return f"{word} in ({self.low:g}, {self.high:g}]"
+        return f"{word} from {self.low:.15g} to {self.high:.15g}"
+
+    def check(self, value: Any) -> Scalar | None:
+        """Return the value as its type, or None if it is not allowed."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if self.kind is int and not isinstance(value, int):
+            return None
+        if not math.isfinite(value):
+            return None
+        inside = self.low < value <= self.high if self.above else self.low <= value <= self.high
+        return self.kind(value) + 0 if inside else None  # + 0 turns -0.0 into 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of a few words; `why` is said when another is asked for."""
+
+    words: tuple[str, ...]
+    why: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """The words."""
+        words = ", ".join(self.words)
+        return (words if len(self.words) == 1 else f"one of {words}") + self.why
+
+    def check(self, value: Any) -> Scalar | None:
+        """Return the value, or None if it is not allowed."""
+        return value if isinstance(value, str) and value in self.words else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Any text, or what `pattern` matches; empty only if that means something."""
+
+    allowed: str = "a text"
+    pattern: re.Pattern[str] | None = None
+    empty: bool = False
+
+    def check(self, value: Any) -> Scalar | None:
+        """Return the value, or None if it is not allowed."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value}"  # a study may be called 2026
+        if not isinstance(value, str) or "\0" in value or not (value or self.empty):
+            return None
+        if self.pattern is not None and (
+            self.pattern.fullmatch(value) is None or value.endswith((".", ".tmp"))
+        ):
+            return None
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """An override name: what it takes, what it means, its default in words."""
+
+    name: str
+    takes: Number | Choice | Text
+    means: str
+    default: str
+    axis: bool = False
+    nullable: bool = False
+
+
+def _int(low: float, high: float) -> Number:
+    return Number(kind=int, low=low, high=high)
+
+
+_FIELDS: Iterable[Field] = (
+    Field(
+        name="steps",
+        takes=_int(1, 1000),
+        means="denoising steps",
+        default="the model's",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="cfg",
+        takes=Number(kind=float, low=0, high=100),
+        means="classifier-free guidance; off at <= 1",
+        default="the model's",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="prompt_strength",
+        takes=Number(kind=float, low=0, high=1, above=True),
+        means="image-to-image: how much of the init image is destroyed",
+        default="the model's, with init images",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="seed",
+        takes=_int(0, 2**32 - 1),
+        means="seed of the starting noise",
+        default="0",
+        axis=True,
+    ),
+    Field(
+        name="width",
+        takes=_int(1, 16384),
+        means="px, a multiple of the model's size",
+        default="the model's",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="height",
+        takes=_int(1, 16384),
+        means="px, a multiple of the model's size",
+        default="the model's",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="aspect_ratio",
+        takes=Text(),
+        means="instead of width and height: 1:1, 16:9, 9:16 ...",
+        default="none",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="sampler",
+        takes=Choice(words=("euler",), why=" (the only sampler so far)"),
+        means="the solver",
+        default="euler",
+        axis=True,
+    ),
+    Field(
+        name="shift",
+        takes=Number(kind=float, low=0, high=100, above=True),
+        means="the flow's timestep shift",
+        default="the model's",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="max_sequence_length",
+        takes=_int(1, 512),
+        means="T5 tokens",
+        default="the model's",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="negative_prompt",
+        takes=Text(empty=True),
+        means="what to stay away from; needs cfg > 1",
+        default="empty",
+        axis=True,
+    ),
+    Field(
+        name="output_format",
+        takes=Choice(words=("png", "jpg", "webp")),
+        means="the image file",
+        default="png",
+        axis=True,
+    ),
+    Field(
+        name="output_quality",
+        takes=_int(1, 100),
+        means="of jpg and webp; png has none",
+        default="90",
+        axis=True,
+    ),
+    Field(
+        name="threads",
+        takes=_int(1, 1024),
+        means="CPU threads of the worker",
+        default="all cores",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
+        name="init_image",
+        takes=Text(),
+        means="a PNG, JPEG or WEBP file: image-to-image for every prompt",
+        default="none",
+        nullable=True,
+    ),
+    Field(
+        name="batch_size",
+        takes=_int(1, 1024),
+        means="images made together; only batch 1 is timed",
+        default="1",
+    ),
+    Field(
+        name="timed_limit",
+        takes=_int(0, 1_000_000),
+        means="with batch_size > 1: prompts that run once more at batch 1, for latencies",
+        default="4",
+        nullable=True,
+    ),
+    Field(
+        name="order_seed",
+        takes=_int(0, 2**32 - 1),
+        means="seed of the order in which trials run",
+        default="0",
+    ),
+    Field(
+        name="study",
+        takes=Text(allowed="letters, digits, . _ - (at most 100)", pattern=STUDY_NAME),
+        means="name under which results are kept",
+        default="default",
+    ),
+    Field(name="results_dir", takes=Text(), means="folder of the studies", default="results"),
+    Field(
+        name="prompts.path",
+        takes=Text(),
+        means="the file of a prompt set",
+        default="none",
+        nullable=True,
+    ),
+    Field(
+        name="prompts.split",
+        takes=Choice(words=("tune", "heldout", "all")),
+        means="which part of the set",
+        default="the set's",
+    ),
+    Field(
+        name="prompts.task",
+        takes=Choice(words=("t2i", "edit", "overlap")),
+        means="nano: text-to-image, edits of init images, or the hardest scenes",
+        default="t2i",
+    ),
+    Field(
+        name="prompts.limit",
+        takes=_int(1, math.inf),
+        means="the first so many prompts",
+        default="the set's",
+        nullable=True,
+    ),
+    Field(
+        name="prompts.seed",
+        takes=_int(0, 2**32 - 1),
+        means="seed of a generated set",
+        default="0",
+    ),
+    Field(
+        name="prompts.columns.prompt", takes=Text(), means="a file's column name", default="prompt"
+    ),
+    Field(
+        name="prompts.columns.negative_prompt",
+        takes=Text(),
+        means="a file's column name",
+        default="negative_prompt",
+    ),
+    Field(
+        name="prompts.columns.init_image",
+        takes=Text(),
+        means="a file's column name",
+        default="init_image",
+    ),
+    Field(name="prompts.columns.id", takes=Text(), means="a file's column name", default="id"),
+    Field(
+        name="model.path",
+        takes=Text(),
+        means="folder with the weights, in diffusers' format",
+        default="the package's, or the Hub's cache",
+        nullable=True,
+    ),
+    Field(
+        name="model.target_latency_s",
+        takes=Number(kind=float, low=0, high=1e6, above=True),
+        means="latency that the report holds others against",
+        default="the model's",
+        nullable=True,
+    ),
+)
+
+FIELDS: dict[str, Field] = {field.name: field for field in _FIELDS}
+
+
+def check_field(name: str, value: Any) -> Scalar:
+    """Return the value as the field's type.
+
+    Raises: ConfigError naming field, value and what is allowed.
+    """
+    field = FIELDS[name]
+    if value is None and field.nullable:
+        return None
+    checked = field.takes.check(value)
+    if checked is None:
+        shown = "null" if value is None else f"{value}"
+        raise ConfigError(f"{name}={shown}: must be {field.takes.allowed}")
+    return checked
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, or nothing."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,259 @@
+"""Validate a composed configuration and freeze it into a `plan.Sweep`.
+
+Cheap checks come first (ranges, sizes, names), then the prompts, then the weights' digest; nothing
+here imports torch, so a wrong input costs well under a second.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sd35bench.checkpoint import find_checkpoint, weights_digest
+from sd35bench.config.fields import FIELDS, check_field
+from sd35bench.config.files import config_dir
+from sd35bench.config.options import checked_options
+from sd35bench.config.schema import ModelConf, PromptsConf, RunConf
+from sd35bench.errors import ConfigError
+from sd35bench.plan import PAIR_AXES, SETTING_AXES, Sweep
+from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
+from sd35bench.types import BackendSpec, Load, ModelSpec, Scalar
+
+__all__ = ["Job", "freeze"]
+
+DEFAULT_TIMED_LIMIT = 4
+NO_WEIGHTS = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What one worker is to do: a sweep on one load, and where its study is."""
+
+    study: str
+    results_dir: Path
+    sweep: Sweep
+    usd_per_image: float = 0.0
+
+
+def freeze(config: DictConfig) -> Job:
+    """Validate everything and return the frozen job.
+
+    Raises: ConfigError, one line, naming field, value and what is allowed.
+    """
+    conf: Any = OmegaConf.to_object(config)
+    assert isinstance(conf, RunConf)
+    _check_ranges(conf)
+    axes = _axes(conf)
+    sizes = _sizes(conf)
+    _check_guidance(axes)
+    options = checked_options("backend", conf.backend.options, conf.backend.allowed)
+    threads = conf.threads if conf.threads is not None else len(os.sched_getaffinity(0))
+    prompts = _prompts(conf)
+    _settle_negatives(axes, prompts)
+    _settle_strength(conf, axes, prompts)
+    load = Load(
+        model=_model_spec(conf.model, conf.backend.needs_weights),
+        backend=BackendSpec(name=conf.backend.name, kind=conf.backend.kind, options=options),
+        threads=threads,
+    )
+    sweep = Sweep(
+        load=load,
+        prompts=prompts,
+        axes=axes,
+        sizes=sizes,
+        batch_size=conf.batch_size,
+        timed_limit=_timed_limit(conf),
+        order_seed=conf.order_seed,
+        notes=(*_notes(conf, axes), *_resize_notes(prompts, sizes)),
+    )
+    return Job(
+        study=conf.study,
+        results_dir=Path(conf.results_dir),
+        sweep=sweep,
+        usd_per_image=conf.backend.usd_per_image,
+    )
+
+
+def _check_ranges(conf: RunConf) -> None:
+    """Every field of the table, wherever its value came from (an experiment's YAML, for one)."""
+    for name in FIELDS:
+        value: Any = conf
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value is None and FIELDS[name].nullable:
+            continue
+        check_field(name, value)
+    for name in ("steps", "cfg", "prompt_strength"):
+        try:
+            check_field(name, getattr(conf.model, name))
+        except ConfigError as exc:
+            raise ConfigError(f"model.{exc}") from exc
+
+
+def _values(conf: RunConf, name: str) -> tuple[Any, ...]:
+    """An axis if it is swept, else the point, else nothing."""
+    swept = getattr(conf.axes, name)
+    if swept:
+        return tuple(check_field(name, value) for value in swept)
+    value = getattr(conf, name)
+    return () if value is None else (check_field(name, value),)
+
+
+def _axes(conf: RunConf) -> dict[str, tuple[Scalar, ...]]:
+    """Values of every request field but the size; the model's defaults filled in."""
+    model = conf.model
+    axes: dict[str, tuple[Scalar, ...]] = {}
+    for name in (*SETTING_AXES, *PAIR_AXES):
+        values = _values(conf, name)
+        if values:
+            axes[name] = values
+    axes.setdefault("steps", (model.steps,))
+    axes.setdefault("cfg", (float(model.cfg),))
+    for length in axes.get("max_sequence_length", ()):
+        if isinstance(length, int) and length > model.max_sequence_length:
+            raise ConfigError(
+                f"max_sequence_length={length}: {model.name} takes at most"
+                f" {model.max_sequence_length}"
+            )
+    # Asking for what the model does anyway is the same image, and must be the same trial.
+    for name in ("shift", "max_sequence_length"):
+        if name in axes:
+            own = getattr(model, name)
+            axes[name] = tuple(None if value == own else value for value in axes[name])
+    for sampler in axes.get("sampler", ()):
+        if sampler not in conf.backend.samplers:
+            known = ", ".join(conf.backend.samplers)
+            raise ConfigError(f"sampler={sampler}: backend {conf.backend.name} has {known}")
+    return axes
+
+
+def _sizes(conf: RunConf) -> tuple[tuple[int, int], ...]:
+    """(width, height) in px, from aspect ratios or from widths and heights."""
+    model = conf.model
+    ratios = _values(conf, "aspect_ratio")
+    widths, heights = _values(conf, "width"), _values(conf, "height")
+    if ratios:
+        if widths or heights:
+            name = "width" if widths else "height"
+            raise ConfigError(
+                f"{name} and aspect_ratio={ratios[0]} contradict each other: give one of them"
+            )
+        for ratio in ratios:
+            if ratio not in model.aspect_ratios:
+                known = ", ".join(model.aspect_ratios)
+                raise ConfigError(f"aspect_ratio={ratio}: {model.name} has {known}")
+        sizes = [(model.aspect_ratios[r][0], model.aspect_ratios[r][1]) for r in ratios]
+    else:
+        sizes = [
+            (width, height)
+            for width in (widths if widths else (model.width,))
+            for height in (heights if heights else (model.height,))
+        ]
+    for size in sizes:
+        for name, side in zip(("width", "height"), size, strict=True):
+            if side % model.size_multiple or not model.size_multiple <= side <= model.max_side_px:
+                raise ConfigError(
+                    f"{name}={side}: must be a multiple of {model.size_multiple} from"
+                    f" {model.size_multiple} to {model.max_side_px} for {model.name}"
+                )
+    return tuple(dict.fromkeys(sizes))
+
+
+def _check_guidance(axes: dict[str, tuple[Scalar, ...]]) -> None:
+    negatives = [n for n in axes.get("negative_prompt", ("",)) if n != ""]
+    cfgs = [c for c in axes["cfg"] if isinstance(c, int | float)]
+    if negatives and max(cfgs) <= 1:
+        raise ConfigError(
+            f"negative_prompt={negatives[0]!r}: no effect at cfg={max(cfgs):g}, guidance is off at"
+            " cfg <= 1; raise cfg or leave negative_prompt out"
+        )
+
+
+def _prompts(conf: RunConf) -> tuple[PromptItem, ...]:
+    spec = _prompt_spec(conf.prompts)
+    items = load_prompts(spec)
+    if conf.init_image is not None:
+        items = with_init_image(items, Path(conf.init_image).expanduser())
+    return items
+
+
+def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
+    path = prompts.path
+    if path is not None and path.startswith("configs:"):
+        path = str(config_dir() / path.removeprefix("configs:"))
+    return PromptSpec(
+        kind=prompts.kind,
+        path=path,
+        split=prompts.split,
+        task=prompts.task,
+        limit=prompts.limit,
+        seed=prompts.seed,
+        columns={**vars(prompts.columns)},
+    )
+
+
+def _settle_negatives(axes: dict[str, tuple[Scalar, ...]], prompts: tuple[PromptItem, ...]) -> None:
+    own = any(item.negative_prompt is not None for item in prompts)
+    if own and axes.get("negative_prompt", ("",)) != ("",):
+        raise ConfigError(
+            "negative_prompt is given twice, on the command line and in the prompt file: drop one"
+        )
+
+
+def _settle_strength(
+    conf: RunConf, axes: dict[str, tuple[Scalar, ...]], prompts: tuple[PromptItem, ...]
+) -> None:
+    """Strengths need init images; init images need a strength."""
+    has_init = any(item.init_image is not None for item in prompts)
+    if not has_init and "prompt_strength" in axes:
+        values = ",".join(f"{v}" for v in axes["prompt_strength"])
+        raise ConfigError(
+            f"prompt_strength={values}: it acts only on an init image and these prompts have none;"
+            " leave it out, or give init_image=FILE or prompts.task=edit"
+        )
+    if has_init:
+        axes.setdefault("prompt_strength", (float(conf.model.prompt_strength),))
+
+
+def _model_spec(model: ModelConf, needs_weights: bool) -> ModelSpec:
+    path, digest = "", NO_WEIGHTS
+    if needs_weights:
+        folder = find_checkpoint(model.name, model.path, model.hub_id)
+        path, digest = str(folder), weights_digest(folder)
+    return ModelSpec(
+        name=model.name,
+        path=path,
+        weights_digest=digest,
+        max_sequence_length=model.max_sequence_length,
+        target_latency_s=model.target_latency_s,
+    )
+
+
+def _timed_limit(conf: RunConf) -> int:
+    return DEFAULT_TIMED_LIMIT if conf.timed_limit is None else conf.timed_limit
+
+
+def _notes(conf: RunConf, axes: dict[str, tuple[Scalar, ...]]) -> tuple[str, ...]:
+    notes = []
+    if conf.batch_size == 1 and conf.timed_limit is not None:
+        notes.append("timed_limit has no effect at batch_size=1: every trial is timed")
+    if axes.get("output_format", ("png",)) == ("png",) and axes["output_quality"] != (90,):
+        notes.append("output_quality has no effect on png")
+    if conf.model.path is not None and not conf.backend.needs_weights:
+        notes.append(f"model.path has no effect: backend {conf.backend.name} reads no weights")
+    return tuple(notes)
+
+
+def _resize_notes(
+    prompts: tuple[PromptItem, ...], sizes: tuple[tuple[int, int], ...]
+) -> tuple[str, ...]:
+    """Say when init images are not of the size that is asked for."""
+    own = {init_size(item.init_image) for item in prompts if item.init_image is not None}
+    odd = sorted(own - set(sizes)) if len(sizes) == 1 else []
+    if not odd:
+        return ()
+    shown = ", ".join(f"{width}x{height}" for width, height in odd[:3])
+    to = f"{sizes[0][0]}x{sizes[0][1]}"
+    return (f"init images of {shown} px are resized to {to}; give width and height to choose",)

@@ -1,0 +1,164 @@
+"""Check a command line's overrides one by one, before Hydra composes anything.
+
+Hydra's own refusals are several lines long and do not know ranges, so typos, wrong types, values
+out of range, unknown choices and comma lists without -m are refused here, by name.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+
+from sd35bench.config.fields import FIELDS, Text, check_field, nearest
+from sd35bench.config.files import choices
+from sd35bench.config.schema import BackendConf
+from sd35bench.errors import ConfigError
+
+__all__ = [
+    "GROUP_NAMES",
+    "LOAD_AXES",
+    "check_overrides",
+    "expand_short_names",
+    "parse",
+    "sweep_values",
+]
+
+GROUP_NAMES = ("model", "backend", "prompts", "experiment")
+LOAD_AXES = ("model", "backend", "threads")
+"""What decides a load: sweeping these makes one job per combination."""
+
+BACKEND_FIELDS = {field.name for field in dataclasses.fields(BackendConf)}
+
+
+def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None = None) -> None:
+    """Refuse the first override that cannot be right; `extra` is the user's own YAML folder.
+
+    Raises: ConfigError, one line.
+    """
+    for text in overrides:
+        override = parse(text)
+        name = override.get_key_element()
+        if name.startswith("hydra"):
+            continue
+        _check_prefix(override, text)
+        _check_name(name, text)
+        values = sweep_values(override)
+        if override.is_sweep_override():
+            _check_sweep(name, text, multirun)
+            if name in LOAD_AXES and len(set(values)) < len(values):
+                raise ConfigError(f"{text}: each {name} runs once; leave the repeated one out")
+        for value in values:
+            if name in GROUP_NAMES:
+                _check_choice(name, value, extra)
+            elif name in FIELDS:
+                check_field(name, value)
+
+
+def expand_short_names(overrides: Sequence[str]) -> list[str]:
+    """Write `backend.dtype=bf16` out as `backend.options.dtype=bf16`."""
+    written = []
+    for text in overrides:
+        head, dot, rest = text.partition(".")
+        option = rest.partition("=")[0].partition(".")[0]
+        short = head == "backend" and dot and option not in BACKEND_FIELDS
+        written.append(f"backend.options.{rest}" if short else text)
+    return written
+
+
+def parse(text: str) -> Override:
+    """Parse one override.
+
+    Raises: ConfigError if it is not NAME=VALUE.
+    """
+    if "=" not in text and not text.startswith("~"):
+        raise ConfigError(f"{text!r}: expected NAME=VALUE, such as steps=28; see --help")
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as exc:
+        name, _, value = text.partition("=")
+        raise ConfigError(
+            f"{name}: cannot read the value {value!r}; put special characters in quotes:"
+            f" '{name}=\"{value}\"'"
+        ) from exc
+
+
+def sweep_values(override: Override) -> list[Any]:
+    """An override's values as Python values; one unless it is a sweep.
+
+    Raises: ConfigError for a continuous interval.
+    """
+    if override.is_sweep_override():
+        if not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{override.get_key_element()}: a grid needs single values, such as 1,2,4 or"
+                " range(1,5)"
+            )
+        return [_plain(value) for value in _iterate(override)]
+    return [_plain(override.value())]
+
+
+def _iterate(override: Override) -> list[Any]:
+    try:
+        return list(override.sweep_iterator())
+    except (HydraException, AssertionError, TypeError) as exc:
+        raise ConfigError(
+            f"{override.input_line}: cannot be expanded; give the values as a comma list"
+        ) from exc
+
+
+def _plain(value: Any) -> Any:
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def _check_prefix(override: Override, text: str) -> None:
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        bare = text.lstrip("+~")
+        raise ConfigError(f"{text}: fields are neither added nor deleted; write {bare}")
+
+
+def _check_name(name: str, text: str) -> None:
+    if name in FIELDS or name in GROUP_NAMES or name.startswith(("backend.", "axes.")):
+        return  # a backend's options are checked against its YAML, axes against their fields
+    leaf = name.rpartition(".")[2]
+    known = [*FIELDS, *GROUP_NAMES]
+    hint = f"; did you mean {leaf}?" if leaf in FIELDS else nearest(name, known)
+    raise ConfigError(f"{text}: unknown field {name!r}{hint} (see run --help)")
+
+
+def _check_sweep(name: str, text: str, multirun: bool) -> None:
+    sweepable = name in LOAD_AXES or (name in FIELDS and FIELDS[name].axis)
+    is_text = name in FIELDS and isinstance(FIELDS[name].takes, Text)
+    if not multirun:
+        quote = " (or quote a text that holds a comma: " + _quoted(name, text) + ")"
+        raise ConfigError(
+            f"{text}: several values need -m{quote if is_text else ''}"
+            if sweepable
+            else f"{text}: {name} takes one value{quote if is_text else ''}"
+        )
+    if not sweepable:
+        why = "run once per value into the same study"
+        if name == "init_image":
+            why = "put one line per image in a prompt file with an init_image column"
+        elif is_text:
+            why += "; a text that holds a comma goes in quotes: " + _quoted(name, text)
+        raise ConfigError(f"{text}: {name} cannot be swept; {why}")
+
+
+def _quoted(name: str, text: str) -> str:
+    value = text.partition("=")[2]
+    return f"'{name}=\"{value}\"'"
+
+
+def _check_choice(group: str, value: Any, extra: Path | None) -> None:
+    if value is None and group == "experiment":
+        return
+    known = choices(group, extra)
+    if value not in known:
+        word = f"{value}"
+        raise ConfigError(
+            f"{group}={word}: must be one of {', '.join(known)}{nearest(word, known)}"
+        )

@@ -1,0 +1,148 @@
+"""Hydra's schema: mutable dataclasses, every field typed, so that OmegaConf refuses a wrong type.
+
+`None` means "the model's own" or "not given". Ranges are in `fields`; what depends on the model
+or on the prompts is checked in `freeze`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+__all__ = [
+    "SWEEPER_MODULE",
+    "AxesConf",
+    "BackendConf",
+    "ModelConf",
+    "PromptsConf",
+    "RunConf",
+    "register",
+]
+
+
+@dataclass
+class ModelConf:
+    """A model: where its weights are, its sizes, and its own defaults."""
+
+    name: str = MISSING
+    path: str | None = None
+    hub_id: str | None = None
+    size_multiple: int = MISSING
+    max_side_px: int = MISSING
+    width: int = MISSING
+    height: int = MISSING
+    aspect_ratios: dict[str, list[int]] = field(default_factory=dict)
+    max_sequence_length: int = MISSING
+    target_latency_s: float | None = None
+    steps: int = MISSING
+    cfg: float = MISSING
+    prompt_strength: float = MISSING
+    shift: float | None = None
+
+
+@dataclass
+class BackendConf:
+    """A backend variant: the module that implements it (`kind`), and its options.
+
+    `allowed` gives each option's choices, or its type as one word (int, float, text, bool). On
+    the command line `backend.dtype=bf16` is short for `backend.options.dtype=bf16`.
+    """
+
+    name: str = MISSING
+    kind: str = MISSING
+    needs_weights: bool = True
+    usd_per_image: float = 0.0
+    samplers: list[str] = field(default_factory=lambda: ["euler"])
+    options: dict[str, Any] = field(default_factory=dict)
+    allowed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ColumnsConf:
+    """A prompt file's own column names."""
+
+    prompt: str = "prompt"
+    negative_prompt: str = "negative_prompt"
+    init_image: str = "init_image"
+    id: str = "id"
+
+
+@dataclass
+class PromptsConf:
+    """Which prompts to load."""
+
+    kind: str = MISSING
+    path: str | None = None
+    split: str = "all"
+    task: str = "t2i"
+    limit: int | None = None
+    seed: int = 0
+    columns: ColumnsConf = field(default_factory=ColumnsConf)
+
+
+@dataclass
+class AxesConf:
+    """Values to sweep; an empty list is no axis."""
+
+    model: list[str] = field(default_factory=list)
+    backend: list[str] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    cfg: list[float] = field(default_factory=list)
+    prompt_strength: list[float] = field(default_factory=list)
+    seed: list[int] = field(default_factory=list)
+    width: list[int] = field(default_factory=list)
+    height: list[int] = field(default_factory=list)
+    aspect_ratio: list[str] = field(default_factory=list)
+    sampler: list[str] = field(default_factory=list)
+    shift: list[float | None] = field(default_factory=list)
+    max_sequence_length: list[int] = field(default_factory=list)
+    negative_prompt: list[str] = field(default_factory=list)
+    output_format: list[str] = field(default_factory=list)
+    output_quality: list[int] = field(default_factory=list)
+
+
+@dataclass
+class RunConf:
+    """Everything that `sd35bench run` takes."""
+
+    model: ModelConf = MISSING
+    backend: BackendConf = MISSING
+    prompts: PromptsConf = MISSING
+    axes: AxesConf = field(default_factory=AxesConf)
+    study: str = "default"
+    results_dir: str = "results"
+    steps: int | None = None
+    cfg: float | None = None
+    prompt_strength: float | None = None
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    aspect_ratio: str | None = None
+    sampler: str = "euler"
+    shift: float | None = None
+    max_sequence_length: int | None = None
+    negative_prompt: str = ""
+    init_image: str | None = None
+    batch_size: int = 1
+    timed_limit: int | None = None
+    output_format: str = "png"
+    output_quality: int = 90
+    threads: int | None = None
+    order_seed: int = 0
+
+
+SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"
+"""Hydra takes plugins only from modules under this package; `sweeper` puts itself there."""
+
+
+def register() -> None:
+    """Put the schema where run.yaml's defaults list finds it."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConf)
+    store.store(group="model", name="schema", node=ModelConf)
+    store.store(group="backend", name="schema", node=BackendConf)
+    store.store(group="prompts", name="schema", node=PromptsConf)
+    node = {"_target_": f"{SWEEPER_MODULE}.GroupingSweeper"}
+    store.store(group="hydra/sweeper", name="grouping", node=node, provider="sd35bench")

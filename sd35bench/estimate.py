@@ -1,0 +1,165 @@
+"""What a plan would cost, from what earlier trials on the same load cost; reads only.
+
+Cost model: an image takes time in proportion to denoiser evaluations (two per step with guidance)
+times pixels, plus a fixed part worth about two evaluations for text and decoding. The rate is the
+median over earlier records of the same model and backend in the results folder, each batch size
+on its own where it has been seen.
+"""
+
+import functools
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd35bench.errors import StoreError
+from sd35bench.plan import Plan
+from sd35bench.store import Study
+from sd35bench.types import Record, Request, Session, Status, Trial, content_hash, to_json
+
+__all__ = ["Estimate", "estimate"]
+
+FIXED_EVALUATIONS = 2
+RECORD_BYTES = 2_000
+RGB_BYTES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Counts and costs of what is planned; `seconds` is None where nothing is known.
+
+    Time, disk and money are of the trials that are still to do.
+    """
+
+    trials: int
+    done: int
+    settings: int
+    loads: int
+    seconds: float | None
+    disk_bytes: int
+    usd: float
+    notes: tuple[str, ...]
+
+    @property
+    def to_do(self) -> int:
+        """Trials that would run."""
+        return self.trials - self.done
+
+    def document(self, study: str) -> dict[str, Any]:
+        """What `run --dry-run --json` prints."""
+        return {
+            "study": study,
+            "dry_run": True,
+            "trials": self.trials,
+            "done": self.done,
+            "to_do": self.to_do,
+            "settings": self.settings,
+            "loads": self.loads,
+            "estimated_s": self.seconds,
+            "disk_bytes": self.disk_bytes,
+            "usd": self.usd,
+            "notes": list(self.notes),
+        }
+
+
+def estimate(plans: Sequence[tuple[Plan, float]], results_dir: Path, study_name: str) -> Estimate:
+    """Estimate `plans`, each with its price in USD per image."""
+    studies = list(_studies(results_dir))
+    done_keys = {k for s in studies if s.name == study_name for k in s.done_keys()}
+    trials = [t for plan, _ in plans for t in plan.trials]
+    disk = usd = 0.0
+    seconds: float | None = 0.0
+    loads = 0
+    for plan, price in plans:
+        missing = [t for t in plan.trials if t.key not in done_keys]
+        if not missing:
+            continue
+        loads += 1
+        seen = _Seen(plan, studies)
+        spent_s = seen.seconds(missing)
+        seconds = None if seconds is None or spent_s is None else seconds + spent_s
+        disk += sum(seen.image_bytes(t.request) + RECORD_BYTES for t in missing)
+        usd += price * len(missing)
+    return Estimate(
+        trials=len(trials),
+        done=sum(t.key in done_keys for t in trials),
+        settings=len({_setting(t) for t in trials}),
+        loads=loads,
+        seconds=seconds,
+        disk_bytes=round(disk),
+        usd=usd,
+        notes=tuple(dict.fromkeys(n for plan, _ in plans for n in plan.notes)),
+    )
+
+
+class _Seen:
+    """Earlier records of the same model and backend."""
+
+    def __init__(self, plan: Plan, studies: Sequence[Study]) -> None:
+        self._rates: dict[int, list[float]] = {}
+        self._bytes: list[float] = []
+        self._loads: list[float] = []
+        for study in studies:
+            for record in study.records():
+                if _alike(record.trial, plan):
+                    self._learn(record)
+            for session in study.sessions().values():
+                if _alike(session, plan):
+                    self._loads.append(session.load_s + session.warmup_s)
+
+    def _learn(self, record: Record) -> None:
+        if record.status is not Status.OK or record.timings is None:
+            return
+        request = record.trial.request
+        per_image_s = record.timings.latency_s / record.batch_actual
+        self._rates.setdefault(record.trial.batch_size, []).append(per_image_s / _work(request))
+        if record.image_bytes is not None:
+            self._bytes.append(record.image_bytes / (request.width * request.height))
+
+    def seconds(self, trials: Iterable[Trial]) -> float | None:
+        """Seconds for the load and these trials, or None if nothing alike has run."""
+        if not self._rates:
+            return None
+        rates = {size: statistics.median(values) for size, values in self._rates.items()}
+        total = statistics.median(self._loads) if self._loads else 0.0
+        for trial in trials:
+            nearest = min(rates, key=lambda size: abs(size - trial.batch_size))
+            total += rates[nearest] * _work(trial.request)
+        return total
+
+    def image_bytes(self, request: Request) -> float:
+        """Bytes of an image file."""
+        return self.bytes_per_pixel * request.width * request.height
+
+    @functools.cached_property
+    def bytes_per_pixel(self) -> float:
+        """Median of the files seen; the raw pixels' three bytes where there are none."""
+        return statistics.median(self._bytes) if self._bytes else RGB_BYTES
+
+
+def _work(request: Request) -> float:
+    """Denoiser evaluations, and what else an image takes, times pixels."""
+    per_step = 2 if request.cfg > 1 else 1
+    evaluations = request.effective_steps * per_step + FIXED_EVALUATIONS
+    return evaluations * request.width * request.height
+
+
+def _alike(thing: Trial | Session, plan: Plan) -> bool:
+    load = plan.load
+    return (thing.load.model.name, thing.load.backend) == (load.model.name, load.backend)
+
+
+def _setting(trial: Trial) -> str:
+    request = to_json(trial.request)
+    for name in ("prompt", "negative_prompt", "seed", "init_image"):
+        del request[name]
+    return content_hash([trial.load.key, request])
+
+
+def _studies(results_dir: Path) -> Iterable[Study]:
+    for marker in sorted(results_dir.glob("*/study.json")):
+        try:
+            yield Study.open(results_dir, marker.parent.name)
+        except StoreError:
+            continue

@@ -1,0 +1,320 @@
+"""Turn a sweep into ordered, keyed, batched trials; pure and torch-free.
+
+Three ideas decide the order, and with it what can be compared later:
+
+- *No point twice.* Axis values that ask for the same image are collapsed before anything runs,
+  and the plan's notes say so: guidance is off at every cfg <= 1, a strength acts only through the
+  number of steps it leaves, PNG has no quality, and without guidance a negative prompt is unused.
+- *Blocks.* One prompt and seed under every setting, in seeded random order, is one block; blocks
+  are in seeded random order too. A machine that warms up or slows down touches all settings alike.
+- *Fixed batches.* For larger batches a block is a group of prompt-and-seed cells, so a batch's
+  companions follow from the plan alone and redoing one image runs the same batch again.
+
+Random order is a sort by content hash: the same in every process and Python version, and at batch 1
+adding a prompt moves no other.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sd35bench.errors import ConfigError
+from sd35bench.prompts import PromptItem
+from sd35bench.types import Load, Request, Scalar, Trial, content_hash, make_trial
+
+__all__ = ["PAIR_AXES", "SETTING_AXES", "Batch", "Plan", "Sweep", "expand"]
+
+SETTING_AXES = (
+    "steps",
+    "cfg",
+    "prompt_strength",
+    "sampler",
+    "shift",
+    "max_sequence_length",
+    "output_format",
+    "output_quality",
+)
+"""Request fields that make a setting, in the order in which a grid is written."""
+
+PAIR_AXES = ("negative_prompt", "seed")
+"""Request fields that, with the prompt and the size, make a pair."""
+
+PNG_QUALITY = 90
+"""What `output_quality` says for PNG, which has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What to run on one load.
+
+    `axes` maps a request field to its values, one value for a point; `steps` and `cfg` must be
+    there, what is absent has `Request`'s default. `sizes` are (width, height) in px.
+    `prompt_strength` values apply to the items that carry an init image. With `batch_size` > 1
+    the first `timed_limit` prompts run once more at batch 1, with the first seed, for latencies.
+    """
+
+    load: Load
+    prompts: tuple[PromptItem, ...]
+    axes: Mapping[str, tuple[Scalar, ...]]
+    sizes: tuple[tuple[int, int], ...]
+    batch_size: int = 1
+    timed_limit: int = 0
+    order_seed: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Trials that run together: one setting and one size."""
+
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Batches in the order in which they run.
+
+    `inits` maps the SHA-256 of each init image to its file's bytes; `notes` says in plain words
+    what was collapsed.
+    """
+
+    load: Load
+    batches: tuple[Batch, ...]
+    inits: dict[str, bytes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All trials in order."""
+        return tuple(trial for batch in self.batches for trial in batch.trials)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One image's content apart from its setting: prompt, negative prompt, seed.
+
+    `unguided`: whether it runs at cfg <= 1, where cells that differ only in the negative prompt
+    are the same image; the first of them does.
+    """
+
+    item: PromptItem
+    negative_prompt: str
+    seed: int
+    init: str | None
+    digest: str
+    unguided: bool
+
+
+def expand(sweep: Sweep) -> Plan:
+    """Expand a sweep into a plan; the same sweep gives the same plan everywhere.
+
+    Raises: ConfigError where the sweep asks for no trial, or sweeps an axis without effect.
+    """
+    notes = list(sweep.notes)
+    axes = _collapsed_axes(sweep, notes)
+    inits = {_digest(i.init_image): i.init_image for i in sweep.prompts if i.init_image is not None}
+    if not inits and "prompt_strength" in axes:
+        raise ConfigError(
+            "prompt_strength acts only on an init image and this prompt set has none: leave it out,"
+            " or give init_image=FILE or a prompt set with init images"
+        )
+    cells = _cells(sweep, axes, notes)
+    notes += _unused_negatives(cells, axes["cfg"])
+    expander = _Expander(sweep, axes, notes)
+    blocks: list[tuple[str, list[Batch]]] = []
+    for task_cells in (
+        [c for c in cells if c.init is None],
+        [c for c in cells if c.init is not None],
+    ):
+        blocks += expander.blocks(task_cells, sweep.batch_size)
+    if sweep.batch_size > 1:
+        blocks += expander.blocks(_timed_cells(sweep, cells, axes), 1)
+    blocks.sort(key=lambda block: block[0])
+    batches = tuple(batch for _, block in blocks for batch in block)
+    if not batches:
+        raise ConfigError("the sweep asks for no image: give at least one prompt and one seed")
+    return Plan(load=sweep.load, batches=batches, inits=inits, notes=_unique(notes))
+
+
+class _Expander:
+    """Builds blocks of batches."""
+
+    def __init__(
+        self, sweep: Sweep, axes: Mapping[str, tuple[Scalar, ...]], notes: list[str]
+    ) -> None:
+        self._sweep, self._axes, self._notes = sweep, axes, notes
+        self._settings: dict[bool, list[dict[str, Any]]] = {}
+
+    def blocks(self, cells: Sequence[_Cell], size: int) -> Iterator[tuple[str, list[Batch]]]:
+        """Yield (sort key, batches) for groups of `size` cells under every setting."""
+        for start in range(0, len(cells), size):
+            group = cells[start : start + size]
+            name = content_hash([self._sweep.order_seed, size, [c.digest for c in group]])
+            keyed = []
+            for setting in self._settings_of(image_to_image=group[0].init is not None):
+                batch = self._batch(group, setting, size)
+                if batch.trials:
+                    keyed.append((_mix(name, batch.trials[0].key), batch))
+            keyed.sort(key=lambda pair: pair[0])
+            yield name, [batch for _, batch in keyed]
+
+    def _batch(self, cells: Sequence[_Cell], setting: dict[str, Any], size: int) -> Batch:
+        trials = []
+        for cell in cells:
+            if setting["cfg"] <= 1 and not cell.unguided:
+                self._notes.append(
+                    f"at cfg {setting['cfg']:g} guidance is off and negative_prompt has no effect:"
+                    " its values run once there"
+                )
+                continue
+            request = Request(
+                prompt=cell.item.prompt,
+                negative_prompt=cell.negative_prompt,
+                seed=cell.seed,
+                init_image=cell.init,
+                **setting,
+            )
+            trials.append(
+                make_trial(
+                    load=self._sweep.load, request=request, batch_size=size, prompt=cell.item.ref
+                )
+            )
+        return Batch(tuple(trials))
+
+    def _settings_of(self, image_to_image: bool) -> list[dict[str, Any]]:
+        if image_to_image not in self._settings:
+            self._settings[image_to_image] = self._grid(image_to_image)
+        return self._settings[image_to_image]
+
+    def _grid(self, image_to_image: bool) -> list[dict[str, Any]]:
+        """Every setting once, as keyword arguments of `Request`."""
+        names = [n for n in SETTING_AXES if n in self._axes]
+        if not image_to_image:
+            names = [n for n in names if n != "prompt_strength"]
+        grid: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for size, values in itertools.product(
+            self._sweep.sizes, itertools.product(*(self._axes[name] for name in names))
+        ):
+            setting: dict[str, Any] = dict(zip(names, values, strict=True))
+            setting["width"], setting["height"] = size
+            if setting.get("output_format", "png") == "png":
+                setting["output_quality"] = PNG_QUALITY
+            identity = _setting_identity(setting)
+            if identity not in grid:
+                grid[identity] = setting
+                continue
+            kept, left = grid[identity].get("prompt_strength"), setting.get("prompt_strength")
+            if kept != left:
+                self._notes.append(
+                    f"prompt_strength {left:g} at {setting['steps']} steps is the same image as"
+                    f" {kept:g} (as many steps run): left out"
+                )
+        return list(grid.values())
+
+
+def _cells(sweep: Sweep, axes: Mapping[str, tuple[Scalar, ...]], notes: list[str]) -> list[_Cell]:
+    """Every (prompt, negative prompt, seed) in seeded random order, each once."""
+    cells: dict[str, _Cell] = {}
+    unguided: set[tuple[Any, ...]] = set()
+    for item in sweep.prompts:
+        init = None if item.init_image is None else _digest(item.init_image)
+        own = item.negative_prompt
+        negatives = axes.get("negative_prompt", ("",)) if own is None else (own,)
+        for negative, seed in itertools.product(negatives, axes.get("seed", (0,))):
+            digest = content_hash([sweep.order_seed, item.prompt, negative, seed, init])
+            if digest in cells:
+                notes.append("prompts that are alike in everything asked for are run once")
+                continue
+            image = (item.prompt, seed, init)
+            first = image not in unguided
+            unguided.add(image)
+            cells[digest] = _Cell(item, str(negative), _int(seed), init, digest, first)
+    return sorted(cells.values(), key=lambda cell: cell.digest)
+
+
+def _timed_cells(
+    sweep: Sweep, cells: Sequence[_Cell], axes: Mapping[str, tuple[Scalar, ...]]
+) -> list[_Cell]:
+    """The cells of the first prompts that are run once more at batch 1, first seed only."""
+    first_seed = axes.get("seed", (0,))[0]
+    ids = {item.ref.id for item in sweep.prompts[: sweep.timed_limit]}
+    timed = [c for c in cells if c.seed == first_seed and c.item.ref.id in ids]
+    negatives = axes.get("negative_prompt", ("",))
+    return [
+        c for c in timed if c.item.negative_prompt is not None or c.negative_prompt == negatives[0]
+    ]
+
+
+def _collapsed_axes(sweep: Sweep, notes: list[str]) -> dict[str, tuple[Scalar, ...]]:
+    """Drop repeated values, and cfg values that are the same image."""
+    axes: dict[str, tuple[Scalar, ...]] = {}
+    for name, values in sweep.axes.items():
+        if name not in SETTING_AXES + PAIR_AXES:
+            raise ConfigError(f"{name!r} is not a request field that can be swept")
+        if not values:
+            raise ConfigError(f"{name} has no value: give at least one")
+        kept = _unique(values)
+        if len(kept) < len(values):
+            twice = ", ".join(f"{v}" for v in kept if values.count(v) > 1)
+            notes.append(f"{name}: {twice} was given more than once; each value runs once")
+        axes[name] = kept
+    unguided = [c for c in axes["cfg"] if _number(c) <= 1]
+    if len(unguided) > 1:
+        keep = 1.0 if 1.0 in unguided else unguided[-1]
+        same = " and ".join(f"{_number(c):g}" for c in unguided)
+        notes.append(
+            f"cfg {same} are the same image (guidance is off at cfg <= 1): only"
+            f" {_number(keep):g} runs"
+        )
+        axes["cfg"] = tuple(c for c in axes["cfg"] if _number(c) > 1 or c == keep)
+    formats = axes.get("output_format", ("png",))
+    if "png" in formats and len(axes.get("output_quality", ())) > 1:
+        notes.append("output_quality has no effect on png: png runs once, not once per quality")
+    return axes
+
+
+def _unused_negatives(cells: Sequence[_Cell], cfgs: tuple[Scalar, ...]) -> list[str]:
+    unguided = [f"{_number(c):g}" for c in cfgs if _number(c) <= 1]
+    if not unguided or not any(cell.negative_prompt for cell in cells):
+        return []
+    return [f"negative prompts have no effect at cfg {unguided[0]}: guidance is off there"]
+
+
+def _setting_identity(setting: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a setting reaches the pixels: a strength counts as the steps that it leaves."""
+    values = {k: v for k, v in setting.items() if k != "prompt_strength"}
+    strength = setting.get("prompt_strength")
+    if strength is not None:
+        values["effective"] = replace(
+            _PROBE, steps=setting["steps"], prompt_strength=strength
+        ).effective_steps
+    return tuple(sorted(values.items(), key=lambda item: item[0]))
+
+
+_PROBE = Request(prompt="", steps=1, cfg=1.0, seed=0, width=8, height=8)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _mix(*parts: str) -> str:
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def _unique(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _number(value: Scalar) -> float:
+    if not isinstance(value, int | float):
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _int(value: Scalar) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"expected an integer, got {value!r}")
+    return value

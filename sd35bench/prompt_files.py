@@ -1,0 +1,186 @@
+"""Prompt sets from files: text, JSONL, CSV, TSV, Parquet, and the GenEval and COCO layouts.
+
+Every error names the file and the line. UTF-8 with or without a byte order mark, LF or CRLF.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sd35bench.errors import ConfigError
+from sd35bench.prompts import PromptItem, PromptSpec, read_init_image
+from sd35bench.types import PromptRef
+
+__all__ = ["SUFFIXES", "read_coco", "read_file", "read_geneval"]
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+COLUMNS = ("prompt", "negative_prompt", "init_image", "id")
+
+Row = tuple[str, dict[str, Any]]  # (where it stands, its columns)
+
+
+def read_file(spec: PromptSpec) -> list[PromptItem]:
+    """Read prompts from a file with named columns; a text file has one prompt a line.
+
+    Raises: ConfigError naming file, line and column.
+    """
+    path = _existing(spec)
+    columns = {name: spec.columns.get(name, name) for name in COLUMNS}
+    rows = list(_rows(path, columns["prompt"]))
+    if not rows:
+        raise ConfigError(f"prompts.path={path}: the file has no prompts")
+    if not any(columns["prompt"] in row for _, row in rows):
+        there = ", ".join(str(name) for name in rows[0][1])
+        raise ConfigError(
+            f"prompts.path={path}: no column {columns['prompt']!r}; there: {there};"
+            " name it with prompts.columns.prompt=NAME"
+        )
+    for name, column in columns.items():
+        if name in spec.columns and column != name and column not in rows[0][1]:
+            raise ConfigError(f"prompts.columns.{name}={column}: no such column in {path}")
+    items = [
+        _item(path, number, where, {n: row.get(c) for n, c in columns.items()})
+        for number, (where, row) in enumerate(rows)
+    ]
+    return _unrepeated(items, [where for where, _ in rows])
+
+
+def read_geneval(spec: PromptSpec) -> list[PromptItem]:
+    """Read GenEval's evaluation_metadata.jsonl; the tag becomes the level."""
+    path = _existing(spec)
+    items = []
+    for number, (where, row) in enumerate(_json_lines(path)):
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("tag"), str):
+            raise ConfigError(f"{where}: not a GenEval line; it needs prompt and tag")
+        ref = PromptRef(id=f"{number:05d}", set="geneval", level=row["tag"])
+        items.append(PromptItem(ref=ref, prompt=row["prompt"]))
+    return items
+
+
+def read_coco(spec: PromptSpec) -> list[PromptItem]:
+    """Read MLPerf's captions_source.tsv (id, image_id, caption, …)."""
+    path = _existing(spec)
+    items = []
+    for where, row in _table(path, "\t"):
+        if row.get("caption") in (None, "") or row.get("id") in (None, ""):
+            raise ConfigError(f"{where}: not a COCO captions row; it needs id and caption")
+        ref = PromptRef(id=str(row["id"]), set="coco")
+        items.append(PromptItem(ref=ref, prompt=str(row["caption"]).strip()))
+    return items
+
+
+def _item(path: Path, number: int, where: str, row: dict[str, Any]) -> PromptItem:
+    for name, value in row.items():
+        if value is not None and not isinstance(value, str | int):
+            raise ConfigError(f"{where}: {name} must be text, not {type(value).__name__}")
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ConfigError(f"{where}: the prompt is empty")
+    init = None
+    if row["init_image"] not in (None, ""):
+        init = read_init_image(path.parent / str(row["init_image"]), where)
+    own_id = row["id"]
+    item_id = f"{number:05d}" if own_id in (None, "") else str(own_id)
+    negative = row["negative_prompt"]
+    return PromptItem(
+        ref=PromptRef(id=item_id, set=path.name),
+        prompt=prompt.strip(),
+        negative_prompt=None if negative in (None, "") else str(negative).strip(),
+        init_image=init,
+    )
+
+
+def _unrepeated(items: list[PromptItem], places: list[str]) -> list[PromptItem]:
+    first: dict[str, str] = {}
+    for item, where in zip(items, places, strict=True):
+        if item.ref.id in first:
+            raise ConfigError(f"{where}: id {item.ref.id!r} is already at {first[item.ref.id]}")
+        first[item.ref.id] = where
+    return items
+
+
+def _existing(spec: PromptSpec) -> Path:
+    if spec.path is None:
+        raise ConfigError(
+            f"prompts.path is missing: prompts={spec.kind} needs a file, prompts.path=FILE"
+        )
+    path = Path(spec.path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"prompts.path={spec.path}: there is no such file")
+    return path
+
+
+def _rows(path: Path, prompt_column: str) -> Iterator[Row]:
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        for number, line in enumerate(_text(path).split("\n"), start=1):
+            if line.strip():
+                yield f"{path}:{number}", {prompt_column: line}
+    elif suffix == ".jsonl":
+        yield from _json_lines(path)
+    elif suffix in (".csv", ".tsv"):
+        yield from _table(path, "," if suffix == ".csv" else "\t")
+    elif suffix == ".parquet":
+        yield from _parquet(path)
+    else:
+        raise ConfigError(f"prompts.path={path}: the suffix must be one of {', '.join(SUFFIXES)}")
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as exc:
+            raise ConfigError(f"{where}: not JSON: {exc}") from exc
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: must be a JSON object with a prompt")
+        yield where, row
+
+
+def _table(path: Path, delimiter: str) -> Iterator[Row]:
+    # COCO captions hold bare quotation marks; tab-separated files have no quoting by convention.
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    reader = csv.reader(
+        io.StringIO(_text(path), newline=""), delimiter=delimiter, quoting=quoting, strict=True
+    )
+    try:
+        header: list[str] | None = None
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                continue
+            where = f"{path}:{reader.line_num}"
+            if len(cells) != len(header):
+                raise ConfigError(
+                    f"{where}: {len(cells)} columns where the header has {len(header)}"
+                )
+            yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as exc:
+        raise ConfigError(f"{path}:{reader.line_num}: {exc}") from exc
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as exc:
+        raise ConfigError(f"prompts.path={path}: not a readable Parquet file") from exc
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield f"{path} row {number}", row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"prompts.path={path}: not UTF-8 text (byte {exc.start})") from exc

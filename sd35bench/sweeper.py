@@ -1,0 +1,173 @@
+"""A Hydra sweeper that loads each backend once, however many points a sweep has.
+
+Hydra's own sweeper makes one job per point. Here comma lists on request fields become the
+`axes` of a job, and only what decides a load (model, backend, threads and their options) makes
+jobs of its own. So `-m backend=eager,compile steps=4,16 cfg=1,4` is two jobs of four settings,
+each with one worker process, and any Hydra launcher can take the jobs elsewhere.
+
+Every job is composed and validated before the first one starts.
+"""
+
+import copy
+import importlib
+import itertools
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict, read_write
+
+from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
+from sd35bench.config.overrides import LOAD_AXES, parse, sweep_values
+from sd35bench.config.schema import SWEEPER_MODULE
+from sd35bench.plan import PAIR_AXES, SETTING_AXES
+
+__all__ = ["GroupingSweeper", "job_overrides", "sweep"]
+
+REQUEST_AXES = (*SETTING_AXES, *PAIR_AXES, "width", "height", "aspect_ratio")
+
+Task = Callable[[DictConfig], Any]
+
+
+def sweep(task: Task, overrides: Sequence[str], extra: Path | None = None) -> list[Any]:
+    """Run Hydra's multirun with our sweeper; returns what the jobs returned, in order.
+
+    `extra` is a folder with YAML files of the user's own.
+
+    Raises: ConfigError for what Hydra refuses; the task's own exceptions pass.
+    """
+    with hydra_session() as hydra, explained():
+        _register()
+        return hydra.multirun(
+            config_name=CONFIG_NAME,
+            task_function=task,
+            overrides=[*overrides, *search_path(extra)],
+            with_log_configuration=False,
+        )
+
+
+def _register() -> None:
+    """Let Hydra take our sweeper for a plugin.
+
+    It looks plugins up by a full name that must be under `hydra_plugins.`. A mapped package of
+    that name is not found in an editable installation, so this module gets an alias in it. The
+    class keeps its own name: launchers pickle it, and the far side knows only that one.
+    """
+    package, _, name = SWEEPER_MODULE.partition(".")
+    try:
+        parent = importlib.import_module(package)
+    except ImportError:  # no Hydra plugin is installed
+        parent = types.ModuleType(package)
+        parent.__path__ = []
+        sys.modules[package] = parent
+    this = sys.modules[__name__]
+    sys.modules[SWEEPER_MODULE] = this
+    setattr(parent, name, this)
+    plugins = Plugins.instance()
+    plugins.register(GroupingSweeper)
+    plugins.class_name_to_class[f"{SWEEPER_MODULE}.GroupingSweeper"] = GroupingSweeper
+
+
+class GroupingSweeper(Sweeper):
+    """Launches one job per load; see the module."""
+
+    def __init__(self) -> None:
+        """Hydra calls `setup` next."""
+        self.hydra_context: HydraContext | None = None
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Take what Hydra composed and make the launcher that it names."""
+        self.hydra_context, self.config = hydra_context, config
+        self._task = task_function
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Any]:
+        """Validate all jobs, launch them, and return what they returned, in order.
+
+        A task function with an attribute `prepare` gets the composed configurations first; if it
+        returns True, nothing is launched.
+        """
+        assert self.hydra_context is not None
+        assert self.config is not None
+        assert self.launcher is not None
+        jobs = job_overrides(arguments, self.config)
+        loader = self.hydra_context.config_loader
+        configs = [_own(loader.load_sweep_config(self.config, list(job))) for job in jobs]
+        prepare = getattr(self._task, "prepare", None)
+        if prepare is not None and prepare(configs):
+            return []
+        returned = self.launcher.launch(jobs, initial_job_idx=0)
+        return [_value(job) for job in returned]
+
+
+def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str]]:
+    """Turn a command line into one list of overrides per load.
+
+    `config` is the composed experiment, whose axes the command line overrides: a single value on
+    the command line replaces an axis of the experiment.
+    """
+    parsed = [parse(text) for text in arguments]
+    given = {override.get_key_element() for override in parsed}
+    shared: list[str] = []
+    loads: list[list[str]] = []
+    for override in parsed:
+        name = override.get_key_element()
+        if name in LOAD_AXES:
+            loads.append(_one_each(name, override))
+        elif name in REQUEST_AXES and override.is_sweep_override():
+            shared.append(f"axes.{name}=[{','.join(_texts(override))}]")
+        else:
+            shared.append(str(override.input_line))
+            if name in REQUEST_AXES:
+                shared.append(f"axes.{name}=[]")
+    sides = {"width", "height"}
+    if sides & given and "aspect_ratio" not in given:
+        shared += ["aspect_ratio=null", "axes.aspect_ratio=[]"]
+    if "aspect_ratio" in given and not sides & given:
+        shared += ["width=null", "height=null", "axes.width=[]", "axes.height=[]"]
+    for name in LOAD_AXES:
+        if name not in given:
+            values = list(config.axes[name])
+            if values:
+                loads.append([f"{name}={value}" for value in values])
+    return [[*load, *shared] for load in itertools.product(*loads)]
+
+
+def _own(config: DictConfig) -> DictConfig:
+    """A job's configuration without Hydra's node, as the task function gets it."""
+    own = copy.deepcopy(config)
+    with read_write(own), open_dict(own):
+        del own["hydra"]
+    return own
+
+
+def _one_each(name: str, override: Override) -> list[str]:
+    return list(dict.fromkeys(f"{name}={text}" for text in _texts(override)))
+
+
+def _texts(override: Override) -> list[str]:
+    """The values as text that Hydra parses back to the same values."""
+    if override.is_sweep_override():
+        sweep_values(override)  # refuses what has no single values
+        return [str(text) for text in override.sweep_string_iterator()]
+    return [override.get_value_element_as_str()]
+
+
+def _value(job: Any) -> Any:
+    if job.status is JobStatus.FAILED:
+        raise job._return_value  # the property would print to stderr first
+    return job.return_value

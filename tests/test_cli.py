@@ -1,0 +1,376 @@
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sd35bench.run
+from sd35bench.cli import main
+from sd35bench.cli.run import RunTask
+from sd35bench.config import choices, compose
+from sd35bench.config.fields import FIELDS
+from sd35bench.errors import DiskFull, StoreError, StudyLocked, WorkerDied
+from sd35bench.store import Study
+
+ROOT = Path(__file__).parent.parent
+FAKE = ["backend=fake", "prompts.limit=2", "study=t"]
+GRID = ["-m", *FAKE, "steps=4,16", "cfg=1,4", "seed=0,1"]
+REFUSED_QUICKLY_S = 3.0
+
+BAD_INPUTS = {
+    "unknown verb": ["runn"],
+    "unknown flag": ["run", "--dryrun"],
+    "typo": ["run", "stepz=4"],
+    "steps": ["run", "steps=0"],
+    "type": ["run", "steps=many"],
+    "cfg": ["run", "cfg=-1"],
+    "nan": ["run", "cfg=nan"],
+    "strength": ["run", "prompt_strength=1.5"],
+    "strength without init": ["run", "-m", "prompt_strength=0.3,0.6"],
+    "size": ["run", "width=100"],
+    "ratio": ["run", "aspect_ratio=7:5"],
+    "sampler": ["run", "sampler=ddim"],
+    "seed": ["run", "seed=-3"],
+    "comma without -m": ["run", "steps=4,8"],
+    "backend": ["run", "backend=tensorrt"],
+    "file": ["run", "prompts=file", "prompts.path=nowhere.csv"],
+    "no weights": ["run", "model=sd35-medium", "prompts.limit=1"],
+    "study name": ["run", "study=a/b"],
+    "no such study": ["show", "nowhere"],
+    "no study": ["recommend"],
+    "doctor": ["doctor", "all"],
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder, so that what is left behind shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / ".hub"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture
+def call(capsys):
+    """Call the command with --json; gives exit code and document."""
+
+    def answer(*arguments: str):
+        capsys.readouterr()
+        code = main([*arguments, "--json"])
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1, "exactly one line, one document"
+        return code, json.loads(out)
+
+    return answer
+
+
+# run ---------------------------------------------------------------------------------------------
+
+
+def test_run_json_has_the_contracts_fields_and_one_load(call):
+    code, document = call("run", *GRID)
+    assert code == 0
+    wanted = {"study", "planned", "done", "skipped", "failed", "load_s", "wall_s", "overhead_frac"}
+    assert wanted | {"paths", "loads"} <= set(document)
+    counts = [document[n] for n in ("study", "planned", "done", "skipped", "failed", "loads")]
+    assert counts == ["t", 16, 16, 0, 0, 1]
+    assert document["load_s"] > 0
+    assert Path(document["paths"]["study"]).is_dir()
+
+
+def test_run_again_does_nothing_and_after_deleting_an_image_exactly_that_one(call):
+    call("run", *GRID)
+    _, again = call("run", *GRID)
+    assert [again[n] for n in ("done", "skipped", "loads", "load_s")] == [0, 16, 0, None]
+    study = Study.open(Path("results"), "t")
+    record = study.records()[5]
+    assert record.image is not None
+    study.image_path(record.image).unlink()
+    _, third = call("run", *GRID)
+    assert [third[n] for n in ("done", "skipped", "loads")] == [1, 15, 1]
+
+
+def test_run_loads_once_per_load_however_many_points(call):
+    _, document = call("run", *GRID, "threads=1,2")
+    assert [document[n] for n in ("planned", "done", "loads")] == [32, 32, 2]
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_run_takes_m_anywhere_on_the_line(call, place):
+    arguments = [*FAKE, "steps=4,8", "seed=0,1"]
+    arguments.insert(place, "-m")
+    _, document = call("run", *arguments, "--dry-run")
+    assert document["trials"] == 8
+
+
+def test_run_leaves_nothing_but_results_behind(call):
+    call("run", *GRID)
+    assert [p.name for p in Path().iterdir()] == ["results"]
+    assert [p.name for p in Path("results").iterdir()] == ["t"]
+
+
+def test_run_image_to_image_records_effective_steps(call):
+    axes = ["prompts.task=edit", "prompt_strength=0.3,0.85", "steps=10"]
+    code, document = call("run", "-m", *FAKE, *axes)
+    assert (code, document["done"]) == (0, 4)
+    records = Study.open(Path("results"), "t").records()
+    found = {(r.trial.request.prompt_strength, r.effective_steps) for r in records}
+    assert found == {(0.3, 3), (0.85, 9)}
+
+
+def test_run_writes_for_people_on_stdout_without_json(capsys):
+    assert main(["run", *GRID, "cfg=0.5,1,4"]) == 0
+    out = capsys.readouterr().out
+    assert "16 made, 0 were there already, 0 failed, of 16 planned" in out
+    assert "next: sd35bench show t" in out
+    assert "note: cfg 0.5 and 1 are the same image" in out
+
+
+def test_run_experiment_carries_axes_without_m(call, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    body = "# @package _global_\naxes: {steps: [2, 4], threads: [1, 2]}\nprompts: {limit: 3}\n"
+    (tmp_path / "mine" / "experiment" / "two.yaml").write_text(body)
+    base = ["run", "experiment=two", "backend=fake", "--dry-run", "--config-dir", "mine"]
+    assert call(*base)[1]["trials"] == 12
+    assert call(*base)[1]["loads"] == 2
+    assert call(*base, "steps=7", "threads=1")[1]["trials"] == 3
+
+
+# --dry-run ---------------------------------------------------------------------------------------
+
+
+def test_dry_run_counts_and_writes_nothing(call):
+    code, document = call("run", *GRID, "threads=1,2", "--dry-run")
+    assert code == 0
+    assert document["dry_run"] is True
+    counts = [document[n] for n in ("trials", "done", "to_do", "settings", "loads", "usd")]
+    assert counts == [32, 0, 32, 8, 2, 0.0]
+    assert document["estimated_s"] is None
+    assert document["disk_bytes"] > 0
+    assert list(Path().iterdir()) == []
+
+
+def test_dry_run_knows_what_is_done_and_how_long_such_trials_take(call):
+    fields = [*FAKE, "backend.delay_s=0.05", "steps=4"]
+    call("run", *fields)
+    _, document = call("run", "-m", *fields, "seed=0,1,2,3,4,5", "--dry-run")
+    assert [document[n] for n in ("trials", "done", "to_do")] == [12, 2, 10]
+    # 10 images of 0.05 s; loading, warm-up and slow disks come on top.
+    assert 0.5 <= document["estimated_s"] < 3.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-m", "steps=4,16", "cfg=1,4", "seed=0,1"], ["experiment=demo"], ["experiment=demo-edit"]],
+    ids=["grid", "demo", "demo-edit"],
+)
+def test_dry_run_of_good_inputs_on_the_real_backend(call, arguments):
+    code, document = call("run", *arguments, "--dry-run")
+    assert (code, document["loads"]) == (0, 1)
+
+
+# Refusals and exit codes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_refused_in_one_line_with_exit_code_2(capsys, case):
+    started = time.process_time()
+    assert main(BAD_INPUTS[case]) == 2
+    assert time.process_time() - started < REFUSED_QUICKLY_S
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("sd35bench: ")
+    assert captured.err.count("\n") == 1
+    assert list(Path().iterdir()) == []
+
+
+def test_bad_input_costs_no_torch_and_little_time_from_a_cold_start():
+    code = (
+        "import sys, json; from sd35bench.cli import main\n"
+        "codes = [main(a) for a in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([codes, 'torch' in sys.modules]))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    one = [sys.executable, "-m", "sd35bench.cli", "run", "prompt_strength=0.5"]
+    assert subprocess.run(one, capture_output=True).returncode == 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # CPU seconds: wall time says more about the machine's other work than about ours.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < REFUSED_QUICKLY_S
+    every = [sys.executable, "-c", code, json.dumps(list(BAD_INPUTS.values()))]
+    done = subprocess.run(every, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[2] * len(BAD_INPUTS), False]
+
+
+def test_errors_are_one_json_document_too(call):
+    code, document = call("run", "steps=0")
+    assert code == 2
+    assert document["error"]["type"] == "ConfigError"
+    assert document["error"]["message"].startswith("steps=0: must be")
+
+
+def test_failed_trials_are_exit_code_3_and_are_tried_again(call):
+    code, document = call("run", *FAKE, "backend.fail_every=1")
+    assert (code, document["failed"], document["done"]) == (3, 2, 0)
+    assert sum(document["errors"].values()) == 2
+    code, document = call("run", *FAKE, "backend.fail_every=1")
+    assert (code, document["failed"], document["skipped"]) == (3, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StudyLocked("busy"), 3),
+        (DiskFull("full"), 3),
+        (KeyboardInterrupt(), 3),
+        (StoreError("broken"), 4),
+        (WorkerDied("died"), 4),
+        (ZeroDivisionError("bug"), 4),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_goes_wrong_while_running_has_its_exit_code(call, monkeypatch, error, code):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(sd35bench.run, "run_plan", broken)
+    found, document = call("run", *FAKE)
+    assert found == code
+    assert document["error"]["type"] == type(error).__name__
+
+
+def test_a_real_lock_is_exit_code_3(call):
+    call("run", *FAKE)
+    study = Study.open(Path("results"), "t")
+    with study.lock(study.records()[0].trial.load.key):
+        code, document = call("run", *FAKE)
+    assert (code, document["error"]["type"]) == (3, "StudyLocked")
+
+
+def test_one_load_that_cannot_run_does_not_stop_the_others(call, monkeypatch):
+    real = sd35bench.run.run_plan
+
+    def sometimes(plan, study, progress):
+        if plan.load.threads == 1:
+            raise WorkerDied("died")
+        return real(plan, study, progress)
+
+    monkeypatch.setattr(sd35bench.run, "run_plan", sometimes)
+    code, _ = call("run", "-m", *FAKE, "threads=1,2")
+    assert code == 4
+    assert len(Study.open(Path("results"), "t").records()) == 2
+
+
+# Help and the other verbs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["run", "score", "show", "recommend", "report", "doctor"])
+def test_every_verb_has_help_with_examples(capsys, verb):
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "xamples" in out
+    assert f"sd35bench {verb} " in out
+    assert "--json" in out
+
+
+def test_run_help_lists_every_field_with_range_and_every_choice(capsys):
+    main(["run", "--help"])
+    out = capsys.readouterr().out
+    for name, field in FIELDS.items():
+        assert f"  {name}=" in out
+        assert field.takes.allowed in out
+    for group in ("model", "backend", "prompts", "experiment"):
+        assert ", ".join(choices(group)) in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_main_help_names_every_verb(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in ("run", "score", "show", "recommend", "report"))
+    assert main([]) == 2
+
+
+def test_doctor_json_tells_what_works(call):
+    code, document = call("doctor")
+    assert code == 0
+    checks = {check["name"]: check for check in document["checks"]}
+    assert {"torch", "model nano", "backend eager", "backend fake", "chromium"} <= set(checks)
+    assert checks["backend eager"]["ok"] is True
+    assert all(c["remedy"] for c in checks.values() if c["ok"] is False)
+    assert document["ok"] == (not document["failed"])
+
+
+def test_study_verbs_chain_on_a_small_study(call):
+    call("run", *GRID)
+    code, scored = call("score", "t", "--metric", "prompt_accuracy")
+    assert (code, scored["scored"]) == (0, {"prompt_accuracy": 16})
+    code, shown = call("show", "t")
+    assert code == 0
+    assert sorted((s["steps"], s["cfg"]) for s in shown["settings"]) == [
+        (4, 1.0),
+        (4, 4.0),
+        (16, 1.0),
+        (16, 4.0),
+    ]
+    assert all(s["n"] == 4 and s["latency_s"]["p50"] > 0 for s in shown["settings"])
+    code, _ = call("recommend", "t", "--profile", "balanced")
+    assert code == 0
+    assert Path("results/t/recommended.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "t", "--metric", "beauty"],
+        ["score", "t", "metric.fid.referenc=x"],
+        ["recommend", "t", "--profile", "finall"],
+        ["show", "t", "--table"],
+    ],
+    ids=["metric", "option", "profile", "flag"],
+)
+def test_study_verbs_refuse_with_exit_code_2(call, arguments):
+    call("run", *FAKE)
+    code, document = call(*arguments)
+    assert (code, document["error"]["type"]) == (2, "ConfigError")
+
+
+def test_show_without_a_study_names_those_that_are_there(call):
+    call("run", *FAKE)
+    code, document = call("show")
+    assert code == 2
+    assert "there are: t" in document["error"]["message"]
+
+
+def test_show_of_a_study_without_an_image_is_exit_code_2(call):
+    call("run", *FAKE, "backend.fail_every=1")
+    assert call("show", "t")[0] == 2
+
+
+# Elsewhere ---------------------------------------------------------------------------------------
+
+
+def test_run_task_can_be_sent_to_another_process():
+    task = RunTask(dry_run=False)
+    config = compose(["backend=fake", "prompts.limit=2", "study=sent"])
+    task.prepare([config])
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent.prepared == []
+    answer = sent(config)
+    assert isinstance(answer, dict)
+    assert (answer["done"], answer["loads"]) == (2, 1)
+
+
+def test_the_command_works_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "sd35bench.cli", "run", *FAKE, "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "40"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["done"] == 2

@@ -1,0 +1,132 @@
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.plugins import Plugins
+
+from sd35bench.config import compose
+from sd35bench.config.overrides import parse, sweep_values
+from sd35bench.errors import ConfigError
+from sd35bench.sweeper import job_overrides, sweep
+
+ROOT = Path(__file__).parent.parent
+
+
+def jobs(*arguments: str, experiment: dict | None = None) -> list[list[str]]:
+    config = compose([])
+    for name, values in ({} if experiment is None else experiment).items():
+        config.axes[name] = values
+    return job_overrides(list(arguments), config)
+
+
+def test_job_overrides_request_fields_stay_in_one_job():
+    (job,) = jobs("model=nano", "steps=4,16", "cfg=1,4", "seed=range(0,3)", "study=t")
+    assert job == [
+        "model=nano",
+        "axes.steps=[4,16]",
+        "axes.cfg=[1,4]",
+        "axes.seed=[0,1,2]",
+        "study=t",
+    ]
+
+
+def test_job_overrides_one_job_per_load():
+    found = jobs("backend=fake,eager", "threads=1,2", "steps=4,16")
+    assert [job[:2] for job in found] == [
+        ["backend=fake", "threads=1"],
+        ["backend=fake", "threads=2"],
+        ["backend=eager", "threads=1"],
+        ["backend=eager", "threads=2"],
+    ]
+    assert all(job[2:] == ["axes.steps=[4,16]"] for job in found)
+
+
+def test_job_overrides_an_experiments_backends_are_jobs_too():
+    found = jobs("study=t", experiment={"backend": ["fake", "eager"]})
+    assert found == [["backend=fake", "study=t"], ["backend=eager", "study=t"]]
+
+
+def test_job_overrides_the_command_line_wins_over_an_experiments_axes():
+    (job,) = jobs("steps=5", "backend=fake", experiment={"steps": [1, 2], "backend": ["eager"]})
+    assert job == ["backend=fake", "steps=5", "axes.steps=[]"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "reset"),
+    [("width=64", "aspect_ratio=null"), ("aspect_ratio=16:9", "axes.width=[]")],
+)
+def test_job_overrides_one_way_of_saying_the_size_replaces_the_other(argument, reset):
+    (job,) = jobs(argument)
+    assert reset in job
+
+
+def test_job_overrides_quoted_texts_keep_their_commas():
+    (job,) = jobs("negative_prompt='a, b',c")
+    (axis,) = [text for text in job if text.startswith("axes.")]
+    assert sweep_values(parse(axis)) == [["a, b", "c"]]
+    assert list(compose(job).axes.negative_prompt) == ["a, b", "c"]
+
+
+class Task:
+    """Notes what it was called with."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.stop, self.prepared, self.calls = stop, [], []
+
+    def prepare(self, configs) -> bool:
+        self.prepared += [(c.backend.name, list(c.axes.steps)) for c in configs]
+        return self.stop
+
+    def __call__(self, config):
+        self.calls.append((config.backend.name, list(config.axes.steps)))
+        assert len(self.prepared) == 2, "all jobs are prepared before the first is launched"
+        return config.backend.name
+
+
+ARGUMENTS = ["backend=fake,eager", "steps=4,8,16", "results_dir=results"]
+
+
+def test_sweep_launches_each_load_once_and_returns_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = Task()
+    assert sweep(task, ARGUMENTS) == ["fake", "eager"]
+    assert task.calls == [("fake", [4, 8, 16]), ("eager", [4, 8, 16])]
+    assert [p.name for p in tmp_path.iterdir()] == ["results"]
+
+
+def test_sweep_that_prepare_ends_launches_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = Task(stop=True)
+    assert sweep(task, ARGUMENTS) == []
+    assert task.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_passes_the_tasks_own_exceptions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def broken(config):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        sweep(broken, ["backend=fake"])
+
+
+def test_sweep_refuses_a_wrong_job_before_the_first_is_launched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = Task()
+    with pytest.raises(ConfigError, match="steps"):
+        sweep(task, ["backend=fake,eager", "axes.steps=[x]"])
+    assert task.calls == []
+
+
+def test_sweeper_can_be_unpickled_where_hydra_has_not_seen_it():
+    sweep(Task(stop=True), ARGUMENTS)
+    state = pickle.dumps(Plugins.instance().class_name_to_class)  # part of what launchers send
+    code = (
+        "import pickle, sys; pickle.load(sys.stdin.buffer); print('hydra_plugins' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=state, capture_output=True, cwd=ROOT)
+    assert done.stdout == b"False\n", done.stderr
