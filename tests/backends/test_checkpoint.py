@@ -1,0 +1,146 @@
+"""Loading a diffusers folder, what is refused, and the proof of what was loaded."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sd35bench.backends.eager import EagerBackend
+from sd35bench.errors import (
+    BackendError,
+    OptimizationNotApplied,
+)
+from sd35bench.types import Task
+from tests.backends.bare import (
+    IDENTICAL,
+    bare_images,
+    differs,
+    make_inits,
+)
+from tests.backends.conftest import make_load
+from tests.tiny import SHIFT
+
+
+def test_in_force_is_true(eager: EagerBackend) -> None:
+    proven = eager.in_force
+    assert proven["dtype"] == "fp32"
+    assert set(proven["component_dtypes"].values()) == {"fp32"}
+    assert proven["device"] == str(eager._pipes[Task.TEXT_TO_IMAGE].device)
+    assert proven["threads"] == torch.get_num_threads() == 1
+    assert proven["attention"] == "JointAttnProcessor2_0"
+    assert proven["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    assert proven["shift"] == SHIFT
+
+
+def test_prove_dtypes_shows_the_part_of_t5_that_stays_in_fp32(tiny_path: Path) -> None:
+    backend = EagerBackend(make_load(tiny_path, dtype="fp16"))
+    assert backend.in_force["component_dtypes"]["text_encoder_3"] == "fp16+fp32"
+    assert backend.in_force["component_dtypes"]["transformer"] == "fp16"
+    backend.close()
+
+
+def test_prove_refuses_a_layer_in_another_dtype(fresh: EagerBackend) -> None:
+    pipe = fresh._pipes[Task.TEXT_TO_IMAGE]
+    pipe.transformer.proj_out.to(torch.bfloat16)
+    with pytest.raises(OptimizationNotApplied, match="dtype=fp32 asked, transformer"):
+        fresh.prove(pipe)
+
+
+def test_prove_refuses_another_thread_count(fresh: EagerBackend) -> None:
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(OptimizationNotApplied, match="threads=1 asked, torch uses 2"):
+            fresh.prove(fresh._pipes[Task.TEXT_TO_IMAGE])
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_eager_refuses_cuda_where_there_is_none(tiny_path: Path) -> None:
+    with pytest.raises(OptimizationNotApplied, match=r"backend\.device=cuda.*backend\.device=cpu"):
+        EagerBackend(make_load(tiny_path, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int4"}, r"backend\.dtype='int4' is unknown; known: fp32, bf16, fp16"),
+        ({"dtype": None}, r"backend\.dtype=None is unknown"),
+        ({"device": "tpu"}, r"backend\.device='tpu' is unknown; known: auto, cpu, cuda"),
+        ({"dtyp": "fp32"}, "has no option 'dtyp'; known: device, dtype"),
+    ],
+    ids=["dtype", "dtype-none", "device", "typo"],
+)
+def test_eager_refuses_unknown_options(
+    tiny_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BackendError, match=message):
+        EagerBackend(make_load(tiny_path, **options))
+
+
+def remove_part(path: Path, part: str) -> None:
+    target = path / part
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+def remove_weight(path: Path, part: str) -> None:
+    (weights_path,) = (path / part).glob("*.safetensors")
+    weights = load_file(weights_path)
+    del weights[sorted(weights)[3]]
+    save_file(weights, weights_path, metadata={"format": "pt"})
+
+
+def truncate_weights(path: Path, part: str) -> None:
+    (weights_path,) = (path / part).glob("*.safetensors")
+    weights_path.write_bytes(weights_path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (functools.partial(remove_part, part="model_index.json"), "no readable model_index.json"),
+        (functools.partial(remove_part, part="vae"), "vae/ is missing"),
+        (functools.partial(remove_part, part="tokenizer_2"), "tokenizer_2/ is missing"),
+        (functools.partial(remove_weight, part="transformer"), "transformer lacks 1 weights"),
+        (functools.partial(remove_weight, part="text_encoder"), "text_encoder lacks 1 weights"),
+        (functools.partial(remove_weight, part="text_encoder_3"), "text_encoder_3 lacks 1"),
+        (functools.partial(truncate_weights, part="transformer"), "cannot be loaded"),
+    ],
+    ids=["index", "vae", "tokenizer", "weight", "clip-weight", "t5-weight", "truncated-file"],
+)
+def test_load_refuses_an_incomplete_folder(
+    tiny_path: Path, tmp_path: Path, breaking: Callable[[Path], None], message: str
+) -> None:
+    broken = shutil.copytree(tiny_path, tmp_path / "broken")
+    breaking(broken)
+    with pytest.raises(BackendError, match=message) as caught:
+        EagerBackend(make_load(broken))
+    assert "point model.path at a complete diffusers folder" in str(caught.value)
+
+
+def test_load_takes_a_checkpoint_without_t5(tiny_path: Path, tmp_path: Path) -> None:
+    without = shutil.copytree(tiny_path, tmp_path / "without-t5")
+    index = json.loads((without / "model_index.json").read_text())
+    t5 = {"text_encoder_3": None, "tokenizer_3": None}
+    for part in t5:
+        index[part] = [None, None]
+        shutil.rmtree(without / part)
+    (without / "model_index.json").write_text(json.dumps(index))
+    backend = EagerBackend(make_load(without))
+    requests = IDENTICAL["text-batch-3"]
+    images = backend.generate(requests, make_inits(requests)).images
+    backend.close()
+    assert "text_encoder_3" not in backend.in_force["component_dtypes"]
+    assert not differs(images, bare_images(without, requests, **t5))
+    assert differs(images, bare_images(tiny_path, requests))
+
+
+def test_load_refuses_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"model\.path=.*nowhere"):
+        EagerBackend(make_load(tmp_path / "nowhere"))

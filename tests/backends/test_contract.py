@@ -1,0 +1,220 @@
+"""What every backend must do, whatever it is made of. Adding one is one line in `CONTESTANTS`."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sd35bench.backends.base import Backend, Generation, load_backend
+from sd35bench.backends.fake import FakeBackend
+from sd35bench.types import Request
+from tests.backends.conftest import make_load, make_request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A backend under the contract.
+
+    `batch_levels`: how far, in 8-bit levels, an image may move when it is made in a batch.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_levels: int = 0
+
+
+CONTESTANTS = [
+    Contestant(name="fake", kind="fake"),
+    Contestant(name="eager", kind="eager", batch_levels=1),
+    Contestant(name="eager-bf16", kind="eager", options={"dtype": "bf16"}, batch_levels=4),
+]
+INIT = np.random.default_rng(3).integers(0, 256, (4, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+
+
+@pytest.fixture(scope="module", params=CONTESTANTS, ids=lambda c: c.name)
+def contestant(request: pytest.FixtureRequest) -> Contestant:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def backend(contestant: Contestant, tiny_path: Path) -> Iterator[Backend]:
+    loaded = load_backend(make_load(tiny_path, contestant.kind, **contestant.options))
+    yield loaded
+    loaded.close()
+
+
+def make(backend: Backend, *requests: Request) -> Generation:
+    """One batch; requests with an init image start from `INIT`."""
+    return backend.generate(requests, [None if r.init_image is None else INIT for r in requests])
+
+
+def image(backend: Backend, **changes: Any) -> np.ndarray:
+    return make(backend, make_request(**changes)).images[0]
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference in 8-bit levels."""
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+def check_same_request_same_bytes(backend: Backend) -> None:
+    assert image(backend).tobytes() == image(backend).tobytes()
+
+
+def check_every_field_acts(backend: Backend) -> None:
+    base = image(backend)
+    for changes in ({"seed": 1}, {"prompt": "blue star"}, {"cfg": 2.0}, {"steps": 8}):
+        assert distance(base, image(backend, **changes)) > 1, changes
+
+
+def check_negative_prompt_acts(backend: Backend) -> None:
+    assert distance(image(backend), image(backend, negative_prompt="ugly")) > 1
+
+
+def check_batch_has_own_seeds(backend: Backend) -> None:
+    requests = [make_request(seed=seed) for seed in (0, 1)]
+    first, second = make(backend, *requests).images
+    assert distance(first, second) > 1
+
+
+def check_strength_leads_away_from_the_init(backend: Backend) -> None:
+    strengths = (0.125, 0.375, 0.75, 1.0)  # 1, 3, 6 and 8 steps of 8
+    images = [
+        image(backend, steps=8, init_image="digest", prompt_strength=strength)
+        for strength in strengths
+    ]
+    distances = [distance(images[0], other) for other in images]
+    assert distances == sorted(distances)
+    assert distances[1] > 1
+
+
+def check_steps_are_counted(backend: Backend) -> None:
+    for steps, strength in ((8, None), (8, 0.5), (7, 0.33), (3, 0.1), (4, 1.0)):
+        init_image = None if strength is None else "digest"
+        request = make_request(steps=steps, init_image=init_image, prompt_strength=strength)
+        made = make(backend, request)
+        assert made.effective_steps == request.effective_steps
+        assert made.evaluations == request.effective_steps
+        assert len(made.step_s) == request.effective_steps
+
+
+CHECKS = [
+    check_same_request_same_bytes,
+    check_every_field_acts,
+    check_negative_prompt_acts,
+    check_batch_has_own_seeds,
+    check_strength_leads_away_from_the_init,
+    check_steps_are_counted,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_backend_keeps_the_contract(backend: Backend, check: Callable[[Backend], None]) -> None:
+    check(backend)
+
+
+@pytest.mark.parametrize("changes", [{}, {"init_image": "digest", "prompt_strength": 0.6}])
+def test_batch_equals_singles(
+    contestant: Contestant, backend: Backend, changes: dict[str, Any]
+) -> None:
+    requests = [
+        make_request(prompt=prompt, seed=seed, **changes)
+        for prompt, seed in (("red circle", 0), ("blue star", 5))
+    ]
+    singles = [make(backend, request).images[0] for request in requests]
+    together = make(backend, *requests).images
+    moved = [np.abs(a.astype(int) - b).max() for a, b in zip(singles, together, strict=True)]
+    assert max(moved) <= contestant.batch_levels
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (48, 48)])
+def test_size_is_what_was_asked(backend: Backend, width: int, height: int) -> None:
+    made = image(backend, width=width, height=height)
+    assert made.shape == (height, width, 3)
+    assert made.dtype == np.uint8
+
+
+def test_an_init_image_changes_the_outcome(backend: Backend) -> None:
+    changes = {"init_image": "digest", "prompt_strength": 0.75}
+    request = make_request(**changes)
+    dark = backend.generate([request], [INIT // 8]).images[0]
+    assert distance(dark, image(backend, **changes)) > 1
+
+
+def test_one_truncation_count_per_request(backend: Backend) -> None:
+    assert make(backend, make_request(), make_request(seed=1)).truncated_tokens == (0, 0)
+
+
+def test_stages_are_positive_or_unknown(backend: Backend) -> None:
+    made = make(backend, make_request())
+    for seconds in (made.text_s, made.denoise_s, made.decode_s, *made.step_s):
+        assert seconds is None or seconds >= 0
+
+
+def test_in_force_survives_the_way_to_the_store(backend: Backend) -> None:
+    assert backend.in_force
+    assert json.loads(json.dumps(backend.in_force)) == backend.in_force
+    assert pickle.loads(pickle.dumps(backend.in_force)) == backend.in_force
+
+
+def test_close_twice(contestant: Contestant, tiny_path: Path) -> None:
+    loaded = load_backend(make_load(tiny_path, contestant.kind, **contestant.options))
+    loaded.synchronize()
+    loaded.close()
+    loaded.close()
+
+
+class Broken(FakeBackend):
+    """A fake backend with one fault."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(make_load(Path("none"), "fake"))
+        self._fault = fault
+        self._calls = 0
+
+    def generate(
+        self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
+    ) -> Generation:
+        self._calls += 1
+        first = requests[0]
+        faults: dict[str, dict[str, Any]] = {
+            "unseeded": {"seed": self._calls},
+            "one-seed": {"seed": first.seed},
+            "no-cfg": {"cfg": 1.0},
+            "no-negative": {"negative_prompt": ""},
+        }
+        changed = [replace(r, **faults.get(self._fault, {})) for r in requests]
+        if self._fault == "no-strength" and first.prompt_strength is not None:
+            changed = [replace(r, prompt_strength=0.5) for r in requests]
+        made = super().generate(changed, inits)
+        if self._fault == "no-count":
+            return replace(made, evaluations=first.steps)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("unseeded", check_same_request_same_bytes),
+        ("no-cfg", check_every_field_acts),
+        ("no-negative", check_negative_prompt_acts),
+        ("one-seed", check_batch_has_own_seeds),
+        ("no-strength", check_strength_leads_away_from_the_init),
+        ("no-count", check_steps_are_counted),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_contract_notices(fault: str, check: Callable[[Backend], None]) -> None:
+    with pytest.raises(AssertionError):
+        check(Broken(fault))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract_passes_without_a_fault(check: Callable[[Backend], None]) -> None:
+    check(Broken("none"))
