@@ -1,0 +1,191 @@
+"""Candidates side by side on the same prompts, seeds and init images.
+
+Quality is one number per image. For text-to-image it is the first of prompt accuracy and
+CLIP-score that was scored. For image-to-image it is the harmonic mean of prompt followed and init
+kept, per image: an edit must do both, and a mean that either part can pull to 0 has its optimum
+inside, where an arithmetic mean would be content with an untouched init image (0 and 1 give 0.5).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd35bench.analysis.intervals import Interval, mean_interval
+from sd35bench.analysis.quality import facts
+from sd35bench.analysis.settings import PairKey, pair_key
+from sd35bench.analysis.table import Row, Table
+from sd35bench.errors import ConfigError
+from sd35bench.types import Record, Task
+
+__all__ = ["EDIT_QUALITY", "Candidate", "Comparison", "candidates", "compare", "pick_family"]
+
+EDIT_QUALITY = "edit_quality"
+_ENOUGH_PAIRS = 0.5
+"""A setting with fewer than this share of the largest one's pairs is not compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One row with its quality and its lone latency per pair; `work` is evaluations per image.
+
+    `work` counts guidance's second half, which doubles an evaluation's cost.
+    """
+
+    row: Row
+    quality: dict[PairKey, float]
+    latency_s: dict[PairKey, float]
+    work: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Candidates on the pairs that all of them have.
+
+    `quality`: [S, n]; `clusters`: [n], the prompt of each pair; `left_out` are rows with too few
+    pairs. `better` is +1 where more is better.
+    """
+
+    metric: str
+    candidates: list[Candidate]
+    quality: NDArray[np.float64]
+    clusters: NDArray[np.int64]
+    left_out: list[Candidate]
+
+    def mean(self, index: int) -> Interval:
+        """One candidate's mean quality."""
+        bounds = (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
+        return mean_interval(self.quality[index], self.clusters, bounds=bounds)
+
+    def difference(self, index: int, base: int) -> Interval:
+        """Mean paired difference of quality, `index` minus `base`."""
+        bounds = (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
+        span = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
+        paired = self.quality[index] - self.quality[base]
+        return mean_interval(paired, self.clusters, bounds=span)
+
+    def log_speed_ratio(self, index: int, base: int) -> Interval | None:
+        """Mean paired log ratio of latencies, `index` over `base`; ``None`` without pairs."""
+        a, b = self.candidates[index].latency_s, self.candidates[base].latency_s
+        shared = [key for key in a if key in b]
+        if not shared:
+            return None
+        ratios = [float(np.log(a[key] / b[key])) for key in shared]
+        return mean_interval(ratios, _clusters(shared))
+
+
+def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
+    """Choose the rows that may be compared: one model, environment and size.
+
+    Takes the family with the most settings, then the most images; the notes name the others.
+    """
+    families: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row.setting["task"] == task.value and row.usable:
+            s = row.setting
+            key = (s["model"], s["weights_digest"], row.environment_id, s["width"], s["height"])
+            families.setdefault(key, []).append(row)
+    if not families:
+        return [], []
+    chosen = max(
+        families, key=lambda k: (len(families[k]), sum(len(r.usable) for r in families[k]))
+    )
+    notes = [
+        f"left out: {len(rest)} settings of {k[0]} at {k[3]}x{k[4]} in environment"
+        f" {str(k[2])[:8]}; only one model, size and environment are compared"
+        for k, rest in families.items()
+        if k != chosen
+    ]
+    return families[chosen], notes
+
+
+def candidates(table: Table, rows: list[Row], task: Task) -> tuple[str, list[Candidate]]:
+    """Each row's quality per pair under one objective; rows without any are not among them.
+
+    Raises: ConfigError where no metric that can judge this task was scored.
+    """
+    metric, names = _objective(table, rows, task)
+    found = [Candidate(row, _quality(table, row, names), _latency(row), _work(row)) for row in rows]
+    return metric, [c for c in found if c.quality]
+
+
+def compare(metric: str, found: list[Candidate]) -> Comparison:
+    """Put candidates on their common pairs.
+
+    Raises: ConfigError with fewer than two candidates, or where they share no pair.
+    """
+    most = max((len(c.quality) for c in found), default=0)
+    kept = [c for c in found if len(c.quality) >= _ENOUGH_PAIRS * most]
+    left_out = [c for c in found if len(c.quality) < _ENOUGH_PAIRS * most]
+    if len(kept) < 2:
+        raise ConfigError(
+            f"nothing to compare: {len(kept)} setting with {metric}; sweep at least two, for"
+            " example `sd35bench run -m steps=4,16 cfg=1,4`"
+        )
+    tally = Counter(key for c in kept for key in c.quality)
+    common = [key for key in kept[0].quality if tally[key] == len(kept)]
+    if not common:
+        raise ConfigError(
+            "nothing to compare: the settings share no pair of prompt, seed, size and init image;"
+            " sweep them over the same prompts and seeds"
+        )
+    quality = np.array([[c.quality[key] for key in common] for c in kept])
+    return Comparison(metric, kept, quality, _clusters(common), left_out)
+
+
+def _objective(table: Table, rows: list[Row], task: Task) -> tuple[str, list[str]]:
+    """Name of the objective, and the metrics that it combines."""
+    records = [r for row in rows for r in row.quality_records()]
+
+    def scored(name: str) -> bool:
+        return any((s := table.score(name, r)) is not None and s.value is not None for r in records)
+
+    clip = sorted(name for name in table.scores if name.startswith("clip_score"))
+    usable = [name for name in ("prompt_accuracy", *clip) if scored(name)]
+    if task is Task.TEXT_TO_IMAGE and usable:
+        return usable[0], usable[:1]
+    if task is Task.IMAGE_TO_IMAGE and "prompt_accuracy" in usable and scored("init_kept"):
+        return EDIT_QUALITY, ["prompt_accuracy", "init_kept"]
+    needs = "prompt_accuracy or clip_score"
+    if task is Task.IMAGE_TO_IMAGE:
+        needs = "prompt_accuracy and init_kept"
+    raise ConfigError(f"nothing to compare: {task.value} needs {needs}, which was not scored")
+
+
+def _quality(table: Table, row: Row, names: list[str]) -> dict[PairKey, float]:
+    found = {}
+    for record in row.quality_records():
+        scores = [table.score(name, record) for name in names]
+        values = [s.value for s in scores if s is not None and s.value is not None]
+        if len(values) == len(names):
+            found[pair_key(record.trial)] = _harmonic(values)
+    return found
+
+
+def _harmonic(values: list[float]) -> float:
+    if len(values) == 1:
+        return values[0]
+    return 0.0 if min(values) <= 0.0 else len(values) / sum(1.0 / v for v in values)
+
+
+def _latency(row: Row) -> dict[PairKey, float]:
+    return {pair_key(r.trial): r.timings.latency_s for r in row.timed if r.timings is not None}
+
+
+def _work(row: Row) -> float:
+    counted = [float(_evaluations(r)) for r in row.usable]
+    guided = 2.0 if row.setting["cfg"] > 1 else 1.0
+    return guided * (float(np.mean(counted)) if counted else float(row.setting["steps"]))
+
+
+def _evaluations(record: Record) -> int:
+    seen = record.evaluations
+    return record.trial.request.effective_steps if seen is None else seen
+
+
+def _clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault((k[0], k[5]), len(numbers)) for k in keys], np.int64)

@@ -1,0 +1,82 @@
+"""Profiles: what a setting is wanted for, as a latency limit and a quality margin."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sd35bench.errors import ConfigError
+
+__all__ = ["Profile", "as_profiles", "load_profiles"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A limit on latency (absolute, or relative to the slowest setting) and margins of quality.
+
+    `margins` maps metric names or their beginnings to what may be lost of them; a metric without
+    a margin has 0: nothing may be lost.
+    """
+
+    name: str
+    latency_limit_s: float | None = None
+    latency_limit_frac: float | None = None
+    margins: Mapping[str, float] = field(default_factory=dict)
+
+    def margin(self, metric: str) -> float:
+        """Return the margin of a metric, in its units, by the longest beginning that is named."""
+        known = [name for name in self.margins if metric.startswith(name)]
+        return float(self.margins[max(known, key=len)]) if known else 0.0
+
+
+def as_profiles(profiles: Mapping[str, Profile | Mapping[str, Any]]) -> list[Profile]:
+    """Check profiles and freeze them, in the order given. Raises: ConfigError."""
+    return [p if isinstance(p, Profile) else _freeze(name, p) for name, p in profiles.items()]
+
+
+def load_profiles(folder: Path) -> dict[str, Profile]:
+    """Read a folder's YAML files: preview, balanced, final first, then others by name.
+
+    Raises: ConfigError for a file that is no profile.
+    """
+    order = ("preview", "balanced", "final")
+    paths = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    names = [n for n in order if n in paths] + [n for n in paths if n not in order]
+    if not names:
+        raise ConfigError(f"profile: no YAML file in {folder}")
+    read = {name: yaml.safe_load(paths[name].read_text()) for name in names}
+    return {p.name: p for p in as_profiles(read)}
+
+
+def _freeze(name: str, raw: Any) -> Profile:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"profile {name}: expected keys and values, got {raw!r}")
+    known = {f.name for f in fields(Profile)}
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise ConfigError(f"profile.{unknown[0]}: unknown; known: {', '.join(sorted(known))}")
+    margins = raw.get("margins")
+    given = {} if margins is None else margins
+    checked = {str(k): _number(f"margins.{k}", v, 0.0) for k, v in given.items()}
+    return Profile(
+        name=str(raw.get("name", name)),
+        latency_limit_s=_limit("latency_limit_s", raw),
+        latency_limit_frac=_limit("latency_limit_frac", raw),
+        margins=checked,
+    )
+
+
+def _limit(field_name: str, raw: Mapping[str, Any]) -> float | None:
+    value = raw.get(field_name)
+    return None if value is None else _number(field_name, value, 1e-9)
+
+
+def _number(field_name: str, value: Any, least: float) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not number or value < least:
+        above = "at least 0" if least == 0.0 else "above 0"
+        raise ConfigError(f"profile.{field_name}={value!r}: expected a number {above}")
+    return float(value)

@@ -1,0 +1,126 @@
+"""A setting as something to run: the `sd35bench run` command, and plain diffusers.
+
+Both are made from a record, so every value is the one that was in force. Prompts are untrusted
+text: they reach the snippet as Python literals and never the command line.
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd35bench.types import Record, Request, Task
+
+__all__ = ["run_command", "snippet"]
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# What a run has unasked; everything else is spelled out.
+_QUIET = {"sampler": "euler", "output_format": "png", "output_quality": 90}
+
+
+def run_command(records: Sequence[Record], study: str) -> str:
+    """Write the command that makes these records' images again, in a study of this name."""
+    load, request = records[0].trial.load, records[0].trial.request
+    seeds = sorted({r.trial.request.seed for r in records})
+    parts = [f"model={load.model.name}", f"backend={load.backend.name}"]
+    parts += [f"backend.{name}={_text(v)}" for name, v in sorted(load.backend.options.items())]
+    parts += [f"threads={load.threads}", f"steps={request.steps}", f"cfg={_text(request.cfg)}"]
+    if request.prompt_strength is not None:
+        parts.append(f"prompt_strength={_text(request.prompt_strength)}")
+    parts += [f"width={request.width}", f"height={request.height}"]
+    for name in ("sampler", "shift", "max_sequence_length", "output_format", "output_quality"):
+        value = getattr(request, name)
+        if value is not None and value != _QUIET.get(name):
+            parts.append(f"{name}={_text(value)}")
+    parts += _prompts(records)
+    parts += [f"seed={','.join(map(str, seeds))}", f"batch_size={records[0].trial.batch_size}"]
+    many = ["-m"] if len(seeds) > 1 else []
+    return shlex.join(["sd35bench", "run", *many, *parts, f"study={study}"])
+
+
+def snippet(record: Record, init_path: Path | None) -> str:
+    """Write a Python script that makes this record's image with diffusers alone."""
+    load, request = record.trial.load, record.trial.request
+    dtype = _DTYPES.get(str(load.backend.options.get("dtype", "fp32")), "float32")
+    edit = request.task is Task.IMAGE_TO_IMAGE
+    pipeline = "StableDiffusion3Img2ImgPipeline" if edit else "StableDiffusion3Pipeline"
+    lines = ["import torch", f"from diffusers import {pipeline}"]
+    if edit:
+        lines += ["from PIL import Image"]
+    lines += [
+        "",
+        f"torch.set_num_threads({load.threads})",
+        f"pipe = {pipeline}.from_pretrained(",
+        f"    {load.model.path!r}, dtype=torch.{dtype}",
+        ")",
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+    ]
+    if request.shift is not None:
+        lines += [
+            "pipe.scheduler = type(pipe.scheduler).from_config(",
+            f"    pipe.scheduler.config, shift={request.shift!r}",
+            ")",
+        ]
+    lines += ["image = pipe("]
+    lines += [f"    {name}={value}," for name, value in _arguments(record, init_path)]
+    lines += [").images[0]", f'image.save("image.{request.output_format}"{_quality(request)})']
+    return "\n".join(lines) + "\n"
+
+
+def _arguments(record: Record, init_path: Path | None) -> list[tuple[str, str]]:
+    load, r = record.trial.load, record.trial.request
+    own = load.model.max_sequence_length
+    found = [("prompt", repr(r.prompt)), ("negative_prompt", repr(r.negative_prompt))]
+    if r.task is Task.IMAGE_TO_IMAGE:
+        found += [
+            ("image", f'Image.open({str(init_path)!r}).convert("RGB")'),
+            ("strength", repr(r.prompt_strength)),
+        ]
+    found += [
+        ("num_inference_steps", repr(r.steps)),
+        ("guidance_scale", repr(r.cfg)),
+        ("width", repr(r.width)),
+        ("height", repr(r.height)),
+        ("max_sequence_length", repr(r.max_sequence_length if r.max_sequence_length else own)),
+    ]
+    skip = r.skip_layer_guidance
+    if skip is not None:
+        found += [
+            ("skip_guidance_layers", repr(list(skip.layers))),
+            ("skip_layer_guidance_scale", repr(skip.scale)),
+            ("skip_layer_guidance_start", repr(skip.start)),
+            ("skip_layer_guidance_stop", repr(skip.stop)),
+        ]
+    return [*found, ("generator", f'torch.Generator("cpu").manual_seed({r.seed})')]
+
+
+def _quality(request: Request) -> str:
+    lossy = request.output_format != "png"
+    return f", quality={request.output_quality}" if lossy else ""
+
+
+def _prompts(records: Sequence[Record]) -> list[str]:
+    """Which prompts: nano's generated set exactly, a file by its name."""
+    refs = [r.trial.prompt for r in records]
+    first, request = refs[0], records[0].trial.request
+    count = len({(r.trial.request.prompt, r.trial.request.init_image) for r in records})
+    edit = request.task is Task.IMAGE_TO_IMAGE
+    if first.set == "nano":
+        kind = ["prompts.task=edit"] if edit else []
+        seed = first.id.split("-")[-2:-1]  # ids are split-kind-seed-number
+        kind += [f"prompts.seed={seed[0]}"] if seed not in ([], ["0"]) else []
+        return ["prompts=nano", f"prompts.split={first.split}", *kind, f"prompts.limit={count}"]
+    if first.set in ("geneval", "coco"):
+        return [f"prompts={first.set}", f"prompts.path={first.set.upper()}_FILE"]
+    return ["prompts=file", f"prompts.path={first.set}", f"prompts.limit={count}"]
+
+
+def _text(value: Any) -> str:
+    """A value as an override: 4 for 4.0, null and true in YAML's words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value)

@@ -1,0 +1,92 @@
+"""Which trials belong together: settings, pairs, prompts.
+
+A *setting* is a trial without prompt and seed: the unit that is compared and recommended. A *pair*
+is what two trials must share to be compared image by image. Both are computed for every record of
+a study, so they build plain tuples and hash a setting only once.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+from sd35bench.types import Record, Request, SkipLayerGuidance, Trial, content_hash, to_json
+
+__all__ = ["PairKey", "cluster_key", "pair_key", "setting_fields", "setting_key"]
+
+PairKey = tuple[str, str, int, int, int, str | None]
+
+
+def setting_key(trial: Trial) -> str:
+    """Short content hash (12 hex digits) of a trial's setting; batch size is not part of it."""
+    return _hash(_identity(trial))
+
+
+def pair_key(trial: Trial) -> PairKey:
+    """Prompt, negative prompt, seed, width, height and init image of a trial."""
+    r = trial.request
+    return (r.prompt, r.negative_prompt, r.seed, r.width, r.height, r.init_image)
+
+
+def cluster_key(trial: Trial) -> tuple[str, str | None]:
+    """Name what resampling draws together: a prompt (with its init image) in all its seeds."""
+    return (trial.request.prompt, trial.request.init_image)
+
+
+def setting_fields(record: Record) -> dict[str, Any]:
+    """Spell out the setting as columns of a row, flat and JSON-ready."""
+    load, request = record.trial.load, record.trial.request
+    return {
+        "setting": setting_key(record.trial),
+        "model": load.model.name,
+        "weights_digest": load.model.weights_digest,
+        "backend": load.backend.name,
+        "backend_options": dict(load.backend.options),
+        "threads": load.threads,
+        "task": request.task.value,
+        "steps": request.steps,
+        "cfg": request.cfg,
+        "prompt_strength": request.prompt_strength,
+        "sampler": request.sampler,
+        "shift": request.shift,
+        "skip_layer_guidance": to_json(request.skip_layer_guidance),
+        "max_sequence_length": request.max_sequence_length,
+        "width": request.width,
+        "height": request.height,
+        "output_format": request.output_format,
+        "output_quality": request.output_quality,
+    }
+
+
+def _identity(trial: Trial) -> tuple[Any, ...]:
+    load, model, backend = trial.load, trial.load.model, trial.load.backend
+    options = tuple(sorted(backend.options.items()))
+    head = (model.name, model.weights_digest, backend.name, backend.kind, options, load.threads)
+    return head + _request_identity(trial.request)
+
+
+def _request_identity(r: Request) -> tuple[Any, ...]:
+    # The task is there because an init image without a strength is another setting than none.
+    return (
+        r.task.value,
+        r.steps,
+        float(r.cfg),
+        r.prompt_strength,
+        r.sampler,
+        r.shift,
+        _layers(r.skip_layer_guidance),
+        r.max_sequence_length,
+        r.width,
+        r.height,
+        r.output_format,
+        r.output_quality,
+    )
+
+
+def _layers(guidance: SkipLayerGuidance | None) -> tuple[Any, ...] | None:
+    if guidance is None:
+        return None
+    return (tuple(guidance.layers), guidance.scale, guidance.start, guidance.stop)
+
+
+@lru_cache(maxsize=65536)
+def _hash(identity: tuple[Any, ...]) -> str:
+    return content_hash(to_json(identity))[:12]

@@ -1,0 +1,160 @@
+"""`show`: a study's settings with latency, stages, memory and metrics, each with n and interval.
+
+Latency is what one image alone took, from request to encoded file, in trials that ran at batch
+size 1 after warm-up; nothing else enters it. ``None`` is unknown, never 0.
+"""
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from sd35bench.analysis.intervals import mean_interval, quantile_interval
+from sd35bench.analysis.quality import cluster_labels, row_metric
+from sd35bench.analysis.table import GUARD, Row, Table, read_table
+from sd35bench.types import Record
+
+__all__ = ["latency_summary", "show_document", "summarise"]
+
+
+def show_document(study: Any) -> dict[str, Any]:
+    """Summarise a study (`sd35bench.store.Study`) as `show --json` prints it."""
+    return summarise(study, read_table(study))
+
+
+def summarise(study: Any, table: Table) -> dict[str, Any]:
+    """Summarise a table that was read already."""
+    metrics = sorted(name for name in table.scores if name != GUARD)
+    environments = {s.environment_id: s.environment for s in table.sessions.values()}
+    rows = sorted(table.rows, key=_order)
+    return {
+        "study": study.name,
+        "settings": [_row(study, table, row, metrics) for row in rows],
+        "environments": environments,
+        "warnings": table.warnings,
+    }
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    s = row.setting
+    strength = -1.0 if s["prompt_strength"] is None else s["prompt_strength"]
+    return (
+        s["task"] != "text-to-image",
+        s["model"],
+        s["backend"],
+        s["width"] * s["height"],
+        s["steps"],
+        s["cfg"],
+        strength,
+        row.id,
+    )
+
+
+def _row(study: Any, table: Table, row: Row, metrics: list[str]) -> dict[str, Any]:
+    ok = [r for r in row.records if r.timings is not None]
+    sessions = [
+        table.sessions[i]
+        for i in dict.fromkeys(r.session_id for r in ok or row.records)
+        if i in table.sessions
+    ]
+    latency = latency_summary(row.timed)
+    target = row.records[0].trial.load.model.target_latency_s
+    p50 = latency["p50"]
+    memories = [r.memory for r in row.records if r.memory is not None]
+    return row.setting | {
+        "id": row.id,
+        "environment_id": row.environment_id,
+        "environment": sessions[-1].environment if sessions else None,
+        "effective_steps": _common(r.effective_steps for r in ok),
+        "evaluations": _common(r.evaluations for r in ok),
+        "n": len(row.records) - row.failed,
+        "failed": row.failed,
+        "excluded": dict(row.excluded),
+        "quality_batch_size": row.quality_batch_size,
+        "latency_s": latency,
+        "target_latency_s": target,
+        "latency_ratio": None if target is None or p50 is None else p50 / target,
+        "stage_s": _stages(row.timed),
+        "load_s": _median(s.load_s for s in sessions),
+        "first_call_s": _median(s.first_call_s for s in sessions),
+        "peak_vram_bytes": _peak(m.peak_vram_bytes for m in memories),
+        "peak_allocator_bytes": _peak(m.peak_allocator_bytes for m in memories),
+        "peak_rss_bytes": _peak(m.peak_rss_bytes for m in memories),
+        "image_bytes": _median(r.image_bytes for r in row.usable),
+        "truncated_prompts": sum(bool(r.truncated_tokens) for r in row.usable),
+        "in_force": sessions[-1].in_force if sessions else None,
+        "metrics": {name: row_metric(study, table, row, name) for name in metrics},
+        "warnings": _warnings(row, len(sessions)),
+    }
+
+
+def latency_summary(timed: list[Record]) -> dict[str, Any]:
+    """Seconds from request to encoded file of trials that ran alone.
+
+    `ci95` is that of p50 and `mean_ci95` that of the mean, both clustered by prompt. p90 and p99
+    are empirical quantiles; p99 of fewer than 100 images is about their maximum.
+    """
+    x = np.array([r.timings.latency_s for r in timed if r.timings is not None])
+    if not len(x):
+        names = ("p50", "p90", "p99", "mean", "ci95", "mean_ci95")
+        return dict.fromkeys(names) | {"n": 0}
+    labels = cluster_labels([r for r in timed if r.timings is not None])
+    p50, mean = quantile_interval(x, labels, 0.5), mean_interval(x, labels)
+    p90, p99 = np.quantile(x, [0.9, 0.99])
+    return {
+        "p50": p50.value,
+        "p90": float(p90),
+        "p99": float(p99),
+        "mean": mean.value,
+        "ci95": p50.ci95,
+        "mean_ci95": mean.ci95,
+        "n": len(x),
+    }
+
+
+def _stages(timed: list[Record]) -> dict[str, float | None]:
+    """Mean seconds by stage, so that the parts add up; `step_s` is the mean of one step."""
+    timings = [r.timings for r in timed if r.timings is not None]
+    steps = [s for t in timings for s in t.step_s]
+    return {
+        "text_s": _mean(t.text_s for t in timings),
+        "denoise_s": _mean(t.denoise_s for t in timings),
+        "decode_s": _mean(t.decode_s for t in timings),
+        "encode_s": _mean(t.encode_s for t in timings),
+        "step_s": _mean(steps),
+    }
+
+
+def _warnings(row: Row, sessions: int) -> list[str]:
+    found = [f"{n} images left out: {why}" for why, n in row.excluded.most_common()]
+    if row.failed:
+        found.append(f"{row.failed} trials failed")
+    if not row.timed:
+        found.append("no latency: no trial of this setting ran at batch size 1")
+    if sessions > 1:
+        found.append(f"figures from {sessions} process starts in one environment")
+    return found
+
+
+def _common(values: Iterable[float | None]) -> float | None:
+    """Return the value that all known ones share, else their mean."""
+    known = {v for v in values if v is not None}
+    if not known:
+        return None
+    return known.pop() if len(known) == 1 else float(np.mean(list(known)))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(median(known)) if known else None
+
+
+def _peak(values: Iterable[int | None]) -> int | None:
+    known = [v for v in values if v is not None]
+    return max(known) if known else None

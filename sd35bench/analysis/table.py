@@ -1,0 +1,174 @@
+"""A study's records, sessions and scores, sorted into rows: one per setting and environment.
+
+Figures from unlike environments are never pooled, so a setting that ran on two machines is two
+rows. Guards come before every metric: a record counts for quality only if it is OK, its image is
+there, was not found black, constant or of a wrong size when it was scored, and is not the very
+file that another seed gave in the same setting. One pass over the records, one over the scores.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sd35bench.analysis.settings import setting_fields, setting_key
+from sd35bench.types import Record, Session, Status
+
+__all__ = ["GUARD", "Row", "ScoreLike", "Table", "read_table", "repeated_seeds"]
+
+GUARD = "guard"
+"""Name under which `score` keeps what the guards saw in an image: value 1 passed, 0 refused."""
+
+REPEATED = "same image under different seeds"
+MISSING = "image file missing"
+
+
+class ScoreLike(Protocol):
+    """One metric's value for one trial's image, as the store keeps it."""
+
+    metric: str
+    key: str
+    image: str
+    value: float | None
+    detail: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Row:
+    """One setting in one environment.
+
+    `records` are all of them, failed ones too; `timed` the OK ones that ran alone; `usable` the
+    ones whose images may be scored; `excluded` counts the OK ones that may not, by reason.
+    """
+
+    setting: dict[str, Any]
+    environment_id: str | None
+    records: list[Record] = field(default_factory=list)
+    timed: list[Record] = field(default_factory=list)
+    usable: list[Record] = field(default_factory=list)
+    excluded: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def id(self) -> str:
+        """The setting's hash and the environment's first digits."""
+        return f"{self.setting['setting']}@{(self.environment_id or 'unknown')[:8]}"
+
+    @property
+    def failed(self) -> int:
+        """How many trials did not end OK."""
+        return sum(r.status is not Status.OK for r in self.records)
+
+    @property
+    def quality_batch_size(self) -> int | None:
+        """The batch size that made most usable images; of equals the larger."""
+        sizes = Counter(r.trial.batch_size for r in self.usable)
+        return max(sizes, key=lambda size: (sizes[size], size)) if sizes else None
+
+    def quality_records(self) -> list[Record]:
+        """Usable records of the batch size that quality figures come from."""
+        size = self.quality_batch_size
+        return [r for r in self.usable if r.trial.batch_size == size]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of a study, its sessions, and scores by metric and (trial key, image digest)."""
+
+    rows: list[Row]
+    sessions: dict[str, Session]
+    scores: dict[str, dict[tuple[str, str], ScoreLike]]
+    warnings: list[str]
+
+    def score(self, metric: str, record: Record) -> ScoreLike | None:
+        """Look up a record's score for the image that it has now."""
+        return self.scores.get(metric, {}).get((record.trial.key, record.image or ""))
+
+
+def read_table(study: Any) -> Table:
+    """Sort a study (`sd35bench.store.Study`) into rows."""
+    sessions = study.sessions()
+    scores: dict[str, dict[tuple[str, str], ScoreLike]] = defaultdict(dict)
+    for score in study.scores():
+        scores[score.metric][score.key, score.image] = score
+    refused = {where: str(s.detail.get("reason")) for where, s in _guarded(scores) if not s.value}
+    present = _present_images(study)
+    rows = _rows(study.records(), sessions)
+    for row in rows:
+        _sort_out(row, refused, present)
+    return Table(rows, sessions, dict(scores), _warnings(rows))
+
+
+def repeated_seeds(records: Iterable[Record]) -> set[str]:
+    """Image digests that different seeds gave in one setting: the seed had no effect there."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for record in records:
+        if record.image is not None:
+            seeds[record.image].add(record.trial.request.seed)
+    return {digest for digest, found in seeds.items() if len(found) > 1}
+
+
+def _guarded(scores: Mapping[str, dict[tuple[str, str], ScoreLike]]):
+    return scores.get(GUARD, {}).items()
+
+
+def _rows(records: Iterable[Record], sessions: Mapping[str, Session]) -> list[Row]:
+    rows: dict[tuple[str, str | None], Row] = {}
+    homeless: list[tuple[str, Record]] = []
+    first: dict[str, Row] = {}
+    for record in records:
+        setting = setting_key(record.trial)
+        session = sessions.get(record.session_id)
+        if session is None and record.status is not Status.OK:
+            homeless.append((setting, record))  # the worker died before it could describe itself
+            continue
+        environment = None if session is None else session.environment_id
+        row = rows.get((setting, environment))
+        if row is None:
+            row = rows[setting, environment] = Row(setting_fields(record), environment)
+            first.setdefault(setting, row)
+        row.records.append(record)
+    for setting, record in homeless:
+        if setting not in first:
+            first[setting] = rows[setting, None] = Row(setting_fields(record), None)
+        first[setting].records.append(record)
+    return list(rows.values())
+
+
+def _sort_out(row: Row, refused: Mapping[tuple[str, str], str], present: set[str]) -> None:
+    """Fill in which of a row's records are timed, usable or excluded."""
+    ok = [r for r in row.records if r.status is Status.OK and r.image is not None]
+    repeated = repeated_seeds(ok)
+    for record in ok:
+        assert record.image is not None
+        reason = refused.get((record.trial.key, record.image))
+        if reason is None and record.image in repeated:
+            reason = REPEATED
+        if reason is None and record.image not in present:
+            reason = MISSING
+        if reason is None:
+            row.usable.append(record)
+        else:
+            row.excluded[reason] += 1
+        alone = record.trial.batch_size == 1 and record.batch_actual == 1
+        # A deleted file and an ignored seed say nothing against the time that was measured.
+        if alone and record.timings is not None and reason in (None, MISSING, REPEATED):
+            row.timed.append(record)
+
+
+def _present_images(study: Any) -> set[str]:
+    return {path.stem for path in (study.path / "images").glob("*/*")}
+
+
+def _warnings(rows: Iterable[Row]) -> list[str]:
+    rows = list(rows)
+    excluded: Counter[str] = sum((row.excluded for row in rows), Counter())
+    found = [f"{n} images left out of every metric: {why}" for why, n in excluded.most_common()]
+    failed = sum(row.failed for row in rows)
+    if failed:
+        found.append(f"{failed} trials failed; they count in `failed` and nowhere else")
+    environments = {row.environment_id for row in rows}
+    if len(environments) > 1:
+        found.append(
+            f"{len(environments)} unlike environments: their figures are in rows of their own"
+        )
+    return found

@@ -1,0 +1,184 @@
+"""What a metric is: something that turns written images into numbers.
+
+Three kinds, so that no image is decoded or embedded twice:
+
+    ImageMetric     looks at pixels             (prompt accuracy, init kept)
+    FeatureMetric   looks at kept features      (CLIP-score)
+    SetMetric       is computed from kept features of a whole set, against a reference (FID);
+                    the number itself comes from `sd35bench.analysis`, without torch
+
+Every image arrives as uint8 RGB [H, W, 3], decoded from the file that the trial wrote; anything
+else is refused. Modules are imported when a metric is loaded, torch when it first needs weights.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd35bench.errors import ConfigError, MetricError
+from sd35bench.types import Record, Task
+
+__all__ = [
+    "METRICS",
+    "Extractor",
+    "FeatureMetric",
+    "Image",
+    "ImageMetric",
+    "Metric",
+    "ReferenceData",
+    "SetMetric",
+    "Value",
+    "default_metrics",
+    "is_nano",
+    "load_metric",
+    "require_uint8_rgb",
+]
+
+Image = NDArray[np.uint8]
+
+METRICS = {
+    "clip_score": "sd35bench.metrics.clip_score:load",
+    "fid": "sd35bench.metrics.fid:load",
+    "init_kept": "sd35bench.metrics.init_kept:load",
+    "prompt_accuracy": "sd35bench.metrics.prompt_accuracy:load",
+}
+"""Metric families: name → module and function ``load(name, **options) -> Metric``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One image's value; ``None`` with `detail["reason"]` where the metric does not apply."""
+
+    value: float | None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceData:
+    """A set metric's reference: mean [d] and covariance [d, d] (n - 1) of n images' features."""
+
+    mean: NDArray[np.float64]
+    cov: NDArray[np.float64]
+    n: int
+    source: str
+
+
+class Extractor(ABC):
+    """Turns images into feature vectors; `name` is safe in a path and tells weights apart.
+
+    `min_images` is the least number of images for which a Gaussian fitted to the features is
+    worth comparing.
+    """
+
+    name: str
+    min_images: int
+
+    @abstractmethod
+    def embed(self, images: Sequence[Image]) -> NDArray[np.float32]:
+        """Features [n, d] of uint8 RGB images, which may differ in size."""
+
+
+class Metric(ABC):
+    """A named number about images. `tasks` are those that it can judge.
+
+    `remedy` says what to do where it applies to no image of a study.
+    """
+
+    name: str
+    tasks: frozenset[Task] = frozenset(Task)
+    remedy: str = "choose another metric"
+
+    def applies(self, record: Record) -> bool:
+        """Whether this record's image can be judged at all."""
+        return record.trial.request.task in self.tasks
+
+
+class ImageMetric(Metric):
+    """Judges each image by its pixels; `needs_init` asks for the init image beside it."""
+
+    needs_init: bool = False
+
+    @abstractmethod
+    def score_images(
+        self, images: Sequence[Image], records: Sequence[Record], inits: Sequence[Image | None]
+    ) -> list[Value]:
+        """One value per image; `inits` are ``None`` unless `needs_init`."""
+
+
+class FeatureMetric(Metric):
+    """Judges each image by its features and its record's prompt."""
+
+    extractor: Extractor
+
+    @abstractmethod
+    def score_features(
+        self, features: NDArray[np.float32], records: Sequence[Record]
+    ) -> list[Value]:
+        """One value per row of features [n, d]."""
+
+
+class SetMetric(Metric):
+    """Compares the features of a set with a reference."""
+
+    extractor: Extractor
+
+    @property
+    def min_images(self) -> int:
+        """Fewest images for which a value is given."""
+        return self.extractor.min_images
+
+    @abstractmethod
+    def reference_key(self, records: Sequence[Record]) -> str:
+        """Content hash of the reference that these records (one task and size) are held against.
+
+        Cheap: nothing is rendered or embedded for it.
+        """
+
+    @abstractmethod
+    def make_reference(self, records: Sequence[Record]) -> ReferenceData:
+        """Compute that reference. Raises: MetricError where it cannot be had."""
+
+
+def load_metric(name: str, **options: Any) -> Metric:
+    """Load a metric by family (`fid`) or full name (`fid_nano`, `clip_score_ViT-B-32_openai`).
+
+    Raises: ConfigError for an unknown name or option, MetricError where weights are missing.
+    """
+    known = [family for family in METRICS if name == family or name.startswith(f"{family}_")]
+    if not known:
+        raise ConfigError(f"metric={name!r} is unknown; known: {', '.join(sorted(METRICS))}")
+    module, function = METRICS[max(known, key=len)].split(":")
+    load: Callable[..., Metric] = getattr(importlib.import_module(module), function)
+    return load(name, **options)
+
+
+def default_metrics(model: str, task: Task) -> tuple[str, ...]:
+    """Name the metrics that every study of this model gets without asking."""
+    if not is_nano(model):
+        return ("clip_score",)
+    if task is Task.IMAGE_TO_IMAGE:
+        return ("prompt_accuracy", "init_kept", "clip_score_nano")
+    return ("prompt_accuracy", "clip_score_nano", "fid_nano")
+
+
+def is_nano(model: str) -> bool:
+    """Whether a model lives in nano's world: itself, or a variant named after it."""
+    return model == "nano" or model.startswith("nano-")
+
+
+def require_uint8_rgb(images: Sequence[Any]) -> None:
+    """Refuse floats of unknown range, grey images and batches in channels-first order.
+
+    Raises: MetricError.
+    """
+    for image in images:
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+            kind = getattr(image, "dtype", type(image).__name__)
+            raise MetricError(f"images must be uint8 RGB arrays, got {kind}; pass what was written")
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise MetricError(f"images must be [height, width, 3], got {list(image.shape)}")

@@ -1,0 +1,355 @@
+"""Images of a study to scores in its store: each image is read once, and embedded once, ever.
+
+Guards come first: an image that is constant, black or of the wrong size gets a refusal under the
+name `guard` and no other score. What is there already is not made again, so scoring twice does
+nothing, and a killed run loses at most the last `_FLUSH` images' work. Set metrics leave a row per
+image that names its features' extractor and its reference; the distance is computed by `analysis`.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sd35bench.analysis.frechet import Gaussian
+from sd35bench.analysis.quality import Reference, reference_path, write_reference
+from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.table import GUARD
+from sd35bench.errors import MetricError, StoreError
+from sd35bench.metrics.base import (
+    METRICS,
+    Extractor,
+    FeatureMetric,
+    Image,
+    ImageMetric,
+    Metric,
+    SetMetric,
+    Value,
+    default_metrics,
+    is_nano,
+    load_metric,
+)
+from sd35bench.store import Score, Study
+from sd35bench.types import Record, Status
+
+__all__ = ["Progress", "guard_image", "score_study"]
+
+Progress = Callable[[int, int], None]
+"""Called with images done and images to do."""
+
+_BATCH = 64
+_FLUSH = 1024
+# An 8-bit JPEG or WEBP of one flat colour may differ by a level or two within itself.
+_FLAT_LEVELS = 3
+_BLACK_LEVEL = 8
+
+Where = tuple[str, str]
+"""Trial key and image digest."""
+
+
+def score_study(
+    study: Study,
+    metrics: Sequence[str | Metric] | None = None,
+    progress: Progress | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Add the scores that are missing; ``metrics=None`` means each model's and task's defaults.
+
+    Args:
+        study: where the images are and the scores go.
+        metrics: names (`fid`, `clip_score_nano` …) or loaded metrics.
+        progress: told after each batch of images.
+        options: by metric family, what its module's `load` takes (``{"fid": {"reference": …}}``).
+
+    Returns: ``{"study", "images", "scored": {metric: new}, "embedded": {extractor: new},
+    "excluded": {reason: count}, "refused": {metric: why}, "total"}``; `total` counts new scores
+    and features, 0 when nothing was missing.
+
+    Raises: MetricError where a metric that was asked for by name cannot be had; a default that
+    cannot be had is in `refused`.
+    """
+    job = _Job(study)
+    for metric in _resolve(metrics, job, {} if options is None else options):
+        if any(metric.applies(r) for r in job.records):
+            job.add(metric)
+        else:
+            job.refused[metric.name] = f"applies to no image of this study: {metric.remedy}"
+    job.look(progress)
+    job.finish()
+    return job.counts()
+
+
+def guard_image(image: Image, record: Record) -> str | None:
+    """Say why an image must not be scored, or ``None``."""
+    request = record.trial.request
+    if image.shape[:2] != (request.height, request.width):
+        height, width = image.shape[:2]
+        return f"wrong size {width}x{height}, asked {request.width}x{request.height}"
+    if int(image.max()) < _BLACK_LEVEL:
+        return "black image"
+    pixels = image.reshape(-1, 3)
+    if int((pixels.max(0) - pixels.min(0)).max()) <= _FLAT_LEVELS:
+        return "constant image"
+    return None
+
+
+def _resolve(
+    asked: Sequence[str | Metric] | None, job: "_Job", options: Mapping[str, Mapping[str, Any]]
+) -> Iterable[Metric]:
+    """Load the metrics; defaults that cannot be had are noted, others raise."""
+    pairs = {(r.trial.load.model.name, r.trial.request.task) for r in job.records}
+    if asked is not None:
+        only_nano = bool(pairs) and all(is_nano(model) for model, _ in pairs)
+        for each in asked:
+            yield each if isinstance(each, Metric) else _load(each, options, only_nano)
+        return
+    names = dict.fromkeys(n for model, task in sorted(pairs) for n in default_metrics(model, task))
+    for name in names:
+        try:
+            metric = _load(name, options, False)
+            if isinstance(metric, FeatureMetric | SetMetric):
+                _ = metric.extractor.name  # finds out whether there are weights
+        except MetricError as exc:
+            job.refused[name] = str(exc)
+        else:
+            yield metric
+
+
+def _load(name: str, options: Mapping[str, Mapping[str, Any]], only_nano: bool) -> Metric:
+    """Load one metric; the bare family name means nano's evaluator on a study of nano alone."""
+    family = max((f for f in METRICS if name.startswith(f)), key=len, default=name)
+    chosen = dict(options.get(family, {}))
+    if name in ("clip_score", "fid") and only_nano and not {"model", "extractor"} & chosen.keys():
+        name = f"{name}_nano"
+    return load_metric(name, **chosen)
+
+
+class _Job:
+    """What is there, what is missing, and what was made."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.ok = [r for r in study.records() if r.status is Status.OK and r.image is not None]
+        self.done: dict[str, dict[Where, Score]] = defaultdict(dict)
+        for score in study.scores():
+            self.done[score.metric][score.key, score.image] = score
+        self.excluded = {w: str(s.detail["reason"]) for w, s in self._guards() if not s.value}
+        self.missing_files: set[Where] = set()
+        self.made: Counter[str] = Counter()
+        self.embedded: Counter[str] = Counter()
+        self.refused: dict[str, str] = {}
+        self.metrics: dict[str, Metric] = {}
+        self.features: dict[str, dict[str, np.ndarray]] = {}
+        self.rows: dict[str, list[Score]] = defaultdict(list)
+        self.fresh: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)
+
+    def _guards(self) -> Iterable[tuple[Where, Score]]:
+        return list(self.done[GUARD].items())
+
+    @property
+    def records(self) -> list[Record]:
+        """OK records whose image nothing speaks against so far."""
+        out = self.excluded.keys() | self.missing_files
+        return [r for r in self.ok if _where(r) not in out]
+
+    def add(self, metric: Metric) -> None:
+        """Take a metric in, with the features that are kept for it."""
+        self.metrics[metric.name] = metric
+        if isinstance(metric, FeatureMetric | SetMetric) and self.todo(metric):
+            name = metric.extractor.name
+            if name not in self.features:
+                self.features[name] = self.study.features(name)
+
+    def todo(self, metric: Metric) -> list[Record]:
+        """Records that a metric applies to and has no score for, from these very weights."""
+        done = self.done[metric.name]
+        if isinstance(metric, FeatureMetric):
+            name = metric.extractor.name
+            done = {w: s for w, s in done.items() if s.detail.get("features") == name}
+        return [r for r in self.records if _where(r) not in done and metric.applies(r)]
+
+    # Looking at images -------------------------------------------------------------------------
+
+    def look(self, progress: Progress | None) -> None:
+        """Read every image that something still needs, once, in batches of one size."""
+        needs: dict[Where, list[str]] = defaultdict(list)
+        by_where = {_where(r): r for r in self.records}
+        for where in by_where:
+            if where not in self.done[GUARD]:
+                needs[where].append(GUARD)
+        for metric in self.metrics.values():
+            for record in self.todo(metric):
+                if isinstance(metric, ImageMetric) or not self._kept(metric, record):
+                    needs[_where(record)].append(metric.name)
+        ordered = sorted((by_where[w] for w in needs), key=_size)
+        seen = 0
+        for batch in _same_size(ordered):
+            self._batch(batch, needs)
+            seen += len(batch)
+            if sum(map(len, self.rows.values())) + sum(map(len, self.fresh.values())) > _FLUSH:
+                self.flush()
+            if progress is not None:
+                progress(seen, len(ordered))
+        self.flush()
+
+    def _kept(self, metric: Metric, record: Record) -> bool:
+        assert isinstance(metric, FeatureMetric | SetMetric)
+        return record.image in self.features[metric.extractor.name]
+
+    def _batch(self, records: list[Record], needs: Mapping[Where, list[str]]) -> None:
+        pairs = [(r, i) for r in records if (i := self._healthy(r)) is not None]
+        for metric in self.metrics.values():
+            part = [(r, i) for r, i in pairs if metric.name in needs[_where(r)]]
+            if not part:
+                continue
+            if isinstance(metric, ImageMetric):
+                self._score_images(metric, part)
+            elif isinstance(metric, FeatureMetric | SetMetric):
+                self._embed(metric.extractor, part)
+
+    def _healthy(self, record: Record) -> Image | None:
+        """Read an image and guard it; ``None`` if it must not be scored."""
+        assert record.image is not None
+        where = _where(record)
+        try:
+            image = self.study.read_image(record.image)
+        except (StoreError, OSError):
+            self.missing_files.add(where)
+            return None
+        if where not in self.done[GUARD]:
+            reason = guard_image(image, record)
+            detail = {} if reason is None else {"reason": reason}
+            self.keep(GUARD, record, Value(float(reason is None), detail))
+            if reason is not None:
+                self.excluded[where] = reason
+                return None
+        return image
+
+    def _score_images(self, metric: ImageMetric, part: list[tuple[Record, Image]]) -> None:
+        records, images = [r for r, _ in part], [i for _, i in part]
+        inits: list[Image | None] = [None] * len(part)
+        if metric.needs_init:
+            digests = [r.trial.request.init_image for r in records]
+            inits = [None if d is None else self.study.read_init(d) for d in digests]
+        for record, value in zip(records, metric.score_images(images, records, inits), strict=True):
+            self.keep(metric.name, record, value)
+
+    def _embed(self, extractor: Extractor, part: list[tuple[Record, Image]]) -> None:
+        kept = self.features[extractor.name]
+        new = {r.image: i for r, i in part if r.image is not None and r.image not in kept}
+        if not new:
+            return
+        rows = extractor.embed(list(new.values()))
+        for digest, row in zip(new, rows, strict=True):
+            kept[digest] = row
+            self.fresh[extractor.name].append((digest, row))
+        self.embedded[extractor.name] += len(new)
+
+    # From features -----------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Score what needs features only, and give set metrics their reference."""
+        for metric in self.metrics.values():
+            if isinstance(metric, FeatureMetric):
+                self._score_features(metric)
+            elif isinstance(metric, SetMetric):
+                self._place(metric)
+        self.flush()
+
+    def _score_features(self, metric: FeatureMetric) -> None:
+        records = self.todo(metric)
+        for start in range(0, len(records), _FLUSH):
+            part = records[start : start + _FLUSH]
+            kept = self.features[metric.extractor.name]
+            rows = np.stack([kept[r.image] for r in part if r.image is not None])
+            for record, value in zip(part, metric.score_features(rows, part), strict=True):
+                detail = value.detail | {"features": metric.extractor.name}
+                self.keep(metric.name, record, Value(value.value, detail))
+
+    def _place(self, metric: SetMetric) -> None:
+        """Name extractor and reference in a row per image; one reference per task and size."""
+        groups: dict[Any, list[Record]] = defaultdict(list)
+        for record in self.records:
+            if metric.applies(record):
+                groups[record.trial.request.task, *_size(record)].append(record)
+        done = self.done[metric.name]
+        for group in groups.values():
+            detail = self._reference(metric, group)
+            for record in group:
+                there = done.get(_where(record))
+                if there is None or there.detail != detail:
+                    self.keep(metric.name, record, Value(None, detail))
+
+    def _reference(self, metric: SetMetric, group: list[Record]) -> dict[str, Any]:
+        """Make the reference if it is missing and some setting has images enough to use it."""
+        extractor, least = metric.extractor.name, metric.min_images
+        detail = {"extractor": extractor, "reference": None, "min_images": least}
+        sizes = Counter((setting_key(r.trial), r.trial.batch_size) for r in group)
+        if max(sizes.values()) < least:
+            return detail
+        name = f"{extractor}-{metric.reference_key(group)}"
+        if not reference_path(self.study, name).exists():
+            data = metric.make_reference(group)
+            gaussian = Gaussian(data.mean, data.cov, data.n)
+            reference = Reference(
+                name=name, gaussian=gaussian, source=data.source, min_images=least
+            )
+            write_reference(self.study, reference)
+        return detail | {"reference": name}
+
+    # Keeping -----------------------------------------------------------------------------------
+
+    def keep(self, metric: str, record: Record, value: Value) -> None:
+        """Queue one score for the store."""
+        key, image = _where(record)
+        score = Score(metric=metric, key=key, image=image, value=value.value, detail=value.detail)
+        self.rows[metric].append(score)
+        self.done[metric][key, image] = score
+        self.made[metric] += metric != GUARD
+
+    def flush(self) -> None:
+        """Write what is queued: features first, since scores refer to them."""
+        for extractor, pairs in self.fresh.items():
+            digests, rows = [d for d, _ in pairs], np.stack([row for _, row in pairs])
+            self.study.put_features(extractor, digests, rows)
+        self.fresh.clear()
+        for metric, scores in self.rows.items():
+            self.study.append_scores(metric, scores)
+        self.rows.clear()
+
+    def counts(self) -> dict[str, Any]:
+        """Summarise what was done."""
+        scored = {name: n for name, n in self.made.items() if n}
+        excluded = Counter(self.excluded.values())
+        if self.missing_files:
+            excluded["image file missing"] += len(self.missing_files)
+        return {
+            "study": self.study.name,
+            "images": len(self.records),
+            "scored": scored,
+            "embedded": dict(self.embedded),
+            "excluded": dict(excluded),
+            "refused": self.refused,
+            "total": sum(scored.values()) + sum(self.embedded.values()),
+        }
+
+
+def _where(record: Record) -> Where:
+    return record.trial.key, str(record.image)
+
+
+def _size(record: Record) -> tuple[int, int]:
+    return record.trial.request.width, record.trial.request.height
+
+
+def _same_size(records: Sequence[Record]) -> Iterable[list[Record]]:
+    """Batches of at most `_BATCH` neighbours of one size."""
+    batch: list[Record] = []
+    for record in records:
+        if batch and (len(batch) == _BATCH or _size(batch[0]) != _size(record)):
+            yield batch
+            batch = []
+        batch.append(record)
+    if batch:
+        yield batch

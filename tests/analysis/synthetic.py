@@ -1,0 +1,151 @@
+"""Studies of known truth, in memory: settings with planted accuracy and latency."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from sd35bench.types import (
+    BackendSpec,
+    Load,
+    Memory,
+    ModelSpec,
+    PromptRef,
+    Record,
+    Request,
+    Session,
+    Status,
+    Timings,
+    make_trial,
+)
+
+MODEL = ModelSpec(name="nano", path="/models/nano", weights_digest="d" * 64, max_sequence_length=16)
+LOAD = Load(
+    model=MODEL,
+    backend=BackendSpec(name="eager", kind="eager", options={"dtype": "fp32"}),
+    threads=2,
+)
+
+
+def session(name: str = "s", environment: str = "e" * 64, load: Load = LOAD) -> Session:
+    return Session(
+        id=name,
+        load=load,
+        started_at="2026-01-01T00:00:00",
+        environment_id=environment,
+        environment={"device": "cpu"},
+        load_s=2.0,
+        first_call_s=1.0,
+        warmup_s=1.0,
+        in_force={"dtype": "fp32"},
+    )
+
+
+def record(number: int = 0, *, load: Load = LOAD, **fields: Any) -> Record:
+    """One OK record; `fields` go to the request, or to the record where it has them."""
+    own = {
+        "status": Status.OK,
+        "session_id": "s",
+        "timings": Timings(generate_s=1.0, encode_s=0.0),
+        "memory": Memory(peak_rss_bytes=1),
+        "batch_actual": 1,
+        "evaluations": None,
+        "truncated_tokens": 0,
+        "image": "auto",
+        "error": None,
+    }
+    taken = {k: fields.pop(k, v) for k, v in own.items()}
+    batch_size = fields.pop("batch_size", 1)
+    level, ref_set = fields.pop("level", None), fields.pop("prompt_set", "nano")
+    asked = {"steps": 8, "cfg": 4.0, "seed": 0, "width": 64, "height": 64, **fields}
+    asked.setdefault("prompt", f"prompt {number}")
+    trial = make_trial(
+        load=load,
+        request=Request(**asked),
+        batch_size=batch_size,
+        prompt=PromptRef(id=f"tune-t2i-0-{number:04d}", set=ref_set, split="tune", level=level),
+    )
+    if taken["image"] == "auto":
+        taken["image"] = trial.key.ljust(64, "0") if taken["status"] is Status.OK else None
+    if taken["status"] is not Status.OK:
+        taken["timings"] = None
+    return Record(trial=trial, started_at="2026-01-01T00:00:00", **taken)
+
+
+@dataclass
+class MemoryStudy:
+    """What analysis needs of a study, without a disk; `absent` are images that are gone."""
+
+    path: Path
+    kept: list[Record] = field(default_factory=list)
+    score_rows: list[Any] = field(default_factory=list)
+    lives: dict[str, Session] = field(default_factory=lambda: {"s": session()})
+    kept_features: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    name: str = "synthetic"
+
+    def records(self) -> list[Record]:
+        return self.kept
+
+    def sessions(self) -> dict[str, Session]:
+        return self.lives
+
+    def scores(self) -> list[Any]:
+        return self.score_rows
+
+    def features(self, extractor: str) -> dict[str, np.ndarray]:
+        return self.kept_features[extractor]
+
+    def init_path(self, digest: str) -> Path:
+        return self.path / "inits" / digest
+
+    def add(self, row: Record, **metrics: float | None) -> None:
+        self.kept.append(row)
+        for name, value in metrics.items():
+            self.score(row, name, value)
+
+    def score(self, row: Record, name: str, value: float | None, **detail: Any) -> None:
+        self.score_rows.append(
+            SimpleNamespace(
+                metric=name, key=row.trial.key, image=row.image, value=value, detail=detail
+            )
+        )
+
+    def touch_images(self, absent: tuple[str, ...] = ()) -> "MemoryStudy":
+        """Make (empty) image files, since analysis looks whether they are there."""
+        for row in self.kept:
+            if row.image is not None and row.image not in absent:
+                path = self.path / "images" / row.image[:2] / f"{row.image}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        return self
+
+
+def planted(
+    path: Path,
+    settings: dict[tuple[int, float], tuple[float, float]],
+    *,
+    prompts: int = 64,
+    seeds: int = 2,
+    rng_seed: int = 0,
+    difficulty: float = 0.0,
+    **fields: Any,
+) -> MemoryStudy:
+    """A text-to-image study: (steps, cfg) → (accuracy, latency in s), paired over settings.
+
+    One uniform number per (prompt, seed) decides all settings, so that of two settings the better
+    one is right wherever the worse one is: pairs carry almost all the information. `difficulty`
+    spreads the prompts.
+    """
+    rng = np.random.default_rng(rng_seed)
+    study = MemoryStudy(path)
+    ease = rng.uniform(-difficulty, difficulty, prompts)
+    luck = rng.uniform(size=(prompts, seeds))
+    for (steps, cfg), (accuracy, latency) in settings.items():
+        for p in range(prompts):
+            for s in range(seeds):
+                timings = Timings(generate_s=latency * rng.uniform(0.95, 1.05), encode_s=0.0)
+                row = record(p, steps=steps, cfg=cfg, seed=s, timings=timings, **fields)
+                study.add(row, prompt_accuracy=float(luck[p, s] < accuracy + ease[p]))
+    return study.touch_images()

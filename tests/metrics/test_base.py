@@ -1,0 +1,119 @@
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sd35bench.errors import ConfigError, MetricError
+from sd35bench.metrics.base import (
+    METRICS,
+    FeatureMetric,
+    ImageMetric,
+    SetMetric,
+    default_metrics,
+    load_metric,
+    require_uint8_rgb,
+)
+from sd35bench.types import Task
+from tests.analysis.synthetic import LOAD, record
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "metric"
+
+
+@pytest.mark.parametrize("family", sorted(METRICS))
+def test_metric_contract(family):
+    """Every metric: one module, one YAML of its name, a name of its own, a kind, and tasks."""
+    name = f"{family}_nano" if family in ("clip_score", "fid") else family
+    metric = load_metric(name)
+    assert metric.name == name
+    assert isinstance(metric, ImageMetric | FeatureMetric | SetMetric)
+    assert metric.tasks
+    assert yaml.safe_load((CONFIGS / f"{family}.yaml").read_text())["family"] == family
+
+
+@pytest.mark.parametrize("family", sorted(METRICS))
+def test_metric_yaml_names_the_options_that_load_takes(family):
+    conf = yaml.safe_load((CONFIGS / f"{family}.yaml").read_text())
+    function = importlib.import_module(METRICS[family].split(":")[0]).load
+    taken = set(inspect.signature(function).parameters) - {"name"}
+    assert set(conf.get("options", {})) == set(conf.get("allowed", {})) == taken
+
+
+def test_metric_added_as_module_and_line_is_loaded(monkeypatch):
+    monkeypatch.setitem(METRICS, "sharpness", "tests.metrics.added:load")
+    assert load_metric("sharpness", radius=3).name == "sharpness_3"
+
+
+@pytest.mark.parametrize("name", ["fidd", "clip", "", "prompt_accuracies"])
+def test_unknown_metric_is_refused_with_the_known_ones(name):
+    with pytest.raises(ConfigError, match="clip_score"):
+        load_metric(name)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("nano", Task.TEXT_TO_IMAGE, ("prompt_accuracy", "clip_score_nano", "fid_nano")),
+        ("nano", Task.IMAGE_TO_IMAGE, ("prompt_accuracy", "init_kept", "clip_score_nano")),
+        ("nano-int4", Task.TEXT_TO_IMAGE, ("prompt_accuracy", "clip_score_nano", "fid_nano")),
+        ("sd35-medium", Task.TEXT_TO_IMAGE, ("clip_score",)),
+        ("nanometre", Task.TEXT_TO_IMAGE, ("clip_score",)),
+    ],
+)
+def test_default_metrics_by_model_and_task(model, task, expected):
+    assert default_metrics(model, task) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("prompt_accuracy", {}, True),
+        ("init_kept", {}, False),
+        ("init_kept", {"init_image": "i" * 64, "prompt_strength": 0.5}, True),
+        ("fid_nano", {"init_image": "i" * 64, "prompt_strength": 0.5}, False),
+        ("fid_nano", {}, True),
+        ("clip_score_nano", {"init_image": "i" * 64, "prompt_strength": 0.5}, True),
+    ],
+)
+def test_metric_applies_by_task(name, fields, expected):
+    assert load_metric(name).applies(record(0, **fields)) is expected
+
+
+@pytest.mark.parametrize("name", ["prompt_accuracy", "clip_score_nano", "fid_nano"])
+def test_metric_of_nanos_world_does_not_apply_to_other_models(name):
+    from dataclasses import replace
+
+    other = replace(LOAD, model=replace(LOAD.model, name="sd35-medium"))
+    assert not load_metric(name).applies(record(0, load=other))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        [[0, 0, 0]],
+    ],
+    ids=["float", "grey", "channels-first", "alpha", "list"],
+)
+def test_anything_but_uint8_rgb_is_refused(image):
+    with pytest.raises(MetricError, match="images must be"):
+        require_uint8_rgb([image])
+
+
+def test_analysis_and_metric_names_load_without_torch():
+    code = (
+        "import sys, sd35bench.analysis.summary, sd35bench.analysis.recommended,"
+        " sd35bench.analysis.recommend, sd35bench.score\n"
+        "from sd35bench.metrics.base import load_metric\n"
+        "[load_metric(n).name for n in ('fid_nano', 'clip_score_nano', 'init_kept')]\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
