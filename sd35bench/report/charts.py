@@ -1,0 +1,294 @@
+"""Which charts a study deserves: rows of settings become points, lines and samples."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sd35bench.report.bars import Samples, plot_distributions, plot_memory, plot_stages
+from sd35bench.report.figures import Estimate, format_plain
+from sd35bench.report.leaderboard import front_ids
+from sd35bench.report.plots import Figure, Line, Point, plot_front, plot_lines, plot_tradeoff
+from sd35bench.report.rows import (
+    Row,
+    lower_is_better,
+    metric_label,
+    metric_names,
+    read_rows,
+    varying_fields,
+)
+from sd35bench.report.svg import MARKERS, ramp
+from sd35bench.types import Record, Status
+
+__all__ = ["front_figures", "line_figures", "quality_figures", "speed_figures", "tradeoff_figures"]
+
+_MAX_SPEED_ROWS = 40
+_MAX_LINES = 8
+
+
+def front_figures(
+    rows: Sequence[Row],
+    badges: Mapping[str, tuple[str, ...]],
+    extra: Sequence[str],
+    target_s: float | None,
+) -> list[Figure]:
+    """Quality over latency, one chart per metric that was measured."""
+    figures = []
+    for metric in metric_names(rows):
+        known = [r for r in rows if _known(r, metric) and r.latency is not None]
+        if not known:
+            continue
+        front = front_ids(known, metric)
+        colours, title = _colouring(known)
+        shapes = _shapes(known, extra)
+        points = [
+            Point(
+                x=r.latency,
+                y=r.metrics[metric],
+                class_=colours[_colour_value(r)],
+                marker=shapes[_shape_value(r, extra)],
+                label=_short_name(r, extra),
+                on_front=r.id in front,
+                badge=", ".join(badges.get(r.id, ())),
+            )
+            for r in known
+            if r.latency is not None
+        ]
+        figure = plot_front(
+            points, metric=metric_label(metric), lower=lower_is_better(metric), target_s=target_s
+        )
+        legend = tuple((c, "circle", f"{title} {format_plain(v)}") for v, c in colours.items())
+        legend += tuple(("plain", m, v) for v, m in shapes.items() if v)
+        figures.append(replace(figure, legend=legend))
+    return figures
+
+
+def quality_figures(document: Mapping[str, Any]) -> list[Figure]:
+    """Quality over latency from a `show` document, task by task; figures draw in a notebook."""
+    rows = read_rows(document)
+    extra = varying_fields(rows)
+    figures = []
+    for task in dict.fromkeys(r.task for r in rows):
+        figures += front_figures([r for r in rows if r.task == task], {}, extra, None)
+    return figures
+
+
+def _known(row: Row, metric: str) -> bool:
+    found = row.metrics.get(metric)
+    return found is not None and found.value is not None
+
+
+def _short_name(row: Row, extra: Sequence[str]) -> str:
+    return row.name(extra).replace(" steps · cfg ", " · cfg ")
+
+
+def _colour_value(row: Row) -> float:
+    return row.cfg if row.prompt_strength is None else row.prompt_strength
+
+
+def _colouring(rows: Sequence[Row]) -> tuple[dict[float, str], str]:
+    """Colour by cfg; by strength where there is one, which then matters more."""
+    values = sorted({_colour_value(r) for r in rows})
+    title = "cfg" if all(r.prompt_strength is None for r in rows) else "strength"
+    return {v: ramp(i, len(values)) for i, v in enumerate(values)}, title
+
+
+def _shape_value(row: Row, extra: Sequence[str]) -> str:
+    return " · ".join(str(row.setting.get(f)) for f in extra)
+
+
+def _shapes(rows: Sequence[Row], extra: Sequence[str]) -> dict[str, str]:
+    values = sorted({_shape_value(r, extra) for r in rows})
+    return {v: MARKERS[i % len(MARKERS)] for i, v in enumerate(values)}
+
+
+def _main_group(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ only in steps, cfg and strength: the largest such group."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.rest].append(row)
+    return max(groups.values(), key=len, default=[])
+
+
+def line_figures(rows: Sequence[Row], pinned: Row | None) -> tuple[list[Figure], str]:
+    """Curves over steps (a line per cfg), over cfg (per steps); for image-to-image at one strength.
+
+    Returns the figures and a sentence that says what was held fixed; `pinned` is the recommended
+    row, whose strength and backend are shown where the study has several.
+    """
+    group = [r for r in rows if pinned is not None and r.rest == pinned.rest]
+    group = group if group else _main_group(rows)
+    fixed = _fixed_strength(group, pinned)
+    group = [r for r in group if r.prompt_strength == fixed]
+    figures = []
+    for metric in metric_names(group):
+        known = [r for r in group if _known(r, metric)]
+        for axis, other in (("steps", "cfg"), ("cfg", "steps")):
+            lines = _lines(known, metric, axis, other)
+            if lines:
+                figures.append(
+                    plot_lines(
+                        lines,
+                        axis=axis,
+                        metric=metric_label(metric),
+                        lower=lower_is_better(metric),
+                        log=axis == "steps",
+                    )
+                )
+    note = "" if fixed is None else f"At prompt_strength {format_plain(fixed)}."
+    return figures, note
+
+
+def _fixed_strength(rows: Sequence[Row], pinned: Row | None) -> float | None:
+    if pinned is not None:
+        return pinned.prompt_strength
+    counts = Counter(r.prompt_strength for r in rows)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _lines(rows: Sequence[Row], metric: str, axis: str, other: str) -> list[Line]:
+    if len({getattr(r, axis) for r in rows}) < 2:
+        return []
+    values = sorted({getattr(r, other) for r in rows})
+    shown = _thin(values)
+    lines = []
+    for i, value in enumerate(shown):
+        points = sorted(
+            ((getattr(r, axis), r.metrics[metric]) for r in rows if getattr(r, other) == value),
+            key=lambda p: p[0],
+        )
+        name = f"cfg {format_plain(value)}" if other == "cfg" else f"{value} steps"
+        lines.append(
+            Line(
+                name=name,
+                class_=ramp(i, len(shown)),
+                marker=MARKERS[i % len(MARKERS)],
+                points=tuple(points),
+            )
+        )
+    return lines
+
+
+def _thin(values: Sequence[Any]) -> list[Any]:
+    """At most eight values, spread over all of them."""
+    if len(values) <= _MAX_LINES:
+        return list(values)
+    last = len(values) - 1
+    return [values[round(i * last / (_MAX_LINES - 1))] for i in range(_MAX_LINES)]
+
+
+def tradeoff_figures(rows: Sequence[Row], pinned: Row | None) -> list[Figure]:
+    """Image-to-image: followed against kept, and both over prompt_strength."""
+    followed = next((m for m in metric_names(rows) if m.startswith("prompt_accuracy")), None)
+    followed = followed or next((m for m in metric_names(rows) if m.startswith("clip")), None)
+    kept = next((m for m in metric_names(rows) if m.startswith("init_kept")), None)
+    group = _main_group([r for r in rows if r.prompt_strength is not None])
+    if followed is None or kept is None:
+        return []
+    group = [r for r in group if _known(r, followed) and _known(r, kept)]
+    by_pair: dict[tuple[int, float], list[Row]] = defaultdict(list)
+    for row in group:
+        by_pair[row.steps, row.cfg].append(row)
+    pairs = _thin(sorted(p for p, members in by_pair.items() if len(members) > 1))
+    if not pairs:
+        return []
+    lines = [
+        (
+            f"{steps} steps · cfg {format_plain(cfg)}",
+            ramp(i, len(pairs)),
+            MARKERS[i % len(MARKERS)],
+            [
+                (format_plain(r.prompt_strength), r.metrics[followed], r.metrics[kept])
+                for r in sorted(by_pair[steps, cfg], key=lambda r: r.prompt_strength or 0.0)
+            ],
+        )
+        for i, (steps, cfg) in enumerate(pairs)
+    ]
+    plane = plot_tradeoff(lines, followed=metric_label(followed), kept=metric_label(kept))
+    chosen = pairs[-1] if pinned is None else (pinned.steps, pinned.cfg)
+    chosen = chosen if chosen in by_pair else pairs[-1]
+    return [plane, _over_strength(by_pair[chosen], followed, kept, chosen)]
+
+
+def _over_strength(
+    rows: Sequence[Row], followed: str, kept: str, chosen: tuple[int, float]
+) -> Figure:
+    ordered = sorted(rows, key=lambda r: r.prompt_strength or 0.0)
+
+    def points(metric: str) -> tuple[tuple[float, Estimate], ...]:
+        return tuple((r.prompt_strength or 0.0, r.metrics[metric]) for r in ordered)
+
+    lines = [
+        Line(name="followed", class_="c1", marker="circle", points=points(followed)),
+        Line(name="kept", class_="c6", marker="square", points=points(kept), dashed=True),
+    ]
+    figure = plot_lines(lines, axis="prompt_strength", metric="followed and kept")
+    note = f"At {chosen[0]} steps, cfg {format_plain(chosen[1])}."
+    return replace(
+        figure,
+        title="Followed and kept over prompt_strength",
+        legend=(("c1", "circle", metric_label(followed)), ("c6", "square", metric_label(kept))),
+        note=note,
+    )
+
+
+def speed_figures(
+    rows: Sequence[Row],
+    matched: Mapping[str, Sequence[Record]],
+    badges: Mapping[str, tuple[str, ...]],
+    extra: Sequence[str],
+) -> tuple[list[Figure], str]:
+    """Distributions, stages and memory; the fastest settings and the recommended ones if many."""
+    timed = {r.id: _latencies(matched.get(r.id, ())) for r in rows}
+    known = [r for r in rows if timed[r.id]]
+    known.sort(key=lambda r: sorted(timed[r.id])[len(timed[r.id]) // 2])
+    note = ""
+    if len(known) > _MAX_SPEED_ROWS:
+        step = len(known) / _MAX_SPEED_ROWS
+        keep = {known[int(i * step)].id for i in range(_MAX_SPEED_ROWS)}
+        shown = [r for r in known if r.id in keep or r.id in badges]
+        note = f"{len(shown)} of {len(known)} settings, spread evenly over their latencies."
+        known = shown
+    samples = [
+        Samples(
+            label=_short_name(r, extra),
+            latencies_s=timed[r.id],
+            stage_s=_stages(r),
+            strong=r.id in badges,
+        )
+        for r in known
+    ]
+    figures = [plot_distributions(samples)] if samples else []
+    staged = [s for s in samples if s.stage_s]
+    figures += [plot_stages(staged)] if staged else []
+    memory = _memory_rows(rows)
+    return figures + ([plot_memory(memory)] if len(memory) > 1 else []), note
+
+
+def _latencies(records: Sequence[Record]) -> tuple[float, ...]:
+    return tuple(
+        r.timings.latency_s
+        for r in records
+        if r.status is Status.OK and r.timings is not None and r.trial.batch_size == 1
+    )
+
+
+def _stages(row: Row) -> dict[str, float]:
+    """Mean seconds by stage; what the stages do not explain of the mean is "other"."""
+    stages = {k: v for k, v in row.stage_s.items() if k in ("text", "denoise", "decode", "encode")}
+    mean = row.latency_s.get("mean")
+    if not stages or mean is None:
+        return stages
+    other = mean - sum(stages.values())
+    return {**stages, "other": other} if other > 0.01 * mean else stages
+
+
+def _memory_rows(rows: Sequence[Row]) -> list[tuple[str, str, float]]:
+    """Peaks by model and backend; a worker's peak does not belong to one setting."""
+    peaks: dict[tuple[str, str], float] = {}
+    for row in rows:
+        label = f"{row.setting.get('model')} · {row.setting.get('backend')}"
+        for kind, count in (("rss", row.peak_rss_bytes), ("vram", row.peak_vram_bytes)):
+            if count is not None:
+                peaks[label, kind] = max(count, peaks.get((label, kind), 0))
+    return [(label, kind, count) for (label, kind), count in sorted(peaks.items())]

@@ -1,0 +1,294 @@
+"""The headline: which steps, cfg and prompt_strength to use, and what they cost.
+
+Read from `recommend`'s document. Without one (nothing scored, say) the best measured setting is
+named as just that, and without any measurement the report says so.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sd35bench.report.figures import (
+    Estimate,
+    decimals_for,
+    format_bytes,
+    format_estimate,
+    format_latency,
+    format_plain,
+)
+from sd35bench.report.leaderboard import best_first, primary_metric
+from sd35bench.report.rows import Row, metric_label, metric_names
+
+__all__ = ["Answer", "Headline", "objective_estimates", "read_headline"]
+
+_MAIN_PROFILE = "balanced"
+_SHOWN_OTHERS = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One profile's answer for one task: the setting, what it gives and costs, and why.
+
+    `row_id` is ``None`` where nothing could be recommended; `why` then says the reason. `others`
+    are (setting, difference from the best, why not); `more` counts those not listed.
+    """
+
+    profile: str
+    task: str
+    row_id: str | None
+    values: tuple[tuple[str, str], ...]
+    gives: tuple[tuple[str, str, str], ...]
+    why: tuple[str, ...] = ()
+    others: tuple[tuple[str, str, str], ...] = ()
+    more: int = 0
+    command: str = ""
+    snippet: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """The answers by task, the main one of each in a sentence, and which rows were chosen.
+
+    A sentence of `lead` is (before, the setting, after); the page stresses the setting.
+    """
+
+    lead: tuple[tuple[str, str, str], ...]
+    answers: tuple[tuple[str, tuple[Answer, ...]], ...]
+    notes: tuple[str, ...] = ()
+    badges: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def pinned(self, task: str, rows: Sequence[Row]) -> Row | None:
+        """The row that charts of `task` hold fixed: the balanced profile's, else the first."""
+        chosen = [a for t, answers in self.answers if t == task for a in answers if a.row_id]
+        chosen.sort(key=lambda a: a.profile != _MAIN_PROFILE)
+        return next((r for a in chosen for r in rows if r.id == a.row_id), None)
+
+    def compare(self, rows: Sequence[Row]) -> list[str]:
+        """The two settings that the wall compares first: the recommended and the cheapest."""
+        first = self.pinned("text-to-image", rows) or self.pinned("image-to-image", rows)
+        if first is None:
+            return [r.id for r in rows[:2]]
+        others = [r for r in rows if r.task == first.task and r.id != first.id]
+        others.sort(key=lambda r: r.latency.value if r.latency and r.latency.value else 0.0)
+        return [first.id, *(r.id for r in others[:1])]
+
+
+def read_headline(
+    rows: Sequence[Row], recommendation: Mapping[str, Any] | str | None, extra: Sequence[str]
+) -> Headline:
+    """Headline from a `recommend` document; from plain measurements where there is none.
+
+    A text instead of a document says why nothing could be recommended.
+    """
+    if not isinstance(recommendation, Mapping):
+        reason = (recommendation,) if recommendation else ()
+        return _measured(rows, extra, reason)
+    by_id = {r.id: r for r in rows}
+    answers: dict[str, list[Answer]] = defaultdict(list)
+    for profile, tasks in recommendation["profiles"].items():
+        for task, entry in tasks.items():
+            if entry is not None:
+                answers[task].append(_answer(profile, task, entry, by_id, extra))
+    found = [a for group in answers.values() for a in group]
+    if not found:
+        return _measured(rows, extra, tuple(recommendation.get("notes") or ()))
+    return Headline(
+        lead=tuple(_lead(answers, by_id, extra)),
+        answers=tuple((task, tuple(group)) for task, group in answers.items()),
+        notes=tuple(_notes(recommendation)),
+        badges=_badges(found),
+    )
+
+
+def objective_estimates(recommendation: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Row id → {metric: estimate} of what `recommend` judged by, where rows do not have it."""
+    found: dict[str, dict[str, Estimate]] = defaultdict(dict)
+    if not isinstance(recommendation, Mapping):
+        return found
+    entries = (e for tasks in recommendation["profiles"].values() for e in tasks.values() if e)
+    for entry in entries:
+        metric = (entry["evidence"].get("quality") or {}).get("metric")
+        judged = [(entry["setting_id"], entry["evidence"].get("quality"))]
+        judged += [(a["setting_id"], a["quality"]) for a in entry["alternatives"]]
+        for row_id, quality in judged:
+            if metric is not None and quality is not None:
+                found[row_id][metric] = _estimate(quality)
+    return found
+
+
+def _estimate(raw: Mapping[str, Any]) -> Estimate:
+    low, high = raw.get("ci95") or (None, None)
+    return Estimate(value=raw["value"], low=low, high=high, n=raw.get("n"))
+
+
+def _answer(
+    profile: str,
+    task: str,
+    entry: Mapping[str, Any],
+    by_id: Mapping[str, Row],
+    extra: Sequence[str],
+) -> Answer:
+    evidence = entry["evidence"]
+    row = by_id.get(entry.get("setting_id") or "")
+    if row is None:
+        why = (_sentence_of(evidence["reason"]),)
+        return Answer(profile=profile, task=task, row_id=None, values=(), gives=(), why=why)
+    return Answer(
+        profile=profile,
+        task=task,
+        row_id=row.id,
+        values=setting_values(row, extra),
+        gives=gives(row),
+        why=tuple(_why(evidence)),
+        others=tuple(_other(a, by_id, extra) for a in entry["alternatives"][:_SHOWN_OTHERS]),
+        more=max(0, len(entry["alternatives"]) - _SHOWN_OTHERS),
+        command=entry.get("command") or "",
+        snippet=entry.get("snippet") or "",
+    )
+
+
+def _why(evidence: Mapping[str, Any]) -> list[str]:
+    lines = [_sentence_of(evidence["reason"])]
+    difference = evidence.get("difference_from_best")
+    if difference is not None:
+        objective = metric_label(evidence["quality"]["metric"])
+        lines.append(f"Against the best in {objective}: {_signed(difference)}, paired.")
+    lines.append(
+        f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
+        f" images of {evidence['n_prompts']} prompts each."
+    )
+    return lines
+
+
+def _sentence_of(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def _signed(raw: Mapping[str, Any]) -> str:
+    estimate = _estimate(raw)
+    digits = decimals_for(estimate)
+    if not estimate.has_interval:
+        return f"{estimate.value:+.{digits}f}"
+    return f"{estimate.value:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
+
+
+def _other(
+    raw: Mapping[str, Any], by_id: Mapping[str, Row], extra: Sequence[str]
+) -> tuple[str, str, str]:
+    row = by_id.get(raw["setting_id"])
+    name = "a setting without a row" if row is None else row.name(extra)
+    difference = raw.get("difference_from_best")
+    return name, "" if difference is None else _signed(difference), raw["why_not"]
+
+
+def _lead(
+    answers: Mapping[str, Sequence[Answer]], by_id: Mapping[str, Row], extra: Sequence[str]
+) -> list[tuple[str, str, str]]:
+    """The main answer of each task: the balanced profile's, or the first that chose."""
+    lead = []
+    for task, group in answers.items():
+        chosen = [a for a in group if a.row_id is not None]
+        chosen.sort(key=lambda a: a.profile != _MAIN_PROFILE)
+        if not chosen:
+            lead.append((f"For {task} no setting meets any profile.", "", ""))
+            continue
+        row = by_id[chosen[0].row_id or ""]
+        after = f" ({chosen[0].profile}): {_cost(row)}."
+        lead.append((f"For {task}: ", row.name(extra), after))
+    return lead
+
+
+def _cost(row: Row) -> str:
+    said = []
+    if row.latency is not None:
+        said.append(f"{format_latency(row.latency)} an image")
+    metric = next((m for m in metric_names([row]) if row.metrics[m].value is not None), None)
+    if metric is not None:
+        said.append(f"{metric_label(metric)} {format_estimate(row.metrics[metric])}")
+    return ", ".join(said)
+
+
+def _notes(recommendation: Mapping[str, Any]) -> list[str]:
+    places = {f"{p['set']} ({p['split']})" for p in recommendation.get("prompts") or ()}
+    notes = [f"Prompts: {', '.join(sorted(places))}."] if places else []
+    if recommendation.get("confirmation"):
+        notes.append(_sentence_of(recommendation["confirmation"]))
+    notes += [_sentence_of(n) for n in recommendation.get("notes") or ()]
+    return notes
+
+
+def _measured(rows: Sequence[Row], extra: Sequence[str], notes: tuple[str, ...]) -> Headline:
+    """Best measured setting per task; not a recommendation, and it says so."""
+    answers: dict[str, tuple[Answer, ...]] = {}
+    for task in dict.fromkeys(r.task for r in rows):
+        members = [r for r in rows if r.task == task]
+        metric = primary_metric(members)
+        if metric is None:
+            continue
+        best = best_first(members, metric)[0]
+        answers[task] = (
+            Answer(
+                profile="best measured",
+                task=task,
+                row_id=best.id,
+                values=setting_values(best, extra),
+                gives=gives(best),
+                why=(f"The highest {metric_label(metric)} in this study; not a recommendation.",),
+            ),
+        )
+    if not answers:
+        return Headline(lead=(("", "", _nothing_sentence(rows)),), answers=(), notes=notes)
+    return Headline(
+        lead=(("", "", "No recommendation was made; the best measured settings are:"),),
+        answers=tuple(answers.items()),
+        notes=notes,
+        badges=_badges([a for group in answers.values() for a in group]),
+    )
+
+
+def _nothing_sentence(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "This study holds no trials yet."
+    if all(r.n == 0 for r in rows):
+        return "Every trial of this study failed; there is nothing to recommend from."
+    return "Images were made and timed but not scored, so no setting can be recommended yet."
+
+
+def _badges(answers: Sequence[Answer]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for answer in answers:
+        if answer.row_id is not None:
+            found[answer.row_id].append(answer.profile)
+    return {row_id: tuple(names) for row_id, names in found.items()}
+
+
+def setting_values(row: Row, extra: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """(name, value) of what a person would type."""
+    values = [("steps", str(row.steps)), ("cfg", format_plain(row.cfg))]
+    if row.prompt_strength is not None:
+        values.append(("prompt_strength", format_plain(row.prompt_strength)))
+    return (*values, *((f, format_plain(row.setting.get(f))) for f in extra))
+
+
+def gives(row: Row) -> tuple[tuple[str, str, str], ...]:
+    """(name, figure with interval, n) of what a setting gives and costs."""
+    found = []
+    if row.latency is not None:
+        found.append(("latency", format_latency(row.latency), _n(row.latency)))
+    if row.target_ratio is not None:
+        found.append(("of target", f"{row.target_ratio:.2f}×", ""))
+    for name in metric_names([row]):
+        estimate = row.metrics[name]
+        if estimate.value is not None:
+            found.append((metric_label(name), format_estimate(estimate), _n(estimate)))
+    memory = row.peak_rss_bytes if row.peak_vram_bytes is None else row.peak_vram_bytes
+    kind = "host memory" if row.peak_vram_bytes is None else "GPU memory"
+    if memory is not None:
+        found.append((kind, format_bytes(memory), ""))
+    return tuple(found)
+
+
+def _n(estimate: Estimate) -> str:
+    return "" if estimate.n is None else f"n = {estimate.n}"

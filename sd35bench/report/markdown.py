@@ -1,0 +1,54 @@
+"""`show` as Markdown: the form in which small tables are published under results/."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sd35bench.report.provenance import list_warnings
+from sd35bench.report.rows import Row, read_rows, varying_fields
+from sd35bench.report.tables import setting_columns
+
+__all__ = ["settings_markdown"]
+
+_FACTS = ("sd35bench", "commit", "dirty", "torch", "diffusers", "cpu_model", "gpu_name", "threads")
+
+
+def settings_markdown(document: Mapping[str, Any]) -> str:
+    """Render a `show` document: one table per task, then environment and warnings."""
+    rows = read_rows(document)
+    extra = varying_fields(rows)
+    lines = [f"# Study {_cell(str(document['study']))}", "", _about(rows), ""]
+    for task in dict.fromkeys(row.task for row in rows):
+        lines += [f"## {task}", "", *_table([r for r in rows if r.task == task], extra), ""]
+    lines += [
+        "Latency: median of images made one at a time, from request to encoded file. Brackets:"
+        " 95 % intervals, resampled by prompt. n: images.",
+        "",
+    ]
+    for environment in document.get("environments", {}).values():
+        facts = [f"{name} {environment[name]}" for name in _FACTS if environment.get(name)]
+        lines.append(f"Environment: {', '.join(facts)}.")
+    lines += [f"Warning: {_cell(text)}" for text in list_warnings(document, rows, extra)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _about(rows: tuple[Row, ...]) -> str:
+    names = ("model", "backend")
+    shared = [", ".join(sorted({str(r.setting.get(n)) for r in rows})) for n in names]
+    sizes = sorted({f"{r.setting.get('width')}×{r.setting.get('height')} px" for r in rows})
+    return " · ".join(_cell(text) for text in (*shared, ", ".join(sizes)))
+
+
+def _table(rows: list[Row], extra: tuple[str, ...]) -> list[str]:
+    columns = setting_columns(rows, extra, stacked=False)
+    head = [_cell(column.title) for column in columns]
+    rule = ["---:" if column.numeric else "---" for column in columns]
+    body = [[_cell(column.cells[i].plain) for column in columns] for i in range(len(rows))]
+    return [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
+
+
+def _cell(text: str) -> str:
+    """Keep a cell on one line, and its text from being read as markup."""
+    text = " ".join(text.split())
+    for mark in ("\\", "|", "<", "`", "*", "_"):
+        text = text.replace(mark, f"\\{mark}")
+    return text

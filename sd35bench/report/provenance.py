@@ -1,0 +1,151 @@
+"""What ran, where, what failed, what to be careful about, and how to run it again."""
+
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from sd35bench.report.figures import format_bytes, format_plain, format_seconds
+from sd35bench.report.rows import Row
+from sd35bench.types import Record, Session, Status
+
+__all__ = ["list_environments", "list_failures", "list_loads", "list_warnings", "rerun_commands"]
+
+
+def list_environments(sessions: Mapping[str, Session]) -> list[dict[str, Any]]:
+    """Each environment once: id, worker count, and its facts in reading order."""
+    groups: dict[str, list[Session]] = defaultdict(list)
+    for session in sessions.values():
+        groups[session.environment_id].append(session)
+    return [
+        {
+            "id": environment_id[:12],
+            "workers": len(members),
+            "first": min(s.started_at for s in members),
+            "facts": [(k, _plain(v)) for k, v in members[-1].environment.items()],
+        }
+        for environment_id, members in groups.items()
+    ]
+
+
+def list_loads(sessions: Mapping[str, Session], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Each model on a backend: process starts, load, first call, peaks, what is in force."""
+    peaks: dict[str, list[Any]] = defaultdict(list)
+    for record in records:
+        if record.memory is not None:
+            peaks[record.session_id].append(record.memory)
+    groups: dict[str, list[Session]] = defaultdict(list)
+    for session in sessions.values():
+        groups[session.load.key].append(session)
+    return [_load(members, peaks) for members in groups.values()]
+
+
+def _load(sessions: Sequence[Session], peaks: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    load = sessions[0].load
+    memories = [m for s in sessions for m in peaks.get(s.id, ())]
+    vram = [m.peak_vram_bytes for m in memories if m.peak_vram_bytes is not None]
+    rss = max((m.peak_rss_bytes for m in memories), default=None)
+    options = {**load.backend.options, "threads": load.threads}
+    return {
+        "model": load.model.name,
+        "digest": load.model.weights_digest[:12],
+        "backend": load.backend.name,
+        "options": ", ".join(f"{k}={_plain(v)}" for k, v in options.items()),
+        "starts": len(sessions),
+        "load": format_seconds(median(s.load_s for s in sessions)),
+        "first_call": format_seconds(median(s.first_call_s for s in sessions)),
+        "warmup": format_seconds(median(s.warmup_s for s in sessions)),
+        "rss": format_bytes(rss),
+        "vram": format_bytes(max(vram, default=None)),
+        "in_force": [(k, _plain(v)) for k, v in sessions[-1].in_force.items()],
+    }
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={_plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(v) for v in value)
+    return format_plain(value)
+
+
+def list_failures(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Failures grouped by status, phase and message, the most frequent first."""
+    failed = [r for r in records if r.status is not Status.OK]
+    groups = Counter((r.status.value, r.phase or "", r.error or "") for r in failed)
+    return [
+        {"status": status, "phase": phase, "error": error, "count": count}
+        for (status, phase, error), count in groups.most_common()
+    ]
+
+
+def list_warnings(
+    document: Mapping[str, Any], rows: Sequence[Row], extra: Sequence[str]
+) -> list[str]:
+    """The study's warnings, then those of single settings, each said once with its settings."""
+    found = [str(w) for w in document.get("warnings") or ()]
+    by_text: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for warning in row.warnings:
+            by_text[warning].append(row.name(extra))
+    for text, names in by_text.items():
+        if len(names) == len(rows):
+            found.append(f"{text} (all settings)")
+        elif len(names) > 3:
+            found.append(f"{text} ({len(names)} settings, {names[0]} the first)")
+        else:
+            found.append(f"{text} ({'; '.join(names)})")
+    return found
+
+
+def rerun_commands(study: str, records: Sequence[Record]) -> list[dict[str, str]]:
+    """Per task and prompt set, the sweep as a command line, from the axes that were recorded."""
+    groups: dict[Any, list[Record]] = defaultdict(list)
+    for record in records:
+        ref, request = record.trial.prompt, record.trial.request
+        groups[request.task.value, ref.set, ref.split].append(record)
+    return [_rerun(study, key, members) for key, members in sorted(groups.items(), reverse=True)]
+
+
+def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> dict[str, str]:
+    task, prompts, split = key
+    loads = [r.trial.load for r in records]
+    requests = [r.trial.request for r in records]
+    axes = {
+        "model": _axis(load.model.name for load in loads),
+        "backend": _axis(load.backend.name for load in loads),
+        "steps": _axis(r.steps for r in requests),
+        "cfg": _axis(r.cfg for r in requests),
+        "prompt_strength": _axis(
+            r.prompt_strength for r in requests if r.prompt_strength is not None
+        ),
+        "seed": _axis(r.seed for r in requests),
+        "prompts": prompts,
+        "prompts.split": split,
+        "prompts.task": "edit" if prompts == "nano" and task == "image-to-image" else "",
+        "prompts.limit": str(len({(r.prompt, r.init_image) for r in requests})),
+        **_batches(records),
+        "study": study,
+    }
+    words = [shlex.quote(f"{k}={v}") for k, v in axes.items() if v]
+    settings = {(r.steps, r.cfg, r.prompt_strength, r.seed) for r in requests}
+    product = 1
+    for name in ("steps", "cfg", "prompt_strength", "seed"):
+        product *= len({getattr(r, name) for r in requests})
+    note = "" if len(settings) == product else "The study holds only a part of this grid."
+    return {"task": task, "command": "sd35bench run -m " + " ".join(words), "note": note}
+
+
+def _batches(records: Sequence[Record]) -> dict[str, str]:
+    """Batch size, and how many prompts were timed one at a time besides."""
+    sizes = {r.trial.batch_size for r in records}
+    if sizes == {1}:
+        return {}
+    alone = [r.trial.request for r in records if r.trial.batch_size == 1]
+    timed = len({(r.prompt, r.init_image) for r in alone})
+    return {"batch_size": str(max(sizes)), "timed_limit": str(timed)}
+
+
+def _axis(values: Any) -> str:
+    return ",".join(format_plain(v) for v in sorted(set(values)))

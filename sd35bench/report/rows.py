@@ -1,0 +1,250 @@
+"""Settings as the report reads them: `show --json`'s document made uniform and comparable.
+
+`match_records` finds the records behind a row, so that the report can draw raw samples and images
+without asking the analysis again. Missing keys are ``None``: a partial document is no error.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sd35bench.analysis.quality import facts
+from sd35bench.analysis.settings import setting_key
+from sd35bench.report.figures import Estimate, format_plain
+from sd35bench.types import Record, Session, to_json
+
+__all__ = [
+    "SETTING_FIELDS",
+    "Row",
+    "lower_is_better",
+    "match_records",
+    "metric_label",
+    "metric_names",
+    "metric_rank",
+    "read_rows",
+    "varying_fields",
+]
+
+# The fields of a setting, in the order in which a person would name them.
+SETTING_FIELDS = (
+    "model",
+    "weights_digest",
+    "backend",
+    "threads",
+    "width",
+    "height",
+    "sampler",
+    "shift",
+    "skip_layer_guidance",
+    "max_sequence_length",
+    "output_format",
+    "output_quality",
+    "steps",
+    "cfg",
+    "prompt_strength",
+)
+_AXES = ("task", "steps", "cfg", "prompt_strength")
+_ALSO = ("task", "environment_id")
+_METRIC_ORDER = ("edit_quality", "prompt_accuracy", "init_kept", "clip_score", "fid")
+_LABELS = {
+    "prompt_accuracy": "prompt accuracy",
+    "edit_quality": "edit quality",
+    "init_kept": "init kept",
+    "clip_score": "CLIP-score",
+    "fid": "FID",
+    "kid": "KID",
+    "cmmd": "CMMD",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One setting with its figures; seconds and bytes, ``None`` where unknown.
+
+    `setting` holds the fields of `SETTING_FIELDS` that the document named (and the environment's
+    id where it did); `latency` is p50 with its interval.
+    """
+
+    id: str
+    setting_id: str
+    setting: dict[str, Any]
+    n: int
+    failed: int
+    latency: Estimate | None
+    latency_s: dict[str, Any]
+    stage_s: dict[str, float]
+    target_ratio: float | None
+    load_s: float | None
+    first_call_s: float | None
+    peak_vram_bytes: int | None
+    peak_rss_bytes: int | None
+    metrics: dict[str, Estimate]
+    levels: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    effective_steps: float | None = None
+    quality_batch_size: int | None = None
+    warnings: tuple[str, ...] = ()
+    in_force: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Steps asked for."""
+        return self.setting["steps"]
+
+    @property
+    def cfg(self) -> float:
+        """Guidance scale."""
+        return self.setting["cfg"]
+
+    @property
+    def prompt_strength(self) -> float | None:
+        """Denoising strength; ``None`` for text-to-image."""
+        return self.setting.get("prompt_strength")
+
+    @property
+    def task(self) -> str:
+        """Text-to-image or image-to-image."""
+        if "task" in self.setting:
+            return self.setting["task"]
+        return "text-to-image" if self.prompt_strength is None else "image-to-image"
+
+    @property
+    def rest(self) -> tuple[Any, ...]:
+        """Everything but steps, cfg and strength: what the curves must hold fixed."""
+        return tuple((k, _hashable(v)) for k, v in self.setting.items() if k not in _AXES)
+
+    def name(self, extra: Iterable[str] = ()) -> str:
+        """Short title: ``28 steps · cfg 4 · strength 0.6``, then the `extra` fields that vary."""
+        parts = [f"{self.steps} steps", f"cfg {format_plain(self.cfg)}"]
+        if self.prompt_strength is not None:
+            parts.append(f"strength {format_plain(self.prompt_strength)}")
+        parts += [str(self.setting[f]) for f in extra if f in self.setting and f not in _AXES]
+        return " · ".join(parts)
+
+
+def read_rows(document: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Rows of a `show` document, sorted by task, fixed fields, steps, cfg and strength."""
+    rows = [_read_row(r, f"row {i}") for i, r in enumerate(document.get("settings", ()))]
+    return tuple(sorted(rows, key=_sort_key))
+
+
+def _sort_key(row: Row) -> tuple[Any, ...]:
+    strength = -1.0 if row.prompt_strength is None else row.prompt_strength
+    return (row.task != "text-to-image", str(row.rest), row.steps, row.cfg, strength)
+
+
+def _read_row(raw: Mapping[str, Any], row_id: str) -> Row:
+    latency = raw.get("latency_s") or {}
+    setting = {f: raw[f] for f in (*SETTING_FIELDS, *_ALSO) if f in raw}
+    stages = raw.get("stage_s") or {}
+    return Row(
+        id=str(raw.get("id", row_id)),
+        setting_id=str(raw.get("setting", row_id)),
+        setting=setting,
+        n=raw.get("n", 0),
+        failed=raw.get("failed", 0),
+        latency=_read_latency(latency),
+        latency_s=dict(latency),
+        stage_s={k.removesuffix("_s"): v for k, v in stages.items() if v is not None},
+        target_ratio=raw.get("latency_ratio"),
+        load_s=raw.get("load_s"),
+        first_call_s=raw.get("first_call_s"),
+        peak_vram_bytes=raw.get("peak_vram_bytes"),
+        peak_rss_bytes=raw.get("peak_rss_bytes"),
+        metrics={k: _read_metric(v) for k, v in (raw.get("metrics") or {}).items()},
+        levels=_read_levels(raw.get("metrics") or {}),
+        effective_steps=raw.get("effective_steps"),
+        quality_batch_size=raw.get("quality_batch_size"),
+        warnings=tuple(str(w) for w in raw.get("warnings") or ()),
+        in_force=dict(raw.get("in_force") or {}),
+    )
+
+
+def _read_latency(latency: Mapping[str, Any]) -> Estimate | None:
+    if latency.get("p50") is None:
+        return None
+    low, high = _ends(latency.get("ci95"))
+    return Estimate(value=latency["p50"], low=low, high=high, n=latency.get("n"))
+
+
+def _read_metric(raw: Mapping[str, Any] | float | None) -> Estimate:
+    if not isinstance(raw, Mapping):
+        return Estimate(value=raw)
+    low, high = _ends(raw.get("ci95"))
+    return Estimate(
+        value=raw.get("value"),
+        low=low,
+        high=high,
+        n=raw.get("n"),
+        needs=raw.get("needs"),
+        note=raw.get("reason"),
+    )
+
+
+def _read_levels(metrics: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """Metric → level of difficulty → estimate, where a metric says its levels."""
+    return {
+        name: {level: _read_metric(entry) for level, entry in raw["levels"].items()}
+        for name, raw in metrics.items()
+        if isinstance(raw, Mapping) and raw.get("levels")
+    }
+
+
+def _ends(interval: Sequence[float] | None) -> tuple[float | None, float | None]:
+    return (None, None) if not interval else (interval[0], interval[1])
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else repr(to_json(value))
+
+
+def varying_fields(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Fields beyond steps, cfg and strength that differ between `rows`, in reading order."""
+    names = (*SETTING_FIELDS, "environment_id")
+    return tuple(
+        f for f in names if f not in _AXES and len({_hashable(r.setting.get(f)) for r in rows}) > 1
+    )
+
+
+def metric_names(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Every metric that some row has, in reading order."""
+    names = dict.fromkeys(name for row in rows for name in row.metrics)
+    return tuple(sorted(names, key=metric_rank))
+
+
+def metric_rank(name: str) -> tuple[int, str]:
+    """Sort key of the reading order."""
+    ranks = (i for i, prefix in enumerate(_METRIC_ORDER) if name.startswith(prefix))
+    return next(ranks, len(_METRIC_ORDER)), name
+
+
+def metric_label(name: str) -> str:
+    """A metric's name in words; what the name says of backbone or extractor is kept."""
+    for prefix, label in _LABELS.items():
+        if name.startswith(prefix):
+            rest = name[len(prefix) :].strip("_-/:. ()[]")
+            return f"{label} ({rest})" if rest else label
+    return name.replace("_", " ")
+
+
+def lower_is_better(name: str) -> bool:
+    """Distances fall, scores rise."""
+    return not facts(name).higher_is_better
+
+
+def match_records(
+    rows: Sequence[Row], records: Iterable[Record], sessions: Mapping[str, Session]
+) -> dict[str, list[Record]]:
+    """Row id → its records. Rows of one setting in unlike environments keep theirs apart."""
+    index = {(r.setting_id, r.setting.get("environment_id")): r.id for r in rows}
+    # A record without a session (its worker died at once) belongs to the setting's first row.
+    fallback = {r.setting_id: r.id for r in reversed(rows)}
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        setting = setting_key(record.trial)
+        session = sessions.get(record.session_id)
+        environment = None if session is None else session.environment_id
+        row_id = index.get((setting, environment), fallback.get(setting))
+        if row_id is not None:
+            found[row_id].append(record)
+    return dict(found)

@@ -1,0 +1,183 @@
+"""Tables for a terminal: `show` as a person wants to read it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sd35bench.report.figures import (
+    MISSING,
+    Estimate,
+    column_decimals,
+    format_bytes,
+    format_interval,
+    format_number,
+    format_plain,
+)
+from sd35bench.report.provenance import list_warnings
+from sd35bench.report.rows import Row, metric_label, metric_names, read_rows, varying_fields
+
+__all__ = ["Column", "print_settings", "setting_columns"]
+
+# Columns of this rank and above are left out before intervals move below their values.
+_EXTRA = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column: its title, one text per row, and how dear it is (0 is never left out)."""
+
+    title: str
+    cells: list[Text]
+    rank: int = 0
+    numeric: bool = True
+
+
+def print_settings(document: Mapping[str, Any], console: Console) -> None:
+    """Print a `show` document: one row per setting, then what to be careful about.
+
+    On a narrow terminal intervals move below their values, and columns that matter least are left
+    out and named.
+    """
+    rows = read_rows(document)
+    console.print(_title(document, rows))
+    if not rows:
+        console.print("no trials yet")
+    extra = varying_fields(rows)
+    for task in dict.fromkeys(r.task for r in rows):
+        _print_task([r for r in rows if r.task == task], extra, console)
+    if any(r.latency is not None for r in rows):
+        console.print(
+            "latency: median of images made one at a time; brackets: 95 % intervals", style="dim"
+        )
+    for warning in list_warnings(document, rows, extra):
+        console.print(Text.assemble(("warning ", "yellow"), warning))
+
+
+def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> Text:
+    """Study, and what all rows share."""
+    models = sorted({str(r.setting.get("model")) for r in rows})
+    backends = sorted({str(r.setting.get("backend")) for r in rows})
+    about = [", ".join(models), ", ".join(backends), f"{len(rows)} settings"] if rows else []
+    return Text.assemble((str(document["study"]), "bold"), "  ", " · ".join(about))
+
+
+def _print_task(rows: list[Row], extra: Sequence[str], console: Console) -> None:
+    stacked, shown, left_out = _layout(rows, extra, console.width)
+    table = Table(title=rows[0].task, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.title_justify, table.title_style = "left", "bold"
+    for column in shown:
+        justify = "right" if column.numeric else "left"
+        table.add_column(escape(column.title), justify=justify, no_wrap=not stacked)
+    for i in range(len(rows)):
+        table.add_row(*(column.cells[i] for column in shown))
+    console.print()
+    console.print(table)
+    if left_out:
+        names = ", ".join(c.title for c in left_out)
+        console.print(f"too narrow for: {names} (--json has them)", style="dim")
+
+
+def _layout(
+    rows: list[Row], extra: Sequence[str], width: int
+) -> tuple[bool, list[Column], list[Column]]:
+    """Intervals beside their values if only extras must go for it, else below them."""
+    shown, left_out = _fit(setting_columns(rows, extra, stacked=False), width)
+    if _width(shown) <= width and all(c.rank >= _EXTRA for c in left_out):
+        return False, shown, left_out
+    return True, *_fit(setting_columns(rows, extra, stacked=True), width)
+
+
+def setting_columns(rows: list[Row], extra: Sequence[str], stacked: bool) -> list[Column]:
+    """Columns of a table of settings; `stacked` puts intervals below their values."""
+    columns = [
+        _plain("steps", rows, lambda r: format_plain(r.steps)),
+        _plain("cfg", rows, lambda r: format_plain(r.cfg)),
+    ]
+    if any(r.prompt_strength is not None for r in rows):
+        columns.append(_plain("strength", rows, lambda r: format_plain(r.prompt_strength)))
+    columns += [_field(name, rows) for name in extra]
+    columns.append(_plain("n", rows, lambda r: str(r.n)))
+    measured = [m for m in metric_names(rows) if any(_has_value(r, m) for r in rows)]
+    refused = [m for m in metric_names(rows) if m not in measured and _needs(rows, m)]
+    for rank, name in enumerate((*measured, *refused)):
+        cells = _estimates([r.metrics.get(name) for r in rows], stacked, most=4)
+        columns.append(Column(metric_label(name), cells, rank if name in measured else _EXTRA))
+    latency = _estimates([r.latency for r in rows], stacked, most=3)
+    columns.append(Column("latency s", latency))
+    if any(r.target_ratio is not None for r in rows):
+        ratio = _plain("× target", rows, lambda r: format_number(r.target_ratio, 2))
+        columns.append(Column(ratio.title, ratio.cells, 4))
+    columns += _memory(rows)
+    if any(r.failed for r in rows):
+        columns.append(_plain("failed", rows, lambda r: str(r.failed)))
+    return columns
+
+
+def _has_value(row: Row, metric: str) -> bool:
+    found = row.metrics.get(metric)
+    return found is not None and found.value is not None
+
+
+def _needs(rows: Sequence[Row], metric: str) -> bool:
+    return any(r.metrics[metric].needs is not None for r in rows if metric in r.metrics)
+
+
+def _plain(title: str, rows: Sequence[Row], text: Callable[[Row], str]) -> Column:
+    return Column(title, [Text(text(r)) for r in rows])
+
+
+def _field(name: str, rows: Sequence[Row]) -> Column:
+    texts = [format_plain(r.setting.get(name)) for r in rows]
+    cells = [Text(t if len(t) <= 20 else t[:8] + "…") for t in texts]
+    return Column(name.replace("_", " "), cells, numeric=False)
+
+
+def _memory(rows: Sequence[Row]) -> list[Column]:
+    columns = []
+    if any(r.peak_vram_bytes is not None for r in rows):
+        vram = _plain("VRAM", rows, lambda r: format_bytes(r.peak_vram_bytes))
+        columns.append(Column(vram.title, vram.cells, 5))
+    rss = _plain("peak RSS", rows, lambda r: format_bytes(r.peak_rss_bytes))
+    return [*columns, Column(rss.title, rss.cells, 6)]
+
+
+def _estimates(estimates: Sequence[Estimate | None], stacked: bool, *, most: int) -> list[Text]:
+    decimals = min(most, column_decimals(estimates))
+    return [_estimate(e, decimals, stacked) for e in estimates]
+
+
+def _estimate(estimate: Estimate | None, decimals: int, stacked: bool) -> Text:
+    if estimate is None:
+        return Text(MISSING)
+    if estimate.value is None:
+        needs = MISSING if estimate.needs is None else f"needs n ≥ {estimate.needs:,}"
+        return Text(needs, style="dim")
+    interval = format_interval(estimate, decimals)
+    between = "\n" if stacked else " "
+    value = format_number(estimate.value, decimals)
+    return Text.assemble(value, (between + interval if interval else "", "dim"))
+
+
+def _fit(columns: list[Column], width: int) -> tuple[list[Column], list[Column]]:
+    """Leave out the least important columns until the rest fits into `width` characters."""
+    shown = list(columns)
+    while _width(shown) > width and any(c.rank for c in shown):
+        least = max(c.rank for c in shown)
+        shown.remove([c for c in shown if c.rank == least][-1])
+    return shown, [c for c in columns if c not in shown]
+
+
+def _width(columns: Sequence[Column]) -> int:
+    """Characters that a table of these columns takes: contents, padding and borders."""
+    inner = (max(_longest(Text(c.title)), *map(_longest, c.cells)) for c in columns)
+    return sum(inner) + 3 * (len(columns) - 1)
+
+
+def _longest(text: Text) -> int:
+    return max(len(line) for line in text.plain.split("\n"))

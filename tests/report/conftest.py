@@ -1,0 +1,21 @@
+"""Synthetic studies, built once per session."""
+
+import pytest
+
+from sd35bench.analysis.recommend import recommend_document
+from tests.report.synthetic import HOSTILE, PROFILES, Synthetic, make_study, show_of
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    """Text-to-image and image-to-image with scores."""
+    study = make_study(tmp_path_factory.mktemp("results"))
+    return Synthetic(study, show_of(study), recommend_document(study, PROFILES))
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    """A small study whose prompts are attacks."""
+    root = tmp_path_factory.mktemp("hostile")
+    study = make_study(root, steps=(4, 12), cfgs=(1.0,), strengths=(0.5,), prompts=HOSTILE)
+    return Synthetic(study, show_of(study), recommend_document(study, PROFILES))

@@ -1,0 +1,91 @@
+"""The wall's choice: balanced, seeded, whole pairs, within its budget."""
+
+import base64
+import io
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from sd35bench.report import wall
+from sd35bench.report.rows import match_records, read_rows
+from sd35bench.report.wall import build_wall, encode_thumbnail
+from tests.report.synthetic import Synthetic, make_study, show_of
+
+
+def build(study) -> dict:
+    rows = read_rows(show_of(study))
+    matched = match_records(rows, study.records(), study.sessions())
+    return build_wall(study, rows, matched, [], ())
+
+
+def test_match_records_gives_every_record_to_its_row(demo: Synthetic):
+    records = demo.study.records()
+    rows = read_rows(demo.show)
+    matched = match_records(rows, records, demo.study.sessions())
+    assert sum(len(m) for m in matched.values()) == len(records)
+    for row in rows:
+        steps = {(r.trial.request.steps, r.trial.request.cfg) for r in matched[row.id]}
+        assert steps == {(row.steps, row.cfg)}
+
+
+def test_wall_holds_a_small_study_whole(demo: Synthetic):
+    found = build(demo.study)
+    assert len(found["tiles"]) == len(demo.study.records())
+    assert found["note"] == "216 images of 24 prompt–seed pairs."
+    assert all(t["scores"] and t["parts"] for t in found["tiles"])
+
+
+def test_wall_takes_whole_pairs_balanced_over_tasks_and_levels(tmp_path, monkeypatch):
+    prompts = tuple(f"a red circle {i}" for i in range(12))
+    study = make_study(tmp_path, "big", steps=(4,), prompts=prompts)
+    monkeypatch.setattr(wall, "MAX_TILES", 30)
+    found = build(study)
+    assert 20 <= len(found["tiles"]) <= 30
+    per_pair = Counter((t["prompt"], t["seed"]) for t in found["tiles"])
+    assert set(per_pair.values()) == {3}  # three settings a task, or none
+    levels = Counter(found["prompts"][p]["level"] for p, _ in per_pair)
+    assert abs(levels["single"] - levels["relation"]) <= 2
+    inits = Counter(found["prompts"][p]["init"] is not None for p, _ in per_pair)
+    assert abs(inits[True] - inits[False]) <= 2
+    assert "out of 144 images of 48 pairs" in found["note"]
+    assert build(study) == found
+
+
+def test_wall_stops_at_its_size(tmp_path, monkeypatch):
+    prompts = tuple(f"a red circle {i}" for i in range(6))
+    study = make_study(tmp_path, "heavy", steps=(4,), strengths=(), prompts=prompts)
+    monkeypatch.setattr(wall, "MAX_BYTES", 10_000)
+    found = build(study)
+    assert 3 <= len(found["tiles"]) < 36
+    assert sum(map(len, found["images"])) < 10_000 + 3 * 20_000
+
+
+def test_wall_keeps_failed_trials_with_their_reason(tmp_path):
+    study = make_study(tmp_path, "bad", steps=(4,), strengths=(), prompts=("a",), fail_every=2)
+    failed = [t for t in build(study)["tiles"] if t["image"] is None]
+    assert len(failed) == 3
+    assert {t["error"] for t in failed} == {"invalid-image: the image is black"}
+
+
+def png(size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 90).convert("RGB").save(buffer, "PNG", pnginfo=None)
+    return buffer.getvalue()
+
+
+def decode(uri: str) -> Image.Image:
+    assert uri.startswith("data:image/webp;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_thumbnail_of_a_small_image_is_the_image_itself():
+    data = png((64, 64))
+    assert decode(encode_thumbnail(data)).tobytes() == Image.open(io.BytesIO(data)).tobytes()
+
+
+@pytest.mark.parametrize(("size", "shown"), [((1024, 512), (256, 128)), ((200, 200), (200, 200))])
+def test_thumbnail_of_a_large_image_is_bounded(size, shown):
+    uri = encode_thumbnail(png(size))
+    assert decode(uri).size == shown
+    assert len(uri) < 80_000

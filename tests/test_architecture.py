@@ -1,0 +1,55 @@
+"""The shape of the code: what loads torch, what must not exist, who imports whom."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TORCH_FREE = [
+    "sd35bench.types",
+    "sd35bench.errors",
+    "sd35bench.config",
+    "sd35bench.plan",
+    "sd35bench.prompts",
+    "sd35bench.store",
+    "sd35bench.run",
+    "sd35bench.worker",
+    "sd35bench.analysis",
+    "sd35bench.analysis.summary",
+    "sd35bench.analysis.recommend",
+    "sd35bench.cli",
+    "sd35bench.nano.prompts",
+    "sd35bench.nano.verifier",
+]
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_module_loads_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_torch_probe_can_fail():
+    code = "import sys, torch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 1
+
+
+def test_import_contracts_hold():
+    command = [str(Path(sys.executable).with_name("lint-imports"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_kernels_folder_does_not_shadow_the_kernels_distribution():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_backends_register_modules_that_exist():
+    import importlib.util
+
+    from sd35bench.backends.base import KINDS
+
+    for target in KINDS.values():
+        assert importlib.util.find_spec(target.split(":")[0]) is not None

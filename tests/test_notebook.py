@@ -1,0 +1,47 @@
+"""The quickstart notebook runs from top to bottom on the embedded model, and is committed clean."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_notebook_is_committed_without_outputs(notebook):
+    cells = [c for c in notebook.cells if c.cell_type == "code"]
+    assert len(cells) >= 6
+    assert all(c.outputs == [] and c.execution_count is None for c in cells)
+
+
+def test_notebook_reads_studies_only_through_the_public_api(notebook):
+    source = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    for private in ("._", "journal", ".jsonl", ".parquet"):
+        assert private not in source
+
+
+@pytest.mark.timeout(900)
+def test_notebook_runs_plots_and_shows_images(notebook, tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+    pytest.importorskip("ipykernel", reason="pip install ipykernel")
+    nbclient.NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    kinds = {kind for o in outputs for kind in o.get("data", {})}
+    assert {"image/svg+xml", "image/png"} <= kinds
+    text = "".join(o.text for o in outputs if o.output_type == "stream")
+    assert "20 steps, cfg 4" in text
+    assert "balanced:" in text
+    report = tmp_path / "results" / "quickstart" / "report.html"
+    assert report.stat().st_size > 50_000
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"results"}
