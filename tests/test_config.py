@@ -261,7 +261,7 @@ REFUSED = {
     "shift-0": (["shift=0"], "shift=0"),
     "tokens": (["max_sequence_length=17"], "nano takes at most 16"),
     "format": (["output_format=gif"], "one of png, jpg, webp"),
-    "quality": (["output_quality=101"], "from 1 to 100"),
+    "quality": (["output_quality=101"], "from 0 to 100"),
     "batch-0": (["batch_size=0"], "batch_size=0"),
     "threads-0": (["threads=0"], "threads=0"),
     "limit-0": (["prompts.limit=0"], "prompts.limit=0: must be an integer of at least 1"),

@@ -82,7 +82,8 @@ def mean_interval(
         low, high = _unseen(value, k, bounds)
         return Interval(value, low, high, len(x), k)
     draws = resampled_means(sums[:, None], counts, resamples=resamples, seed=seed)[:, 0]
-    low, high = percentile_bounds(draws, k)
+    # Rounding in single precision must not put a proportion's end below 0.
+    low, high = np.clip(percentile_bounds(draws, k), means.min(), means.max())
     return Interval(value, float(low), float(high), len(x), k)
 
 

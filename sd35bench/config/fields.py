@@ -200,7 +200,7 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="output_quality",
-        takes=_int(1, 100),
+        takes=_int(0, 100),
         means="of jpg and webp; png has none",
         default="90",
         axis=True,

@@ -118,7 +118,7 @@ def _facts(
         ("model", _listed(load.model.name for load in loads)),
         ("backend", _listed(load.backend.name for load in loads)),
         ("size", _listed(f"{r.width}×{r.height}" for r in requests)),
-        ("device", _listed(str(s.environment.get("device", "?")) for s in sessions.values())),
+        ("device", _listed(str(s.in_force.get("device", "?")) for s in sessions.values())),
         ("settings", str(len(rows))),
         ("images", f"{len(ok):,}"),
         ("prompts", f"{len({(r.prompt, r.init_image) for r in requests}):,}"),

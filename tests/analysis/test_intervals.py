@@ -70,6 +70,13 @@ def test_quantile_interval_contains_its_value_in_small_samples(seed):
     assert found.low <= found.value <= found.high
 
 
+def test_mean_interval_of_a_rare_event_does_not_go_below_0():
+    x = np.zeros(48)
+    x[:2] = 1.0
+    found = mean_interval(x, np.arange(48) // 2, bounds=(0.0, 1.0))
+    assert found.low >= 0.0
+
+
 def test_quantile_interval_holds_the_median():
     x = np.random.default_rng(3).lognormal(size=500)
     found = quantile_interval(x, np.arange(500) // 2, 0.5)
