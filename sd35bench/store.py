@@ -199,6 +199,20 @@ class Study:
             raise StoreError(f"init image {digest} is not in study {self.name!r}")
         return decode_rgb(path.read_bytes())
 
+    def put_latents(self, first: np.ndarray, last: np.ndarray) -> str:
+        """Keep one image's latents [C, h, w] after the first and the last step."""
+        buffer = io.BytesIO()
+        np.savez(buffer, first=first, last=last)
+        return self._put("latents", buffer.getvalue(), ".npz")
+
+    def read_latents(self, digest: str) -> tuple[np.ndarray, np.ndarray]:
+        """Read the latents after the first and the last step. Raises: StoreError if gone."""
+        path = self.path / "latents" / digest[:2] / f"{digest}.npz"
+        if not path.exists():
+            raise StoreError(f"latents {digest} are not in study {self.name!r}; run it again")
+        with np.load(path) as data:
+            return data["first"], data["last"]
+
     def _put(self, folder: str, data: bytes, suffix: str) -> str:
         digest = hashlib.sha256(data).hexdigest()
         path = self.path / folder / digest[:2] / f"{digest}{suffix}"

@@ -21,6 +21,8 @@ from typing import Any
 
 __all__ = [
     "BackendSpec",
+    "Flops",
+    "GpuState",
     "Load",
     "Memory",
     "ModelSpec",
@@ -59,6 +61,8 @@ class Status(StrEnum):
     OUT_OF_MEMORY = "out-of-memory"
     INVALID_IMAGE = "invalid-image"
     CRASHED = "crashed"
+    TIMED_OUT = "timed-out"
+    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +119,26 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Which weights: a name, where they are, and the SHA-256 digest of what is there."""
+    """Which weights: a name, where they are, and the SHA-256 digest of what is there.
+
+    `family` is the pipeline that runs them: "sd3", "sana", "pixart". `path` is a diffusers folder
+    or one safetensors file; `components` the folder that holds what such a file lacks. `weights`
+    is "checkpoint" or "random": then the architecture of `name` gets seeded noise for weights,
+    `text_encoders` says whether encoders are built too, and `path` is empty. `layers` is the
+    number of transformer blocks where it is not the model's own. `revision` is the Hub's commit.
+    """
 
     name: str
     path: str
     weights_digest: str
     max_sequence_length: int
     target_latency_s: float | None = None
+    family: str = "sd3"
+    weights: str = "checkpoint"
+    layers: int | None = None
+    text_encoders: bool = True
+    components: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +215,32 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Flops:
+    """Floating-point operations of one image by stage (a multiply-add is 2); counted, not timed."""
+
+    text: float
+    denoise: float
+    decode: float
+    encode: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All stages together."""
+        return self.text + self.denoise + self.decode + self.encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuState:
+    """What NVML said right after an image; `throttled` names the active reasons, empty if none."""
+
+    sm_clock_mhz: int
+    memory_clock_mhz: int
+    power_w: float
+    temperature_c: int
+    throttled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Peaks of the worker process so far, in bytes; ``None`` where there is no such memory."""
 
@@ -231,7 +274,8 @@ class Record:
 
     `image` is the SHA-256 of the image file. `evaluations` counts the denoiser's calls per image,
     guidance's second half of the batch not counted. `truncated_tokens` counts prompt tokens that
-    the CLIP encoders did not see. `batch_actual` is how many images ran together.
+    the CLIP encoders did not see. `batch_actual` is how many images ran together. `latents` is the
+    SHA-256 of the kept latents (see `store.Study.read_latents`), where they were asked for.
     """
 
     trial: Trial
@@ -248,6 +292,9 @@ class Record:
     evaluations: int | None = None
     truncated_tokens: int | None = None
     batch_actual: int = 1
+    latents: str | None = None
+    flops: Flops | None = None
+    gpu: GpuState | None = None
 
 
 def content_hash(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sd35bench.errors import ConfigError
-from sd35bench.types import Load, Request
+from sd35bench.types import Flops, Load, Request
 
 __all__ = ["KINDS", "Backend", "Generation", "load_backend"]
 
@@ -32,7 +32,9 @@ class Generation:
     `images`: uint8 RGB [H, W, 3], one per request. `evaluations`: denoiser calls per image, as
     counted; guidance's second half of the batch is not counted. Stages are wall seconds of the
     whole batch, ``None`` where the backend cannot see them; `step_s` has one entry per step.
-    `truncated_tokens`: per request, prompt tokens that did not fit.
+    `truncated_tokens`: per request, prompt tokens that did not fit. `latents_first` and
+    `latents_last`: float32 [B, C, h, w] after the first and the last step, where the backend was
+    told to keep them.
     """
 
     images: list[np.ndarray]
@@ -43,16 +45,20 @@ class Generation:
     decode_s: float | None = None
     step_s: tuple[float, ...] = ()
     truncated_tokens: tuple[int, ...] = field(default=())
+    latents_first: np.ndarray | None = None
+    latents_last: np.ndarray | None = None
 
 
 class Backend(ABC):
     """One loaded model that turns requests into images.
 
-    `in_force` is what the backend proved about itself after loading (dtype, device, attention,
-    providers …), not what it was asked for.
+    `in_force` is what the backend proved about itself (dtype, device, attention, providers …),
+    not what it was asked for; it is read after loading and again after `settle`. `keep_latents`
+    asks `generate` for the latents after the first and the last step.
     """
 
     in_force: dict[str, Any]
+    keep_latents: bool = False
 
     @abstractmethod
     def generate(
@@ -63,6 +69,16 @@ class Backend(ABC):
         `inits`: uint8 RGB [H, W, 3] where the request has an init image, else ``None``.
         Raises: BackendError (a subclass says which).
         """
+
+    def settle(self) -> None:  # noqa: B027 - most backends have proven themselves by loading
+        """Prove what only warm-up can show (graphs compiled, caches hit); called once after it.
+
+        Raises: OptimizationNotApplied.
+        """
+
+    def flops(self, request: Request, evaluations: int | None) -> Flops | None:
+        """Count one image's floating-point operations, from the configuration alone."""
+        return None
 
     def synchronize(self) -> None:  # noqa: B027 - a backend without a device queue has nothing to do
         """Wait until the device has finished what was queued."""

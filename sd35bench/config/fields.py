@@ -14,7 +14,7 @@ from typing import Any
 from sd35bench.errors import ConfigError
 from sd35bench.types import Scalar
 
-__all__ = ["FIELDS", "Choice", "Field", "Number", "Text", "check_field", "nearest"]
+__all__ = ["FIELDS", "Choice", "Field", "Number", "Switch", "Text", "check_field", "nearest"]
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -90,11 +90,22 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """True or false."""
+
+    allowed: str = "true or false"
+
+    def check(self, value: Any) -> Scalar | None:
+        """Return the value, or None if it is not allowed."""
+        return value if isinstance(value, bool) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
     """An override name: what it takes, what it means, its default in words."""
 
     name: str
-    takes: Number | Choice | Text
+    takes: Number | Choice | Switch | Text
     means: str
     default: str
     axis: bool = False
@@ -192,6 +203,21 @@ _FIELDS: Iterable[Field] = (
         axis=True,
     ),
     Field(
+        name="skip_layer_guidance",
+        takes=Text(),
+        means="a preset of the model's: stability, diffusers; text-to-image with cfg > 1 only",
+        default="none",
+        axis=True,
+    ),
+    Field(
+        name="skip_layer_scale",
+        takes=Number(kind=float, low=0, high=100, above=True),
+        means="another scale than the preset's",
+        default="the preset's",
+        axis=True,
+        nullable=True,
+    ),
+    Field(
         name="output_format",
         takes=Choice(words=("png", "jpg", "webp")),
         means="the image file",
@@ -223,8 +249,9 @@ _FIELDS: Iterable[Field] = (
     Field(
         name="batch_size",
         takes=_int(1, 1024),
-        means="images made together; only batch 1 is timed",
+        means="images made together; latency is that of batch 1, throughput that of each size",
         default="1",
+        axis=True,
     ),
     Field(
         name="timed_limit",
@@ -238,6 +265,38 @@ _FIELDS: Iterable[Field] = (
         takes=_int(0, 2**32 - 1),
         means="seed of the order in which trials run",
         default="0",
+    ),
+    Field(
+        name="starts",
+        takes=_int(1, 100),
+        means="worker processes that share the trials, one after the other",
+        default="1",
+    ),
+    Field(
+        name="deadline_s",
+        takes=Number(kind=float, low=0, high=1e6, above=True),
+        means="seconds after which a batch counts as hung",
+        default="from its warm-up, at least 120",
+        nullable=True,
+    ),
+    Field(
+        name="memory_limit_gb",
+        takes=Number(kind=float, low=0, high=1e5, above=True),
+        means="GB of memory (RSS) that the worker may hold",
+        default="none",
+        nullable=True,
+    ),
+    Field(
+        name="max_failures",
+        takes=_int(1, 1_000_000),
+        means="worker deaths of one backend after which its remaining trials are skipped",
+        default="3",
+    ),
+    Field(
+        name="keep_latents",
+        takes=Switch(),
+        means="keep latents after the first and the last step, for their relative error",
+        default="false",
     ),
     Field(
         name="study",
@@ -299,6 +358,32 @@ _FIELDS: Iterable[Field] = (
         takes=Text(),
         means="folder with the weights, in diffusers' format",
         default="the package's, or the Hub's cache",
+        nullable=True,
+    ),
+    Field(
+        name="model.weights",
+        takes=Choice(words=("checkpoint", "random")),
+        means="random: the true shapes with seeded noise for weights, no download, no quality",
+        default="checkpoint",
+    ),
+    Field(
+        name="model.layers",
+        takes=_int(1, 1000),
+        means="with random weights: this many transformer blocks of true width",
+        default="the model's",
+        nullable=True,
+    ),
+    Field(
+        name="model.text_encoders",
+        takes=Switch(),
+        means="with random weights: build the text encoders too, instead of random embeddings",
+        default="false",
+    ),
+    Field(
+        name="model.components",
+        takes=Text(),
+        means="with model.path=FILE.safetensors: the folder with what the file lacks",
+        default="none",
         nullable=True,
     ),
     Field(

@@ -22,12 +22,32 @@ __all__ = [
 
 
 @dataclass
+class SkipLayersConf:
+    """A preset of skip-layer guidance; `start` and `stop` are fractions of the steps."""
+
+    layers: list[int] = MISSING
+    scale: float = MISSING
+    start: float = MISSING
+    stop: float = MISSING
+
+
+@dataclass
 class ModelConf:
-    """A model: where its weights are, its sizes, and its own defaults."""
+    """A model: where its weights are, its sizes, and its own defaults.
+
+    `hosted_only` says why a model has no local pipeline. `text_encoders` acts with
+    `weights=random` only: a checkpoint has its own.
+    """
 
     name: str = MISSING
     path: str | None = None
     hub_id: str | None = None
+    family: str = "sd3"
+    weights: str = "checkpoint"
+    layers: int | None = None
+    text_encoders: bool = False
+    components: str | None = None
+    hosted_only: str | None = None
     size_multiple: int = MISSING
     max_side_px: int = MISSING
     width: int = MISSING
@@ -39,6 +59,7 @@ class ModelConf:
     cfg: float = MISSING
     prompt_strength: float = MISSING
     shift: float | None = None
+    skip_layer_guidance: dict[str, SkipLayersConf] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,6 +120,9 @@ class AxesConf:
     shift: list[float | None] = field(default_factory=list)
     max_sequence_length: list[int] = field(default_factory=list)
     negative_prompt: list[str] = field(default_factory=list)
+    skip_layer_guidance: list[str] = field(default_factory=list)
+    skip_layer_scale: list[float | None] = field(default_factory=list)
+    batch_size: list[int] = field(default_factory=list)
     output_format: list[str] = field(default_factory=list)
     output_quality: list[int] = field(default_factory=list)
 
@@ -125,12 +149,19 @@ class RunConf:
     max_sequence_length: int | None = None
     negative_prompt: str = ""
     init_image: str | None = None
+    skip_layer_guidance: str = "none"
+    skip_layer_scale: float | None = None
     batch_size: int = 1
     timed_limit: int | None = None
     output_format: str = "png"
     output_quality: int = 90
     threads: int | None = None
     order_seed: int = 0
+    starts: int = 1
+    deadline_s: float | None = None
+    memory_limit_gb: float | None = None
+    max_failures: int = 3
+    keep_latents: bool = False
 
 
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"
