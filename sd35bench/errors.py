@@ -8,6 +8,8 @@
     │   ├── InvalidImage             NaN latents, a black or constant image, a wrong size
     │   └── OptimizationNotApplied   what was asked for is not what is in force
     ├── WorkerDied               the process that held the backend ended without an answer
+    │   ├── WorkerHung               … it was ended: its deadline had passed
+    │   └── WorkerTooLarge           … it was ended: its memory had passed the limit
     ├── MetricError              a metric cannot be computed, and what it would need
     └── StoreError               a study on disk cannot be read or written
         ├── StudyLocked              another process is writing this study
@@ -30,6 +32,8 @@ __all__ = [
     "StudyLocked",
     "UnsupportedRequest",
     "WorkerDied",
+    "WorkerHung",
+    "WorkerTooLarge",
 ]
 
 
@@ -63,6 +67,14 @@ class OptimizationNotApplied(BackendError):
 
 class WorkerDied(SD35BenchError):
     """The worker process that held a backend ended without an answer."""
+
+
+class WorkerHung(WorkerDied):
+    """The worker gave no answer before its deadline and was ended."""
+
+
+class WorkerTooLarge(WorkerDied):
+    """The worker held more memory than the limit and was ended."""
 
 
 class MetricError(SD35BenchError):

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.errors import StoreError
+from sd35bench.evaluations import evaluations, skip_layer_evaluations
 from sd35bench.plan import Plan
+from sd35bench.run import shares
 from sd35bench.store import Study
 from sd35bench.types import Record, Request, Session, Status, Trial, content_hash, to_json
 
@@ -63,8 +65,10 @@ class Estimate:
         }
 
 
-def estimate(plans: Sequence[tuple[Plan, float]], results_dir: Path, study_name: str) -> Estimate:
-    """Estimate `plans`, each with its price in USD per image."""
+def estimate(
+    plans: Sequence[tuple[Plan, float]], results_dir: Path, study_name: str, starts: int = 1
+) -> Estimate:
+    """Estimate `plans`, each with its price in USD per image, run by `starts` processes each."""
     studies = list(_studies(results_dir))
     done_keys = {k for s in studies if s.name == study_name for k in s.done_keys()}
     trials = [t for plan, _ in plans for t in plan.trials]
@@ -75,9 +79,14 @@ def estimate(plans: Sequence[tuple[Plan, float]], results_dir: Path, study_name:
         missing = [t for t in plan.trials if t.key not in done_keys]
         if not missing:
             continue
-        loads += 1
+        keys = {t.key for t in missing}
+        started = sum(
+            any(t.key in keys for batch in share for t in batch.trials)
+            for share in shares(plan.batches, starts)
+        )
+        loads += started
         seen = _Seen(plan, studies)
-        spent_s = seen.seconds(missing)
+        spent_s = seen.seconds(missing, started)
         seconds = None if seconds is None or spent_s is None else seconds + spent_s
         disk += sum(seen.image_bytes(t.request) + RECORD_BYTES for t in missing)
         usd += price * len(missing)
@@ -117,12 +126,12 @@ class _Seen:
         if record.image_bytes is not None:
             self._bytes.append(record.image_bytes / (request.width * request.height))
 
-    def seconds(self, trials: Iterable[Trial]) -> float | None:
-        """Seconds for the load and these trials, or None if nothing alike has run."""
+    def seconds(self, trials: Iterable[Trial], loads: int) -> float | None:
+        """Seconds for so many loads and these trials, or None if nothing alike has run."""
         if not self._rates:
             return None
         rates = {size: statistics.median(values) for size, values in self._rates.items()}
-        total = statistics.median(self._loads) if self._loads else 0.0
+        total = loads * statistics.median(self._loads) if self._loads else 0.0
         for trial in trials:
             nearest = min(rates, key=lambda size: abs(size - trial.batch_size))
             total += rates[nearest] * _work(trial.request)
@@ -140,9 +149,10 @@ class _Seen:
 
 def _work(request: Request) -> float:
     """Denoiser evaluations, and what else an image takes, times pixels."""
-    per_step = 2 if request.cfg > 1 else 1
-    evaluations = request.effective_steps * per_step + FIXED_EVALUATIONS
-    return evaluations * request.width * request.height
+    extra = skip_layer_evaluations(request)  # these carry no negative prompt
+    both = 2 if request.cfg > 1 else 1
+    work = (evaluations(request) - extra) * both + extra + FIXED_EVALUATIONS
+    return work * request.width * request.height
 
 
 def _alike(thing: Trial | Session, plan: Plan) -> bool:

@@ -5,6 +5,7 @@
       journal/<shard>.jsonl   sessions and records, one JSON object a line, fsync per line
       scores/<shard>.jsonl    scores, appended by `score`
       images/ab/<sha256>.png  what trials made; inits/ holds what they started from
+      machine/<shard>.json    limits of the machines that ran it
       features/<extractor>/   what extractors saw in images, so that nothing is embedded twice
       records.parquet …       derived views; delete them whenever you like
 
@@ -15,14 +16,13 @@ different loads may share a study; a second writer of the same load is refused.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -30,7 +30,8 @@ from typing import IO, Any, cast
 import numpy as np
 from PIL import Image
 
-from sd35bench.errors import DiskFull, StoreError, StudyLocked
+from sd35bench.disk import disk_errors, open_lock, read_lines, try_flock, write_atomic
+from sd35bench.errors import StoreError, StudyLocked
 from sd35bench.types import Load, Record, Session, Status, from_json, to_json
 
 __all__ = ["Score", "Shard", "Study", "decode_rgb", "new_shard_id"]
@@ -87,7 +88,7 @@ class Shard:
 
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        with _disk(self.path):
+        with disk_errors(self.path):
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - kept open
             self._file.write(data)
@@ -115,10 +116,10 @@ class Study:
                 known = sorted(p.parent.name for p in Path(root).glob("*/study.json"))
                 there = ", ".join(known) if known else "none"
                 raise StoreError(f"study {name!r} is not in {root}; there: {there}")
-            with _disk(path):
+            with disk_errors(path):
                 for folder in ("journal", "scores", "images", "inits", "features"):
                     (path / folder).mkdir(parents=True, exist_ok=True)
-            _write_atomic(marker, json.dumps({"schema": SCHEMA}).encode())
+            write_atomic(marker, json.dumps({"schema": SCHEMA}).encode())
         schema = json.loads(marker.read_text()).get("schema")
         if schema != SCHEMA:
             raise StoreError(f"study {name!r} has schema {schema}, this version reads {SCHEMA}")
@@ -165,7 +166,7 @@ class Study:
 
     def _journal(self) -> Iterator[dict[str, Any]]:
         for path in sorted((self.path / "journal").glob("*.jsonl")):
-            yield from _read_lines(path)
+            yield from read_lines(path)
 
     # Images ------------------------------------------------------------------------------------
 
@@ -217,7 +218,7 @@ class Study:
         digest = hashlib.sha256(data).hexdigest()
         path = self.path / folder / digest[:2] / f"{digest}{suffix}"
         if not path.exists():
-            _write_atomic(path, data)
+            write_atomic(path, data)
         return digest
 
     def _find_image(self, digest: str) -> Path | None:
@@ -235,13 +236,13 @@ class Study:
         lines = [json.dumps(to_json(row), allow_nan=False) for row in rows]
         if lines:
             path = self.path / "scores" / f"{new_shard_id()}-{metric}.jsonl"
-            _write_atomic(path, ("\n".join(lines) + "\n").encode())
+            write_atomic(path, ("\n".join(lines) + "\n").encode())
 
     def scores(self) -> list[Score]:
         """Read the last score of every (metric, trial, image)."""
         last: dict[tuple[str, str, str], Score] = {}
         for path in sorted((self.path / "scores").glob("*.jsonl")):
-            for line in _read_lines(path):
+            for line in read_lines(path):
                 score = Score(**line)
                 last[score.metric, score.key, score.image] = score
         return list(last.values())
@@ -252,7 +253,7 @@ class Study:
             raise ValueError(f"{len(digests)} digests for {len(features)} rows of features")
         buffer = io.BytesIO()
         np.savez(buffer, digests=np.array(digests), features=features)
-        _write_atomic(
+        write_atomic(
             self.path / "features" / extractor / f"{new_shard_id()}.npz", buffer.getvalue()
         )
 
@@ -264,6 +265,17 @@ class Study:
                 found.update(zip(data["digests"].tolist(), data["features"], strict=True))
         return found
 
+    # The machine -------------------------------------------------------------------------------
+
+    def append_machine(self, found: dict[str, Any]) -> None:
+        """Keep one measurement of a machine's limits (see `sd35bench.machine`) in its own file."""
+        data = json.dumps(found, allow_nan=False).encode() + b"\n"
+        write_atomic(self.path / "machine" / f"{new_shard_id()}.json", data)
+
+    def machine(self) -> list[dict[str, Any]]:
+        """Read the measurements of the machines that ran this study, the latest last."""
+        return [json.loads(p.read_bytes()) for p in sorted((self.path / "machine").glob("*.json"))]
+
     # Locks and sweeping ------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -273,26 +285,28 @@ class Study:
         Raises: StudyLocked if another process runs the same load on this study.
         """
         with contextlib.ExitStack() as stack:
-            shared = stack.enter_context(_open_lock(self.path / ".lock"))
-            own = stack.enter_context(_open_lock(self.path / f".lock-{load_key[:16]}"))
-            if not _try_flock(own, fcntl.LOCK_EX):
+            shared = stack.enter_context(open_lock(self.path / ".lock"))
+            own = stack.enter_context(open_lock(self.path / f".lock-{load_key[:16]}"))
+            if not try_flock(own, fcntl.LOCK_EX):
                 raise StudyLocked(
                     f"another process is running this model and backend on study {self.name!r};"
                     " wait for it, or use another study= name"
                 )
-            if _try_flock(shared, fcntl.LOCK_EX):
+            if try_flock(shared, fcntl.LOCK_EX):
                 self._sweep()
             fcntl.flock(shared, fcntl.LOCK_SH)
             yield
 
     def _sweep(self) -> None:
-        """Remove temporary files, and images that no record names."""
+        """Remove temporary files, and images and latents that no record names."""
         for path in self.path.rglob("*.tmp"):
             path.unlink(missing_ok=True)
-        named = {record.image for record in self._all_records()}
-        for path in (self.path / "images").glob("*/*"):
-            if path.stem not in named:
-                path.unlink(missing_ok=True)
+        lines = [line for line in self._journal() if line["kind"] == "record"]
+        named = {line.get(name) for line in lines for name in ("image", "latents")}
+        for folder in ("images", "latents"):
+            for path in (self.path / folder).glob("*/*"):
+                if path.stem not in named:
+                    path.unlink(missing_ok=True)
 
     # Derived views -----------------------------------------------------------------------------
 
@@ -310,7 +324,7 @@ class Study:
             buffer = io.BytesIO()
             pq.write_table(pa.Table.from_pylist(table_rows), buffer)
             paths[name] = self.path / f"{name}.parquet"
-            _write_atomic(paths[name], buffer.getvalue())
+            write_atomic(paths[name], buffer.getvalue())
         return paths
 
     def sql(self, query: str) -> Any:
@@ -342,62 +356,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             row[short] = item
     return row
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Parse JSON lines; a torn last line is what a kill leaves and is skipped."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as exc:
-            if number == len(lines):
-                return
-            raise StoreError(f"{path}:{number} is not JSON: restore or delete that line") from exc
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    """Write all or nothing: a temporary file on disk, then a rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with _disk(path, cleanup=lambda: temporary.unlink(missing_ok=True)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _disk(path: Path, cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Turn the system's errors into ours."""
-    try:
-        yield
-    except OSError as exc:
-        with contextlib.suppress(OSError):
-            cleanup()
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"the disk of {path.parent} is full; free some space and run the same command"
-                " again: nothing that was stored is lost"
-            ) from exc
-        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
-
-
-@contextlib.contextmanager
-def _open_lock(path: Path) -> Iterator[int]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _try_flock(handle: int, mode: int) -> bool:
-    try:
-        fcntl.flock(handle, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -231,13 +231,16 @@ class Flops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuState:
-    """What NVML said right after an image; `throttled` names the active reasons, empty if none."""
+    """What NVML said right after an image; ``None`` is what this driver does not tell.
 
-    sm_clock_mhz: int
-    memory_clock_mhz: int
-    power_w: float
-    temperature_c: int
-    throttled: tuple[str, ...] = ()
+    `throttled` names the active reasons, empty if there are none.
+    """
+
+    sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    power_w: float | None
+    temperature_c: int | None
+    throttled: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +257,9 @@ class Session:
     """One worker's life: environment, load and first call apart from the steady state.
 
     `in_force` is what the backend proved about itself; `environment` is a flat mapping
-    (versions, device, commit …) and `environment_id` its hash.
+    (versions, device, commit …) and `environment_id` its hash. `first_call_s` is the first image,
+    compilation included, `warmup_s` all warm-ups. `start` says which of the run's `starts` this
+    worker served, from 0; one that replaced a dead worker has the same number.
     """
 
     id: str
@@ -266,6 +271,7 @@ class Session:
     first_call_s: float
     warmup_s: float
     in_force: dict[str, Any]
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,16 @@
 """The process that holds one loaded backend and answers batches, timed between synchronisations.
 
 Started as ``python -m sd35bench.worker FD`` by `run.py`, which talks to it over a socket pair and
-alone writes to the store. The worker dies with its parent. Messages to it are `Job`s (or ``None``
-to end); it answers with `Ready` once, then an `Answer` per job. Every time is wall time with the
-device synchronised before and after; reading init images and encoding files lie outside
-`generate_s`, and encoding is timed by itself.
+alone writes to the store. The worker dies with its parent. Messages to it are a `Load`, then
+`Job`s with one `Settle` after those that warm up, and ``None`` to end; it answers with `Ready`, an
+`Answer` per job, `Settled`, or `Failed` where the backend cannot be used. Every time is wall time
+with the device synchronised before and after; reading init images, encoding files and counting
+FLOPs lie outside `generate_s`, and encoding is timed by itself.
 """
 
 import contextlib
 import ctypes
+import faulthandler
 import io
 import os
 import signal
@@ -16,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,20 @@ from PIL import Image
 
 from sd35bench.backends.base import Backend, Generation, load_backend
 from sd35bench.errors import BackendError, InvalidImage, OutOfMemory, UnsupportedRequest
-from sd35bench.measure import Stopwatch, environment, environment_id, memory
+from sd35bench.measure import Stopwatch, environment, environment_id, gpu_state, memory
 from sd35bench.store import decode_rgb
-from sd35bench.types import Load, Memory, Request, Scalar, Status, Timings
+from sd35bench.types import (
+    Flops,
+    GpuState,
+    Load,
+    Memory,
+    Request,
+    Scalar,
+    Status,
+    Timings,
+)
 
-__all__ = ["Answer", "Job", "LoadFailed", "Made", "Ready", "encode_image"]
+__all__ = ["Answer", "Failed", "Job", "Made", "Ready", "Settle", "Settled", "encode_image"]
 
 PR_SET_PDEATHSIG = 1
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
@@ -44,7 +55,13 @@ class Job:
 
     requests: tuple[Request, ...]
     inits: tuple[str | None, ...]
-    keep: bool = True
+    keep_latents: bool = False
+    timed: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """The warm-up is over: prove what only it could show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +75,15 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadFailed:
-    """The backend could not be loaded."""
+class Settled:
+    """What the backend has proven by now."""
+
+    in_force: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The backend could not be loaded, or warm-up showed that it is not what was asked for."""
 
     status: Status
     error: str
@@ -67,7 +91,10 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """One image of a batch: its file, or why there is none."""
+    """One image of a batch: its file, or why there is none.
+
+    `latents`: float32 [C, h, w] after the first and after the last step, where they were kept.
+    """
 
     status: Status
     data: bytes = b""
@@ -75,11 +102,16 @@ class Made:
     error: str | None = None
     encode_s: float | None = None
     truncated_tokens: int | None = None
+    latents: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What became of a job; `phase` is where a failure happened."""
+    """What became of a job; `phase` is where a failure happened.
+
+    `flops` is of one image; `gpu` was read right after the last of them; `wall_s` is the whole
+    job's, files included.
+    """
 
     made: tuple[Made, ...]
     phase: str | None = None
@@ -87,48 +119,70 @@ class Answer:
     memory: Memory | None = None
     effective_steps: int | None = None
     evaluations: int | None = None
-    wall_s: float = field(default=0.0)
+    flops: Flops | None = None
+    gpu: GpuState | None = None
+    wall_s: float
 
 
 def main(handle: int) -> None:
     """Serve one parent until it says stop or goes away."""
     _die_with_parent()
+    faulthandler.enable()  # a segmentation fault says where
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    with Connection(handle) as connection:
-        load: Load = connection.recv()
-        started = time.perf_counter()
-        try:
-            backend = load_backend(load)
-        except (BackendError, MemoryError) as exc:
-            connection.send(LoadFailed(status=_status_of(exc), error=_text(exc)))
-            return
-        backend.synchronize()
-        load_s = time.perf_counter() - started
-        where = environment(threads=load.threads)
-        connection.send(
-            Ready(
-                load_s=load_s,
-                in_force=backend.in_force,
-                environment=where,
-                environment_id=environment_id(where),
-            )
+    with contextlib.suppress(EOFError, ConnectionError), Connection(handle) as connection:
+        _serve(connection)
+
+
+def _serve(connection: Connection) -> None:
+    load: Load = connection.recv()
+    started = time.perf_counter()
+    try:
+        backend = load_backend(load)
+    except (BackendError, MemoryError) as exc:
+        connection.send(_failed(exc))
+        return
+    backend.synchronize()
+    load_s = time.perf_counter() - started
+    where = environment(threads=load.threads)
+    connection.send(
+        Ready(
+            load_s=load_s,
+            in_force=backend.in_force,
+            environment=where,
+            environment_id=environment_id(where),
         )
-        with contextlib.suppress(EOFError), contextlib.closing(backend):
-            while (job := connection.recv()) is not None:
-                connection.send(answer(backend, job))
+    )
+    with contextlib.closing(backend):
+        while (message := connection.recv()) is not None:
+            connection.send(
+                settle(backend) if isinstance(message, Settle) else answer(backend, message)
+            )
+
+
+def settle(backend: Backend) -> Settled | Failed:
+    """Have the backend prove what its warm-up showed, and read what is in force again."""
+    try:
+        backend.settle()
+    except (BackendError, MemoryError) as exc:
+        return _failed(exc)
+    return Settled(in_force=backend.in_force)
 
 
 def answer(backend: Backend, job: Job) -> Answer:
     """Run one batch; failures become statuses, programming errors propagate."""
     began = time.perf_counter()
     inits = [None if path is None else decode_rgb(Path(path).read_bytes()) for path in job.inits]
+    backend.keep_latents, backend.timed = job.keep_latents, job.timed
     try:
         with Stopwatch(backend.synchronize) as watch:
             generation = backend.generate(job.requests, inits)
     except (BackendError, MemoryError) as exc:
-        failed = Made(status=_status_of(exc), error=_text(exc))
-        return Answer(made=(failed,) * len(job.requests), phase="generate")
+        failed = _failed(exc)
+        made = (Made(status=failed.status, error=failed.error),) * len(job.requests)
+        return Answer(made=made, phase="generate", wall_s=time.perf_counter() - began)
+    gpu = gpu_state()  # at once: clocks fall within milliseconds
     made = _encode_all(job.requests, generation)
+    wall_s = time.perf_counter() - began
     return Answer(
         made=made,
         phase=None if all(m.status is Status.OK for m in made) else "guard",
@@ -143,7 +197,9 @@ def answer(backend: Backend, job: Job) -> Answer:
         memory=memory(),
         effective_steps=generation.effective_steps,
         evaluations=generation.evaluations,
-        wall_s=time.perf_counter() - began,
+        flops=backend.flops(job.requests[0], generation.evaluations),
+        gpu=gpu,
+        wall_s=wall_s,
     )
 
 
@@ -179,7 +235,8 @@ def encode_image(image: np.ndarray, output_format: str, quality: int) -> bytes:
 def _encode_all(requests: Sequence[Request], generation: Generation) -> tuple[Made, ...]:
     truncated = generation.truncated_tokens or (None,) * len(requests)
     made = []
-    for request, image, tokens in zip(requests, generation.images, truncated, strict=True):
+    rows = zip(requests, generation.images, truncated, strict=True)
+    for number, (request, image, tokens) in enumerate(rows):
         try:
             check_image(image, request)
         except InvalidImage as exc:
@@ -195,9 +252,21 @@ def _encode_all(requests: Sequence[Request], generation: Generation) -> tuple[Ma
                 suffix=SUFFIXES[request.output_format],
                 encode_s=encode_s,
                 truncated_tokens=tokens,
+                latents=_latents(generation, number),
             )
         )
     return tuple(made)
+
+
+def _latents(generation: Generation, number: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """One image's latents after the first and the last step, if the backend kept them."""
+    if generation.latents_first is None or generation.latents_last is None:
+        return None
+    return generation.latents_first[number], generation.latents_last[number]
+
+
+def _failed(exc: BaseException) -> Failed:
+    return Failed(status=_status_of(exc), error=f"{type(exc).__name__}: {exc}")
 
 
 def _status_of(exc: BaseException) -> Status:
@@ -208,10 +277,6 @@ def _status_of(exc: BaseException) -> Status:
         InvalidImage: Status.INVALID_IMAGE,
     }
     return next((status for kind, status in kinds.items() if isinstance(exc, kind)), Status.ERROR)
-
-
-def _text(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {exc}"
 
 
 def _die_with_parent() -> None:

@@ -91,3 +91,12 @@ def test_estimate_ignores_what_is_no_study(tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "study.json").write_text('{"schema": 999}')
     assert estimate([(fake_plan(fake_load(), 1), 0.0)], tmp_path, "s").to_do == 1
+
+
+def test_estimate_counts_a_load_for_every_start_that_has_something_to_do(tmp_path):
+    plan = fake_plan(fake_load(), 10)
+    write(tmp_path, "s", plan, count=6)
+    found = estimate([(plan, 0.0)], tmp_path, "s", starts=5)
+    assert found.loads == 2  # blocks 0 to 5 are done: three of five starts
+    assert found.seconds == pytest.approx(2 * 4.0 + 4 * seconds(4, 5.0), rel=1e-6)
+    assert estimate([(plan, 0.0)], tmp_path, "elsewhere", starts=5).loads == 5

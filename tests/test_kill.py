@@ -19,6 +19,8 @@ from tests.fakes import fake_load, fake_plan
 
 ROOT = Path(__file__).parent.parent
 DELAY_S = 0.004
+START_S = 60.0
+TRIAL_S = 0.04  # with two fsyncs, on a machine that does something else too
 
 
 def start(root: Path, count: int, batch_size: int) -> subprocess.Popen:
@@ -72,7 +74,8 @@ def kill_until_done(root: Path, kills: int, count: int, batch_size: int, seed: i
     while workers_of(root) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert workers_of(root) == []
-    assert start(root, count, batch_size).wait(timeout=120) == 0
+    left = count - before
+    assert start(root, count, batch_size).wait(timeout=START_S + left * TRIAL_S) == 0
     assert landed >= kills // 2, "most kills must hit a live run to mean anything"
     study = Study.open(root, "killed")
     wanted = {t.key for b in plan.batches for t in b.trials}
@@ -91,4 +94,4 @@ def test_kill_at_random_points_loses_and_repeats_nothing(tmp_path, batch_size):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kill_two_hundred_times(tmp_path):
-    kill_until_done(tmp_path, kills=200, count=20000, batch_size=1, seed=7)
+    kill_until_done(tmp_path, kills=200, count=8000, batch_size=1, seed=7)

@@ -1,15 +1,20 @@
 import os
 import time
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sd35bench import run, worker
-from sd35bench.errors import DiskFull, InvalidImage, StudyLocked
-from sd35bench.run import CRASH_LIMIT, run_plan
+from sd35bench import run
+from sd35bench.errors import DiskFull, StudyLocked
+from sd35bench.limits import Limits
+from sd35bench.plan import Plan
+from sd35bench.process import WorkerProcess
+from sd35bench.run import run_plan, shares
 from sd35bench.store import Study
-from sd35bench.types import Request, Status
-from sd35bench.worker import check_image, encode_image
+from sd35bench.types import Flops, GpuState, Status, Timings
+from sd35bench.worker import Answer, Made, Ready, Settled, encode_image
 from tests.fakes import fake_load, fake_plan
 
 
@@ -84,37 +89,6 @@ def test_run_records_failures_and_a_rerun_retries_only_them(study):
     assert (again.failed, again.skipped) == (first.failed, first.done)
 
 
-def test_run_worker_death_is_recorded_and_the_rest_goes_on(study, monkeypatch):
-    real = run.Worker.run
-    plan = fake_plan(fake_load(delay_s=0.01), 6)
-    victim = plan.batches[2].trials[0].request
-
-    def dying(self, job):
-        if job.requests[0] == victim:
-            self._process.kill()
-        return real(self, job)
-
-    monkeypatch.setattr(run.Worker, "run", dying)
-    summary = run_plan(plan, study)
-    statuses = [r.status for r in study.records()]
-    assert statuses.count(Status.CRASHED) == 1
-    assert (summary.done, summary.failed, summary.loads) == (5, 1, 2)
-    crashed = next(r for r in study.records() if r.status is Status.CRASHED)
-    assert "signal 9" in crashed.error
-    assert crashed.phase == "generate"
-
-
-def test_run_gives_up_on_a_load_that_keeps_dying(study, monkeypatch):
-    def dying(self, job):
-        self._process.kill()
-        return self._ask(job)
-
-    monkeypatch.setattr(run.Worker, "run", dying)
-    summary = run_plan(fake_plan(fake_load(), 6), study)
-    assert (summary.done, summary.failed, summary.loads) == (0, 6, CRASH_LIMIT)
-    assert sum("not tried" in (r.error or "") for r in study.records()) == 6 - CRASH_LIMIT
-
-
 def test_run_second_writer_is_refused(study):
     plan = fake_plan(fake_load(), 2)
     with study.lock(plan.load.key), pytest.raises(StudyLocked):
@@ -140,13 +114,13 @@ def test_run_full_disk_pauses_and_resumes(study, monkeypatch):
 
 def test_run_leaves_no_process_behind(study, monkeypatch):
     pids = []
-    real = run.Worker.__init__
+    real = WorkerProcess.__init__
 
-    def remembering(self, load):
-        real(self, load)
-        pids.append(self._process.pid)
+    def remembering(self, *arguments):
+        real(self, *arguments)
+        pids.append(self.pid)
 
-    monkeypatch.setattr(run.Worker, "__init__", remembering)
+    monkeypatch.setattr(WorkerProcess, "__init__", remembering)
     plan = fake_plan(fake_load(delay_s=0.01), 4)
 
     def interrupt(_done, _total, _record):
@@ -183,40 +157,156 @@ def test_run_init_images_reach_the_backend(study, scale):
     assert record.effective_steps == 1
 
 
+# Starts, warm-ups, what is kept beside the image --------------------------------------------------
+
+
+def grid_plan(load, prompts: int) -> Plan:
+    """Every prompt at two settings, prompt by prompt, as `expand` would have it."""
+    short, long = fake_plan(load, prompts, steps=2), fake_plan(load, prompts, steps=8)
+    pairs = zip(short.batches, long.batches, strict=True)
+    return replace(short, batches=tuple(batch for pair in pairs for batch in pair))
+
+
+def test_shares_are_contiguous_and_leave_blocks_whole():
+    plan = grid_plan(fake_load(), 7)
+    found = shares(plan.batches, 3)
+    assert [len(share) for share in found] == [4, 4, 6]
+    assert [b for share in found for b in share] == list(plan.batches)
+    assert shares(plan.batches, 1) == [list(plan.batches)]
+    assert [len(share) for share in shares(plan.batches, 100)] == [2] * 7
+
+
+def test_starts_share_the_trials_and_every_one_sees_every_setting(study):
+    plan = grid_plan(fake_load(), 4)
+    summary = run_plan(plan, study, limits=Limits(starts=2))
+    assert (summary.done, summary.loads) == (8, 2)
+    sessions = study.sessions()
+    assert sorted(s.start for s in sessions.values()) == [0, 1]
+    steps = {s: [] for s in sessions}
+    for record in study.records():
+        steps[record.session_id].append(record.trial.request.steps)
+    assert [Counter(found) for found in steps.values()] == [{2: 2, 8: 2}] * 2
+    assert summary.load_s == pytest.approx(sum(s.load_s for s in sessions.values()))
+    assert summary.warmup_s == pytest.approx(sum(s.warmup_s for s in sessions.values()))
+
+
+def test_starts_that_are_done_are_not_started_again(study):
+    plan = grid_plan(fake_load(), 4)
+    run_plan(plan, study, limits=Limits(starts=2))
+    lost = next(r for r in study.records() if r.trial == plan.trials[-1])
+    study.image_path(lost.image).unlink()
+    summary = run_plan(plan, study, limits=Limits(starts=2))
+    assert (summary.done, summary.loads) == (1, 1)
+    assert [s.start for s in study.sessions().values()] == [0, 1, 1]
+
+
+class Recorder:
+    """Stands in for the worker process: remembers the jobs, answers with one image each."""
+
+    def __init__(self, load, limits):
+        self.jobs, self.deadlines = [], []
+        Recorder.last = self
+
+    def load(self):
+        return Ready(load_s=1.0, in_force={"step": "loaded"}, environment={}, environment_id="e")
+
+    def settle(self):
+        self.jobs.append("settle")
+        return Settled(in_force={"step": "settled"})
+
+    def run(self, job, deadline_s):
+        self.jobs.append(job)
+        self.deadlines.append(deadline_s)
+        image = f"{job.requests}".encode()
+        made = tuple(Made(status=Status.OK, data=image + bytes([n])) for n in range(len(job.inits)))
+        return Answer(made=made, timings=TIMINGS, flops=FLOPS, gpu=GPU, wall_s=10.0)
+
+    def close(self):
+        self.jobs.append("close")
+
+    def kill(self):
+        pass
+
+
+TIMINGS = Timings(generate_s=1.0, encode_s=0.0)
+FLOPS = Flops(text=1.0, denoise=2.0, decode=3.0)
+GPU = GpuState(sm_clock_mhz=1, memory_clock_mhz=2, power_w=3.0, temperature_c=4)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(run, "WorkerProcess", Recorder)
+
+
+def batched_plan(*sizes: int, timed=frozenset({1})) -> Plan:
+    """Five prompts at each batch size, so that the last batch of 2 or 4 is a shorter one."""
+    plans = [fake_plan(fake_load(), 5, batch_size=size) for size in sizes]
+    batches = tuple(b for plan in plans for b in plan.batches)
+    return replace(plans[0], batches=batches, timed_batch_sizes=timed)
+
+
 @pytest.mark.parametrize(
-    ("image", "message"),
+    ("sizes", "timed", "warmed"),
     [
-        (np.zeros((8, 8, 3), np.uint8), "black"),
-        (np.full((8, 8, 3), 90, np.uint8), "constant"),
-        (np.full((8, 8, 3), (200, 10, 10), np.uint8), "constant"),
-        (np.ones((8, 16, 3), np.uint8), "wanted uint8"),
-        (np.random.default_rng(0).random((8, 8, 3)), "wanted uint8"),
+        ((1,), {1}, [1]),
+        ((1, 4), {1}, [1]),
+        ((4, 1), {1}, [1]),
+        ((1, 2, 4), {1, 2, 4}, [1, 2, 4]),
+        ((4,), {1}, [4]),
+        ((3,), {3}, [3, 2]),
     ],
-    ids=["black", "grey", "one-colour", "size", "float"],
+    ids=["single", "quality", "quality-first", "throughput", "nothing-timed", "short-tail"],
 )
-def test_guard_refuses_what_no_metric_should_see(image, message):
-    request = Request(prompt="", steps=1, cfg=1, seed=0, width=8, height=8)
-    with pytest.raises(InvalidImage, match=message):
-        check_image(image, request)
+@pytest.mark.usefixtures("recorded")
+def test_warm_up_covers_every_kind_that_is_timed(study, sizes, timed, warmed):
+    run_plan(batched_plan(*sizes, timed=frozenset(timed)), study)
+    jobs = Recorder.last.jobs
+    assert [len(job.requests) for job in jobs[: jobs.index("settle")]] == warmed
 
 
-def test_guard_lets_a_dark_picture_pass():
-    image = np.zeros((8, 8, 3), np.uint8)
-    image[2:4, 2:4] = 40
-    check_image(image, Request(prompt="", steps=1, cfg=1, seed=0, width=8, height=8))
+@pytest.mark.usefixtures("recorded")
+def test_session_has_what_was_in_force_after_the_warm_up(study):
+    run_plan(grid_plan(fake_load(), 2), study)
+    (session,) = study.sessions().values()
+    assert session.in_force == {"step": "settled"}
+    assert Recorder.last.jobs.count("settle") == 1
+    assert (session.first_call_s, session.warmup_s, session.start) == (10.0, 20.0, 0)
 
 
-def test_worker_marks_one_bad_image_of_a_batch():
-    class OneBlack(worker.Backend):
-        in_force: dict = {}  # noqa: RUF012
+@pytest.mark.usefixtures("recorded")
+def test_record_keeps_flops_and_gpu(study):
+    run_plan(fake_plan(fake_load(), 1), study)
+    (record,) = study.records()
+    assert (record.flops, record.gpu, record.latents) == (FLOPS, GPU, None)
 
-        def generate(self, requests, inits):
-            good = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            return worker.Generation(images=[good, np.zeros((8, 8, 3), np.uint8)])
 
-    requests = tuple(
-        Request(prompt=p, steps=1, cfg=1, seed=0, width=8, height=8) for p in ("a", "b")
-    )
-    answer = worker.answer(OneBlack(), worker.Job(requests=requests, inits=(None, None)))
-    assert [m.status for m in answer.made] == [Status.OK, Status.INVALID_IMAGE]
-    assert answer.phase == "guard"
+@pytest.mark.usefixtures("recorded")
+def test_deadlines_follow_the_warm_up_of_the_same_kind_or_the_work(study):
+    run_plan(batched_plan(1, 4), study)
+    # Start; five of 10 s x 20; a batch of four is four times the work; the last prompt is alone.
+    assert Recorder.last.deadlines == [1800.0, *[200.0] * 5, pytest.approx(800.0), 200.0]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_run_keeps_latents_of_each_image_when_asked(study, keep):
+    plan = fake_plan(fake_load(), 3, batch_size=3)
+    run_plan(plan, study, limits=Limits(keep_latents=keep))
+    records = study.records()
+    if not keep:
+        assert [r.latents for r in records] == [None] * 3
+        return
+    assert len({r.latents for r in records}) == 3
+    for record in records:
+        first, last = study.read_latents(record.latents)
+        assert first.shape == last.shape == (3, 6, 8)
+        colours = study.read_image(record.image)[::8, ::8]
+        assert np.array_equal(np.rint(last * 255).transpose(1, 2, 0), colours)
+
+
+def test_latents_that_no_record_names_are_swept_by_the_next_writer(study):
+    run_plan(fake_plan(fake_load(), 1), study, limits=Limits(keep_latents=True))
+    orphan = study.put_latents(np.zeros(1), np.zeros(1))
+    (kept,) = {r.latents for r in study.records()}
+    run_plan(fake_plan(fake_load(), 1), study)
+    assert {p.stem for p in (study.path / "latents").glob("*/*")} == {kept}
+    assert orphan != kept

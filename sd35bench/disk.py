@@ -1,0 +1,85 @@
+"""Files that are whole or absent, locks that end with their process, and errors that are ours.
+
+A writer that is killed leaves a temporary file at most, or a torn last line of a journal; both are
+told from damage by their place.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sd35bench.errors import DiskFull, StoreError
+
+__all__ = ["disk_errors", "open_lock", "read_lines", "try_flock", "write_atomic"]
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Parse JSON lines; a torn last line is what a kill leaves and is skipped.
+
+    Raises: StoreError for any other line that is not JSON.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as exc:
+            if number == len(lines):
+                return
+            raise StoreError(f"{path}:{number} is not JSON: restore or delete that line") from exc
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write all or nothing: a temporary file on disk, then a rename.
+
+    Raises: DiskFull, StoreError.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path, cleanup=lambda: temporary.unlink(missing_ok=True)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn the system's errors into ours, after `cleanup`. Raises: DiskFull, StoreError."""
+    try:
+        yield
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            cleanup()
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"the disk of {path.parent} is full; free some space and run the same command"
+                " again: nothing that was stored is lost"
+            ) from exc
+        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+@contextlib.contextmanager
+def open_lock(path: Path) -> Iterator[int]:
+    """Open a lock's file, made if need be; closing it gives the lock back."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def try_flock(handle: int, mode: int) -> bool:
+    """Take the kernel's lock unless another process has it; says whether it was taken."""
+    try:
+        fcntl.flock(handle, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
