@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.types import Record, Request, Task
+from sd35bench.evaluations import skip_layer_window
+from sd35bench.guidance import skip_layer_text
+from sd35bench.types import ModelSpec, Record, Request, Task
 
 __all__ = ["run_command", "snippet"]
 
@@ -28,43 +30,95 @@ def run_command(records: Sequence[Record], study: str) -> str:
     if request.prompt_strength is not None:
         parts.append(f"prompt_strength={_text(request.prompt_strength)}")
     parts += [f"width={request.width}", f"height={request.height}"]
+    parts += _weights(load.model)
     for name in ("sampler", "shift", "max_sequence_length", "output_format", "output_quality"):
         value = getattr(request, name)
-        if value is not None and value != _QUIET.get(name):
+        quiet = value == _QUIET.get(name) and (name != "sampler" or load.model.family == "sd3")
+        if value is not None and not quiet:
             parts.append(f"{name}={_text(value)}")
+    if request.skip_layer_guidance is not None:
+        parts.append(f"skip_layer_guidance={skip_layer_text(request.skip_layer_guidance)}")
     parts += _prompts(records)
     parts += [f"seed={','.join(map(str, seeds))}", f"batch_size={records[0].trial.batch_size}"]
     many = ["-m"] if len(seeds) > 1 else []
     return shlex.join(["sd35bench", "run", *many, *parts, f"study={study}"])
 
 
-def snippet(record: Record, init_path: Path | None) -> str:
-    """Write a Python script that makes this record's image with diffusers alone."""
+def snippet(record: Record, init_path: Path | None) -> str | None:
+    """Write a Python script that makes this record's image with diffusers alone.
+
+    ``None`` where diffusers alone cannot: random weights, and files in the original layout.
+    """
     load, request = record.trial.load, record.trial.request
+    if load.model.weights != "checkpoint" or load.model.components is not None:
+        return None
     dtype = _DTYPES.get(str(load.backend.options.get("dtype", "fp32")), "float32")
     edit = request.task is Task.IMAGE_TO_IMAGE
-    pipeline = "StableDiffusion3Img2ImgPipeline" if edit else "StableDiffusion3Pipeline"
-    lines = ["import torch", f"from diffusers import {pipeline}"]
-    if edit:
-        lines += ["from PIL import Image"]
-    lines += [
+    pipeline = _PIPELINES["sd3-edit" if edit else load.model.family]
+    imported, scheduler = _scheduler(load.model.family, request)
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(sorted({pipeline} | imported))}",
+        *(["from PIL import Image"] if edit else []),
         "",
         f"torch.set_num_threads({load.threads})",
         f"pipe = {pipeline}.from_pretrained(",
         f"    {load.model.path!r}, dtype=torch.{dtype}",
         ")",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+        *scheduler,
+        "image = pipe(",
+        *(f"    {name}={value}," for name, value in _arguments(record, init_path)),
+        ").images[0]",
+        f'image.save("image.{request.output_format}"{_quality(request)})',
     ]
-    if request.shift is not None:
-        lines += [
-            "pipe.scheduler = type(pipe.scheduler).from_config(",
-            f"    pipe.scheduler.config, shift={request.shift!r}",
-            ")",
-        ]
-    lines += ["image = pipe("]
-    lines += [f"    {name}={value}," for name, value in _arguments(record, init_path)]
-    lines += [").images[0]", f'image.save("image.{request.output_format}"{_quality(request)})']
     return "\n".join(lines) + "\n"
+
+
+_PIPELINES = {
+    "sd3": "StableDiffusion3Pipeline",
+    "sd3-edit": "StableDiffusion3Img2ImgPipeline",
+    "sana": "SanaPipeline",
+    "pixart": "PixArtAlphaPipeline",
+}
+# What a checkpoint of the family comes with: the sampler, and the name of its shift.
+_OWN = {"sd3": ("euler", "shift"), "sana": ("dpmpp_2m", "flow_shift"), "pixart": ("dpmpp_2m", "")}
+_SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+# diffusers 0.42.1 has no such method in its multistep samplers.
+_START_FROM_IMAGE = """
+def scale_noise(sample, timestep, noise):
+    sigma = pipe.scheduler.sigmas[pipe.scheduler.begin_index].to(noise)
+    return sigma * noise + (1 - sigma) * sample
+
+pipe.scheduler.scale_noise = scale_noise
+"""
+
+
+def _scheduler(family: str, request: Request) -> tuple[set[str], list[str]]:
+    """The scheduler's class to import, if any, and the lines that put it in place."""
+    own, shift_name = _OWN[family]
+    if request.sampler == own and request.shift is None:
+        return set(), []
+    shift = f"pipe.scheduler.config.{shift_name}"
+    shift = shift if request.shift is None else repr(request.shift)
+    if request.sampler == own:
+        given = f"    pipe.scheduler.config, {shift_name}={shift}"
+        return set(), ["pipe.scheduler = type(pipe.scheduler).from_config(", given, ")"]
+    name = _SCHEDULERS[request.sampler]
+    if request.sampler in ("euler", "heun"):
+        return {name}, [f"pipe.scheduler = {name}(shift={shift})"]
+    lines = [
+        f"pipe.scheduler = {name}(",
+        f'    use_flow_sigmas=True, flow_shift={shift}, prediction_type="flow_prediction"',
+        ")",
+    ]
+    edit = request.task is Task.IMAGE_TO_IMAGE
+    return {name}, [*lines, *(_START_FROM_IMAGE.splitlines() if edit else [])]
 
 
 def _arguments(record: Record, init_path: Path | None) -> list[tuple[str, str]]:
@@ -85,13 +139,25 @@ def _arguments(record: Record, init_path: Path | None) -> list[tuple[str, str]]:
     ]
     skip = r.skip_layer_guidance
     if skip is not None:
+        start, stop = skip_layer_window(skip, r.steps, r.sampler)
         found += [
             ("skip_guidance_layers", repr(list(skip.layers))),
             ("skip_layer_guidance_scale", repr(skip.scale)),
-            ("skip_layer_guidance_start", repr(skip.start)),
-            ("skip_layer_guidance_stop", repr(skip.stop)),
+            ("skip_layer_guidance_start", repr(start)),
+            ("skip_layer_guidance_stop", repr(stop)),
         ]
+    if load.model.family != "sd3":
+        found += [("use_resolution_binning", "False"), ("clean_caption", "False")]
     return [*found, ("generator", f'torch.Generator("cpu").manual_seed({r.seed})')]
+
+
+def _weights(model: ModelSpec) -> list[str]:
+    """Overrides that say which weights, where they are not a checkpoint's."""
+    if model.weights == "checkpoint":
+        return []
+    layers = [] if model.layers is None else [f"model.layers={model.layers}"]
+    encoders = ["model.text_encoders=true"] if model.text_encoders else []
+    return [f"model.weights={model.weights}", *layers, *encoders]
 
 
 def _quality(request: Request) -> str:

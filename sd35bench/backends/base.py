@@ -8,20 +8,25 @@ costs nothing.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from sd35bench.errors import ConfigError
-from sd35bench.types import Flops, Load, Request
+from sd35bench.types import Flops, Load, Request, Scalar
 
-__all__ = ["KINDS", "Backend", "Generation", "load_backend"]
+__all__ = ["KINDS", "Backend", "Generation", "Probe", "backend_class", "load_backend"]
 
 KINDS = {
+    "compile": "sd35bench.backends.compile:CompileBackend",
     "eager": "sd35bench.backends.eager:EagerBackend",
     "fake": "sd35bench.backends.fake:FakeBackend",
+    "int8": "sd35bench.backends.int8:Int8Backend",
+    "onnx": "sd35bench.backends.onnx_runtime:OnnxBackend",
+    "openvino": "sd35bench.backends.openvino_runtime:OpenVinoBackend",
+    "w8a8": "sd35bench.backends.w8a8:W8A8Backend",
 }
 
 
@@ -49,16 +54,41 @@ class Generation:
     latents_last: np.ndarray | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Whether a backend can run on this machine, tried without a model.
+
+    `ok`: ``True`` it can; ``False`` it cannot, though everything that the package itself brings
+    is expected to be there; ``None`` it cannot, for want of something optional (an extra, a GPU).
+    `detail` says what was found, `remedy` what to do: ``None`` where there is nothing to do.
+    """
+
+    ok: bool | None
+    detail: str
+    remedy: str | None = None
+
+
 class Backend(ABC):
     """One loaded model that turns requests into images.
 
     `in_force` is what the backend proved about itself (dtype, device, attention, providers …),
     not what it was asked for; it is read after loading and again after `settle`. `keep_latents`
-    asks `generate` for the latents after the first and the last step.
+    asks `generate` for the latents after the first and the last step; `timed` says whether the next
+    call's time counts, so that one that had to compile something can refuse to be a measurement.
     """
 
     in_force: dict[str, Any]
     keep_latents: bool = False
+    timed: bool = True
+
+    @classmethod
+    def probe(cls, options: Mapping[str, Scalar]) -> Probe:
+        """Try cheaply (well under a second beyond imports) whether a load could work here.
+
+        `options`: those of the backend's YAML. Called only once the module could be imported, so
+        a module imports optional libraries where it uses them, and its probe tries those imports.
+        """
+        return Probe(ok=True, detail="needs nothing more than the package")
 
     @abstractmethod
     def generate(
@@ -87,14 +117,22 @@ class Backend(ABC):
         """Release what was loaded; safe to call twice."""
 
 
+def backend_class(kind: str) -> type[Backend]:
+    """Import a kind's module and return its backend class.
+
+    Raises: ConfigError for an unknown kind, ImportError where the module cannot be imported.
+    """
+    if kind not in KINDS:
+        known = ", ".join(sorted(KINDS))
+        raise ConfigError(f"backend.kind={kind!r} is unknown; known: {known}")
+    module_name, class_name = KINDS[kind].split(":")
+    return getattr(importlib.import_module(module_name), class_name)
+
+
 def load_backend(load: Load) -> Backend:
     """Import the backend's module and load the model into it.
 
     Raises: ConfigError for an unknown kind, BackendError where loading fails.
     """
-    if load.backend.kind not in KINDS:
-        known = ", ".join(sorted(KINDS))
-        raise ConfigError(f"backend.kind={load.backend.kind!r} is unknown; known: {known}")
-    module_name, class_name = KINDS[load.backend.kind].split(":")
-    backend_class = getattr(importlib.import_module(module_name), class_name)
-    return backend_class(load)
+    constructor: Any = backend_class(load.backend.kind)
+    return constructor(load)

@@ -1,40 +1,30 @@
 """What every diffusers-based backend shares: load, prove, call, time, check.
 
-The images are diffusers' own: one call of `StableDiffusion3Pipeline` (or its image-to-image twin
-on the same components) per batch, with one CPU generator per image. Subclasses change the loaded
-pipeline in `prepare` (compile, quantise, replace the denoiser) and add to `prove`; everything
-else, the refusals included, stays the same, so that backends differ in nothing but speed.
+The images are diffusers' own: one call of the model family's pipeline (`families`) per batch, with
+one CPU generator per image. Subclasses change the loaded pipeline in `prepare` (compile, quantise,
+replace the denoiser) and add to `prove`; everything else, the refusals included, stays the same,
+so that backends differ in nothing but speed.
 
 Starting noise is float32 on the CPU for every dtype: torch draws half-precision noise of 16 or
-more values as rounded float32 (held by a test), and latents have 16 channels.
+more values as rounded float32 (held by a test), and latents of an image have at least 16.
 """
 
 import contextlib
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img import (
-    StableDiffusion3Img2ImgPipeline,
-)
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
-from PIL import Image
 
-from sd35bench.backends.base import Backend, Generation
-from sd35bench.backends.checkpoint import (
-    DTYPES,
-    hush_truncation_warnings,
-    load_pipeline,
-    prove_device,
-    prove_dtypes,
-)
-from sd35bench.backends.stages import DECODE, DENOISER, TEXT, StageMeter
+from sd35bench.backends.base import Backend, Generation, Probe
+from sd35bench.backends.checkpoint import DTYPES, load_model, prove_device, prove_dtypes
+from sd35bench.backends.families import Family, family_of
+from sd35bench.backends.probes import probe_device
+from sd35bench.backends.samplers import own_shift
+from sd35bench.backends.stages import StageMeter
 from sd35bench.errors import (
     BackendError,
     InvalidImage,
@@ -42,43 +32,73 @@ from sd35bench.errors import (
     OutOfMemory,
     UnsupportedRequest,
 )
+from sd35bench.evaluations import SAMPLERS, sampler_order
+from sd35bench.evaluations import evaluations as count_evaluations
+from sd35bench.flops import image_flops
 from sd35bench.measure import DeviceClock
-from sd35bench.types import Load, Request, Scalar, Task
+from sd35bench.types import Flops, Load, Request, Scalar, Task
 
-__all__ = ["SAMPLERS", "DiffusersBackend", "generator"]
+__all__ = ["DiffusersBackend", "choice", "foreign_errors", "generator"]
 
 DEVICES = ("auto", "cpu", "cuda")
-SAMPLERS = {"euler": FlowMatchEulerDiscreteScheduler}
 
 
 class DiffusersBackend(Backend):
-    """An SD3 pipeline of diffusers, loaded once; subclasses say how it is made fast."""
+    """A diffusers pipeline, loaded once; subclasses say how it is made fast.
+
+    `samplers`, `tasks` and `skip_layers` are narrowed by a subclass that can do less than its
+    model's family.
+    """
 
     options: ClassVar[Mapping[str, Scalar]] = MappingProxyType({"dtype": "fp32", "device": "auto"})
     """Options that this backend knows, with their defaults."""
+    samplers: ClassVar[tuple[str, ...]] = SAMPLERS
+    tasks: ClassVar[tuple[Task, ...]] = tuple(Task)
+    skip_layers: ClassVar[bool] = True
+
+    @classmethod
+    def probe(cls, options: Mapping[str, Scalar]) -> Probe:
+        """Look for the device asked for, and for hardware of the dtype."""
+        return probe_device({**cls.options, **options})
 
     def __init__(self, load: Load) -> None:
         """Load the model, prepare it and prove what is in force.
 
-        Raises: BackendError for a missing or broken model folder or an unknown option;
+        Raises: BackendError for a missing or broken model or an unknown option;
         OptimizationNotApplied where the device or dtype asked for cannot be had.
         """
-        asked = self._read_options(load)
+        self.asked = self._read_options(load)
         self._load = load
-        self._dtype = _choice("dtype", asked["dtype"], DTYPES)
-        self.device = _device(asked["device"])
+        self._dtype = choice("dtype", self.asked["dtype"], DTYPES)
+        self.device = _device(self.asked["device"])
         torch.set_num_threads(load.threads)
-        pipe = load_pipeline(Path(load.model.path), DTYPES[self._dtype])
-        if self.device.type == "cuda":
-            with foreign_errors():
-                pipe.to(self.device)
-        self._own_scheduler: Any = pipe.scheduler
-        self._schedulers: dict[tuple[str, float | None], Any] = {("euler", None): pipe.scheduler}
+        pipe = self.load_pipe(load, DTYPES[self._dtype])
+        self._components = _configurations(pipe)
+        self._schedulers: dict[tuple[str, float | None], Any] = {}
         self.prepare(pipe)
         self._decoded: list[torch.Tensor] = []
         self._meter = StageMeter(DeviceClock(str(self.device)))
-        self._pipes: dict[Task, Any] = self._install(pipe)
+        self.family: Family = family_of(load.model.family, pipe)
+        self.family.watch(self._meter, lambda out: self._decoded.append(out[0]))
+        self._pipes: dict[Task, Any] = self.family.pipes
         self.in_force = self.prove(pipe)
+
+    def load_pipe(self, load: Load, dtype: torch.dtype) -> Any:
+        """Load the model and move it to the device.
+
+        Raises: BackendError, OutOfMemory.
+        """
+        return self.place(load_model(load.model, dtype, self.device))
+
+    def place(self, pipe: Any) -> Any:
+        """Move a loaded pipeline to the device.
+
+        Raises: OutOfMemory, BackendError.
+        """
+        if self.device.type == "cuda":
+            with foreign_errors():
+                pipe.to(self.device)
+        return pipe
 
     def prepare(self, pipe: Any) -> None:
         """Change the loaded pipeline before its first call; the base leaves it alone."""
@@ -95,15 +115,23 @@ class DiffusersBackend(Backend):
             )
         processors = {type(p).__name__ for p in pipe.transformer.attn_processors.values()}
         return {
+            **getattr(pipe, "facts", {}),
             "dtype": self._dtype,
             "component_dtypes": dtypes,
-            "device": prove_device(pipe, self.device),
+            "device": self.prove_place(pipe),
             "threads": torch.get_num_threads(),
             "float32_matmul": torch.get_float32_matmul_precision(),
             "attention": "+".join(sorted(processors)),
             "scheduler": type(pipe.scheduler).__name__,
-            "shift": float(pipe.scheduler.config.shift),
+            "shift": own_shift(pipe.scheduler),
         }
+
+    def prove_place(self, pipe: Any) -> str:
+        """Return the device that holds every parameter.
+
+        Raises: OptimizationNotApplied where one lies elsewhere.
+        """
+        return prove_device(pipe, self.device)
 
     def generate(
         self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
@@ -121,21 +149,22 @@ class DiffusersBackend(Backend):
         scheduler = self._scheduler(first)
         if pipe.scheduler is not scheduler:
             pipe.scheduler = scheduler
-        last: dict[str, torch.Tensor] = {}
+        order = sampler_order(first.sampler)
+        latents = _Latents(order, keep_first=self.keep_latents)
 
-        def step_ended(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict:
+        def ended(index: int, after: torch.Tensor) -> None:
             self._meter.step_ended()
-            last.update(tensors)  # only the last step's latents stay
-            return {}
+            latents.see(index, after)
 
         self._decoded.clear()
         self._meter.begin()
         with foreign_errors():
             pixels = pipe(
-                **self._arguments(requests, inits), callback_on_step_end=step_ended
+                **self._arguments(requests, inits),
+                **self.family.listen(ended),
             ).images
-        stages = self._meter.read()
-        refuse_not_finite(last["latents"], self._decoded.pop())
+        stages = self._meter.read(order)
+        refuse_not_finite(latents.last, self._decoded.pop())
         return Generation(
             images=list((pixels * 255).round().astype("uint8")),  # as diffusers' numpy_to_pil
             evaluations=stages.evaluations,
@@ -144,8 +173,20 @@ class DiffusersBackend(Backend):
             denoise_s=stages.denoise_s,
             decode_s=stages.decode_s,
             step_s=stages.step_s,
-            truncated_tokens=self._truncated_tokens(pipe, [r.prompt for r in requests]),
+            truncated_tokens=self.family.truncated_tokens(
+                [r.prompt for r in requests], self._max_sequence_length(first)
+            ),
+            latents_first=_host(latents.first) if self.keep_latents else None,
+            latents_last=_host(latents.last) if self.keep_latents else None,
         )
+
+    def flops(self, request: Request, evaluations: int | None) -> Flops | None:
+        """Count one image's operations from the parts' configurations; SD3's family only."""
+        if self._load.model.family != "sd3":
+            return None
+        whole = replace(request, max_sequence_length=self._max_sequence_length(request))
+        calls = count_evaluations(request) if evaluations is None else evaluations
+        return image_flops(self._components, whole, calls)
 
     def synchronize(self) -> None:
         """Wait for the GPU's queue; the CPU has none."""
@@ -157,7 +198,8 @@ class DiffusersBackend(Backend):
         self._meter.release()
         self._pipes = {}
         self._schedulers = {}
-        self._own_scheduler = None
+        if hasattr(self, "family"):  # it holds the model too
+            del self.family
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -171,44 +213,15 @@ class DiffusersBackend(Backend):
             )
         return {**self.options, **load.backend.options}
 
-    def _install(self, pipe: Any) -> dict[Task, Any]:
-        """Build the image-to-image pipeline on the same components and watch the stages."""
-        twin = StableDiffusion3Img2ImgPipeline(**pipe.components)
-        for each in (pipe, twin):
-            each.set_progress_bar_config(disable=True)
-            self._meter.watch(each, "encode_prompt", TEXT)
-        self._meter.watch(pipe.transformer, "forward", DENOISER)
-        self._meter.watch(pipe.vae, "decode", DECODE, lambda out: self._decoded.append(out[0]))
-        hush_truncation_warnings()
-        return {Task.TEXT_TO_IMAGE: pipe, Task.IMAGE_TO_IMAGE: twin}
-
     def _arguments(
         self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
     ) -> dict[str, Any]:
-        """Keyword arguments of the diffusers call for one batch."""
-        first = requests[0]
-        arguments: dict[str, Any] = {
-            "prompt": [r.prompt for r in requests],
-            "negative_prompt": [r.negative_prompt for r in requests],
-            "num_inference_steps": first.steps,
-            "guidance_scale": first.cfg,
-            "height": first.height,
-            "width": first.width,
-            "max_sequence_length": self._max_sequence_length(first),
+        """Keyword arguments of the diffusers call for one batch, callbacks left out."""
+        tokens = self._max_sequence_length(requests[0])
+        return {
+            **self.family.arguments(requests, inits, tokens),
             "generator": [generator(r.seed) for r in requests],
-            "output_type": "np",
-            "callback_on_step_end_tensor_inputs": ["latents"],
         }
-        if first.task is Task.IMAGE_TO_IMAGE:
-            arguments["image"] = [Image.fromarray(i) for i in inits if i is not None]
-            arguments["strength"] = first.prompt_strength
-        skipping = first.skip_layer_guidance
-        if skipping is not None:
-            arguments["skip_guidance_layers"] = list(skipping.layers)
-            arguments["skip_layer_guidance_scale"] = skipping.scale
-            arguments["skip_layer_guidance_start"] = skipping.start
-            arguments["skip_layer_guidance_stop"] = skipping.stop
-        return arguments
 
     def _max_sequence_length(self, request: Request) -> int:
         if request.max_sequence_length is not None:
@@ -216,13 +229,13 @@ class DiffusersBackend(Backend):
         return self._load.model.max_sequence_length
 
     def _scheduler(self, request: Request) -> Any:
-        """Return the model's own scheduler, or one rebuilt with the request's shift."""
+        """Return the request's scheduler, built once for each sampler and shift.
+
+        Raises: UnsupportedRequest for what the model's own schedule does not allow.
+        """
         key = (request.sampler, request.shift)
         if key not in self._schedulers:
-            config = self._own_scheduler.config
-            self._schedulers[key] = SAMPLERS[request.sampler].from_config(
-                config, shift=request.shift
-            )
+            self._schedulers[key] = self.family.scheduler(request)
         return self._schedulers[key]
 
     def _refuse(self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]) -> None:
@@ -233,7 +246,6 @@ class DiffusersBackend(Backend):
         if not self._pipes:
             raise BackendError("this backend is closed; load it again")
         first = requests[0]
-        pipe = self._pipes[Task.TEXT_TO_IMAGE]
         if any(_setting(r) != _setting(first) for r in requests):
             raise UnsupportedRequest("a batch must share one setting and one size")
         if any((r.init_image is None) != (i is None) for r, i in zip(requests, inits, strict=True)):
@@ -242,21 +254,39 @@ class DiffusersBackend(Backend):
             )
         if first.task is Task.IMAGE_TO_IMAGE and first.prompt_strength is None:
             raise UnsupportedRequest("image-to-image needs prompt_strength in (0, 1]")
-        if first.sampler not in SAMPLERS:
-            known = ", ".join(SAMPLERS)
-            raise UnsupportedRequest(f"sampler={first.sampler!r} does not stand yet; use {known}")
-        if first.shift is not None and self._own_scheduler.config.use_dynamic_shifting:
-            raise UnsupportedRequest("shift acts on no model with dynamic shifting; leave it out")
-        _refuse_size(first, pipe)
-        _refuse_skip_layers(first, len(pipe.transformer.transformer_blocks))
+        self._refuse_beyond_backend(first)
+        self.family.refuse(first)
 
-    def _truncated_tokens(self, pipe: Any, prompts: list[str]) -> tuple[int, ...]:
-        """Per prompt, CLIP tokens beyond the limit: the worse of the two tokenizers."""
-        limit = pipe.tokenizer_max_length  # diffusers cuts both tokenizers at the first one's
-        ids = [tokenizer(prompts).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
-        return tuple(
-            max(0, max(len(a), len(b)) - limit) for a, b in zip(ids[0], ids[1], strict=True)
-        )
+    def _refuse_beyond_backend(self, request: Request) -> None:
+        name = self._load.backend.name
+        if request.task not in self.tasks:
+            raise UnsupportedRequest(f"backend {name} does {', '.join(self.tasks)} only")
+        if request.sampler not in self.samplers:
+            known = ", ".join(self.samplers)
+            raise UnsupportedRequest(f"sampler={request.sampler!r}: backend {name} has {known}")
+        if request.skip_layer_guidance is not None and not self.skip_layers:
+            raise UnsupportedRequest(f"skip_layer_guidance: backend {name} leaves no layers out")
+
+
+class _Latents:
+    """The latents after the last step and, where asked for, after the first."""
+
+    def __init__(self, order: int, *, keep_first: bool) -> None:
+        self._order, self._keep_first = order, keep_first
+        self.first: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None
+
+    def see(self, index: int, latents: torch.Tensor) -> None:
+        """Keep what counts of the evaluation `index`; a reference, nothing is copied."""
+        self._last = latents
+        if self._keep_first and index < self._order:
+            self.first = latents
+
+    @property
+    def last(self) -> torch.Tensor:
+        """After the last step."""
+        assert self._last is not None
+        return self._last
 
 
 def generator(seed: int) -> torch.Generator:
@@ -296,7 +326,11 @@ def foreign_errors() -> Iterator[None]:
         raise BackendError(f"torch failed: {exc}") from exc
 
 
-def _choice(name: str, value: Scalar, known: Collection[str]) -> str:
+def choice(name: str, value: Scalar, known: Collection[str]) -> str:
+    """Return an option's value if it is one of the known words.
+
+    Raises: BackendError.
+    """
     if not isinstance(value, str) or value not in known:
         raise BackendError(f"backend.{name}={value!r} is unknown; known: {', '.join(known)}")
     return value
@@ -307,7 +341,7 @@ def _device(asked: Scalar) -> torch.device:
 
     Raises: OptimizationNotApplied where CUDA is asked for and there is none.
     """
-    name = _choice("device", asked, DEVICES)
+    name = choice("device", asked, DEVICES)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -334,27 +368,17 @@ def _setting(request: Request) -> tuple[Any, ...]:
     )
 
 
-def _refuse_size(request: Request, pipe: Any) -> None:
-    multiple = pipe.vae_scale_factor * pipe.patch_size
-    largest = pipe.transformer.config.pos_embed_max_size * multiple
-    for name, value_px in (("width", request.width), ("height", request.height)):
-        if value_px < multiple or value_px % multiple or value_px > largest:
-            raise UnsupportedRequest(
-                f"{name}={value_px}: this model makes multiples of {multiple} up to {largest} px"
-            )
+def _host(latents: torch.Tensor | None) -> np.ndarray | None:
+    return None if latents is None else latents.detach().to("cpu", torch.float32).numpy()
 
 
-def _refuse_skip_layers(request: Request, layers: int) -> None:
-    """Refuse skip-layer guidance where it cannot act: diffusers would fail or ignore it."""
-    skipping = request.skip_layer_guidance
-    if skipping is None:
-        return
-    if request.task is Task.IMAGE_TO_IMAGE:
-        raise UnsupportedRequest("skip_layer_guidance exists only in text-to-image")
-    if request.cfg <= 1:
-        raise UnsupportedRequest(f"skip_layer_guidance acts only with cfg > 1, not {request.cfg}")
-    outside = [layer for layer in skipping.layers if not 0 <= layer < layers]
-    if outside or not skipping.layers:
-        raise UnsupportedRequest(
-            f"skip_layer_guidance layers {list(skipping.layers)}: this model has 0 to {layers - 1}"
-        )
+def _configurations(pipe: Any) -> dict[str, dict[str, Any]]:
+    """Each part's configuration as it was loaded, with its `class_name`, for counting FLOPs."""
+    found = {}
+    for name, part in pipe.components.items():
+        config = getattr(part, "config", None)
+        if config is None:
+            continue
+        plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        found[name] = {**plain, "class_name": type(part).__name__}
+    return found

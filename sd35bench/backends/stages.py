@@ -84,13 +84,17 @@ class StageMeter:
         self._step_ends = []
 
     def step_ended(self) -> None:
-        """Mark the end of a denoising step, the scheduler's part included."""
+        """Mark the end of a step's evaluation, the scheduler's part included."""
         self._step_ends.append(self._clock.stamp())
 
-    def read(self) -> StageTimes:
-        """Return the last call's times; on CUDA waits for its last event."""
+    def read(self, order: int = 1) -> StageTimes:
+        """Return the last call's times; on CUDA waits for its last event.
+
+        `order`: marks that make a step; the last step may have fewer, as Heun's has.
+        """
         calls = self._spans.get(DENOISER, [])
-        marks = [calls[0][0], *self._step_ends] if calls else []
+        ends = [self._step_ends[i : i + order][-1] for i in range(0, len(self._step_ends), order)]
+        marks = [calls[0][0], *ends] if calls else []
         step_s = tuple(
             self._clock.seconds(start, stop) for start, stop in itertools.pairwise(marks)
         )

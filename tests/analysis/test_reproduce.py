@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd35bench.analysis.reproduce import snippet
+from sd35bench.analysis.reproduce import run_command, snippet
 from sd35bench.backends.base import load_backend
 from sd35bench.types import BackendSpec, SkipLayerGuidance
 from tests.analysis.synthetic import LOAD, record
 from tests.tiny import TOKENS, write_tiny_sd3
+from tests.tiny_families import write_tiny
 
 SKIPPING = SkipLayerGuidance(layers=(1,), scale=2.8, start=0.01, stop=0.6)
 
@@ -30,8 +31,14 @@ def load(tmp_path_factory):
         {"shift": 1.5, "seed": 7, "width": 48, "max_sequence_length": 8},
         {"skip_layer_guidance": SKIPPING, "output_format": "jpg"},
         {"init_image": "i" * 64, "prompt_strength": 0.6, "seed": 3},
+        {"sampler": "heun", "steps": 6, "skip_layer_guidance": SKIPPING},
+        {"sampler": "dpmpp_2m", "shift": 1.5},
+        {"sampler": "unipc", "init_image": "i" * 64, "prompt_strength": 0.6},
     ],
-    ids=["text-to-image", "shift-and-size", "skip-layer-guidance-jpg", "image-to-image"],
+    ids=[
+        *("text-to-image", "shift-and-size", "skip-layer-guidance-jpg", "image-to-image"),
+        *("heun-skip-layers", "dpmpp_2m-shift", "unipc-image-to-image"),
+    ],
 )
 def test_snippet_makes_the_backends_image(load, fields, tmp_path, monkeypatch):
     row = record(0, load=load, prompt="a 'red' \"fox\"\\", **{"steps": 4, "height": 32, **fields})
@@ -44,9 +51,51 @@ def test_snippet_makes_the_backends_image(load, fields, tmp_path, monkeypatch):
     expected = backend.generate([request], [init]).images[0]
     backend.close()
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet(row, tmp_path / "init.png"), "snippet", "exec"), {})
+    text = snippet(row, tmp_path / "init.png")
+    assert text is not None
+    exec(compile(text, "snippet", "exec"), {})
     if request.output_format == "png":
         assert np.array_equal(np.asarray(Image.open("image.png")), expected)
     else:
         Image.fromarray(expected).save("expected.jpg", quality=request.output_quality)
         assert (tmp_path / "image.jpg").read_bytes() == (tmp_path / "expected.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("sana", {"sampler": "dpmpp_2m", "shift": 1.5}),
+        ("sana", {"sampler": "euler"}),
+        ("pixart", {"sampler": "dpmpp_2m"}),
+    ],
+    ids=["sana-own-shift", "sana-euler", "pixart"],
+)
+def test_snippet_makes_other_families_images(family, fields, tmp_path, monkeypatch, load):
+    path = write_tiny(family, tmp_path / family)
+    load = replace(load, model=replace(load.model, path=str(path), family=family))
+    row = record(0, load=load, steps=3, width=64, height=32, **fields)
+    backend = load_backend(load)
+    expected = backend.generate([row.trial.request], [None]).images[0]
+    backend.close()
+    monkeypatch.chdir(tmp_path)
+    text = snippet(row, None)
+    assert text is not None
+    exec(compile(text, "snippet", "exec"), {})
+    assert np.array_equal(np.asarray(Image.open("image.png")), expected)
+
+
+def test_command_gives_sampler_and_skip_layer_guidance_exactly(load):
+    row = record(0, load=load, sampler="heun", skip_layer_guidance=SKIPPING)
+    command = run_command([row], "again")
+    assert " sampler=heun " in command
+    assert " skip_layer_guidance=1@2.8:0.01-0.6 " in command
+    assert "sampler" not in run_command([record(0, load=load)], "again")
+    sana = replace(load, model=replace(load.model, family="sana"))
+    assert " sampler=euler " in run_command([record(0, load=sana)], "again")
+
+
+def test_noise_has_a_command_and_no_snippet(load):
+    noise = replace(load.model, path="", weights="random", layers=4, text_encoders=False)
+    row = record(0, load=replace(load, model=noise))
+    assert snippet(row, None) is None
+    assert " model.weights=random model.layers=4 " in run_command([row], "again")

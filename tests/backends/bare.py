@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 from sd35bench.types import Request, SkipLayerGuidance, Task
@@ -38,8 +45,7 @@ def bare_images(
     """
     first = requests[0]
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **parts)
-    if first.shift is not None:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=first.shift)
+    pipe.scheduler = bare_scheduler(pipe.scheduler, first)
     extra: dict[str, Any] = {}
     if first.task is Task.IMAGE_TO_IMAGE:
         pipe = StableDiffusion3Img2ImgPipeline(**pipe.components)
@@ -63,6 +69,49 @@ def bare_images(
         **extra,
     ).images
     return [np.asarray(image) for image in images]
+
+
+def bare_scheduler(own: Any, request: Request) -> Any:
+    """The sampler as diffusers' documentation builds it, from SD3's own scheduler."""
+    shift = own.config.shift if request.shift is None else request.shift
+    if request.sampler == "euler":
+        return type(own).from_config(own.config, shift=shift)
+    if request.sampler == "heun":
+        return FlowMatchHeunDiscreteScheduler(shift=shift)
+    flow = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
+    kinds = {"dpmpp_2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+    scheduler: Any = kinds[request.sampler].from_config(own.config, **flow)
+
+    def scale_noise(sample: Any, timestep: Any, noise: Any) -> Any:
+        sigma = scheduler.sigmas[(scheduler.timesteps == timestep[0]).nonzero()[0].item()]
+        # In this order, as `FlowMatchEulerDiscreteScheduler` has it: the first operand's strides
+        # become the result's, and the VAE rounds another memory layout another way.
+        return sigma * noise + (1 - sigma) * sample
+
+    scheduler.scale_noise = scale_noise
+    return scheduler
+
+
+def bare_other_images(
+    path: Path, requests: Sequence[Request], dtype: torch.dtype = torch.float32, **changes: Any
+) -> list[np.ndarray]:
+    """Sana's or PixArt's, from a diffusers call with its own scheduler."""
+    first = requests[0]
+    pipe: Any = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {
+        "negative_prompt": [r.negative_prompt for r in requests],
+        "num_inference_steps": first.steps,
+        "guidance_scale": first.cfg,
+        "height": first.height,
+        "width": first.width,
+        "max_sequence_length": TOKENS,
+        "generator": [torch.Generator().manual_seed(r.seed) for r in requests],
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        **changes,
+    }
+    return [np.asarray(image) for image in pipe([r.prompt for r in requests], **arguments).images]
 
 
 def batch(size: int, **changes: Any) -> list[Request]:
@@ -96,4 +145,9 @@ IDENTICAL = {
     "image-batch-2": batch(2, **I2I),
     "image-weak": batch(1, init_image="digest", prompt_strength=0.2),
     "image-shift": batch(2, shift=1.5, **I2I),
+    **{
+        f"{task}-{sampler}": batch(2, sampler=sampler, **changes)
+        for sampler in ("heun", "dpmpp_2m", "unipc")
+        for task, changes in {"text": {}, "image": I2I, "text-shift": {"shift": 1.5}}.items()
+    },
 }

@@ -1,7 +1,7 @@
 """The eager backend against bare diffusers calls, with mutants that must not match."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sd35bench.backends import pipeline
 from sd35bench.backends.checkpoint import DTYPES
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.nano.prompts import init_image, prompt_set
+from sd35bench.nano.world import ASPECT_RATIOS
 from sd35bench.types import Request, Task
 from tests.backends.bare import (
     I2I,
@@ -88,6 +89,25 @@ def test_nano_keeps_the_init_image_at_low_strength() -> None:
     assert kept[0] < 16  # 8-bit levels, the autoencoder's own error included
 
 
+@pytest.fixture(scope="module")
+def nano() -> Iterator[EagerBackend]:
+    backend = EagerBackend(make_load(NANO, tokens=16))
+    yield backend
+    backend.close()
+
+
+@pytest.mark.parametrize("changes", [{}, I2I], ids=["text", "image"])
+@pytest.mark.parametrize("size", ASPECT_RATIOS.values(), ids=ASPECT_RATIOS.keys())
+def test_nano_makes_every_documented_aspect_ratio(
+    nano: EagerBackend, size: tuple[int, int], changes: dict[str, Any]
+) -> None:
+    width, height = size
+    request = make_request(width=width, height=height, steps=2, negative_prompt="red", **changes)
+    made = nano.generate([request], make_inits([request]))
+    assert made.images[0].shape == (height, width, 3)
+    assert made.images[0].std() > 1
+
+
 def one_seed_for_the_batch(backend: EagerBackend, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pipeline, "generator", lambda _: torch.Generator().manual_seed(7))
 
@@ -99,7 +119,7 @@ def guidance_from_the_wrong_end(backend: EagerBackend, patch: pytest.MonkeyPatch
 
 
 def shift_one(backend: EagerBackend, patch: pytest.MonkeyPatch) -> None:
-    own = backend._own_scheduler
+    own = backend.family.own_scheduler
     backend._schedulers["euler", None] = type(own).from_config(own.config, shift=1.0)
 
 

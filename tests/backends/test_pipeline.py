@@ -33,7 +33,7 @@ LONG_PROMPT = "much longer than the tokens allow"  # 29 letters and the two ends
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler": "heun"}, "sampler='heun' does not stand yet; use euler"),
+        ({"sampler": "ddim"}, "sampler='ddim': backend eager has euler, heun, dpmpp_2m, unipc"),
         ({"width": 40}, "width=40: this model makes multiples of 16 up to 128 px"),
         ({"height": 144}, "height=144"),
         ({"skip_layer_guidance": SKIPPING, **I2I}, "only in text-to-image"),

@@ -72,6 +72,19 @@ def test_meter_counts_two_calls_in_one_step(meter: StageMeter, parts: Parts) -> 
     assert len(meter.read().step_s) == 1
 
 
+def test_meter_joins_a_steps_evaluations(meter: StageMeter, parts: Parts) -> None:
+    meter.begin()
+    for _ in range(5):  # Heun's three steps: two, two, one
+        parts.denoise(5, by=2)
+        meter.step_ended()
+    singles = meter.read().step_s
+    times = meter.read(order=2)
+    assert len(singles) == 5
+    assert times.step_s == (sum(singles[:2]), sum(singles[2:4]), singles[4])
+    assert times.denoise_s == sum(singles)
+    assert times.evaluations == 5
+
+
 def test_meter_knows_no_time_of_stages_that_did_not_run(meter: StageMeter) -> None:
     meter.begin()
     times = meter.read()

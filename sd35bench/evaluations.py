@@ -1,0 +1,53 @@
+"""How often a request calls the denoiser, from the request alone: what time and FLOPs follow.
+
+A step is one evaluation, Heun's two and its last one; skip-layer guidance adds one with layers
+left out to every evaluation of the steps that it acts on. Guidance's second half of the batch is
+not counted: it is in the same call.
+"""
+
+from sd35bench.guidance import acting_steps
+from sd35bench.types import Request, SkipLayerGuidance, Task
+
+__all__ = [
+    "SAMPLERS",
+    "evaluations",
+    "sampler_order",
+    "skip_layer_evaluations",
+    "skip_layer_window",
+]
+
+EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}
+SAMPLERS = tuple(EVALUATIONS_PER_STEP)
+
+
+def sampler_order(sampler: str) -> int:
+    """Evaluations of one step: 2 for Heun, else 1."""
+    return EVALUATIONS_PER_STEP[sampler]
+
+
+def skip_layer_window(skipping: SkipLayerGuidance, steps: int, sampler: str) -> tuple[float, float]:
+    """Return the start and stop to hand to diffusers, so that they mean fractions of the steps.
+
+    diffusers compares an evaluation's index with a fraction of the number of steps. With Heun,
+    which has two evaluations a step, its own numbers would end the guidance at half the fraction
+    and begin it in mid-step.
+    """
+    acting = acting_steps(skipping, steps)
+    if sampler_order(sampler) == 1 or not acting:
+        return skipping.start, skipping.stop
+    return (2 * acting[0] - 0.5) / steps, (2 * acting[-1] + 1.5) / steps
+
+
+def skip_layer_evaluations(request: Request) -> int:
+    """Calls of the denoiser with layers left out, for one image; they carry no negative prompt."""
+    skipping = request.skip_layer_guidance
+    if skipping is None or request.task is Task.IMAGE_TO_IMAGE or request.cfg <= 1:
+        return 0
+    order, last = sampler_order(request.sampler), request.steps - 1
+    return sum(order if i < last else 1 for i in acting_steps(skipping, request.steps))
+
+
+def evaluations(request: Request) -> int:
+    """Calls of the denoiser for one image, guidance's second half of the batch not counted."""
+    order = sampler_order(request.sampler)
+    return order * request.effective_steps - (order - 1) + skip_layer_evaluations(request)
