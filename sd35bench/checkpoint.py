@@ -1,8 +1,10 @@
 """Where a model's weights are on this machine, and the digest that names them.
 
-The digest covers what diffusers loads, and nothing else: `model_index.json` and the files of the
-components that it lists. So a model card, curves or an evaluator beside them can change without
-making every earlier image look like another model's.
+Weights are a folder in diffusers' format, or one safetensors file in the original layout together
+with a folder (the components) that has what such a file lacks. The digest covers what is loaded,
+and nothing else: of a folder `model_index.json` and the files of the components that it lists, of
+a file the whole and what is taken from its components. So a model card, curves or an evaluator
+beside them can change without making every earlier image look like another model's.
 
 Nothing is downloaded here.
 """
@@ -10,30 +12,57 @@ Nothing is downloaded here.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sd35bench.errors import ConfigError
 
-__all__ = ["NANO_WEIGHTS", "find_checkpoint", "weights_digest"]
+__all__ = [
+    "LAYOUT",
+    "NANO_WEIGHTS",
+    "find_checkpoint",
+    "find_components",
+    "parts_in_file",
+    "parts_of_components",
+    "revision_of",
+    "weights_digest",
+]
 
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 INDEX = "model_index.json"
 CACHE_ABOVE_BYTES = 64_000_000
+LAYOUT = {
+    "transformer": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
+}
+"""Prefixes of the parts' keys in a single file. Source: Stability-AI/sd3.5, sd3_infer.py."""
+EXCLUDED = ("sd3*", "text_encoders/*", "*fp16*", "*.md")
+"""What a download can leave out: the same weights once more, in other layouts and dtypes."""
+HEADER_LIMIT_BYTES = 100_000_000
 
 
-def find_checkpoint(name: str, path: str | None, hub_id: str | None) -> Path:
-    """Find a diffusers folder: the given path, the package's nano, or the Hub's local cache.
+def find_checkpoint(name: str, path: str | None, hub_id: str | None, gated: bool = True) -> Path:
+    """Find a folder or a file: the given path, the package's nano, or the Hub's local cache.
 
-    Raises: ConfigError with the steps to get the weights.
+    Raises: ConfigError with the steps to get the weights, or naming what is missing there.
     """
     if path is not None:
-        folder = Path(path).expanduser()
-        if not (folder / INDEX).is_file():
+        given = Path(path).expanduser().absolute()
+        if given.is_file():
+            _refuse_other_layouts(given)
+            return given
+        if not (given / INDEX).is_file():
             raise ConfigError(
-                f"model.path={path}: no {INDEX} there; give a folder in diffusers' format"
+                f"model.path={path}: no {INDEX} there; give a folder in diffusers' format, or one"
+                " .safetensors file"
             )
-        return folder.resolve()
+        _refuse_incomplete(given)
+        return given.resolve()
     if hub_id is None:
         if not (NANO_WEIGHTS / INDEX).is_file():
             raise ConfigError(
@@ -45,48 +74,219 @@ def find_checkpoint(name: str, path: str | None, hub_id: str | None) -> Path:
     if cached is None:
         raise ConfigError(
             f"model={name}: its weights are not on this machine and nothing is downloaded unasked:"
-            f" (1) accept the licence at https://huggingface.co/{hub_id}"
-            " (2) hf auth login"
-            f" (3) hf download {hub_id} --exclude 'sd3*' '*.md' --local-dir models/{name}"
-            f" (4) add model.path=models/{name}"
+            f" {_steps(name, hub_id, gated)}"
         )
+    _refuse_incomplete(cached)
     return cached
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the sorted relative paths and contents of what diffusers loads.
+def find_components(path: Path, components: str | None, hub_id: str | None) -> Path:
+    """Find the folder with what the file at `path` lacks: the given one, or the Hub's cache.
+
+    Raises: ConfigError naming every part that is missing.
+    """
+    if components is not None:
+        folder = Path(components).expanduser().absolute()
+    else:
+        cached = None if hub_id is None else _in_hub_cache(hub_id)
+        if cached is None:
+            raise ConfigError(
+                f"model.path={path} is a single file: give model.components=FOLDER, a diffusers"
+                " folder with the tokenizers, the scheduler and the text encoders that the file"
+                " lacks"
+            )
+        folder = cached
+    if not (folder / INDEX).is_file():
+        raise ConfigError(f"model.components={folder}: no {INDEX} there")
+    missing = [
+        f"{part}/{'config.json' if config_only else ''}"
+        for part, config_only in parts_of_components(path, folder).items()
+        if not _has_part(folder / part, config_only)
+    ]
+    if missing:
+        raise ConfigError(
+            f"model.components={folder}: lacks {', '.join(missing)}, which {path.name} does not"
+            " bring; give a folder that has them"
+        )
+    return folder
+
+
+def parts_in_file(path: Path) -> frozenset[str]:
+    """Parts of the pipeline whose weights a single safetensors file brings.
+
+    Raises: ConfigError where the file is no readable safetensors.
+    """
+    keys = _read_keys(path)
+    return frozenset(
+        part for part, prefix in LAYOUT.items() if any(key.startswith(prefix) for key in keys)
+    )
+
+
+def parts_of_components(path: Path, folder: Path) -> dict[str, bool]:
+    """Parts that a single file needs from its components; ``True``: only the configuration.
+
+    The transformer is never among them: its configuration shows in the shapes of its weights.
+
+    Raises: ConfigError where the components' index leaves out a text encoder that the file has.
+    """
+    brought = parts_in_file(path)
+    index = _read_index(folder)
+    parts: dict[str, bool] = {}
+    for part, entry in index.items():
+        if part.startswith("_") or part in ("transformer", "image_encoder", "feature_extractor"):
+            continue
+        if isinstance(entry, list) and entry[0] is not None:
+            parts[part] = part in brought
+        elif part in brought:
+            raise ConfigError(
+                f"model.components={folder}: its {INDEX} leaves {part} out, but {path.name} has"
+                " it; give components of the same kind"
+            )
+    for part in ("scheduler", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        parts.setdefault(part, part in brought)
+    return parts
+
+
+def revision_of(path: Path) -> str | None:
+    """The Hub's commit that a folder or file came from, where the Hub's tools left a trace.
+
+    Source: huggingface_hub, the cache's `snapshots/COMMIT/` and the first line of
+    `.cache/huggingface/download/FILE.metadata` in a folder made by `--local-dir`.
+    """
+    folder, name = (path.parent, path.name) if path.is_file() else (path, INDEX)
+    trace = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    try:
+        return trace.read_text().split("\n")[0].strip()
+    except OSError:
+        return folder.name if folder.parent.name == "snapshots" else None
+
+
+def weights_digest(path: Path, components: Path | None = None) -> str:
+    """SHA-256 (hex) over the sorted relative paths and contents of what is loaded.
 
     Large files' hashes are cached by path, size and time of change under ~/.cache/sd35bench.
     """
-    files = sorted(_loaded_files(folder), key=lambda path: path.relative_to(folder).as_posix())
+    if components is None:
+        named = [(file.relative_to(path).as_posix(), file) for file in _loaded_files(path)]
+    else:
+        named = [
+            (file.relative_to(components).as_posix(), file)
+            for file in _component_files(path, components)
+        ]
+        named.append(("", path))  # whatever the file is called
     cache = _Cache()
     total = hashlib.sha256()
-    for path in files:
-        content = cache.file_hash(path)
-        total.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    for name, file in sorted(named):
+        total.update(f"{name}\0{cache.file_hash(file)}\n".encode())
     cache.save()
     return total.hexdigest()
 
 
-def _loaded_files(folder: Path) -> Iterator[Path]:
-    """`model_index.json` and the files of the components that it names."""
-    index = folder / INDEX
-    try:
-        components = json.loads(index.read_text())
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read: {exc}") from exc
-    yield index
-    for name, entry in components.items():
+def _steps(name: str, hub_id: str, gated: bool) -> str:
+    excluded = " ".join(f"--exclude '{pattern}'" for pattern in EXCLUDED)
+    steps = [
+        f"hf download {hub_id} {excluded} --local-dir models/{name}",
+        f"add model.path=models/{name}",
+    ]
+    if gated:
+        steps = [f"accept the licence at https://huggingface.co/{hub_id}", "hf auth login", *steps]
+    return " ".join(f"({number}) {step}" for number, step in enumerate(steps, start=1))
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    """Refuse a folder whose download ended early: a part, or a shard of its weights, is missing."""
+    for name, entry in _read_index(folder).items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
-        for path in sorted((folder / name).rglob("*")):
-            inside = path.relative_to(folder).parts
-            if path.is_file() and not any(part.startswith(".") for part in inside):
-                yield path
+        if not _has_part(folder / name, config_only=False):
+            raise ConfigError(
+                f"model.path={folder}: {name}/ is missing or incomplete; complete the download, or"
+                " give another folder"
+            )
+
+
+def _has_part(part: Path, config_only: bool) -> bool:
+    if config_only:
+        return (part / "config.json").is_file()
+    files = [path for path in part.glob("*") if path.is_file()] if part.is_dir() else []
+    shards = {shard for file in files for shard in _shards(file)}
+    return bool(files) and all((part / shard).is_file() for shard in shards)
+
+
+def _shards(file: Path) -> Iterable[str]:
+    """Names of the weight files that a sharded part's index lists."""
+    if ".safetensors.index." not in file.name:
+        return ()
+    try:
+        return set(json.loads(file.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as exc:
+        raise ConfigError(f"model.path={file}: cannot be read: {exc}") from exc
+
+
+def _refuse_other_layouts(path: Path) -> None:
+    """Refuse a single file that is not SD3's original layout."""
+    if "transformer" not in parts_in_file(path):
+        raise ConfigError(
+            f"model.path={path}: no key begins with {LAYOUT['transformer']!r}; give a file in"
+            " Stability's original layout (sd3.5_medium.safetensors), or a diffusers folder"
+        )
+
+
+def _read_keys(path: Path) -> frozenset[str]:
+    """Names of a safetensors file's tensors: 8 bytes of length, then that much JSON."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > HEADER_LIMIT_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        return frozenset(header) - {"__metadata__"}
+    except (OSError, ValueError, TypeError, struct.error) as exc:
+        raise ConfigError(
+            f"model.path={path}: no readable safetensors file ({exc}); give a .safetensors file or"
+            " a diffusers folder"
+        ) from exc
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read: {exc}") from exc
+    if not isinstance(index, dict):
+        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read: no object in it")
+    return index
+
+
+def _loaded_files(folder: Path) -> Iterator[Path]:
+    """`model_index.json` and the files of the components that it names."""
+    index = _read_index(folder)
+    yield folder / INDEX
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        yield from _part_files(folder, name)
+
+
+def _component_files(path: Path, folder: Path) -> Iterator[Path]:
+    """What a single file takes from its components."""
+    yield folder / INDEX
+    for part, config_only in parts_of_components(path, folder).items():
+        if config_only:
+            yield folder / part / "config.json"
+        else:
+            yield from _part_files(folder, part)
+
+
+def _part_files(folder: Path, part: str) -> Iterator[Path]:
+    for path in sorted((folder / part).rglob("*")):
+        inside = path.relative_to(folder).parts
+        if path.is_file() and not any(name.startswith(".") for name in inside):
+            yield path
 
 
 def _in_hub_cache(hub_id: str) -> Path | None:
-    """A complete snapshot in the Hub's local cache, if `hf download` has put one there."""
+    """A snapshot in the Hub's local cache, if `hf download` has put one there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(hub_id, INDEX)

@@ -1,5 +1,6 @@
 """Loading a diffusers folder, what is refused, and the proof of what was loaded."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -11,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sd35bench.backends.checkpoint import load_model
 from sd35bench.backends.eager import EagerBackend
+from sd35bench.backends.folders import PIPELINES
 from sd35bench.errors import (
     BackendError,
     OptimizationNotApplied,
@@ -25,6 +28,7 @@ from tests.backends.bare import (
 )
 from tests.backends.conftest import make_load
 from tests.tiny import SHIFT
+from tests.tiny_families import write_tiny
 
 
 def test_in_force_is_true(eager: EagerBackend) -> None:
@@ -139,6 +143,47 @@ def test_load_takes_a_checkpoint_without_t5(tiny_path: Path, tmp_path: Path) -> 
     assert "text_encoder_3" not in backend.in_force["component_dtypes"]
     assert not differs(images, bare_images(without, requests, **t5))
     assert differs(images, bare_images(tiny_path, requests))
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp16"])
+def test_load_takes_a_folder_with_weights_under_a_variants_name(
+    tiny_path: Path, tmp_path: Path, variant: str
+) -> None:
+    """Sana's bf16 repository has no others."""
+    renamed = shutil.copytree(tiny_path, tmp_path / variant)
+    for part in ("transformer", "text_encoder"):
+        (weights,) = (renamed / part).glob("*.safetensors")
+        weights.rename(weights.with_name(f"{weights.stem}.{variant}.safetensors"))
+    own, found = (load_model(make_load(p).model, torch.float32) for p in (tiny_path, renamed))
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_3"):
+        wanted = getattr(own, part).state_dict()
+        assert all(torch.equal(v, wanted[k]) for k, v in getattr(found, part).state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["sana", "pixart"])
+def test_load_takes_other_families_and_refuses_what_they_lack(family: str, tmp_path: Path) -> None:
+    path = write_tiny(family, tmp_path / family)
+    spec = dataclasses.replace(make_load(path).model, family=family)
+    pipe = load_model(spec, torch.float32)
+    assert type(pipe).__name__ == PIPELINES[family]
+    assert pipe.facts == {"weights": "checkpoint", "format": "diffusers folder", "revision": None}
+    remove_weight(path, "text_encoder")
+    with pytest.raises(BackendError, match="text_encoder lacks 1 weights"):
+        load_model(spec, torch.float32)
+    remove_part(path, "tokenizer")
+    with pytest.raises(BackendError, match="tokenizer/ is missing"):
+        load_model(spec, torch.float32)
+
+
+def test_load_refuses_a_folder_of_another_family(tiny_path: Path) -> None:
+    spec = dataclasses.replace(make_load(tiny_path).model, family="sana")
+    with pytest.raises(BackendError, match=r"holds a StableDiffusion3Pipeline, this model is a S"):
+        load_model(spec, torch.float32)
+
+
+def test_facts_say_which_revision_was_loaded(tiny_path: Path) -> None:
+    spec = dataclasses.replace(make_load(tiny_path).model, revision="abc123")
+    assert load_model(spec, torch.float32).facts["revision"] == "abc123"
 
 
 def test_load_refuses_a_missing_folder(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""Models of true shape filled with seeded noise: latency and memory without any weights.
+
+What a kernel costs depends on shapes and dtypes; what it computes matters only in that values must
+neither vanish nor overflow, or kernels take short cuts (zeros) and images are refused (NaN). So
+matrices get the deviation 1/sqrt(fan-in), which keeps activations near 1 through any depth, gains
+lie around 1 and biases around 0.
+
+Cost: a module is built on the meta device, and each parameter is then allocated once, in its final
+dtype and place: the peak is the model's own size. Drawing 2.2 billion normals would take half a
+minute; one block per parameter is drawn and repeated instead. The block's length is prime, so that
+no two rows of a matrix are alike and its rank is full.
+"""
+
+import hashlib
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
+from torch import nn
+
+from sd35bench.architectures import (
+    SEED,
+    TEXT_PARTS,
+    architecture_name,
+    random_parts,
+)
+from sd35bench.backends.empty import build_empty, dtype_of, restore_buffers
+from sd35bench.backends.random_text import EncodedText, NoiseText
+from sd35bench.errors import OutOfMemory
+from sd35bench.types import ModelSpec
+
+__all__ = ["available_bytes", "fill", "load_random", "size_bytes"]
+
+BLOCK = 1_048_573
+"""Values drawn per parameter at most: the largest prime below 2**20."""
+BIAS_STD = 0.02
+GAIN_STD = 0.1
+
+
+def load_random(spec: ModelSpec, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """Build an SD3 pipeline of the specified shapes, filled with noise, on `device` (or the CPU).
+
+    Raises: OutOfMemory before anything is allocated, where the weights would not fit.
+    """
+    where = torch.device("cpu") if device is None else device
+    parts = random_parts(architecture_name(spec), spec.layers)
+    names = ["transformer", "vae", *(TEXT_PARTS if spec.text_encoders else ())]
+    models: dict[str, Any] = {name: build_empty(parts[name]) for name in names}
+    _refuse_too_large(spec, sum(size_bytes(m, dtype) for m in models.values()), where)
+    for name, model in models.items():
+        fill(model, name, dtype, where)
+    encoders = [models[name] for name in TEXT_PARTS if name in models]
+    pipe: Any = _pipeline(models, parts["scheduler"])
+    pipe.random_text = EncodedText(encoders) if encoders else NoiseText(parts, dtype)
+    pipe.facts = {
+        "weights": "random",
+        "seed": SEED,
+        "layers": parts["transformer"]["num_layers"],
+        "text": "random encoders" if encoders else "random embeddings",
+    }
+    return pipe
+
+
+def _pipeline(models: dict[str, Any], scheduler: dict[str, Any]) -> Any:
+    """Put the parts together; what nobody built is ``None``."""
+    scheduler_class: Any = getattr(diffusers, scheduler["_class_name"])
+    parts: dict[str, Any] = {**models, "scheduler": scheduler_class.from_config(scheduler)}
+    for name in TEXT_PARTS:
+        parts.setdefault(name, None)
+        parts[name.replace("text_encoder", "tokenizer")] = None
+    return StableDiffusion3Pipeline(**parts)
+
+
+def size_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a module's parameters and buffers in `dtype`."""
+    parameters = sum(
+        p.numel() * dtype_of(model, name, dtype).itemsize for name, p in model.named_parameters()
+    )
+    floats = [b for b in model.buffers() if b.is_floating_point()]
+    return parameters + sum(b.numel() for b in floats) * dtype.itemsize
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that an allocation on the device can count on."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def fill(model: nn.Module, part: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Put seeded noise into every parameter of a module on the meta device, and true buffers.
+
+    A parameter's values depend on `part`, its name and shape only, but for rounding to `dtype`.
+    """
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the first keeps its id from reuse
+    for prefix, module in model.named_modules():
+        for name, empty in list(module.named_parameters(recurse=False)):
+            if id(empty) not in made:
+                path = f"{prefix}.{name}"
+                mean, std = _distribution(module, name, empty)
+                noise = _Noise(seed=f"{part}.{path}", mean=mean, std=std)
+                values = noise.draw(empty.shape, dtype_of(model, path, dtype), device)
+                made[id(empty)] = (empty, nn.Parameter(values, requires_grad=empty.requires_grad))
+            module.register_parameter(name, made[id(empty)][1])
+    restore_buffers(model, dtype, device)
+
+
+class _Noise:
+    """Normal values from a named seed, drawn on the CPU, so that a seed means one noise."""
+
+    def __init__(self, seed: str, mean: float, std: float) -> None:
+        digest = hashlib.sha256(f"{SEED}:{seed}".encode()).digest()
+        self._generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+        self._mean, self._std = mean, std
+
+    def draw(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Values of the shape, repeating after `BLOCK` of them."""
+        count = shape.numel()
+        # Drawn before the values are allocated, and kept: freed in between, its place would be
+        # taken by small values and the next block would need another; the heap grew by a sixth.
+        drawn = torch.empty(min(count, BLOCK))
+        drawn.normal_(self._mean, self._std, generator=self._generator)
+        block = drawn.to(device=device, dtype=dtype)
+        values = torch.empty(shape, dtype=dtype, device=device)
+        flat = values.view(-1)
+        whole = count // len(block) * len(block)
+        flat[:whole].view(-1, len(block)).copy_(block)
+        flat[whole:].copy_(block[: count - whole])
+        return values
+
+
+def _distribution(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[float, float]:
+    """Mean and deviation by what the parameter does."""
+    if parameter.ndim < 2:
+        return (1.0, GAIN_STD) if name == "weight" else (0.0, BIAS_STD)
+    if isinstance(module, nn.Embedding):
+        return 0.0, 1.0
+    return 0.0, (parameter.numel() / parameter.shape[0]) ** -0.5
+
+
+def _refuse_too_large(spec: ModelSpec, needed_bytes: int, device: torch.device) -> None:
+    """Refuse before allocating what cannot fit; activations come on top.
+
+    Raises: OutOfMemory.
+    """
+    free_bytes = available_bytes(device)
+    if needed_bytes > free_bytes:
+        raise OutOfMemory(
+            f"{spec.name} needs {needed_bytes / 1e9:.1f} GB for its weights alone, {device} has"
+            f" {free_bytes / 1e9:.1f} GB free; use backend.dtype=bf16 or fewer layers"
+            " (model.layers=N)"
+        )

@@ -1,0 +1,196 @@
+"""Loading one safetensors file in the original SD3 layout, with what it lacks from a folder.
+
+The transformer's configuration shows in the shapes of its weights, as it does to Stability's own
+script; every other part is configured by its JSON in the components. Keys are renamed by diffusers'
+own conversions. Every weight must find its parameter and every parameter its weight: diffusers'
+`from_single_file` drops what it does not know and leaves what is missing, so it is not used.
+
+Source of the layout: Stability-AI/sd3.5, `sd3_infer.py` and `mmditx.py`.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
+from safetensors import safe_open
+from torch import nn
+
+from sd35bench.backends.empty import build_empty, dtype_of, restore_buffers
+from sd35bench.backends.folders import (
+    LOAD_ERRORS,
+    PIPELINES,
+    load_text_part,
+    quiet_loading,
+    read_index,
+    refuse_missing,
+    variant_of,
+)
+from sd35bench.checkpoint import LAYOUT, parts_in_file, parts_of_components
+from sd35bench.errors import BackendError, ConfigError
+
+__all__ = ["load_single_file", "transformer_config"]
+
+HEAD_WIDTH = 64
+"""Width of an attention head where no query norm shows it: all of SD3 has it."""
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+"""T5's embedding has two names and is stored once."""
+
+Weights = dict[str, torch.Tensor]
+
+
+def load_single_file(path: Path, components: Path, dtype: torch.dtype) -> Any:
+    """Load an SD3 pipeline from a file in the original layout; never from the network.
+
+    `components`: a folder in diffusers' format with the scheduler, the tokenizers, each part's
+    configuration, and the weights of the parts that the file does not bring.
+
+    Raises: BackendError for a broken file or folder, for weights too few or too many.
+    """
+    try:
+        brought = parts_in_file(path)
+        needed = parts_of_components(path, components)
+    except ConfigError as exc:
+        raise BackendError(str(exc)) from exc
+    index = read_index(components, needed)
+    if index.get("_class_name") != PIPELINES["sd3"]:
+        raise BackendError(
+            f"model.components={components} holds a {index.get('_class_name')}; give one of"
+            f" {PIPELINES['sd3']}"
+        )
+    parts: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+    with quiet_loading():
+        try:
+            parts["transformer"] = _transformer(_read(path, "transformer"), dtype)
+            for name in needed:
+                weights = _read(path, name) if name in brought else None
+                parts[name] = _part(components / name, index[name], weights, dtype)
+        except LOAD_ERRORS as exc:
+            raise BackendError(
+                f"model.path={path} cannot be loaded with model.components={components}: {exc};"
+                " give the file and the components of one model"
+            ) from exc
+    return StableDiffusion3Pipeline(**parts)
+
+
+def transformer_config(weights: Weights) -> dict[str, Any]:
+    """Read an SD3 transformer's configuration off its weights' shapes; keys without prefix.
+
+    `sample_size` shows nowhere; it only decides a default size, and every request has its own.
+    """
+    projection = weights["x_embedder.proj.weight"]  # [width, channels, patch, patch]
+    width, channels, patch = (int(n) for n in projection.shape[:3])
+    norm = weights.get("joint_blocks.0.x_block.attn.ln_q.weight")
+    head = HEAD_WIDTH if norm is None else len(norm)
+    blocks = {int(key.split(".")[1]) for key in weights if key.startswith("joint_blocks.")}
+    dual = {int(key.split(".")[1]) for key in weights if ".x_block.attn2." in key}
+    return {
+        "sample_size": 128,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": weights["final_layer.linear.weight"].shape[0] // patch**2,
+        "num_layers": len(blocks),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": weights["context_embedder.weight"].shape[1],
+        "caption_projection_dim": weights["context_embedder.weight"].shape[0],
+        "pooled_projection_dim": weights["y_embedder.mlp.0.weight"].shape[1],
+        "pos_embed_max_size": math.isqrt(weights["pos_embed"].shape[1]),
+        "dual_attention_layers": sorted(dual),
+        "qk_norm": None if norm is None else "rms_norm",
+    }
+
+
+def _read(path: Path, part: str) -> Weights:
+    """Read a part's weights, keys without the part's prefix."""
+    prefix = LAYOUT[part]
+    with safe_open(path, framework="pt") as file:
+        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 - no mapping
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+
+
+def _transformer(weights: Weights, dtype: torch.dtype) -> nn.Module:
+    config = transformer_config(weights)
+    keys = set(weights)
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(weights)  # takes what it knows
+    _refuse_leftover("transformer", set(weights) & keys)
+    model = build_empty({**config, "_class_name": "SD3Transformer2DModel"})
+    return _assign(model, converted, dtype, Path("transformer"))
+
+
+def _part(folder: Path, entry: list[str], weights: Weights | None, dtype: torch.dtype) -> Any:
+    """Load a part from the file's weights and its configuration, or wholly from its folder."""
+    library, name = entry
+    if weights is None:
+        if folder.name.startswith("text_encoder"):
+            return load_text_part(folder, name, dtype)
+        part_class: Any = getattr(diffusers if library == "diffusers" else transformers, name)
+        if not issubclass(part_class, nn.Module):
+            return part_class.from_pretrained(folder, local_files_only=True)
+        part: Any = getattr(diffusers, name).from_pretrained(
+            folder, dtype=dtype, variant=variant_of(folder), local_files_only=True
+        )
+        refuse_missing(folder, [name for name, p in part.named_parameters() if p.is_meta])
+        return part
+    if library == "diffusers":
+        return _vae(name, folder, weights, dtype)
+    return _text_encoder(name, folder, weights, dtype)
+
+
+def _vae(name: str, folder: Path, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    config = json.loads((folder / "config.json").read_text())
+    model: Any = build_empty({**config, "_class_name": name})
+    prefix = LAYOUT["vae"]
+    original = {f"{prefix}{key}": value for key, value in weights.items()}
+    converted = convert_ldm_vae_checkpoint(original, dict(model.config))
+    if len(converted) != len(weights):
+        raise ValueError(f"{len(weights)} weights of the VAE became {len(converted)}")
+    return _assign(model, converted, dtype, folder)
+
+
+def _text_encoder(name: str, folder: Path, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """Build a text encoder; the original's names are transformers' own."""
+    config = json.loads((folder / "config.json").read_text())
+    model: Any = build_empty({**config, "_class_name": name})
+    wanted = model.state_dict()
+    if "text_projection.weight" in wanted and "text_projection.weight" not in weights:
+        # Stability's CLIP-L file has none; its script takes the identity.
+        weights["text_projection.weight"] = torch.eye(*wanted["text_projection.weight"].shape)
+    weights.pop("text_model.embeddings.position_ids", None)  # a buffer that was once stored
+    for alias, stored in TIED.items():
+        if alias in wanted and stored in weights:
+            weights.setdefault(alias, weights[stored])
+    model = _assign(model, weights, dtype, folder)
+    model.tie_weights()
+    return model
+
+
+def _assign(model: nn.Module, weights: Weights, dtype: torch.dtype, part: Path) -> nn.Module:
+    """Give a module its weights in `dtype`; each finds its parameter, and the other way round."""
+    wanted = set(model.state_dict())
+    refuse_missing(part, wanted - set(weights))
+    _refuse_leftover(part.name, set(weights) - wanted)
+    cast = {name: value.to(dtype_of(model, name, dtype)) for name, value in weights.items()}
+    model.load_state_dict(cast, assign=True)
+    restore_buffers(model, dtype, torch.device("cpu"))
+    return model.eval()
+
+
+def _refuse_leftover(part: str, names: Iterable[str]) -> None:
+    """Refuse weights that no parameter takes: a scaled fp8 file would pass for a plain one."""
+    leftover = sorted(names)
+    if leftover:
+        raise ValueError(
+            f"{part} has {len(leftover)} weights that no parameter takes, first {leftover[0]}"
+        )
