@@ -1,17 +1,22 @@
 """`sd35bench doctor`: what works on this machine, what does not, and what to do about it.
 
-Every line was tried, not guessed: versions are read, backends imported, weights hashed.
+Every line was tried, not guessed: versions are read, each backend's own `probe` is asked, weights
+are hashed. A backend or a model that is new needs no change here.
 """
 
-import importlib
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sd35bench.cli.output import Answer, console
@@ -28,52 +33,85 @@ PACKAGES = (
     "torchmetrics",
     "hydra-core",
 )
+MOST_GPUS = 16
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+LONG_REMEDY = 160
+STATES = {True: "[green]ok[/green]", False: "[red]broken[/red]", None: ""}
 HELP = """sd35bench doctor: what works on this machine, what does not, and what to install
 
-Usage: sd35bench doctor [--json]
+Usage: sd35bench doctor [NAME] [--json]
+
+NAME keeps only the lines whose name contains it, and gives their remedies in full. States: ok;
+broken (should work and does not); absent (optional, and not on this machine). Nothing is loaded,
+downloaded or changed. The exit code is 0 whatever is found; --json has it under "ok".
 
 Examples:
   sd35bench doctor
+  sd35bench doctor compile
+  sd35bench doctor sd35-medium
   sd35bench doctor --json | jq '.checks[] | select(.ok == false)'
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was tried; `ok` is None for what is only said."""
+    """One thing that was tried.
 
+    `ok`: ``None`` with a remedy is something optional that is absent, without one a mere fact.
+    """
+
+    group: str
     name: str
     ok: bool | None
     detail: str
     remedy: str | None = None
 
+    @property
+    def state(self) -> str:
+        """The word for it in the table, in rich's markup."""
+        absent = self.ok is None and self.remedy is not None
+        return "[yellow]absent[/yellow]" if absent else STATES[self.ok]
+
 
 def doctor(arguments: list[str], as_json: bool) -> Answer:
-    """Try everything and print a table. Exit code 0 whatever is found."""
+    """Try everything and print a table. Exit code 0 whatever is found.
+
+    Raises: ConfigError for an argument that names nothing.
+    """
     out = console(as_json)
     if arguments in (["-h"], ["--help"]):
         out.print(HELP, markup=False)
         return Answer()
-    if arguments:
-        raise ConfigError(f"doctor takes no argument {arguments[0]!r}; see doctor --help")
-    checks = [*_machine(), *_packages(), *_devices(), *_backends(), *_models(), _browser()]
+    wanted = arguments[0] if arguments else ""
+    if len(arguments) > 1 or wanted.startswith("-"):
+        raise ConfigError(f"doctor takes one NAME, not {' '.join(arguments)!r}; see doctor --help")
+    _refuse_unknown(wanted)
+    tried = [*_machine(), *_packages(), *_devices(), *_backends(wanted), *_models(wanted)]
+    checks = [c for c in (*tried, _browser()) if wanted in c.name]
     if not as_json:
-        out.print(_table(checks))
-        for check in checks:
-            if check.remedy is not None:
-                out.print(f"{check.name}: {check.remedy}", markup=False, soft_wrap=True)
+        _print(out, checks, in_full=bool(wanted))
     failed = [c.name for c in checks if c.ok is False]
     document = {"ok": not failed, "failed": failed, "checks": [asdict(c) for c in checks]}
     return Answer(document=document)
+
+
+def _refuse_unknown(wanted: str) -> None:
+    """Refuse a name that no check can have, before torch is loaded. Raises: ConfigError."""
+    from sd35bench.config import choices
+
+    devices = ("cpu", "cuda", *(f"cuda:{index}" for index in range(MOST_GPUS)))
+    names = ("machine", "disk", *PACKAGES, *devices, "chromium")
+    if not any(wanted in name for name in (*names, *choices("backend"), *choices("model"))):
+        raise ConfigError(f"doctor {wanted}: nothing is named so; see sd35bench doctor")
 
 
 def _machine() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0))
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
     detail = f"Python {platform.python_version()}, {platform.machine()}, {cores} cores"
-    yield Check(name="machine", ok=None, detail=detail)
+    yield Check(group="machine", name="machine", ok=None, detail=detail)
     yield Check(
+        group="machine",
         name="disk",
         ok=free_gb > 1,
         detail=f"{free_gb:.0f} GB free here",
@@ -84,66 +122,88 @@ def _machine() -> Iterator[Check]:
 def _packages() -> Iterator[Check]:
     for name in PACKAGES:
         try:
-            yield Check(name=name, ok=True, detail=version(name))
+            yield Check(group="packages", name=name, ok=True, detail=version(name))
         except PackageNotFoundError:
             remedy = "make setup" if name == "sd35bench" else f"pip install {name}"
-            yield Check(name=name, ok=False, detail="not installed", remedy=remedy)
+            yield Check(
+                group="packages", name=name, ok=False, detail="not installed", remedy=remedy
+            )
 
 
 def _devices() -> Iterator[Check]:
     try:
         import torch
+
+        from sd35bench.backends.probes import cpu_features
     except ImportError as exc:
-        yield Check(name="torch", ok=False, detail=str(exc), remedy="pip install torch")
+        remedy = "pip install torch"
+        yield Check(group="devices", name="cpu", ok=False, detail=str(exc), remedy=remedy)
         return
+    features = cpu_features()
+    detail = ", ".join(features) if features else "no vector extensions that torch knows"
+    yield Check(group="devices", name="cpu", ok=None, detail=detail)
     if not torch.cuda.is_available():
-        yield Check(name="cuda", ok=None, detail="no CUDA device; the CPU is used")
+        detail = "no CUDA device; device=auto is the CPU"
+        yield Check(group="devices", name="cuda", ok=None, detail=detail)
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         detail = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
-        yield Check(name=f"cuda:{index}", ok=True, detail=detail)
+        yield Check(group="devices", name=f"cuda:{index}", ok=True, detail=detail)
 
 
-def _backends() -> Iterator[Check]:
-    """Import each backend's module, as loading it would."""
+def _backends(wanted: str) -> Iterator[Check]:
+    """Ask the variants' classes, with the variants' options, whether they could run here."""
     from omegaconf import OmegaConf
 
-    from sd35bench.backends.base import KINDS
+    from sd35bench.backends.base import Probe, backend_class
     from sd35bench.config import choices, compose
 
-    for name in choices("backend"):
-        kind = str(OmegaConf.select(compose([f"backend={name}"]), "backend.kind"))
-        title = f"backend {name}"
-        if kind not in KINDS:
-            detail = f"kind {kind!r} is not registered"
-            yield Check(name=title, ok=False, detail=detail, remedy="fix its YAML")
-            continue
-        module, _, attribute = KINDS[kind].partition(":")
+    for name in (n for n in choices("backend") if wanted in f"backend {n}"):
+        conf: Any = OmegaConf.to_container(compose([f"backend={name}"]).backend)
         try:
-            getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as exc:
-            yield Check(name=title, ok=False, detail=str(exc), remedy="make setup")
-        else:
-            yield Check(name=title, ok=True, detail=f"{module} can be imported")
+            found = backend_class(conf["kind"]).probe(conf["options"])
+        except ConfigError as exc:
+            remedy = f"fix configs/backend/{name}.yaml"
+            found = Probe(ok=False, detail=str(exc), remedy=remedy)
+        except Exception as exc:  # whatever a library does when it is half installed
+            detail = f"{type(exc).__name__}: {exc}"
+            found = Probe(ok=False, detail=detail, remedy="make setup (or pip install -e .)")
+        yield Check(
+            group="backends",
+            name=f"backend {name}",
+            ok=found.ok,
+            detail=found.detail,
+            remedy=found.remedy,
+        )
 
 
-def _models() -> Iterator[Check]:
+def _models(wanted: str) -> Iterator[Check]:
+    from sd35bench.architectures import architecture_names
+    from sd35bench.config import choices, compose
+
+    shapes = architecture_names()
+    for name in (n for n in choices("model") if wanted in f"model {n}"):
+        ok, detail, remedy = _weights(compose([f"model={name}"]).model)
+        if name in shapes and ok is not True:
+            detail += "; model.weights=random needs none"
+        yield Check(group="models", name=f"model {name}", ok=ok, detail=detail, remedy=remedy)
+
+
+def _weights(model: Any) -> tuple[bool | None, str, str | None]:
+    """Look for a model's weights: state, what was found, what to do."""
     from sd35bench.checkpoint import find_checkpoint, weights_digest
-    from sd35bench.config import choices, compose
 
-    for name in choices("model"):
-        model = compose([f"model={name}"]).model
-        try:
-            folder = find_checkpoint(name, model.path, model.hub_id)
-            digest = weights_digest(folder)
-        except SD35BenchError as exc:
-            # Only the package's own weights are something to expect here.
-            ok = False if model.hub_id is None else None
-            yield Check(name=f"model {name}", ok=ok, detail="no weights", remedy=str(exc))
-        else:
-            detail = f"{folder}, digest {digest[:12]}"
-            yield Check(name=f"model {name}", ok=True, detail=detail)
+    if model.hosted_only is not None:
+        return None, f"hosted only: {model.hosted_only}", None
+    try:
+        folder = find_checkpoint(model.name, model.path, model.hub_id, gated=model.gated)
+        digest = weights_digest(folder)
+    except SD35BenchError as exc:
+        # Only the package's own weights are something to expect here.
+        remedy = str(exc).removeprefix(f"model={model.name}: ")
+        return (False if model.hub_id is None else None), "no weights here", remedy
+    return True, f"{_short(folder)}, digest {digest[:12]}", None
 
 
 def _browser() -> Check:
@@ -160,19 +220,60 @@ def _browser() -> Check:
             found = None
     if found is None:
         return Check(
+            group="tests",
             name="chromium",
             ok=None,
             detail="not found; only the report's browser tests need it",
             remedy="playwright install --with-deps chromium",
         )
-    return Check(name="chromium", ok=True, detail=found)
+    return Check(group="tests", name="chromium", ok=True, detail=found)
 
 
-def _table(checks: list[Check]) -> Table:
-    words = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "-"}
-    table = Table(box=None, pad_edge=False)
-    for title in ("what", "state", "found"):
-        table.add_column(title, overflow="fold")
+def _print(out: Console, checks: Sequence[Check], in_full: bool) -> None:
+    """One table by groups, then what to do, each remedy once, then the count."""
+    out.print(_table(checks))
+    remedies: dict[str, list[str]] = {}
     for check in checks:
-        table.add_row(check.name, words[check.ok], check.detail)
+        if check.remedy is not None:
+            short = check.remedy if in_full or len(check.remedy) <= LONG_REMEDY else None
+            names = remedies.setdefault(short or "steps: sd35bench doctor NAME", [])
+            names.append(_own_name(check))
+    if remedies:
+        out.print("\n[bold]What to do[/bold]")
+    for remedy, names in remedies.items():
+        numbered = re.sub(r" \((\d)\) ", r"\n    \1. ", remedy)  # a step a line, to be copied
+        out.print(f"  [bold]{escape(', '.join(names))}[/bold]: {escape(numbered)}", soft_wrap=True)
+    out.print(f"\n{_count(checks)}")
+
+
+def _table(checks: Sequence[Check]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(overflow="fold", min_width=max(len(_own_name(c)) for c in checks) + 2)
+    table.add_column(no_wrap=True, min_width=6)
+    table.add_column(overflow="fold")
+    for group, members in groupby(checks, key=lambda check: check.group):
+        table.add_row(f"[bold]{group}[/bold]")
+        for check in members:
+            table.add_row(f"  {escape(_own_name(check))}", check.state, escape(check.detail))
     return table
+
+
+def _own_name(check: Check) -> str:
+    """The name without the group that stands above it."""
+    return check.name.removeprefix(f"{check.group.removesuffix('s')} ")
+
+
+def _count(checks: Sequence[Check]) -> str:
+    backends = [c for c in checks if c.group == "backends"]
+    working = sum(c.ok is True for c in backends)
+    broken = [_own_name(c) for c in checks if c.ok is False]
+    said = f"{working} of {len(backends)} backends run here. " if backends else ""
+    if broken:
+        return f"{said}[red]Broken: {escape(', '.join(broken))}.[/red]"
+    return f"{said}Nothing that should be here is broken."
+
+
+def _short(folder: Path) -> str:
+    home = str(Path.home())
+    text = str(folder)
+    return f"~{text.removeprefix(home)}" if text.startswith(f"{home}/") else text

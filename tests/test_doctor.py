@@ -1,0 +1,128 @@
+"""`doctor` asks every backend and every model, and says what to do about each."""
+
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from sd35bench.backends import base
+from sd35bench.backends.base import Backend, Generation, Probe
+from sd35bench.cli import doctor as module
+from sd35bench.cli.doctor import Check, doctor
+from sd35bench.config import choices
+from sd35bench.errors import ConfigError
+from sd35bench.types import Request, Scalar
+
+
+class Probed(Backend):
+    """A backend whose probe gives what a test wants."""
+
+    answer: Probe | Exception
+
+    @classmethod
+    def probe(cls, options: Mapping[str, Scalar]) -> Probe:
+        if isinstance(cls.answer, Exception):
+            raise cls.answer
+        return cls.answer
+
+    def generate(
+        self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
+    ) -> Generation:
+        raise AssertionError("doctor loads no model")
+
+
+@pytest.fixture
+def fake_kind(monkeypatch: pytest.MonkeyPatch) -> type[Probed]:
+    """The YAML `fake` implemented by `Probed`."""
+    monkeypatch.setitem(base.KINDS, "fake", f"{__name__}:Probed")
+    return Probed
+
+
+def found(name: str) -> dict[str, object]:
+    document = doctor([name], as_json=True).document
+    return next(check for check in document["checks"] if check["name"] == name)
+
+
+def test_doctor_covers_every_backend_and_every_model() -> None:
+    checks = doctor([], as_json=True).document["checks"]
+    names = {check["name"] for check in checks}
+    assert {f"backend {name}" for name in choices("backend")} <= names
+    assert {f"model {name}" for name in choices("model")} <= names
+    assert len(names) == len(checks)
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok", "said"),
+    [
+        (Probe(ok=True, detail="CPU, fp32"), True, "CPU, fp32"),
+        (Probe(ok=None, detail="openvino is not installed", remedy="pip install it"), None, "open"),
+        (Probe(ok=False, detail="no compiler", remedy="apt install g++"), False, "no compiler"),
+        (ImportError("libfoo.so is missing"), False, "libfoo.so"),
+    ],
+    ids=["works", "extra", "broken", "raises"],
+)
+def test_doctor_tells_what_a_backend_says_of_itself(
+    fake_kind: type[Probed], answer: Probe | Exception, ok: bool | None, said: str
+) -> None:
+    fake_kind.answer = answer
+    check = found("backend fake")
+    assert check["ok"] is ok
+    assert said in str(check["detail"])
+    assert (check["remedy"] is None) == (ok is True)
+    assert doctor(["backend fake"], as_json=True).document["ok"] is (ok is not False)
+
+
+def test_doctor_names_a_kind_that_nobody_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(base.KINDS, "fake")
+    check = found("backend fake")
+    assert check["ok"] is False
+    assert "fake.yaml" in str(check["remedy"])
+
+
+def test_doctor_gives_the_steps_to_a_models_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    check = found("model sd35-medium")
+    assert check["ok"] is None
+    assert "hf download" in str(check["remedy"])
+    assert "weights=random" in str(check["detail"])
+    assert found("model nano")["ok"] is True
+    assert "hosted only" in str(found("model ideogram-v2-turbo")["detail"])
+
+
+def test_doctor_refuses_what_names_nothing() -> None:
+    with pytest.raises(ConfigError, match="nothing is named so"):
+        doctor(["backend nosuch"], as_json=True)
+    with pytest.raises(ConfigError, match="one NAME"):
+        doctor(["--deep"], as_json=True)
+
+
+CHECKS = [
+    Check(group="backends", name="backend a", ok=True, detail="CPU, [fp32]"),
+    Check(group="backends", name="backend b", ok=None, detail="no extra", remedy="pip install x"),
+    Check(group="backends", name="backend c", ok=None, detail="no extra", remedy="pip install x"),
+    Check(group="backends", name="backend d", ok=False, detail="broke", remedy="make setup"),
+    Check(group="models", name="model m", ok=None, detail="no weights", remedy="x (1) step " * 40),
+]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_doctor_prints_state_and_each_remedy_once(width: int) -> None:
+    out = Console(width=width, record=True, file=StringIO())
+    module._print(out, CHECKS, in_full=False)
+    text = out.export_text()
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
+    assert "ok" in rows["a"]
+    assert "[fp32]" in rows["a"]  # not eaten as markup
+    assert "absent" in rows["b"]
+    assert "broken" in rows["d"]
+    assert text.count("pip install x") == 1
+    assert "b, c: pip install x" in text
+    assert "m: steps: sd35bench doctor NAME" in text
+    assert "1 of 4 backends run here. Broken: d." in text
+    module._print(out, CHECKS[-1:], in_full=True)
+    assert out.export_text().count("\n    1. step") == 40
