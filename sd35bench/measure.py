@@ -21,14 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sd35bench.types import Memory, Scalar, content_hash
+from sd35bench.types import GpuState, Memory, Scalar, content_hash
 
 __all__ = [
     "COMPARABLE",
+    "RATE_FIELDS",
     "DeviceClock",
     "Stopwatch",
     "environment",
     "environment_id",
+    "gpu_state",
     "memory",
 ]
 
@@ -50,6 +52,21 @@ COMPARABLE = (
     "dirty",
 )
 """Keys of `environment` that make figures comparable; RAM and kernel release do not."""
+
+RATE_FIELDS = ("machine", "cpu_model", "cpu_count", "threads", "gpu_name", "gpu_driver", "torch")
+"""Keys of `environment` that a matmul's or a copy's rate depends on."""
+
+THROTTLING = {
+    "nvmlClocksEventReasonApplicationsClocksSetting": "application-clocks",
+    "nvmlClocksEventReasonSwPowerCap": "power-cap",
+    "nvmlClocksEventReasonHwSlowdown": "hardware-slowdown",
+    "nvmlClocksEventReasonSyncBoost": "sync-boost",
+    "nvmlClocksEventReasonSwThermalSlowdown": "thermal-slowdown",
+    "nvmlClocksEventReasonHwThermalSlowdown": "hardware-thermal-slowdown",
+    "nvmlClocksEventReasonHwPowerBrakeSlowdown": "power-brake",
+    "nvmlClocksEventReasonDisplayClockSetting": "display-clocks",
+}
+"""NVML's reasons for a clock below its highest; being idle is none."""
 
 
 class Stopwatch:
@@ -266,6 +283,44 @@ def _visible_handle(nvml: Any) -> Any:
     if first.startswith(("GPU-", "MIG-")):
         return nvml.nvmlDeviceGetHandleByUUID(first)
     return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else None
+
+
+def gpu_state() -> GpuState | None:
+    """Read clocks, power and throttling of the GPU that torch calls cuda:0; ``None`` without one.
+
+    Takes well under a millisecond; read it right after an image, since clocks fall at once. What
+    a driver does not tell (power under MIG, say) is ``None``.
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    try:
+        handle = _visible_handle(nvml)
+    except nvml.NVMLError:
+        return None
+    if handle is None:
+        return None
+    power_mw = _told(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
+    reasons = _told(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    return GpuState(
+        sm_clock_mhz=_told(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+        memory_clock_mhz=_told(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
+        power_w=None if power_mw is None else power_mw / 1e3,
+        temperature_c=_told(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+        throttled=None if reasons is None else _throttled(nvml, reasons),
+    )
+
+
+def _told(nvml: Any, ask: Callable[..., int], *arguments: Any) -> int | None:
+    """Ask NVML one thing; ``None`` where this device does not tell."""
+    try:
+        return int(ask(*arguments))
+    except nvml.NVMLError:
+        return None
+
+
+def _throttled(nvml: Any, reasons: int) -> tuple[str, ...]:
+    return tuple(word for name, word in THROTTLING.items() if reasons & getattr(nvml, name))
 
 
 class _VramPeak:

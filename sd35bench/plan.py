@@ -4,7 +4,8 @@ Three ideas decide the order, and with it what can be compared later:
 
 - *No point twice.* Axis values that ask for the same image are collapsed before anything runs,
   and the plan's notes say so: guidance is off at every cfg <= 1, a strength acts only through the
-  number of steps it leaves, PNG has no quality, and without guidance a negative prompt is unused.
+  number of steps it leaves, PNG has no quality, and without guidance a negative prompt and
+  skip-layer guidance are unused.
 - *Blocks.* One prompt and seed under every setting, in seeded random order, is one block; blocks
   are in seeded random order too. A machine that warms up or slows down touches all settings alike.
 - *Fixed batches.* For larger batches a block is a group of prompt-and-seed cells, so a batch's
@@ -21,10 +22,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd35bench.errors import ConfigError
+from sd35bench.guidance import acting_steps, skip_layer_text
 from sd35bench.prompts import PromptItem
-from sd35bench.types import Load, Request, Scalar, Trial, content_hash, make_trial
+from sd35bench.types import (
+    Load,
+    Request,
+    Scalar,
+    SkipLayerGuidance,
+    Trial,
+    content_hash,
+    make_trial,
+)
 
-__all__ = ["PAIR_AXES", "SETTING_AXES", "Batch", "Plan", "Sweep", "expand"]
+__all__ = ["PAIR_AXES", "SETTING_AXES", "AxisValue", "Batch", "Plan", "Sweep", "expand"]
+
+AxisValue = Scalar | SkipLayerGuidance
 
 SETTING_AXES = (
     "steps",
@@ -33,6 +45,7 @@ SETTING_AXES = (
     "sampler",
     "shift",
     "max_sequence_length",
+    "skip_layer_guidance",
     "output_format",
     "output_quality",
 )
@@ -51,15 +64,16 @@ class Sweep:
 
     `axes` maps a request field to its values, one value for a point; `steps` and `cfg` must be
     there, what is absent has `Request`'s default. `sizes` are (width, height) in px.
-    `prompt_strength` values apply to the items that carry an init image. With `batch_size` > 1
-    the first `timed_limit` prompts run once more at batch 1, with the first seed, for latencies.
+    `prompt_strength` values apply to the items that carry an init image. Every image is made
+    once at each of `batch_sizes`. Where 1 is not among them, the first `timed_limit` prompts run
+    once more at batch 1, with the first seed, for latencies.
     """
 
     load: Load
     prompts: tuple[PromptItem, ...]
-    axes: Mapping[str, tuple[Scalar, ...]]
+    axes: Mapping[str, tuple[AxisValue, ...]]
     sizes: tuple[tuple[int, int], ...]
-    batch_size: int = 1
+    batch_sizes: tuple[int, ...] = (1,)
     timed_limit: int = 0
     order_seed: int = 0
     notes: tuple[str, ...] = ()
@@ -77,13 +91,14 @@ class Plan:
     """Batches in the order in which they run.
 
     `inits` maps the SHA-256 of each init image to its file's bytes; `notes` says in plain words
-    what was collapsed.
+    what was collapsed. `timed_batch_sizes` are those whose times count: they are warmed up.
     """
 
     load: Load
     batches: tuple[Batch, ...]
     inits: dict[str, bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    timed_batch_sizes: frozenset[int] = frozenset({1})
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -124,25 +139,30 @@ def expand(sweep: Sweep) -> Plan:
     notes += _unused_negatives(cells, axes["cfg"])
     expander = _Expander(sweep, axes, notes)
     blocks: list[tuple[str, list[Batch]]] = []
-    for task_cells in (
-        [c for c in cells if c.init is None],
-        [c for c in cells if c.init is not None],
-    ):
-        blocks += expander.blocks(task_cells, sweep.batch_size)
-    if sweep.batch_size > 1:
+    sizes = _batch_sizes(sweep, notes)
+    for size, is_edit in itertools.product(sizes, (False, True)):
+        blocks += expander.blocks([c for c in cells if (c.init is not None) == is_edit], size)
+    if 1 not in sizes:
         blocks += expander.blocks(_timed_cells(sweep, cells, axes), 1)
     blocks.sort(key=lambda block: block[0])
     batches = tuple(batch for _, block in blocks for batch in block)
     if not batches:
         raise ConfigError("the sweep asks for no image: give at least one prompt and one seed")
-    return Plan(load=sweep.load, batches=batches, inits=inits, notes=_unique(notes))
+    _refuse_idle_skip_layers(axes, batches, notes)
+    return Plan(
+        load=sweep.load,
+        batches=batches,
+        inits=inits,
+        notes=_unique(notes),
+        timed_batch_sizes=frozenset(sizes) if len(sizes) > 1 else frozenset({1}),
+    )
 
 
 class _Expander:
     """Builds blocks of batches."""
 
     def __init__(
-        self, sweep: Sweep, axes: Mapping[str, tuple[Scalar, ...]], notes: list[str]
+        self, sweep: Sweep, axes: Mapping[str, tuple[AxisValue, ...]], notes: list[str]
     ) -> None:
         self._sweep, self._axes, self._notes = sweep, axes, notes
         self._settings: dict[bool, list[dict[str, Any]]] = {}
@@ -201,6 +221,7 @@ class _Expander:
             setting["width"], setting["height"] = size
             if setting.get("output_format", "png") == "png":
                 setting["output_quality"] = PNG_QUALITY
+            self._settle_skip_layers(setting, image_to_image)
             identity = _setting_identity(setting)
             if identity not in grid:
                 grid[identity] = setting
@@ -213,8 +234,54 @@ class _Expander:
                 )
         return list(grid.values())
 
+    def _settle_skip_layers(self, setting: dict[str, Any], image_to_image: bool) -> None:
+        """Take skip-layer guidance out where it cannot act, and say so."""
+        skipping = setting.get("skip_layer_guidance")
+        why = None if skipping is None else _idle_skip_layers(skipping, setting, image_to_image)
+        if why is not None:
+            setting["skip_layer_guidance"] = None
+            self._notes.append(f"skip_layer_guidance has no effect {why}: it runs without, once")
 
-def _cells(sweep: Sweep, axes: Mapping[str, tuple[Scalar, ...]], notes: list[str]) -> list[_Cell]:
+
+def _idle_skip_layers(
+    skipping: SkipLayerGuidance, setting: Mapping[str, Any], image_to_image: bool
+) -> str | None:
+    """Say why skip-layer guidance cannot act, or nothing where it can."""
+    if image_to_image:
+        return "in image-to-image (diffusers has none there)"
+    if setting["cfg"] <= 1:
+        return f"at cfg {setting['cfg']:g} (guidance is off)"
+    if not acting_steps(skipping, setting["steps"]):
+        return (
+            f"at {setting['steps']} steps (it acts after the first, between {skipping.start:g} and"
+            f" {skipping.stop:g} of them)"
+        )
+    return None
+
+
+def _refuse_idle_skip_layers(
+    axes: Mapping[str, tuple[AxisValue, ...]], batches: Sequence[Batch], notes: Sequence[str]
+) -> None:
+    """Refuse skip-layer guidance that acts on no trial.
+
+    Raises: ConfigError.
+    """
+    given = [v for v in axes.get("skip_layer_guidance", ()) if isinstance(v, SkipLayerGuidance)]
+    acts = any(t.request.skip_layer_guidance is not None for b in batches for t in b.trials)
+    if given and not acts:
+        why = next(note for note in notes if note.startswith("skip_layer_guidance has no effect"))
+        reason = why.removeprefix("skip_layer_guidance has ").removesuffix(
+            ": it runs without, once"
+        )
+        raise ConfigError(
+            f"skip_layer_guidance={skip_layer_text(given[0])}: {reason}; give text-to-image"
+            " prompts, cfg > 1 and enough steps, or leave it out"
+        )
+
+
+def _cells(
+    sweep: Sweep, axes: Mapping[str, tuple[AxisValue, ...]], notes: list[str]
+) -> list[_Cell]:
     """Every (prompt, negative prompt, seed) in seeded random order, each once."""
     cells: dict[str, _Cell] = {}
     unguided: set[tuple[Any, ...]] = set()
@@ -234,8 +301,17 @@ def _cells(sweep: Sweep, axes: Mapping[str, tuple[Scalar, ...]], notes: list[str
     return sorted(cells.values(), key=lambda cell: cell.digest)
 
 
+def _batch_sizes(sweep: Sweep, notes: list[str]) -> tuple[int, ...]:
+    sizes = _unique(sweep.batch_sizes)
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"batch_size={list(sizes)}: give at least one, each at least 1")
+    if len(sizes) < len(sweep.batch_sizes):
+        notes.append("batch_size: one was given more than once; each value runs once")
+    return sizes
+
+
 def _timed_cells(
-    sweep: Sweep, cells: Sequence[_Cell], axes: Mapping[str, tuple[Scalar, ...]]
+    sweep: Sweep, cells: Sequence[_Cell], axes: Mapping[str, tuple[AxisValue, ...]]
 ) -> list[_Cell]:
     """The cells of the first prompts that are run once more at batch 1, first seed only."""
     first_seed = axes.get("seed", (0,))[0]
@@ -247,9 +323,9 @@ def _timed_cells(
     ]
 
 
-def _collapsed_axes(sweep: Sweep, notes: list[str]) -> dict[str, tuple[Scalar, ...]]:
+def _collapsed_axes(sweep: Sweep, notes: list[str]) -> dict[str, tuple[AxisValue, ...]]:
     """Drop repeated values, and cfg values that are the same image."""
-    axes: dict[str, tuple[Scalar, ...]] = {}
+    axes: dict[str, tuple[AxisValue, ...]] = {}
     for name, values in sweep.axes.items():
         if name not in SETTING_AXES + PAIR_AXES:
             raise ConfigError(f"{name!r} is not a request field that can be swept")
@@ -275,7 +351,7 @@ def _collapsed_axes(sweep: Sweep, notes: list[str]) -> dict[str, tuple[Scalar, .
     return axes
 
 
-def _unused_negatives(cells: Sequence[_Cell], cfgs: tuple[Scalar, ...]) -> list[str]:
+def _unused_negatives(cells: Sequence[_Cell], cfgs: tuple[AxisValue, ...]) -> list[str]:
     unguided = [f"{_number(c):g}" for c in cfgs if _number(c) <= 1]
     if not unguided or not any(cell.negative_prompt for cell in cells):
         return []
@@ -308,13 +384,13 @@ def _unique(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _number(value: Scalar) -> float:
+def _number(value: AxisValue) -> float:
     if not isinstance(value, int | float):
         raise TypeError(f"expected a number, got {value!r}")
     return float(value)
 
 
-def _int(value: Scalar) -> int:
+def _int(value: AxisValue) -> int:
     if not isinstance(value, int):
         raise TypeError(f"expected an integer, got {value!r}")
     return value

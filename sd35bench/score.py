@@ -4,10 +4,12 @@ Guards come first: an image that is constant, black or of the wrong size gets a 
 name `guard` and no other score. What is there already is not made again, so scoring twice does
 nothing, and a killed run loses at most the last `_FLUSH` images' work. Set metrics leave a row per
 image that names its features' extractor and its reference; the distance is computed by `analysis`.
+Drift holds an image against another one of the study, which is remembered from just before.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,20 +18,21 @@ from sd35bench.analysis.frechet import Gaussian
 from sd35bench.analysis.quality import Reference, reference_path, write_reference
 from sd35bench.analysis.settings import setting_key
 from sd35bench.analysis.table import GUARD
-from sd35bench.errors import MetricError, StoreError
+from sd35bench.errors import StoreError
 from sd35bench.metrics.base import (
-    METRICS,
     Extractor,
     FeatureMetric,
     Image,
     ImageMetric,
+    Latents,
     Metric,
+    Pair,
+    PairMetric,
     SetMetric,
     Value,
-    default_metrics,
-    is_nano,
-    load_metric,
+    judges,
 )
+from sd35bench.metrics.selection import select_metrics
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Status
 
@@ -39,6 +42,9 @@ Progress = Callable[[int, int], None]
 """Called with images done and images to do."""
 
 _BATCH = 64
+# Images of one request are neighbours, so that a reference is read once: as many backends as that
+# may share a request before it is read again.
+_REMEMBERED = 32
 _FLUSH = 1024
 # An 8-bit JPEG or WEBP of one flat colour may differ by a level or two within itself.
 _FLAT_LEVELS = 3
@@ -66,15 +72,14 @@ def score_study(
     "excluded": {reason: count}, "refused": {metric: why}, "total"}``; `total` counts new scores
     and features, 0 when nothing was missing.
 
-    Raises: MetricError where a metric that was asked for by name cannot be had; a default that
-    cannot be had is in `refused`.
+    Raises: MetricError where a metric that was asked for by name cannot be had, or is one of
+    quality and all there is was made with random weights; a default like that is in `refused`.
     """
     job = _Job(study)
-    for metric in _resolve(metrics, job, {} if options is None else options):
-        if any(metric.applies(r) for r in job.records):
-            job.add(metric)
-        else:
-            job.refused[metric.name] = f"applies to no image of this study: {metric.remedy}"
+    selection = select_metrics(metrics, job.records, {} if options is None else options)
+    job.refused = selection.refused
+    for metric in selection.metrics:
+        job.add(metric)
     job.look(progress)
     job.finish()
     return job.counts()
@@ -94,37 +99,6 @@ def guard_image(image: Image, record: Record) -> str | None:
     return None
 
 
-def _resolve(
-    asked: Sequence[str | Metric] | None, job: "_Job", options: Mapping[str, Mapping[str, Any]]
-) -> Iterable[Metric]:
-    """Load the metrics; defaults that cannot be had are noted, others raise."""
-    pairs = {(r.trial.load.model.name, r.trial.request.task) for r in job.records}
-    if asked is not None:
-        only_nano = bool(pairs) and all(is_nano(model) for model, _ in pairs)
-        for each in asked:
-            yield each if isinstance(each, Metric) else _load(each, options, only_nano)
-        return
-    names = dict.fromkeys(n for model, task in sorted(pairs) for n in default_metrics(model, task))
-    for name in names:
-        try:
-            metric = _load(name, options, False)
-            if isinstance(metric, FeatureMetric | SetMetric):
-                _ = metric.extractor.name  # finds out whether there are weights
-        except MetricError as exc:
-            job.refused[name] = str(exc)
-        else:
-            yield metric
-
-
-def _load(name: str, options: Mapping[str, Mapping[str, Any]], only_nano: bool) -> Metric:
-    """Load one metric; the bare family name means nano's evaluator on a study of nano alone."""
-    family = max((f for f in METRICS if name.startswith(f)), key=len, default=name)
-    chosen = dict(options.get(family, {}))
-    if name in ("clip_score", "fid") and only_nano and not {"model", "extractor"} & chosen.keys():
-        name = f"{name}_nano"
-    return load_metric(name, **chosen)
-
-
 class _Job:
     """What is there, what is missing, and what was made."""
 
@@ -140,6 +114,8 @@ class _Job:
         self.embedded: Counter[str] = Counter()
         self.refused: dict[str, str] = {}
         self.metrics: dict[str, Metric] = {}
+        self.pairings: dict[str, Mapping[str, Sequence[Record]]] = {}
+        self.read = lru_cache(maxsize=_BATCH + _REMEMBERED)(study.read_image)
         self.features: dict[str, dict[str, np.ndarray]] = {}
         self.rows: dict[str, list[Score]] = defaultdict(list)
         self.fresh: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)
@@ -156,6 +132,8 @@ class _Job:
     def add(self, metric: Metric) -> None:
         """Take a metric in, with the features that are kept for it."""
         self.metrics[metric.name] = metric
+        if isinstance(metric, PairMetric):
+            self.pairings[metric.name] = metric.pairing(self.records)
         if isinstance(metric, FeatureMetric | SetMetric) and self.todo(metric):
             name = metric.extractor.name
             if name not in self.features:
@@ -167,7 +145,32 @@ class _Job:
         if isinstance(metric, FeatureMetric):
             name = metric.extractor.name
             done = {w: s for w, s in done.items() if s.detail.get("features") == name}
-        return [r for r in self.records if _where(r) not in done and metric.applies(r)]
+        if isinstance(metric, PairMetric):
+            return [r for r in self.records if self._stale(metric, r)]
+        return [r for r in self.records if _where(r) not in done and judges(metric, r)]
+
+    def _stale(self, metric: PairMetric, record: Record) -> bool:
+        """Whether a record has a reference, and no score against this very one."""
+        reference = self._beside(metric, record)
+        if reference is None:
+            return False
+        score = self.done[metric.name].get(_where(record))
+        about = metric.about(record, reference)
+        return score is None or any(score.detail.get(k) != v for k, v in about.items())
+
+    def _beside(self, metric: PairMetric, record: Record) -> Record | None:
+        """The best reference whose image is there and that nothing speaks against so far."""
+        for other in self.pairings[metric.name].get(record.trial.key, ()):
+            where = _where(other)
+            if where in self.excluded or where in self.missing_files:
+                continue
+            try:
+                self.study.image_path(where[1])
+            except StoreError:
+                self.missing_files.add(where)
+                continue
+            return other
+        return None
 
     # Looking at images -------------------------------------------------------------------------
 
@@ -180,9 +183,13 @@ class _Job:
                 needs[where].append(GUARD)
         for metric in self.metrics.values():
             for record in self.todo(metric):
-                if isinstance(metric, ImageMetric) or not self._kept(metric, record):
+                if isinstance(metric, ImageMetric | PairMetric) or not self._kept(metric, record):
                     needs[_where(record)].append(metric.name)
-        ordered = sorted((by_where[w] for w in needs), key=_size)
+        place: dict[Any, int] = {}
+        for record in by_where.values():
+            place.setdefault(record.trial.request, len(place))
+        ordered = [by_where[w] for w in needs]
+        ordered.sort(key=lambda r: (_size(r), place[r.trial.request]))
         seen = 0
         for batch in _same_size(ordered):
             self._batch(batch, needs)
@@ -205,6 +212,8 @@ class _Job:
                 continue
             if isinstance(metric, ImageMetric):
                 self._score_images(metric, part)
+            elif isinstance(metric, PairMetric):
+                self._score_pairs(metric, part)
             elif isinstance(metric, FeatureMetric | SetMetric):
                 self._embed(metric.extractor, part)
 
@@ -213,7 +222,7 @@ class _Job:
         assert record.image is not None
         where = _where(record)
         try:
-            image = self.study.read_image(record.image)
+            image = self.read(record.image)
         except (StoreError, OSError):
             self.missing_files.add(where)
             return None
@@ -235,6 +244,27 @@ class _Job:
         for record, value in zip(records, metric.score_images(images, records, inits), strict=True):
             self.keep(metric.name, record, value)
 
+    def _score_pairs(self, metric: PairMetric, part: list[tuple[Record, Image]]) -> None:
+        for record, image in part:
+            reference = self._beside(metric, record)
+            while reference is not None and (other := self._healthy(reference)) is None:
+                reference = self._beside(metric, record)  # the next best
+            if reference is None:
+                continue
+            latents = [self._latents(r) for r in (record, reference)]
+            pair = Pair(
+                image=image, reference=other, latents=latents[0], reference_latents=latents[1]
+            )
+            value = metric.score_pair(pair)
+            detail = value.detail | metric.about(record, reference)
+            self.keep(metric.name, record, Value(value.value, detail))
+
+    def _latents(self, record: Record) -> Latents | None:
+        try:
+            return None if record.latents is None else self.study.read_latents(record.latents)
+        except StoreError:
+            return None  # they are a side of drift, not what it stands on
+
     def _embed(self, extractor: Extractor, part: list[tuple[Record, Image]]) -> None:
         kept = self.features[extractor.name]
         new = {r.image: i for r, i in part if r.image is not None and r.image not in kept}
@@ -255,7 +285,17 @@ class _Job:
                 self._score_features(metric)
             elif isinstance(metric, SetMetric):
                 self._place(metric)
+            elif isinstance(metric, PairMetric):
+                self._withdraw(metric)
         self.flush()
+
+    def _withdraw(self, metric: PairMetric) -> None:
+        """Take back scores of records that have no reference any more, or have become it."""
+        for record in self.records:
+            there = self.done[metric.name].get(_where(record))
+            paired = record.trial.key in self.pairings[metric.name]
+            if there is not None and there.value is not None and not paired:
+                self.keep(metric.name, record, Value(None, {"reason": "no reference for it"}))
 
     def _score_features(self, metric: FeatureMetric) -> None:
         records = self.todo(metric)
@@ -271,7 +311,7 @@ class _Job:
         """Name extractor and reference in a row per image; one reference per task and size."""
         groups: dict[Any, list[Record]] = defaultdict(list)
         for record in self.records:
-            if metric.applies(record):
+            if judges(metric, record):
                 groups[record.trial.request.task, *_size(record)].append(record)
         done = self.done[metric.name]
         for group in groups.values():

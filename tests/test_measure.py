@@ -17,9 +17,11 @@ from sd35bench.measure import (
     Stopwatch,
     environment,
     environment_id,
+    gpu_state,
     memory,
     peak_rss_bytes,
 )
+from sd35bench.types import GpuState
 
 MIB = 2**20
 
@@ -110,6 +112,20 @@ def test_memory_knows_no_vram_without_cuda() -> None:
     assert (seen.peak_vram_bytes, seen.peak_allocator_bytes) == (None, None)
 
 
+REASONS = {
+    "nvmlClocksEventReasonGpuIdle": 0x1,
+    "nvmlClocksEventReasonApplicationsClocksSetting": 0x2,
+    "nvmlClocksEventReasonSwPowerCap": 0x4,
+    "nvmlClocksEventReasonHwSlowdown": 0x8,
+    "nvmlClocksEventReasonSyncBoost": 0x10,
+    "nvmlClocksEventReasonSwThermalSlowdown": 0x20,
+    "nvmlClocksEventReasonHwThermalSlowdown": 0x40,
+    "nvmlClocksEventReasonHwPowerBrakeSlowdown": 0x80,
+    "nvmlClocksEventReasonDisplayClockSetting": 0x100,
+}
+"""Bits of NVML's header."""
+
+
 class FakeNvml:
     """NVML with one device and the processes it is told."""
 
@@ -119,6 +135,8 @@ class FakeNvml:
     def __init__(self, *processes: tuple[int, int | None], devices: int = 1) -> None:
         self.processes = [SimpleNamespace(pid=p, usedGpuMemory=used) for p, used in processes]
         self.devices = devices
+        for name, mask in REASONS.items():
+            setattr(self, name, mask)
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return self.devices
@@ -142,6 +160,30 @@ class FakeNvml:
 
     def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
         return "580.1"
+
+    NVML_CLOCK_SM = 1
+    NVML_CLOCK_MEM = 2
+    NVML_TEMPERATURE_GPU = 0
+    reasons = 0
+    silent: tuple[str, ...] = ()
+
+    def _tell(self, name: str, value: int) -> int:
+        if name in self.silent:
+            raise self.NVMLError(f"{name}: not supported")
+        return value
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
+        return self._tell("clock", {self.NVML_CLOCK_SM: 1755, self.NVML_CLOCK_MEM: 2619}[kind])
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:  # noqa: N802
+        return self._tell("power", 612_345)
+
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:  # noqa: N802
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        return self._tell("temperature", 61)
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:  # noqa: N802
+        return self._tell("reasons", self.reasons)
 
 
 @pytest.fixture
@@ -212,6 +254,62 @@ def test_environment_survives_a_driver_that_fails(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert environment()["gpu_name"] is None
     assert memory("cuda:0").peak_vram_bytes is None
+
+
+def test_gpu_state_reads_clocks_power_and_temperature(nvml: FakeNvml) -> None:
+    assert gpu_state() == GpuState(
+        sm_clock_mhz=1755,
+        memory_clock_mhz=2619,
+        power_w=612.345,
+        temperature_c=61,
+        throttled=(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("reasons", "names"),
+    [
+        (0x0, ()),
+        (0x1, ()),
+        (0x4, ("power-cap",)),
+        (0x1 | 0x20 | 0x8, ("hardware-slowdown", "thermal-slowdown")),
+        (0x1000, ()),
+    ],
+    ids=["none", "idle", "power", "two-and-idle", "of-the-future"],
+)
+def test_gpu_state_names_why_clocks_are_held_down(
+    nvml: FakeNvml, reasons: int, names: tuple[str, ...]
+) -> None:
+    nvml.reasons = reasons
+    seen = gpu_state()
+    assert seen is not None
+    assert seen.throttled == names
+
+
+def test_every_reason_is_one_that_the_driver_knows() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    assert {name: getattr(pynvml, name) for name in REASONS} == REASONS
+    assert set(measure.THROTTLING) == set(REASONS) - {"nvmlClocksEventReasonGpuIdle"}
+
+
+def test_gpu_state_leaves_out_what_a_driver_does_not_tell(nvml: FakeNvml) -> None:
+    nvml.silent = ("power", "reasons")
+    seen = gpu_state()
+    assert seen is not None
+    assert (seen.power_w, seen.throttled, seen.sm_clock_mhz) == (None, None, 1755)
+
+
+@pytest.mark.parametrize("visible", ["", "7"], ids=["hidden", "absent"])
+def test_gpu_state_is_none_without_a_gpu(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_state() is None
+
+
+def test_gpu_state_is_none_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_nvml", lambda: None)
+    assert gpu_state() is None
 
 
 def test_environment_describes_this_machine() -> None:

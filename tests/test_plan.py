@@ -74,7 +74,7 @@ def sweeps(draw):
         items(count, inits),
         axes,
         sizes=draw(st.sampled_from([((64, 64),), ((64, 64), (72, 48))])),
-        batch_size=draw(st.integers(1, 4)),
+        batch_sizes=tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))),
         timed_limit=draw(st.integers(0, 3)),
         order_seed=draw(st.integers(0, 3)),
     )
@@ -110,7 +110,7 @@ def test_expand_batches_are_homogeneous_and_small_enough(given_sweep):
         }
         assert len(shapes) == 1
         assert 1 <= len(batch.trials) <= batch.trials[0].batch_size
-        assert batch.trials[0].batch_size in (1, given_sweep.batch_size)
+        assert batch.trials[0].batch_size in (1, *given_sweep.batch_sizes)
 
 
 @given(sweeps(), st.integers(4, 99))
@@ -175,7 +175,7 @@ def test_expand_interleaves_settings_instead_of_running_one_after_the_other():
 
 def test_expand_batch_companions_follow_from_the_plan():
     prompts, axes = items(10), {"steps": (2, 4), "seed": (0, 1)}
-    plan = expand(sweep(prompts, axes, batch_size=4))
+    plan = expand(sweep(prompts, axes, batch_sizes=(4,)))
     assert {len(b.trials) for b in plan.batches} == {4}
     groups = {
         steps: {
@@ -190,7 +190,7 @@ def test_expand_batch_companions_follow_from_the_plan():
 
 
 def test_expand_last_batch_keeps_the_batch_size_it_was_asked_with():
-    plan = expand(sweep(items(5), batch_size=4))
+    plan = expand(sweep(items(5), batch_sizes=(4,)))
     assert sorted(len(b.trials) for b in plan.batches) == [1, 4]
     assert {t.batch_size for t in plan.trials} == {4}
 
@@ -198,12 +198,47 @@ def test_expand_last_batch_keeps_the_batch_size_it_was_asked_with():
 @pytest.mark.parametrize(("limit", "timed"), [(0, 0), (2, 2), (99, 5)])
 def test_expand_times_the_first_prompts_at_batch_one(limit, timed):
     plan = expand(
-        sweep(items(5), {"steps": (2, 4), "seed": (3, 1)}, batch_size=4, timed_limit=limit)
+        sweep(items(5), {"steps": (2, 4), "seed": (3, 1)}, batch_sizes=(4,), timed_limit=limit)
     )
     singles = [t for t in plan.trials if t.batch_size == 1]
     assert len(singles) == 2 * timed
     assert {t.request.prompt for t in singles} == {f"prompt {i}" for i in range(timed)}
     assert {t.request.seed for t in singles} <= {3}
+
+
+def test_expand_makes_every_image_at_every_batch_size():
+    plan = expand(sweep(items(8), {"seed": (0, 1)}, batch_sizes=(1, 2, 4), timed_limit=3))
+    made = Counter(t.batch_size for t in plan.trials)
+    assert made == {1: 16, 2: 16, 4: 16}
+    images = {size: {(t.request.prompt, t.request.seed) for t in plan.trials} for size in made}
+    assert len(set(map(frozenset, images.values()))) == 1
+    assert {len(b.trials) for b in plan.batches if b.trials[0].batch_size == 4} == {4}
+    sizes = [b.trials[0].batch_size for b in plan.batches]
+    assert sizes != sorted(sizes)  # in random order, not one size after the other
+    assert sizes != sorted(sizes, reverse=True)
+
+
+def test_expand_times_a_batch_size_of_its_own_only_where_it_is_compared():
+    assert expand(sweep(items(4), batch_sizes=(4,))).timed_batch_sizes == {1}
+    assert expand(sweep(items(4))).timed_batch_sizes == {1}
+    assert expand(sweep(items(4), batch_sizes=(2, 4))).timed_batch_sizes == {2, 4}
+
+
+def test_expand_keeps_a_trials_key_when_other_batch_sizes_join():
+    alone = {t.key for t in expand(sweep(items(4), batch_sizes=(2,))).trials}
+    joined = expand(sweep(items(4), batch_sizes=(1, 2, 8))).trials
+    assert alone == {t.key for t in joined if t.batch_size == 2}
+
+
+def test_expand_runs_a_repeated_batch_size_once_and_says_so():
+    plan = expand(sweep(items(4), batch_sizes=(2, 2)))
+    assert len(plan.trials) == 4
+    assert any("batch_size" in note for note in plan.notes)
+
+
+def test_expand_refuses_no_batch_size():
+    with pytest.raises(ConfigError, match="batch_size"):
+        expand(sweep(items(4), batch_sizes=()))
 
 
 def test_expand_at_batch_one_times_nothing_twice():
@@ -266,7 +301,9 @@ def test_expand_refuses_a_strength_axis_without_init_images():
 
 
 def test_expand_mixed_set_gives_strength_only_to_items_with_init_images():
-    plan = expand(sweep(items(4, 2), {"prompt_strength": (0.3, 0.9), "steps": (10,)}, batch_size=2))
+    plan = expand(
+        sweep(items(4, 2), {"prompt_strength": (0.3, 0.9), "steps": (10,)}, batch_sizes=(2,))
+    )
     found = Counter(
         (t.request.init_image is not None, t.request.prompt_strength) for t in plan.trials
     )

@@ -9,6 +9,7 @@ from sd35bench import score as score_module
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import MetricError
+from sd35bench.metrics import selection
 from sd35bench.metrics.base import Extractor, FeatureMetric, ImageMetric, Value
 from sd35bench.metrics.clip_score import ClipScore
 from sd35bench.metrics.extractors import NanoEvaluator
@@ -314,7 +315,7 @@ def test_options_reach_the_metric(study, tmp_path, monkeypatch):
             else Fid(NanoEvaluator(), "nano", given["reference"])
         )
 
-    monkeypatch.setattr(score_module, "load_metric", spy)
+    monkeypatch.setattr(selection, "load_metric", spy)
     score_study(study, ["fid"], options=options)
     assert made == {"fid_nano": options["fid"]}
 

@@ -78,12 +78,14 @@ class Comparison:
 
 
 def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
-    """Choose the rows that may be compared: one model, environment and size.
+    """Choose the rows that may be compared: one model, environment and size; no random weights.
 
     Takes the family with the most settings, then the most images; the notes name the others.
     """
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
+        if row.random_weights:
+            continue
         if row.setting["task"] == task.value and row.usable:
             s = row.setting
             key = (s["model"], s["weights_digest"], row.environment_id, s["width"], s["height"])

@@ -45,6 +45,8 @@ _FACTS = {
     "init_kept": MetricFacts(True, (0.0, 1.0)),
     "clip_score": MetricFacts(True, (-100.0, 100.0)),
     "fid": MetricFacts(False),
+    # No bounds: where all are identical the interval is a point, not "never seen in k prompts".
+    "drift": MetricFacts(False),
 }
 
 

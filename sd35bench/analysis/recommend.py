@@ -63,7 +63,7 @@ def recommend_document(
             except ConfigError as exc:
                 problems.append(str(exc))
     if not tasks:
-        raise ConfigError(_nothing(study, problems))
+        raise ConfigError(_nothing(study, table.rows, problems))
     return {
         "study": study.name,
         "confirmed": False,
@@ -228,9 +228,14 @@ def _prompts(tasks: Mapping[str, _Task]) -> list[dict[str, Any]]:
     return [{"task": t, "set": name, "split": split} for t, name, split in sorted(refs)]
 
 
-def _nothing(study: Any, problems: list[str]) -> str:
+def _nothing(study: Any, rows: list[Row], problems: list[str]) -> str:
     if problems:
         return "; ".join(problems)
+    if any(row.usable for row in rows if row.random_weights):
+        return (
+            f"nothing to recommend: the images of study {study.name!r} were made with random"
+            " weights, which say nothing about quality; run it with model.weights=checkpoint"
+        )
     return (
         f"nothing to compare: study {study.name!r} has no usable image; run a sweep first, for"
         " example `sd35bench run -m steps=4,16 cfg=1,4`"

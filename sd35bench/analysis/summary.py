@@ -1,4 +1,4 @@
-"""`show`: a study's settings with latency, stages, memory and metrics, each with n and interval.
+"""`show`: a study's settings with latency, speed, memory and metrics, each with n and interval.
 
 Latency is what one image alone took, from request to encoded file, in trials that ran at batch
 size 1 after warm-up; nothing else enters it. ``None`` is unknown, never 0.
@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench.analysis.drift import drift_document
 from sd35bench.analysis.intervals import mean_interval, quantile_interval
 from sd35bench.analysis.quality import cluster_labels, row_metric
+from sd35bench.analysis.speed import (
+    machine_document,
+    reference_rows,
+    speed_summary,
+    speed_warnings,
+    speedup,
+)
 from sd35bench.analysis.table import GUARD, Row, Table, read_table
 from sd35bench.types import Record
 
@@ -28,9 +36,20 @@ def summarise(study: Any, table: Table) -> dict[str, Any]:
     metrics = sorted(name for name in table.scores if name != GUARD)
     environments = {s.environment_id: s.environment for s in table.sessions.values()}
     rows = sorted(table.rows, key=_order)
+    machine, references = study.machine(), reference_rows(rows)
+    settings = []
+    for row in rows:
+        summary = _row(study, table, row, metrics)
+        summary |= speed_summary(table, row, summary["latency_s"], machine)
+        reference = references.get(row.id)
+        summary["speedup"] = None if reference is None else speedup(row, reference)
+        summary["warnings"] += speed_warnings(table, row, summary["achieved_tflops"], machine)
+        settings.append(summary)
     return {
         "study": study.name,
-        "settings": [_row(study, table, row, metrics) for row in rows],
+        "settings": settings,
+        "machine": machine_document(machine),
+        "drift": drift_document(study, table),
         "environments": environments,
         "warnings": table.warnings,
     }

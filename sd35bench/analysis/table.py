@@ -54,6 +54,11 @@ class Row:
         return f"{self.setting['setting']}@{(self.environment_id or 'unknown')[:8]}"
 
     @property
+    def random_weights(self) -> bool:
+        """Whether its images are noise by design, of which no quality can be asked."""
+        return self.records[0].trial.load.model.weights == "random"
+
+    @property
     def failed(self) -> int:
         """How many trials did not end OK."""
         return sum(r.status is not Status.OK for r in self.records)

@@ -16,6 +16,8 @@ EXAMPLES = {
   sd35bench score grid                        the model's default metrics
   sd35bench score grid --metric fid_nano      one metric
   sd35bench score photos --metric fid metric.fid.reference=coco_stats.npz
+  sd35bench score backends --metric drift metric.drift.reference=eager-bf16
+                                              how far each backend's images are from that one's
 """,
     "show": """examples:
   sd35bench show grid
@@ -31,7 +33,10 @@ EXAMPLES = {
 """,
 }
 MEANS = {
-    "score": "Compute metrics for a study's images; what is there already is not made again.",
+    "score": (
+        "Compute metrics for a study's images; what is there already is not made again. Quality"
+        " where there are trained weights, drift from eager where several backends ran."
+    ),
     "show": "Print a study's settings as a table; scores what is missing first.",
     "recommend": "Name steps, cfg and prompt_strength per profile, with the evidence.",
     "report": "Write one self-contained HTML file that opens offline.",

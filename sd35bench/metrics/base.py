@@ -1,8 +1,9 @@
 """What a metric is: something that turns written images into numbers.
 
-Three kinds, so that no image is decoded or embedded twice:
+Four kinds, so that no image is decoded or embedded twice:
 
     ImageMetric     looks at pixels             (prompt accuracy, init kept)
+    PairMetric      looks at pixels beside those of another trial of the same request (drift)
     FeatureMetric   looks at kept features      (CLIP-score)
     SetMetric       is computed from kept features of a whole set, against a reference (FID);
                     the number itself comes from `sd35bench.analysis`, without torch
@@ -13,7 +14,7 @@ else is refused. Modules are imported when a metric is loaded, torch when it fir
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +31,14 @@ __all__ = [
     "Image",
     "ImageMetric",
     "Metric",
+    "Pair",
+    "PairMetric",
     "ReferenceData",
     "SetMetric",
     "Value",
     "default_metrics",
     "is_nano",
+    "judges",
     "load_metric",
     "require_uint8_rgb",
 ]
@@ -43,6 +47,7 @@ Image = NDArray[np.uint8]
 
 METRICS = {
     "clip_score": "sd35bench.metrics.clip_score:load",
+    "drift": "sd35bench.metrics.drift:load",
     "fid": "sd35bench.metrics.fid:load",
     "init_kept": "sd35bench.metrics.init_kept:load",
     "prompt_accuracy": "sd35bench.metrics.prompt_accuracy:load",
@@ -86,10 +91,12 @@ class Extractor(ABC):
 class Metric(ABC):
     """A named number about images. `tasks` are those that it can judge.
 
-    `remedy` says what to do where it applies to no image of a study.
+    `remedy` says what to do where it applies to no image of a study. `quality` says that the
+    number is about how good an image is: then it means nothing for a model of random weights.
     """
 
     name: str
+    quality: bool = True
     tasks: frozenset[Task] = frozenset(Task)
     remedy: str = "choose another metric"
 
@@ -108,6 +115,41 @@ class ImageMetric(Metric):
         self, images: Sequence[Image], records: Sequence[Record], inits: Sequence[Image | None]
     ) -> list[Value]:
         """One value per image; `inits` are ``None`` unless `needs_init`."""
+
+
+Latents = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""One image's latents [C, h, w] after the first and after the last step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """An image and its reference image, of the very same request; latents where both kept them."""
+
+    image: Image
+    reference: Image
+    latents: Latents | None = None
+    reference_latents: Latents | None = None
+
+
+class PairMetric(Metric):
+    """Holds each image against the image of another trial of the same request."""
+
+    quality = False
+
+    @abstractmethod
+    def pairing(self, records: Sequence[Record]) -> Mapping[str, Sequence[Record]]:
+        """By trial key, the records that it may be held against, best first.
+
+        A trial without any is not there, and is not scored.
+        """
+
+    @abstractmethod
+    def about(self, record: Record, reference: Record) -> dict[str, Any]:
+        """What a score depends on; it goes into the detail, and another one makes it stale."""
+
+    @abstractmethod
+    def score_pair(self, pair: Pair) -> Value:
+        """One value. Raises: MetricError for images of unlike sizes."""
 
 
 class FeatureMetric(Metric):
@@ -169,6 +211,12 @@ def default_metrics(model: str, task: Task) -> tuple[str, ...]:
 def is_nano(model: str) -> bool:
     """Whether a model lives in nano's world: itself, or a variant named after it."""
     return model == "nano" or model.startswith("nano-")
+
+
+def judges(metric: Metric, record: Record) -> bool:
+    """Whether a metric has anything to say about a record: quality of random weights is none."""
+    random = record.trial.load.model.weights == "random"
+    return metric.applies(record) and not (metric.quality and random)
 
 
 def require_uint8_rgb(images: Sequence[Any]) -> None:

@@ -20,7 +20,14 @@ from sd35bench.report.rows import (
 from sd35bench.report.svg import MARKERS, ramp
 from sd35bench.types import Record, Status
 
-__all__ = ["front_figures", "line_figures", "quality_figures", "speed_figures", "tradeoff_figures"]
+__all__ = [
+    "front_figures",
+    "line_figures",
+    "quality_figures",
+    "speed_figures",
+    "throughput_figures",
+    "tradeoff_figures",
+]
 
 _MAX_SPEED_ROWS = 40
 _MAX_LINES = 8
@@ -263,6 +270,33 @@ def speed_figures(
     figures += [plot_stages(staged)] if staged else []
     memory = _memory_rows(rows)
     return figures + ([plot_memory(memory)] if len(memory) > 1 else []), note
+
+
+def throughput_figures(rows: Sequence[Row]) -> list[Figure]:
+    """Images per second over batch size, a line per backend, at the setting most of them share."""
+    groups: dict[Any, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if len(row.throughput) > 1:
+            own = ("backend", "environment_id")
+            shared = tuple((k, repr(v)) for k, v in row.setting.items() if k not in own)
+            groups[shared].setdefault(str(row.setting.get("backend")), row)
+    if not groups:
+        return []
+    chosen = max(groups.values(), key=len)
+    names = _thin(sorted(chosen))
+    lines = [
+        Line(
+            name=name,
+            class_=ramp(i, len(names)),
+            marker=MARKERS[i % len(MARKERS)],
+            points=tuple((float(n), e) for n, e in sorted(chosen[name].throughput.items())),
+        )
+        for i, name in enumerate(names)
+    ]
+    figure = plot_lines(lines, axis="batch size", metric="images per second", log=True)
+    first = chosen[names[0]]
+    note = f"At {first.name()}; whiskers: 95 % intervals."
+    return [replace(figure, title="Throughput over batch size", note=note)]
 
 
 def _latencies(records: Sequence[Record]) -> tuple[float, ...]:

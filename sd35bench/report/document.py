@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sd35bench.report.blocks import Block, comparison_blocks
 from sd35bench.report.charts import (
     front_figures,
     line_figures,
     speed_figures,
+    throughput_figures,
     tradeoff_figures,
 )
 from sd35bench.report.figures import format_estimate
@@ -67,6 +69,8 @@ class Document:
     speed: tuple[Figure, ...]
     speed_note: str
     loads: tuple[dict[str, Any], ...]
+    backends: tuple[Block, ...]
+    throughput: tuple[Figure, ...]
     wall: dict[str, Any]
     environments: tuple[dict[str, Any], ...]
     failures: tuple[dict[str, Any], ...]
@@ -98,6 +102,8 @@ def build_document(
         speed=tuple(speed),
         speed_note=speed_note,
         loads=tuple(list_loads(sessions, records)),
+        backends=tuple(comparison_blocks(show, rows)),
+        throughput=tuple(throughput_figures(rows)),
         wall=_wall(study, rows, matched, headline, extra),
         environments=tuple(list_environments(sessions)),
         failures=tuple(list_failures(records)),

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from sd35bench.analysis.recommend import recommend_document
 from sd35bench.analysis.summary import show_document
 from sd35bench.errors import ConfigError, StoreError
+from sd35bench.report.blocks import split_interval
 from sd35bench.report.document import Document, build_document
 from sd35bench.report.figures import (
     Estimate,
@@ -105,6 +106,8 @@ def _environment() -> jinja2.Environment:
     for name, decimals in (("", decimals_for), ("latency_", latency_decimals)):
         environment.filters[name + "value"] = _value_filter(decimals)
         environment.filters[name + "interval"] = _interval_filter(decimals)
+    environment.filters["beside"] = lambda text: split_interval(text)[0]
+    environment.filters["interval_of"] = lambda text: split_interval(text)[1]
     return environment
 
 

@@ -10,6 +10,7 @@ from sd35bench.report.figures import (
     MISSING,
     Estimate,
     column_decimals,
+    decimals_for,
     format_bytes,
     format_interval,
     format_number,
@@ -141,7 +142,8 @@ def _setting_columns(rows: Sequence[Row], extra: Sequence[str]) -> list[_Column]
     if any(r.prompt_strength is not None for r in rows):
         names.append("prompt_strength")
     columns: list[_Column] = []
-    for name in (*names, *extra):
+    backend = [name for name in extra if name == "backend"]
+    for name in (*backend, *names, *(name for name in extra if name != "backend")):
         values: list[Any] = [r.setting.get(name) for r in rows]
         cells = [Cell(text=_short(v), sort=_sortable(v), numeric=name in names) for v in values]
         columns.append((name.replace("prompt_strength", "strength").replace("_", " "), "", cells))
@@ -182,6 +184,7 @@ def _cost_columns(rows: Sequence[Row]) -> list[_Column]:
     if any(r.target_ratio is not None for r in rows):
         ratios = [r.target_ratio for r in rows]
         columns.append(("× target", "latency over target", [_plain_cell(v, 2) for v in ratios]))
+    columns += _rate_columns(rows)
     vram = any(r.peak_vram_bytes is not None for r in rows)
     memory = [r.peak_vram_bytes if vram else r.peak_rss_bytes for r in rows]
     hint = "peak GPU memory of the worker" if vram else "peak host memory of the worker so far"
@@ -190,6 +193,29 @@ def _cost_columns(rows: Sequence[Row]) -> list[_Column]:
     if any(r.failed for r in rows):
         columns.append(_count_column("failed", "trials that failed", [r.failed for r in rows]))
     return columns
+
+
+def _rate_columns(rows: Sequence[Row]) -> list[_Column]:
+    """Speed and drift against the reference backend, and the rate against the machine's limit."""
+    columns: list[_Column] = []
+    if any(r.speedup is not None for r in rows):
+        hint = "times faster than the reference backend on the same prompts and seeds"
+        cells = _estimate_cells([r.speedup for r in rows], "glyph up", most=2)
+        columns.append(("× eager", f"{hint}; 95 % interval", cells))
+    if any(r.psnr_db is not None for r in rows):
+        cells = _estimate_cells([r.psnr_db for r in rows], "glyph up", most=1)
+        columns.append(("PSNR dB", "against the reference backend's images", cells))
+    if any(r.achieved_tflops is not None for r in rows):
+        hint = "operations over time, and the share of this machine's measured limit"
+        columns.append(("TFLOP/s", hint, [_rate_cell(r) for r in rows]))
+    return columns
+
+
+def _rate_cell(row: Row) -> Cell:
+    share = "" if row.limit_fraction is None else f"{100 * row.limit_fraction:.0f} % of limit"
+    decimals = decimals_for(Estimate(value=row.achieved_tflops))
+    text = format_number(row.achieved_tflops, decimals)
+    return Cell(text=text, sub=share, sort=row.achieved_tflops)
 
 
 def _plain_cell(value: float | None, decimals: int) -> Cell:

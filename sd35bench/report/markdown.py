@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sd35bench.report.blocks import Block, comparison_blocks
 from sd35bench.report.provenance import list_warnings
 from sd35bench.report.rows import Row, read_rows, varying_fields
 from sd35bench.report.tables import setting_columns
@@ -21,9 +22,11 @@ def settings_markdown(document: Mapping[str, Any]) -> str:
         lines += [f"## {task}", "", *_table([r for r in rows if r.task == task], extra), ""]
     lines += [
         "Latency: median of images made one at a time, from request to encoded file. Brackets:"
-        " 95 % intervals, resampled by prompt. n: images.",
+        " 95 % intervals, resampled by prompt. n: images." + _rates_note(rows),
         "",
     ]
+    for block in comparison_blocks(document, rows):
+        lines += _block(block)
     for environment in document.get("environments", {}).values():
         facts = [f"{name} {environment[name]}" for name in _FACTS if environment.get(name)]
         lines.append(f"Environment: {', '.join(facts)}.")
@@ -44,6 +47,29 @@ def _table(rows: list[Row], extra: tuple[str, ...]) -> list[str]:
     rule = ["---:" if column.numeric else "---" for column in columns]
     body = [[_cell(column.cells[i].plain) for column in columns] for i in range(len(rows))]
     return [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
+
+
+def _rates_note(rows: tuple[Row, ...]) -> str:
+    if all(row.achieved_tflops is None for row in rows):
+        return ""
+    return (
+        " TFLOP/s: operations that the image needs over its time, in brackets the share of the rate"
+        " at which this machine multiplies matrices of that precision."
+    )
+
+
+def _block(block: Block) -> list[str]:
+    head = [_cell(title) for title, _ in block.columns]
+    rule = ["---:" if numeric else "---" for _, numeric in block.columns]
+    body = [[_cell(text) for text in row] for row in block.rows]
+    lines = [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
+    return [
+        f"## {_cell(block.title)}",
+        "",
+        *lines,
+        "",
+        *([_cell(block.note), ""] if block.note else []),
+    ]
 
 
 def _cell(text: str) -> str:

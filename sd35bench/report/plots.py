@@ -18,6 +18,7 @@ __all__ = ["Figure", "Line", "Point", "plot_front", "plot_lines", "plot_tradeoff
 # A target further away than this many times the largest latency would squeeze all points together.
 _TARGET_REACH = 3.0
 _LOG_FROM = 6.0
+_CHARACTER = 6.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +213,8 @@ def plot_lines(
     lines: Sequence[Line], *, axis: str, metric: str, lower: bool = False, log: bool = False
 ) -> Figure:
     """Curves of one metric over one axis, whiskers side-stepped so that they can be told apart."""
-    box = Box(500.0, 310.0, right=74.0)
+    longest = max(len(line.name) for line in lines)
+    box = Box(500.0, 310.0, right=min(160.0, max(74.0, 16.0 + _CHARACTER * longest)))
     values = sorted({at for line in lines for at, _ in line.points})
     x = Scale.fit(values, box.left, box.x_end, log=log and _spans(values))
     y = Scale.fit(_extent([e for line in lines for _, e in line.points]), box.y_end, box.top)

@@ -138,13 +138,16 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
 
 
 def _batches(records: Sequence[Record]) -> dict[str, str]:
-    """Batch size, and how many prompts were timed one at a time besides."""
-    sizes = {r.trial.batch_size for r in records}
-    if sizes == {1}:
+    """Batch sizes, and how many prompts were timed one at a time besides."""
+    images = Counter(r.trial.batch_size for r in records)
+    larger = sorted(size for size in images if size > 1)
+    if not larger:
         return {}
+    if images[1] == images[larger[-1]]:  # batch 1 was swept too: as many images as the others
+        return {"batch_size": _axis(images)}
     alone = [r.trial.request for r in records if r.trial.batch_size == 1]
     timed = len({(r.prompt, r.init_image) for r in alone})
-    return {"batch_size": str(max(sizes)), "timed_limit": str(timed)}
+    return {"batch_size": _axis(larger), "timed_limit": str(timed)}
 
 
 def _axis(values: Any) -> str:

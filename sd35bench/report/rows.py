@@ -11,8 +11,9 @@ from typing import Any
 
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import setting_key
+from sd35bench.guidance import skip_layer_text
 from sd35bench.report.figures import Estimate, format_plain
-from sd35bench.types import Record, Session, to_json
+from sd35bench.types import Record, Session, SkipLayerGuidance, from_json, to_json
 
 __all__ = [
     "SETTING_FIELDS",
@@ -23,6 +24,8 @@ __all__ = [
     "metric_names",
     "metric_rank",
     "read_rows",
+    "setting_text",
+    "told_by_threads",
     "varying_fields",
 ]
 
@@ -44,6 +47,7 @@ SETTING_FIELDS = (
     "cfg",
     "prompt_strength",
 )
+DRIFT = "drift"
 _AXES = ("task", "steps", "cfg", "prompt_strength")
 _ALSO = ("task", "environment_id")
 _METRIC_ORDER = ("edit_quality", "prompt_accuracy", "init_kept", "clip_score", "fid")
@@ -60,10 +64,11 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One setting with its figures; seconds and bytes, ``None`` where unknown.
+    """One setting with its figures; seconds, bytes and TFLOP/s, ``None`` where unknown.
 
     `setting` holds the fields of `SETTING_FIELDS` that the document named (and the environment's
-    id where it did); `latency` is p50 with its interval.
+    id where it did); `latency` is p50 with its interval. `speedup` and `psnr_db` are against the
+    reference backend's row, `throughput` is images per second by batch size.
     """
 
     id: str
@@ -85,6 +90,18 @@ class Row:
     quality_batch_size: int | None = None
     warnings: tuple[str, ...] = ()
     in_force: dict[str, Any] = field(default_factory=dict)
+    speedup: Estimate | None = None
+    achieved_tflops: float | None = None
+    limit_fraction: float | None = None
+    cold_compile_s: float | None = None
+    warm_compile_s: float | None = None
+    cold_first_call_s: float | None = None
+    warm_first_call_s: float | None = None
+    starts: int = 0
+    start_spread: float | None = None
+    throughput: dict[int, Estimate] = field(default_factory=dict)
+    gpu: dict[str, Any] | None = None
+    psnr_db: Estimate | None = None
 
     @property
     def steps(self) -> int:
@@ -118,13 +135,19 @@ class Row:
         parts = [f"{self.steps} steps", f"cfg {format_plain(self.cfg)}"]
         if self.prompt_strength is not None:
             parts.append(f"strength {format_plain(self.prompt_strength)}")
-        parts += [str(self.setting[f]) for f in extra if f in self.setting and f not in _AXES]
+        parts += [
+            setting_text(self.setting[f]) for f in extra if f in self.setting and f not in _AXES
+        ]
         return " · ".join(parts)
 
 
 def read_rows(document: Mapping[str, Any]) -> tuple[Row, ...]:
     """Rows of a `show` document, sorted by task, fixed fields, steps, cfg and strength."""
-    rows = [_read_row(r, f"row {i}") for i, r in enumerate(document.get("settings", ()))]
+    drift = {r["id"]: r for r in (document.get("drift") or {}).get("rows") or () if "id" in r}
+    rows = [
+        _read_row(r, f"row {i}", drift.get(r.get("id"), {}))
+        for i, r in enumerate(document.get("settings", ()))
+    ]
     return tuple(sorted(rows, key=_sort_key))
 
 
@@ -133,7 +156,7 @@ def _sort_key(row: Row) -> tuple[Any, ...]:
     return (row.task != "text-to-image", str(row.rest), row.steps, row.cfg, strength)
 
 
-def _read_row(raw: Mapping[str, Any], row_id: str) -> Row:
+def _read_row(raw: Mapping[str, Any], row_id: str, drift: Mapping[str, Any]) -> Row:
     latency = raw.get("latency_s") or {}
     setting = {f: raw[f] for f in (*SETTING_FIELDS, *_ALSO) if f in raw}
     stages = raw.get("stage_s") or {}
@@ -151,13 +174,37 @@ def _read_row(raw: Mapping[str, Any], row_id: str) -> Row:
         first_call_s=raw.get("first_call_s"),
         peak_vram_bytes=raw.get("peak_vram_bytes"),
         peak_rss_bytes=raw.get("peak_rss_bytes"),
-        metrics={k: _read_metric(v) for k, v in (raw.get("metrics") or {}).items()},
-        levels=_read_levels(raw.get("metrics") or {}),
+        metrics={k: _read_metric(v) for k, v in _quality(raw).items()},
+        levels=_read_levels(_quality(raw)),
         effective_steps=raw.get("effective_steps"),
         quality_batch_size=raw.get("quality_batch_size"),
         warnings=tuple(str(w) for w in raw.get("warnings") or ()),
         in_force=dict(raw.get("in_force") or {}),
+        speedup=None if raw.get("speedup") is None else _read_metric(raw["speedup"]),
+        achieved_tflops=raw.get("achieved_tflops"),
+        limit_fraction=raw.get("limit_fraction"),
+        cold_compile_s=raw.get("cold_compile_s"),
+        warm_compile_s=raw.get("warm_compile_s"),
+        cold_first_call_s=raw.get("cold_first_call_s"),
+        warm_first_call_s=raw.get("warm_first_call_s"),
+        starts=raw.get("starts", 0),
+        start_spread=raw.get("start_spread"),
+        throughput=_read_throughput(raw.get("throughput") or ()),
+        gpu=raw.get("gpu"),
+        psnr_db=None if drift.get("psnr_db") is None else _read_metric(drift["psnr_db"]),
     )
+
+
+def _quality(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of quality: distance from another backend's image is none and has its own tables."""
+    return {k: v for k, v in (raw.get("metrics") or {}).items() if not k.startswith(DRIFT)}
+
+
+def _read_throughput(raw: Iterable[Mapping[str, Any]]) -> dict[int, Estimate]:
+    return {
+        entry["batch_size"]: _read_metric({**entry, "value": entry["images_per_s"]})
+        for entry in raw
+    }
 
 
 def _read_latency(latency: Mapping[str, Any]) -> Estimate | None:
@@ -194,6 +241,13 @@ def _ends(interval: Sequence[float] | None) -> tuple[float | None, float | None]
     return (None, None) if not interval else (interval[0], interval[1])
 
 
+def setting_text(value: object) -> str:
+    """A setting's value as a person types it; skip-layer guidance as the command line takes it."""
+    if isinstance(value, Mapping) and "layers" in value:
+        return skip_layer_text(from_json(SkipLayerGuidance, value))
+    return format_plain(value)
+
+
 def _hashable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else repr(to_json(value))
 
@@ -201,9 +255,16 @@ def _hashable(value: Any) -> Any:
 def varying_fields(rows: Sequence[Row]) -> tuple[str, ...]:
     """Fields beyond steps, cfg and strength that differ between `rows`, in reading order."""
     names = (*SETTING_FIELDS, "environment_id")
-    return tuple(
+    varying = [
         f for f in names if f not in _AXES and len({_hashable(r.setting.get(f)) for r in rows}) > 1
-    )
+    ]
+    return tuple(f for f in varying if f != "environment_id" or not told_by_threads(rows))
+
+
+def told_by_threads(rows: Sequence[Row]) -> bool:
+    """Whether environments differ by nothing but the thread count, which has its own column."""
+    pairs = {(r.setting.get("threads"), r.setting.get("environment_id")) for r in rows}
+    return len({threads for threads, _ in pairs}) == len(pairs)
 
 
 def metric_names(rows: Iterable[Row]) -> tuple[str, ...]:

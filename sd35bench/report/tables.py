@@ -10,17 +10,26 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sd35bench.report.blocks import Block, comparison_blocks, split_interval
 from sd35bench.report.figures import (
     MISSING,
     Estimate,
     column_decimals,
+    decimals_for,
     format_bytes,
     format_interval,
     format_number,
     format_plain,
 )
 from sd35bench.report.provenance import list_warnings
-from sd35bench.report.rows import Row, metric_label, metric_names, read_rows, varying_fields
+from sd35bench.report.rows import (
+    Row,
+    metric_label,
+    metric_names,
+    read_rows,
+    setting_text,
+    varying_fields,
+)
 
 __all__ = ["Column", "print_settings", "setting_columns"]
 
@@ -55,6 +64,8 @@ def print_settings(document: Mapping[str, Any], console: Console) -> None:
         console.print(
             "latency: median of images made one at a time; brackets: 95 % intervals", style="dim"
         )
+    for block in comparison_blocks(document, rows):
+        _print_block(block, console)
     for warning in list_warnings(document, rows, extra):
         console.print(Text.assemble(("warning ", "yellow"), warning))
 
@@ -83,6 +94,61 @@ def _print_task(rows: list[Row], extra: Sequence[str], console: Console) -> None
         console.print(f"too narrow for: {names} (--json has them)", style="dim")
 
 
+def _print_block(block: Block, console: Console) -> None:
+    """Print a block; where it is too wide without its intervals, or last columns, and says so."""
+    shown, left_out = _fit_block(block, console.width)
+    table = Table(title=escape(block.title), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.title_justify, table.title_style = "left", "bold"
+    for column in shown:
+        table.add_column(
+            escape(column.title), justify="right" if column.numeric else "left", no_wrap=True
+        )
+    for i in range(len(block.rows)):
+        table.add_row(*(column.cells[i] for column in shown))
+    console.print()
+    console.print(table)
+    if block.note:
+        console.print(Text(block.note, style="dim"))
+    if left_out:
+        console.print(f"too narrow for: {', '.join(left_out)} (--json has them)", style="dim")
+
+
+def _fit_block(block: Block, width: int) -> tuple[list[Column], list[str]]:
+    """Columns that fit: intervals beside the values, below them, or left out; then fewer columns.
+
+    The columns that name a row (those before the first figure) are never left out.
+    """
+    for between in (" ", "\n", None):
+        columns = _block_columns(block, between)
+        if _width(columns) <= width:
+            return columns, []
+    shown, _ = _fit(_block_columns(block, None), width)
+    titles = [c.title for c in shown]
+    intervals = any(split_interval(cell)[1] for row in block.rows for cell in row)
+    left_out = [title for title, _ in block.columns if title not in titles]
+    return shown, ["intervals", *left_out] if intervals else left_out
+
+
+def _block_columns(block: Block, between: str | None) -> list[Column]:
+    named = next((i for i, (_, numeric) in enumerate(block.columns) if numeric), 0)
+    return [
+        Column(
+            title,
+            [_block_cell(row[i], between) for row in block.rows],
+            rank=max(0, i - named),
+            numeric=numeric,
+        )
+        for i, (title, numeric) in enumerate(block.columns)
+    ]
+
+
+def _block_cell(text: str, between: str | None) -> Text:
+    value, interval = split_interval(text)
+    if between is None or not interval:
+        return Text(value)
+    return Text.assemble(value, (between + interval, "dim"))
+
+
 def _layout(
     rows: list[Row], extra: Sequence[str], width: int
 ) -> tuple[bool, list[Column], list[Column]]:
@@ -95,13 +161,12 @@ def _layout(
 
 def setting_columns(rows: list[Row], extra: Sequence[str], stacked: bool) -> list[Column]:
     """Columns of a table of settings; `stacked` puts intervals below their values."""
-    columns = [
-        _plain("steps", rows, lambda r: format_plain(r.steps)),
-        _plain("cfg", rows, lambda r: format_plain(r.cfg)),
-    ]
+    columns = [_field(name, rows) for name in extra if name == "backend"]
+    columns.append(_plain("steps", rows, lambda r: format_plain(r.steps)))
+    columns.append(_plain("cfg", rows, lambda r: format_plain(r.cfg)))
     if any(r.prompt_strength is not None for r in rows):
         columns.append(_plain("strength", rows, lambda r: format_plain(r.prompt_strength)))
-    columns += [_field(name, rows) for name in extra]
+    columns += [_field(name, rows) for name in extra if name != "backend"]
     columns.append(_plain("n", rows, lambda r: str(r.n)))
     measured = [m for m in metric_names(rows) if any(_has_value(r, m) for r in rows)]
     refused = [m for m in metric_names(rows) if m not in measured and _needs(rows, m)]
@@ -110,6 +175,7 @@ def setting_columns(rows: list[Row], extra: Sequence[str], stacked: bool) -> lis
         columns.append(Column(metric_label(name), cells, rank if name in measured else _EXTRA))
     latency = _estimates([r.latency for r in rows], stacked, most=3)
     columns.append(Column("latency s", latency))
+    columns += _against_reference(rows, stacked)
     if any(r.target_ratio is not None for r in rows):
         ratio = _plain("× target", rows, lambda r: format_number(r.target_ratio, 2))
         columns.append(Column(ratio.title, ratio.cells, 4))
@@ -133,9 +199,36 @@ def _plain(title: str, rows: Sequence[Row], text: Callable[[Row], str]) -> Colum
 
 
 def _field(name: str, rows: Sequence[Row]) -> Column:
-    texts = [format_plain(r.setting.get(name)) for r in rows]
+    texts = [setting_text(r.setting.get(name)) for r in rows]
     cells = [Text(t if len(t) <= 20 else t[:8] + "…") for t in texts]
     return Column(name.replace("_", " "), cells, numeric=False)
+
+
+def _against_reference(rows: Sequence[Row], stacked: bool) -> list[Column]:
+    """Speed and drift against the reference backend, and the rate against the machine's limit."""
+    columns = []
+    if any(r.speedup is not None for r in rows):
+        speedups = [_value_only(r.speedup) if stacked else r.speedup for r in rows]
+        columns.append(Column("× eager", _estimates(speedups, stacked, most=2), 1))
+    if any(r.psnr_db is not None for r in rows):
+        cells = _estimates([_value_only(r.psnr_db) for r in rows], stacked, most=1)
+        columns.append(Column("PSNR dB", cells, 2))
+    if any(r.achieved_tflops is not None for r in rows):
+        columns.append(Column("TFLOP/s", [Text(_rate(r)) for r in rows], 3))
+    return columns
+
+
+def _value_only(estimate: Estimate | None) -> Estimate | None:
+    """Without its interval, which --json has."""
+    return None if estimate is None else Estimate(value=estimate.value, n=estimate.n)
+
+
+def _rate(row: Row) -> str:
+    if row.achieved_tflops is None:
+        return MISSING
+    digits = decimals_for(Estimate(value=row.achieved_tflops))
+    share = "" if row.limit_fraction is None else f" ({100 * row.limit_fraction:.0f} %)"
+    return format_number(row.achieved_tflops, digits) + share
 
 
 def _memory(rows: Sequence[Row]) -> list[Column]:
@@ -170,6 +263,11 @@ def _fit(columns: list[Column], width: int) -> tuple[list[Column], list[Column]]
     while _width(shown) > width and any(c.rank for c in shown):
         least = max(c.rank for c in shown)
         shown.remove([c for c in shown if c.rank == least][-1])
+    # What had to go for a wide column may fit after that has gone.
+    for column in sorted((c for c in columns if c not in shown), key=lambda c: c.rank):
+        more = [c for c in columns if c in shown or c is column]
+        if _width(more) <= width:
+            shown = more
     return shown, [c for c in columns if c not in shown]
 
 

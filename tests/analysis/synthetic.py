@@ -55,6 +55,9 @@ def record(number: int = 0, *, load: Load = LOAD, **fields: Any) -> Record:
         "truncated_tokens": 0,
         "image": "auto",
         "error": None,
+        "flops": None,
+        "gpu": None,
+        "started_at": "2026-01-01T00:00:00",
     }
     taken = {k: fields.pop(k, v) for k, v in own.items()}
     batch_size = fields.pop("batch_size", 1)
@@ -71,7 +74,7 @@ def record(number: int = 0, *, load: Load = LOAD, **fields: Any) -> Record:
         taken["image"] = trial.key.ljust(64, "0") if taken["status"] is Status.OK else None
     if taken["status"] is not Status.OK:
         taken["timings"] = None
-    return Record(trial=trial, started_at="2026-01-01T00:00:00", **taken)
+    return Record(trial=trial, **taken)
 
 
 @dataclass
@@ -84,6 +87,10 @@ class MemoryStudy:
     lives: dict[str, Session] = field(default_factory=lambda: {"s": session()})
     kept_features: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     name: str = "synthetic"
+    machines: list[dict[str, Any]] = field(default_factory=list)
+
+    def machine(self) -> list[dict[str, Any]]:
+        return self.machines
 
     def records(self) -> list[Record]:
         return self.kept

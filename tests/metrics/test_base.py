@@ -13,6 +13,7 @@ from sd35bench.metrics.base import (
     METRICS,
     FeatureMetric,
     ImageMetric,
+    PairMetric,
     SetMetric,
     default_metrics,
     load_metric,
@@ -30,7 +31,7 @@ def test_metric_contract(family):
     name = f"{family}_nano" if family in ("clip_score", "fid") else family
     metric = load_metric(name)
     assert metric.name == name
-    assert isinstance(metric, ImageMetric | FeatureMetric | SetMetric)
+    assert isinstance(metric, ImageMetric | PairMetric | FeatureMetric | SetMetric)
     assert metric.tasks
     assert yaml.safe_load((CONFIGS / f"{family}.yaml").read_text())["family"] == family
 

@@ -3,6 +3,8 @@
 import pytest
 
 from sd35bench.analysis.recommend import recommend_document
+from sd35bench.analysis.summary import show_document
+from tests.report.backends import make_backends_study
 from tests.report.synthetic import HOSTILE, PROFILES, Synthetic, make_study, show_of
 
 
@@ -19,3 +21,10 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
     root = tmp_path_factory.mktemp("hostile")
     study = make_study(root, steps=(4, 12), cfgs=(1.0,), strengths=(0.5,), prompts=HOSTILE)
     return Synthetic(study, show_of(study), recommend_document(study, PROFILES))
+
+
+@pytest.fixture(scope="session")
+def backends(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    """Eager, compiled and quantised runs side by side, on a GPU."""
+    study = make_backends_study(tmp_path_factory.mktemp("backends"), gpu=True)
+    return Synthetic(study, show_document(study), None)

@@ -71,6 +71,18 @@ def test_report_fits_its_window(open_report, demo: Synthetic, width: int):
     assert page.evaluate(broken) == 0
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_backends_fit_their_window_and_scroll_inside(open_report, backends: Synthetic, width: int):
+    page = open_report(backends, width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    tables = page.locator("#backends table")
+    assert tables.count() == 6
+    assert tables.first.is_visible()
+    # At any width a row is two lines high at most: value and interval.
+    heights = "[...document.querySelectorAll('#backends tbody tr')].map((r) => r.offsetHeight)"
+    assert max(page.evaluate(heights)) < 60
+
+
 def test_wall_filters_by_setting_prompt_seed_and_words(open_report, demo: Synthetic):
     page = open_report(demo)
     assert tiles(page) == 12  # 6 prompts × 2 seeds at the recommended setting

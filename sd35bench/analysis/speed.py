@@ -1,0 +1,310 @@
+"""The truth about speed: a row's rate against the machine's limit, against eager, by batch size.
+
+A latency alone says neither how good it is nor whether it can be true. Beside it stand the
+operations that the image needs (`sd35bench.flops`), hence the rate that was achieved, and the rate
+at which this machine multiplies matrices of the same precision (`sd35bench.machine`), measured
+once per study. More than that cannot be: such a row gets a warning, whoever made it.
+
+``None`` is unknown, never 0.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from sd35bench.analysis.intervals import mean_interval, quantile_interval
+from sd35bench.analysis.quality import cluster_labels
+from sd35bench.analysis.settings import cluster_key, pair_key
+from sd35bench.analysis.table import Row, Table
+from sd35bench.measure import RATE_FIELDS
+from sd35bench.types import Flops, Record, Session, Status
+
+__all__ = [
+    "compile_seconds",
+    "machine_document",
+    "reference_rows",
+    "speed_summary",
+    "speed_warnings",
+    "speedup",
+    "throughput",
+]
+
+TOLERANCE = 1.1
+"""A rate this far above the measured limit is impossible; less may be the limit's own noise."""
+OPENVINO_WORDS = {"f32": "fp32", "float": "fp32", "bfloat16": "bf16", "f16": "fp16"}
+LEAST_PER_START = 2
+"""Lone images that a process start must have made to count for the spread between starts."""
+
+
+def speed_summary(
+    table: Table, row: Row, latency: Mapping[str, Any], machine: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Columns of one row beyond its latency.
+
+    `latency` is the row's `latency_summary`, `machine` what `Study.machine` read. Rates are in
+    TFLOP/s (TOP/s against the int8 limit), medians over lone images.
+    """
+    sessions = _sessions(table, row)
+    flops = _mean_flops(row.timed if row.timed else row.usable)
+    achieved = _achieved_tflops(row.timed)
+    rates = _rates(sessions, machine)
+    limit = rates.get(_precision(sessions))
+    return {
+        "flops": flops,
+        "achieved_tflops": achieved,
+        "limit_tflops": limit,
+        "limit_precision": _precision(sessions) if limit is not None else None,
+        "limit_fraction": None if achieved is None or limit is None else achieved / limit,
+        **compile_seconds(table, row),
+        "throughput": throughput(row, latency),
+        "gpu": _gpu(row.timed, sessions),
+        "starts": len({r.session_id for r in row.timed}),
+        "start_spread": _start_spread(row.timed),
+    }
+
+
+def speed_warnings(
+    table: Table, row: Row, achieved: float | None, machine: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Say of a rate that the arithmetic cannot allow that it is impossible.
+
+    A backend may run parts in float32 whatever its precision, so the bound is the faster of both.
+    """
+    sessions = _sessions(table, row)
+    rates = _rates(sessions, machine)
+    known = [r for r in (rates.get(_precision(sessions)), rates.get("fp32")) if r is not None]
+    if achieved is None or not known or achieved <= TOLERANCE * max(known):
+        return []
+    return [
+        f"impossible: {achieved:.3g} TFLOP/s, and this machine was measured to multiply at"
+        f" {max(known):.3g} at most; the timing or the count of operations is wrong, or the machine"
+        " was busy while it was measured (delete the study's machine/ folder and run again)"
+    ]
+
+
+def machine_document(machine: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Measured limits as `show --json` prints them: the latest of each machine, threads, device."""
+    latest = {found["key"]: found for found in machine}
+    return [
+        {
+            "device": found["device"],
+            "name": _device_name(found),
+            "threads": found["threads"],
+            "torch": found["environment"].get("torch"),
+            "measured_at": found["measured_at"],
+            "rates": found["rates"],
+            "error": found.get("error"),
+        }
+        for found in latest.values()
+    ]
+
+
+def _device_name(found: Mapping[str, Any]) -> str | None:
+    return found["environment"].get("gpu_name" if found["device"] == "cuda" else "cpu_model")
+
+
+# Against eager --------------------------------------------------------------------------------
+
+
+def reference_rows(rows: Iterable[Row]) -> dict[str, Row]:
+    """Row id → the row that it is compared with: eager in float32, all else alike.
+
+    Where a study has no eager float32 (a full-size model on a GPU), any eager row stands in.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[_but_backend(row)].append(row)
+    found = {}
+    for members in groups.values():
+        eager = [r for r in members if _backend(r).kind == "eager" and r.timed]
+        if eager:
+            best = min(eager, key=lambda r: _backend(r).options.get("dtype", "fp32") != "fp32")
+            found.update({row.id: best for row in members})
+    return found
+
+
+def speedup(row: Row, reference: Row) -> dict[str, Any] | None:
+    """How many times faster than `reference`: geometric mean over shared pairs of lone images.
+
+    ``None`` for the reference itself, and without a shared pair.
+    """
+    theirs = {pair_key(r.trial): r.timings.latency_s for r in reference.timed if r.timings}
+    shared = [r for r in row.timed if r.timings is not None and pair_key(r.trial) in theirs]
+    if row is reference or not shared:
+        return None
+    logs = [
+        float(np.log(theirs[pair_key(r.trial)] / r.timings.latency_s)) for r in shared if r.timings
+    ]
+    mean = mean_interval(logs, cluster_labels(shared))
+    ends = None if mean.ci95 is None else [float(np.exp(end)) for end in mean.ci95]
+    return {
+        "value": float(np.exp(mean.value)),
+        "ci95": ends,
+        "n": len(shared),
+        "reference": reference.id,
+    }
+
+
+def _backend(row: Row) -> Any:
+    return row.records[0].trial.load.backend
+
+
+def _but_backend(row: Row) -> tuple[Any, ...]:
+    own = ("setting", "backend", "backend_options")
+    fields = tuple((k, repr(v)) for k, v in row.setting.items() if k not in own)
+    return (*fields, row.environment_id)
+
+
+# Throughput and starts ------------------------------------------------------------------------
+
+
+def throughput(row: Row, latency: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Images per second by batch size, from whole batches; each batch counts once.
+
+    It is the batch size over the median time of a batch, files included; the interval is that of
+    the median, over groups of prompts. A batch that the prompts did not fill is left out.
+    """
+    found = []
+    if latency["p50"] is not None:
+        found.append(_per_second(1, latency["p50"], latency["ci95"], latency["n"]))
+    batches: dict[int, dict[Any, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in row.records:
+        size = record.trial.batch_size
+        if record.status is Status.OK and size > 1 and record.batch_actual == size:
+            # One batch's records share its start and its times.
+            batches[size][record.session_id, record.started_at, record.timings].append(record)
+    for size in sorted(batches):
+        groups = [group for key, group in batches[size].items() if key[2] is not None]
+        if groups:
+            seconds = [_latency_s(group[0]) for group in groups]
+            middle = quantile_interval(seconds, _group_labels(groups), 0.5)
+            found.append(_per_second(size, middle.value, middle.ci95, len(groups)))
+    return found
+
+
+def _per_second(size: int, seconds: float, ends: Sequence[float] | None, n: int) -> dict[str, Any]:
+    interval = None if ends is None else [size / ends[1], size / ends[0]]
+    return {"batch_size": size, "images_per_s": size / seconds, "ci95": interval, "n": n}
+
+
+def _latency_s(record: Record) -> float:
+    assert record.timings is not None
+    return record.timings.latency_s
+
+
+def _group_labels(groups: Sequence[Sequence[Record]]) -> list[int]:
+    """Number batches by the prompts in them: another seed of the same prompts is no new sample."""
+    numbers: dict[Any, int] = {}
+    keys = [frozenset(cluster_key(r.trial) for r in group) for group in groups]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _start_spread(timed: Sequence[Record]) -> float | None:
+    """Slowest over fastest process start, by the median latency of each."""
+    by_start: dict[str, list[float]] = defaultdict(list)
+    for record in timed:
+        by_start[record.session_id].append(_latency_s(record))
+    medians = [median(x) for x in by_start.values() if len(x) >= LEAST_PER_START]
+    return max(medians) / min(medians) if len(medians) >= 2 else None
+
+
+def compile_seconds(table: Table, row: Row) -> dict[str, float | None]:
+    """Median compile time and first image with a cold and with a warm cache.
+
+    Of all starts of the row's load; one whose cache was mixed, or off, says nothing of either.
+    """
+    key = row.records[0].trial.load.key
+    starts: dict[str, list[Session]] = defaultdict(list)
+    for session in table.sessions.values():
+        compiled = session.in_force.get("compile")
+        alike = session.environment_id == row.environment_id and session.load.key == key
+        if alike and isinstance(compiled, Mapping) and compiled.get("compile_s") is not None:
+            starts[str(compiled.get("cache"))].append(session)
+    found: dict[str, float | None] = {}
+    for cache in ("cold", "warm"):
+        seconds = [s.in_force["compile"]["compile_s"] for s in starts[cache]]
+        firsts = [s.first_call_s for s in starts[cache]]
+        found[f"{cache}_compile_s"] = median(seconds) if seconds else None
+        found[f"{cache}_first_call_s"] = median(firsts) if firsts else None
+    return found
+
+
+# Rates ----------------------------------------------------------------------------------------
+
+
+def _sessions(table: Table, row: Row) -> list[Session]:
+    ids = dict.fromkeys(r.session_id for r in row.timed or row.records)
+    return [table.sessions[i] for i in ids if i in table.sessions]
+
+
+def _mean_flops(records: Sequence[Record]) -> dict[str, float] | None:
+    """Operations of one image by stage; alike in all records of a setting but for rare cases."""
+    known = [r.flops for r in records if r.flops is not None]
+    if not known:
+        return None
+    stages = ("text", "encode", "denoise", "decode", "total")
+    return {name: float(np.mean([getattr(f, name) for f in known])) for name in stages}
+
+
+def _achieved_tflops(timed: Sequence[Record]) -> float | None:
+    pairs = [(r.flops, r.timings) for r in timed if r.flops is not None and r.timings is not None]
+    rates = [_tflops(flops) / timings.generate_s for flops, timings in pairs]
+    return median(rates) if rates else None
+
+
+def _tflops(flops: Flops) -> float:
+    return flops.total / 1e12
+
+
+def _precision(sessions: Sequence[Session]) -> str:
+    """What the backend multiplies in: int8 where it says that it quantised, else its dtype.
+
+    OpenVINO may compute in another precision than the graph's, and says so in its own words.
+    """
+    in_force = sessions[-1].in_force if sessions else {}
+    said = str(in_force.get("inference_precision", in_force.get("dtype")))
+    return "int8" if in_force.get("quantised") else OPENVINO_WORDS.get(said, said)
+
+
+def _device(session: Session) -> str:
+    """The device that the denoiser is proven to be on, cuda or cpu.
+
+    ONNX Runtime's providers say it; `device` is then that of the text encoders and the VAE.
+    """
+    providers = session.in_force.get("providers")
+    said = [session.in_force.get("device")] if providers is None else providers
+    words = " ".join(str(word).lower() for word in said)
+    return "cuda" if "cuda" in words or "tensorrt" in words else "cpu"
+
+
+def _rates(sessions: Sequence[Session], machine: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Precision → the best rate, in tera-operations a second, of the machine that made a row."""
+    if not sessions:
+        return {}
+    last = sessions[-1]
+    where = {name: last.environment.get(name) for name in RATE_FIELDS}
+    device = _device(last)
+    for found in reversed(machine):
+        if found["rates"] and found["device"] == device and found["environment"] == where:
+            return {k: v["best"] for k, v in found["rates"].items() if k != "copy"}
+    return {}
+
+
+def _gpu(timed: Sequence[Record], sessions: Sequence[Session]) -> dict[str, Any] | None:
+    """Clocks, power and throttling over lone images; ``None`` where no GPU made them."""
+    states = [r.gpu for r in timed if r.gpu is not None]
+    if not states or not sessions or _device(sessions[-1]) != "cuda":
+        return None
+    clocks = [s.sm_clock_mhz for s in states if s.sm_clock_mhz is not None]
+    power = [s.power_w for s in states if s.power_w is not None]
+    told = [s.throttled for s in states if s.throttled is not None]
+    return {
+        "sm_clock_mhz": {"min": min(clocks), "median": median(clocks)} if clocks else None,
+        "power_w": median(power) if power else None,
+        "throttled_share": sum(bool(t) for t in told) / len(told) if told else None,
+        "throttled": sorted({reason for reasons in told for reason in reasons}),
+        "n": len(states),
+    }

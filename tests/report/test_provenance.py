@@ -1,0 +1,30 @@
+"""How to run a study again: the batch sizes of its command line."""
+
+import pytest
+
+from sd35bench.report.provenance import rerun_commands
+from tests.analysis.synthetic import record
+
+
+def command(images: dict[int, int]) -> str:
+    """The command that made so many images at each batch size."""
+    records = [record(p, batch_size=size) for size, count in images.items() for p in range(count)]
+    (found,) = rerun_commands("s", records)
+    return found["command"]
+
+
+@pytest.mark.parametrize(
+    ("images", "wanted"),
+    [
+        ({1: 8, 2: 8, 4: 8}, ["batch_size=1,2,4"]),
+        ({1: 8, 4: 8}, ["batch_size=1,4"]),
+        ({1: 2, 4: 8}, ["batch_size=4", "timed_limit=2"]),
+        ({1: 2, 4: 8, 8: 8}, ["batch_size=4,8", "timed_limit=2"]),
+        ({4: 8}, ["batch_size=4", "timed_limit=0"]),
+        ({1: 8}, []),
+    ],
+    ids=["swept", "one-and-one", "timed-besides", "swept-and-timed", "untimed", "lone"],
+)
+def test_command_has_the_batch_sizes_that_were_asked_for(images, wanted):
+    words = command(images).split()
+    assert [w for w in words if w.startswith(("batch_size", "timed_limit"))] == wanted
