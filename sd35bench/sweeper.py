@@ -11,6 +11,7 @@ Every job is composed and validated before the first one starts.
 import copy
 import importlib
 import itertools
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -26,13 +27,26 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
 from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
+from sd35bench.config.fields import nearest
+from sd35bench.config.files import choices
 from sd35bench.config.overrides import LOAD_AXES, parse, sweep_values
 from sd35bench.config.schema import SWEEPER_MODULE
+from sd35bench.errors import ConfigError
 from sd35bench.plan import PAIR_AXES, SETTING_AXES
 
-__all__ = ["GroupingSweeper", "job_overrides", "sweep"]
+__all__ = ["GroupingSweeper", "job_overrides", "noise_overrides", "sweep"]
 
-REQUEST_AXES = (*SETTING_AXES, *PAIR_AXES, "width", "height", "aspect_ratio")
+NOISE_BATCH = 8
+
+REQUEST_AXES = (
+    *SETTING_AXES,
+    *PAIR_AXES,
+    "width",
+    "height",
+    "aspect_ratio",
+    "skip_layer_scale",
+    "batch_size",
+)
 
 Task = Callable[[DictConfig], Any]
 
@@ -105,6 +119,7 @@ class GroupingSweeper(Sweeper):
         assert self.config is not None
         assert self.launcher is not None
         jobs = job_overrides(arguments, self.config)
+        jobs += noise_overrides(jobs, _noise_floor(arguments, self.config))
         loader = self.hydra_context.config_loader
         configs = [_own(loader.load_sweep_config(self.config, list(job))) for job in jobs]
         prepare = getattr(self._task, "prepare", None)
@@ -145,6 +160,42 @@ def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str
             if values:
                 loads.append([f"{name}={value}" for value in values])
     return [[*load, *shared] for load in itertools.product(*loads)]
+
+
+def noise_overrides(jobs: Sequence[Sequence[str]], backend: str | None) -> list[list[str]]:
+    """Jobs that run `backend` once more with another thread count, and in batches.
+
+    How far these move its images is the noise floor: what another backend moves less than that
+    is not a difference between the two.
+    """
+    if backend is None:
+        return []
+    others: dict[tuple[str, ...], list[str]] = {}
+    for job in jobs:
+        shared = [text for text in job if not text.startswith(("backend=", "threads="))]
+        others.setdefault(tuple(shared), shared)
+    threads = 1 if len(os.sched_getaffinity(0)) > 1 else 2
+    variants = (
+        [f"backend={backend}", f"threads={threads}"],
+        [f"backend={backend}", f"batch_size={NOISE_BATCH}", "axes.batch_size=[]", "timed_limit=0"],
+    )
+    found = []
+    for shared, head in itertools.product(others.values(), variants):
+        own = {text.partition("=")[0] for text in head}
+        found.append([*head, *(text for text in shared if text.partition("=")[0] not in own)])
+    return found
+
+
+def _noise_floor(arguments: Sequence[str], config: DictConfig) -> str | None:
+    """The field's value: the command line's, else the experiment's."""
+    given = [o.value() for o in map(parse, arguments) if o.get_key_element() == "noise_floor"]
+    value: Any = given[-1] if given else config.noise_floor
+    if value is not None and value not in choices("backend"):
+        known = ", ".join(choices("backend"))
+        raise ConfigError(
+            f"noise_floor={value}: must be one of {known}{nearest(value, choices('backend'))}"
+        )
+    return value
 
 
 def _own(config: DictConfig) -> DictConfig:

@@ -1,11 +1,24 @@
 """What every test shares: which ones are too long for `make check`."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import sd35bench.export.artifact as artifact
+
 HERE = Path(__file__).parent
-MODEL = ("backends", "nano", "test_kill.py", "test_notebook.py", "test_cli.py", "test_demo.py")
+MODEL = (
+    "backends",
+    "export",
+    "nano",
+    "test_kill.py",
+    "test_faults.py",
+    "test_notebook.py",
+    "test_cli.py",
+    "test_demo.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(HERE).parts[0] in MODEL:
             item.add_marker(pytest.mark.model)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep exported models in a folder of this session, which its parallel workers share."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "artifact_root", lambda: root)
+        yield

@@ -14,6 +14,8 @@ TORCH_FREE = [
     "sd35bench.plan",
     "sd35bench.prompts",
     "sd35bench.store",
+    "sd35bench.limits",
+    "sd35bench.process",
     "sd35bench.run",
     "sd35bench.worker",
     "sd35bench.analysis",

@@ -108,6 +108,33 @@ def test_run_takes_m_anywhere_on_the_line(call, place):
     assert document["trials"] == 8
 
 
+def test_run_measures_the_machine_for_each_load_before_its_images(call, monkeypatch):
+    seen = []
+
+    def measured(study, load):
+        seen.append((study.name, load.threads, len(study.records())))
+
+    monkeypatch.setattr("sd35bench.machine.measure_once", measured)
+    call("run", *GRID, "threads=1,2")
+    assert seen == [("t", 1, 0), ("t", 2, 16)]
+
+
+def test_run_of_a_backend_without_weights_measures_nothing(call):
+    call("run", *GRID)
+    assert Study.open(Path("results"), "t").machine() == []
+
+
+def test_run_over_batch_sizes_makes_every_image_at_each(call):
+    _, document = call("run", "-m", *FAKE, "batch_size=1,2,4")
+    assert (document["planned"], document["done"], document["loads"]) == (6, 6, 1)
+    _, shown = call("show", "t")
+    (row,) = shown["settings"]
+    assert [t["batch_size"] for t in row["throughput"]] == [1, 2]  # two prompts fill no batch of 4
+    assert [t["n"] for t in row["throughput"]] == [2, 1]
+    assert shown["machine"] == []
+    assert shown["drift"] == {}
+
+
 def test_run_leaves_nothing_but_results_behind(call):
     call("run", *GRID)
     assert [p.name for p in Path().iterdir()] == ["results"]
@@ -221,6 +248,21 @@ def test_failed_trials_are_exit_code_3_and_are_tried_again(call):
     assert (code, document["failed"], document["skipped"]) == (3, 2, 0)
 
 
+def test_a_worker_that_dies_is_counted_by_status_and_exit_code_3(call):
+    arguments = [*FAKE, "backend.fault=exit", "max_failures=1"]
+    code, document = call("run", *arguments)
+    assert (code, document["failed"], document["done"]) == (3, 2, 0)
+    assert document["statuses"] == {"crashed": 1, "skipped": 1}
+    assert sum(document["errors"].values()) == 2
+
+
+def test_starts_beyond_what_can_be_shared_out_are_said(capsys):
+    assert main(["run", *FAKE, "starts=3", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "note: starts=3: 2 blocks" in out
+    assert "2 loads" in out
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -254,10 +296,10 @@ def test_a_real_lock_is_exit_code_3(call):
 def test_one_load_that_cannot_run_does_not_stop_the_others(call, monkeypatch):
     real = sd35bench.run.run_plan
 
-    def sometimes(plan, study, progress):
+    def sometimes(plan, *rest):
         if plan.load.threads == 1:
             raise WorkerDied("died")
-        return real(plan, study, progress)
+        return real(plan, *rest)
 
     monkeypatch.setattr(sd35bench.run, "run_plan", sometimes)
     code, _ = call("run", "-m", *FAKE, "threads=1,2")
@@ -280,11 +322,12 @@ def test_every_verb_has_help_with_examples(capsys, verb):
 def test_run_help_lists_every_field_with_range_and_every_choice(capsys):
     main(["run", "--help"])
     out = capsys.readouterr().out
+    words = " ".join(out.split())
     for name, field in FIELDS.items():
         assert f"  {name}=" in out
-        assert field.takes.allowed in out
+        assert field.takes.allowed in words
     for group in ("model", "backend", "prompts", "experiment"):
-        assert ", ".join(choices(group)) in out
+        assert ", ".join(choices(group)) in words
     assert max(map(len, out.splitlines())) <= 100
 
 

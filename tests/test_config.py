@@ -10,6 +10,7 @@ from sd35bench.config.fields import FIELDS, check_field
 from sd35bench.config.options import checked_options, metric_options
 from sd35bench.config.overrides import expand_short_names
 from sd35bench.errors import ConfigError
+from sd35bench.limits import Limits
 from sd35bench.metrics.base import METRICS
 from sd35bench.plan import expand
 
@@ -88,6 +89,8 @@ def test_every_backend_yaml_has_checked_options_and_a_registered_kind(name):
 @pytest.mark.parametrize("name", choices("model"))
 def test_every_models_table_keeps_its_own_rules(name):
     model = compose([f"model={name}"]).model
+    if model.hosted_only is not None:
+        pytest.skip(f"{name} has no local pipeline, hence no table")
     sides = [side for size in model.aspect_ratios.values() for side in size]
     for side in (*sides, model.width, model.height):
         assert side % model.size_multiple == 0
@@ -254,7 +257,7 @@ REFUSED = {
     "height-huge": (["height=4096"], "height=4096: must be a multiple of 8 from 8 to 128"),
     "ratio-unknown": (["aspect_ratio=5:1"], "aspect_ratio=5:1: nano has 1:1, 16:9"),
     "ratio-and-width": (["aspect_ratio=16:9", "width=64"], "contradict"),
-    "sampler": (["sampler=heun"], "sampler=heun: must be euler"),
+    "sampler": (["sampler=ddim"], "sampler=ddim: must be one of euler, heun, dpmpp_2m, unipc"),
     "seed-negative": (["seed=-1"], "seed=-1: must be an integer from 0"),
     "seed-huge": (["seed=4294967296"], "from 0 to 4294967295"),
     "seed-null": (["seed=null"], "seed=null"),
@@ -308,7 +311,9 @@ def test_real_weights_that_are_not_here_come_with_the_steps_to_get_them(monkeypa
         job("model=sd35-medium", "backend=eager", "prompts.limit=1")
 
 
-@pytest.mark.parametrize("text", ["steps=4,8", "steps=range(1,3)", "steps=choice(4,8)"])
+@pytest.mark.parametrize(
+    "text", ["steps=4,8", "steps=range(1,3)", "steps=choice(4,8)", "batch_size=1,2,4,8"]
+)
 def test_sweeps_are_fine_with_m(text):
     check_overrides([text], multirun=True)
 
@@ -317,7 +322,8 @@ def test_sweeps_are_fine_with_m(text):
     ("text", "message"),
     [
         ("study=a,b", "cannot be swept"),
-        ("batch_size=1,2", "once per value"),
+        ("batch_size=1,0", "batch_size=0"),
+        ("order_seed=1,2", "once per value"),
         ("init_image=a.png,b.png", "init_image column"),
         ("steps=4,x", "steps=x"),
         ("steps=interval(1,4)", "single values"),
@@ -343,6 +349,14 @@ def test_notes_say_what_has_no_effect():
     assert "reads no weights" in job("model.path=/tmp").sweep.notes[0]
 
 
+def test_batch_sizes_are_an_axis():
+    assert job("batch_size=8").sweep.batch_sizes == (8,)
+    swept = job("axes.batch_size=[1,4]", "timed_limit=2").sweep
+    assert swept.batch_sizes == (1, 4)
+    assert "every trial is timed" in swept.notes[0]
+    assert job("axes.batch_size=[2,4]", "timed_limit=2").sweep.notes == ()
+
+
 def test_metric_options_are_checked():
     found = metric_options(["metric.fid.reference=stats.npz"])
     assert found == {"fid": {"reference": "stats.npz"}}
@@ -353,3 +367,36 @@ def test_metric_options_are_checked():
     ):
         with pytest.raises(ConfigError, match=message):
             metric_options([text])
+
+
+def test_limits_reach_the_job_and_are_no_part_of_a_trial():
+    bare = freeze(compose(["backend=fake"]))
+    assert bare.limits == Limits()
+    given = freeze(
+        compose(
+            [
+                "backend=fake",
+                "deadline_s=5",
+                "memory_limit_gb=1.5",
+                "max_failures=7",
+                "starts=2",
+                "keep_latents=true",
+            ]
+        )
+    )
+    assert given.limits == Limits(
+        deadline_s=5.0,
+        memory_limit_bytes=1_500_000_000,
+        max_failures=7,
+        starts=2,
+        keep_latents=True,
+    )
+    assert expand(given.sweep).trials == expand(bare.sweep).trials
+
+
+@pytest.mark.parametrize(
+    "text", ["deadline_s=0", "memory_limit_gb=-1", "max_failures=0", "starts=0"]
+)
+def test_limits_that_allow_nothing_are_refused(text):
+    with pytest.raises(ConfigError, match=text.partition("=")[0]):
+        freeze(compose(["backend=fake", text]))

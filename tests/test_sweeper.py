@@ -9,7 +9,7 @@ from hydra.core.plugins import Plugins
 from sd35bench.config import compose
 from sd35bench.config.overrides import parse, sweep_values
 from sd35bench.errors import ConfigError
-from sd35bench.sweeper import job_overrides, sweep
+from sd35bench.sweeper import job_overrides, noise_overrides, sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +60,32 @@ def test_job_overrides_the_command_line_wins_over_an_experiments_axes():
 def test_job_overrides_one_way_of_saying_the_size_replaces_the_other(argument, reset):
     (job,) = jobs(argument)
     assert reset in job
+
+
+def test_noise_overrides_run_the_reference_with_other_threads_and_in_batches():
+    jobs = [["backend=eager", "steps=4"], ["backend=compile", "steps=4"]]
+    other_threads, in_batches = noise_overrides(jobs, "eager")
+    assert other_threads[0] == in_batches[0] == "backend=eager"
+    assert other_threads[1].startswith("threads=")
+    assert any(text.startswith("batch_size=") for text in in_batches)
+    assert other_threads[-1] == in_batches[-1] == "steps=4"
+
+
+@pytest.mark.parametrize("asked", ["batch_size=4", "axes.batch_size=[1,4]", "timed_limit=9"])
+def test_noise_overrides_keep_their_own_batch_size(asked):
+    _, in_batches = noise_overrides([["backend=eager", asked]], "eager")
+    assert asked not in in_batches
+    assert "timed_limit=0" in in_batches
+
+
+def test_noise_overrides_cover_every_model_once():
+    jobs = [[f"model={m}", f"backend={b}"] for m in ("nano", "big") for b in ("eager", "compile")]
+    models = [job[-1] for job in noise_overrides(jobs, "eager")]
+    assert models == ["model=nano", "model=nano", "model=big", "model=big"]
+
+
+def test_noise_overrides_nothing_unless_asked():
+    assert noise_overrides([["backend=eager"]], None) == []
 
 
 def test_job_overrides_quoted_texts_keep_their_commas():

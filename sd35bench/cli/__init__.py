@@ -33,6 +33,7 @@ Usage: sd35bench VERB ...
   show        a study's settings as a table
   recommend   steps, cfg and prompt_strength per profile, with the evidence
   report      one self-contained HTML file
+  export      the denoiser as an ONNX graph, kept for the onnx and openvino backends
   doctor      what works on this machine, and what to install
 
 `sd35bench VERB --help` explains each with examples. Every verb takes --json.
@@ -83,12 +84,16 @@ def _verb(name: str) -> Callable[[list[str], bool], Answer]:
         from sd35bench.cli.doctor import doctor
 
         return doctor
+    if name == "export":
+        from sd35bench.cli.export import export
+
+        return export
     from sd35bench.cli.study import VERBS
 
     if name not in VERBS:
         from sd35bench.config.fields import nearest
 
-        known = ["run", *VERBS, "doctor"]
+        known = ["run", *VERBS, "export", "doctor"]
         raise ConfigError(f"unknown verb {name!r}{nearest(name, known)}; see sd35bench --help")
     return VERBS[name]
 

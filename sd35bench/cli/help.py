@@ -1,5 +1,6 @@
 """The text of `sd35bench run --help`, made from the table of fields and the YAML files."""
 
+import textwrap
 from pathlib import Path
 
 from sd35bench.config.fields import FIELDS, Field
@@ -39,6 +40,7 @@ TAIL = """Values with commas, colons or quotes go in quotes: 'negative_prompt="b
 Exit codes: 0 done, 2 wrong input, 3 interrupted or some images failed (run again), 4 other.
 """
 WIDTH = 24
+COLUMNS = 98
 
 
 def run_help(extra: Path | None = None) -> str:
@@ -47,7 +49,7 @@ def run_help(extra: Path | None = None) -> str:
     for group in GROUPS:
         if group in ("metric", "profile"):
             continue
-        parts.append(f"  {group + '=':<{WIDTH}}{', '.join(choices(group, extra))}")
+        parts.append(_wrapped(group + "=", ", ".join(choices(group, extra))))
     parts.append("  (defaults: model=nano backend=eager, and the model's own prompts)\n")
     parts.append("For each image (all of these can be swept with -m):")
     parts += [_line(field) for field in FIELDS.values() if field.axis]
@@ -59,7 +61,15 @@ def run_help(extra: Path | None = None) -> str:
 
 
 def _line(field: Field) -> str:
-    head = f"  {field.name + '=':<{WIDTH}}"
-    if len(head) > WIDTH + 2:
-        head += f"\n{'':<{WIDTH + 2}}"
-    return f"{head}{field.means}\n{'':<{WIDTH + 2}}{field.takes.allowed}; default: {field.default}"
+    allowed = _wrapped("", f"{field.takes.allowed}; default: {field.default}")
+    return f"{_wrapped(field.name + '=', field.means)}\n{allowed}"
+
+
+def _wrapped(head: str, text: str) -> str:
+    """`head`, and `text` in a column beside it; below it where `head` is too long."""
+    margin = " " * (WIDTH + 2)
+    body = textwrap.fill(
+        text, COLUMNS, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )
+    first = f"  {head:<{WIDTH}}"
+    return f"{first}\n{body}" if len(first) > len(margin) else first + body.removeprefix(margin)

@@ -5,6 +5,7 @@ arguments first. Each load's job calls `RunTask`, possibly on another machine; t
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sd35bench.config.overrides import expand_short_names
 from sd35bench.errors import ConfigError, SD35BenchError
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
+from sd35bench.run import shares
 from sd35bench.sweeper import sweep
 
 __all__ = ["RunTask", "run"]
@@ -66,6 +68,7 @@ class RunTask:
 
     def __call__(self, config: DictConfig) -> dict[str, Any] | SD35BenchError:
         """Run one job; our own errors are returned, so that the other jobs still run."""
+        from sd35bench.machine import measure_once
         from sd35bench.run import run_plan
         from sd35bench.store import Study
 
@@ -73,9 +76,10 @@ class RunTask:
             job = freeze(config)
             plan = expand(job.sweep)
             study = Study.open(job.results_dir, job.study, create=True)
+            measure_once(study, plan.load)
             with show_progress() as bar:
                 title = f"{plan.load.model.name} on {plan.load.backend.name}"
-                summary = run_plan(plan, study, TrialProgress(bar, title))
+                summary = run_plan(plan, study, TrialProgress(bar, title), job.limits)
         except SD35BenchError as exc:
             return exc
         return dataclasses.asdict(summary)
@@ -95,11 +99,14 @@ def run(arguments: list[str], as_json: bool) -> Answer:
     results = sweep(task, expand_short_names(overrides), flags.config_dir)
     job, _ = task.prepared[0]
     out = console(as_json)
-    for note in dict.fromkeys(n for _, plan in task.prepared for n in plan.notes):
+    for note in _notes(task.prepared):
         out.print(f"note: {note}", markup=False, soft_wrap=True)
     if flags.dry_run:
         found = estimate(
-            [(plan, job.usd_per_image) for job, plan in task.prepared], job.results_dir, job.study
+            [(plan, job.usd_per_image) for job, plan in task.prepared],
+            job.results_dir,
+            job.study,
+            job.limits.starts,
         )
         _print_estimate(out, job, found)
         return Answer(document=found.document(job.study))
@@ -131,6 +138,16 @@ def _split(arguments: Sequence[str]) -> tuple[Flags, list[str]]:
     return flags, overrides
 
 
+def _notes(prepared: Sequence[tuple[Job, Plan]]) -> list[str]:
+    """What the plans say, and where there is too little to do for every start; each once."""
+    notes = [note for _, plan in prepared for note in plan.notes]
+    for job, plan in prepared:
+        asked, found = job.limits.starts, len(shares(plan.batches, job.limits.starts))
+        if found < asked:
+            notes.append(f"starts={asked}: {found} blocks (prompts and seeds) make {found} starts")
+    return list(dict.fromkeys(notes))
+
+
 def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sum the jobs' summaries into what `run --json` prints."""
 
@@ -139,10 +156,11 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return sum(known) if known else None
 
     wall_s, measured_s, done = total("wall_s"), total("measured_s"), total("done")
-    errors: dict[str, int] = {}
+    errors: Counter[str] = Counter()
+    statuses: Counter[str] = Counter()
     for result in results:
-        for text, count in result["errors"].items():
-            errors[text] = errors.get(text, 0) + count
+        errors.update(result["errors"])
+        statuses.update(result["statuses"])
     path = job.results_dir / job.study
     return {
         "study": job.study,
@@ -155,7 +173,8 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "warmup_s": total("warmup_s"),
         "wall_s": wall_s,
         "overhead_frac": max(0.0, 1 - measured_s / wall_s) if done and wall_s else None,
-        "errors": errors,
+        "errors": dict(errors),
+        "statuses": dict(statuses),
         "paths": {"study": str(path), "images": str(path / "images")},
     }
 
@@ -169,6 +188,9 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
     )
     if document["loads"]:
         out.print(f"{document['loads']} load(s), {document['wall_s']:.1f} s after loading")
+    if document["statuses"]:
+        counts = (f"{count} {status}" for status, count in document["statuses"].items())
+        out.print(f"failed: {', '.join(counts)}", markup=False)
     for text, count in list(document["errors"].items())[:5]:
         out.print(f"failed {count} times: {text}", markup=False, soft_wrap=True)
     if document["failed"]:

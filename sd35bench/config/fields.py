@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from sd35bench.errors import ConfigError
+from sd35bench.evaluations import SAMPLERS
 from sd35bench.types import Scalar
 
 __all__ = ["FIELDS", "Choice", "Field", "Number", "Switch", "Text", "check_field", "nearest"]
@@ -174,10 +175,11 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="sampler",
-        takes=Choice(words=("euler",), why=" (the only sampler so far)"),
-        means="the solver",
-        default="euler",
+        takes=Choice(words=SAMPLERS),
+        means="the solver; heun calls the denoiser twice a step",
+        default="the model's",
         axis=True,
+        nullable=True,
     ),
     Field(
         name="shift",
@@ -205,7 +207,7 @@ _FIELDS: Iterable[Field] = (
     Field(
         name="skip_layer_guidance",
         takes=Text(),
-        means="a preset of the model's: stability, diffusers; text-to-image with cfg > 1 only",
+        means="a preset (stability, diffusers) or 7-8-9@2.5:0.01-0.2; text-to-image, cfg > 1",
         default="none",
         axis=True,
     ),
@@ -275,14 +277,14 @@ _FIELDS: Iterable[Field] = (
     Field(
         name="deadline_s",
         takes=Number(kind=float, low=0, high=1e6, above=True),
-        means="seconds after which a batch counts as hung",
-        default="from its warm-up, at least 120",
+        means="seconds until a batch counts as hung; ten times that to load and warm up",
+        default="20 x its warm-up, >= 120; 1800 to start",
         nullable=True,
     ),
     Field(
         name="memory_limit_gb",
         takes=Number(kind=float, low=0, high=1e5, above=True),
-        means="GB of memory (RSS) that the worker may hold",
+        means="GB (1e9 bytes) of memory (RSS) that the worker process may hold",
         default="none",
         nullable=True,
     ),
@@ -297,6 +299,13 @@ _FIELDS: Iterable[Field] = (
         takes=Switch(),
         means="keep latents after the first and the last step, for their relative error",
         default="false",
+    ),
+    Field(
+        name="noise_floor",
+        takes=Text(),
+        means="a backend to run again with another batch size and thread count, for drift",
+        default="none",
+        nullable=True,
     ),
     Field(
         name="study",
@@ -356,7 +365,7 @@ _FIELDS: Iterable[Field] = (
     Field(
         name="model.path",
         takes=Text(),
-        means="folder with the weights, in diffusers' format",
+        means="the weights: a folder in diffusers' format, or one .safetensors file",
         default="the package's, or the Hub's cache",
         nullable=True,
     ),

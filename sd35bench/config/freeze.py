@@ -5,26 +5,28 @@ here imports torch, so a wrong input costs well under a second.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sd35bench.checkpoint import find_checkpoint, weights_digest
+from sd35bench.config.abilities import check_family, check_task, sampler_axis, skip_layer_axis
 from sd35bench.config.fields import FIELDS, check_field
 from sd35bench.config.files import config_dir
+from sd35bench.config.models import model_notes, model_spec, refuse_hosted_only
 from sd35bench.config.options import checked_options
-from sd35bench.config.schema import ModelConf, PromptsConf, RunConf
+from sd35bench.config.schema import PromptsConf, RunConf
 from sd35bench.errors import ConfigError
-from sd35bench.plan import PAIR_AXES, SETTING_AXES, Sweep
+from sd35bench.limits import Limits
+from sd35bench.plan import PAIR_AXES, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
-from sd35bench.types import BackendSpec, Load, ModelSpec, Scalar
+from sd35bench.types import BackendSpec, Load, Task
 
 __all__ = ["Job", "freeze"]
 
 DEFAULT_TIMED_LIMIT = 4
-NO_WEIGHTS = "none"
+FLOW_FAMILIES = ("sd3", "sana")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class Job:
     study: str
     results_dir: Path
     sweep: Sweep
+    limits: Limits = field(default_factory=Limits)
     usd_per_image: float = 0.0
 
 
@@ -42,19 +45,24 @@ def freeze(config: DictConfig) -> Job:
 
     Raises: ConfigError, one line, naming field, value and what is allowed.
     """
+    refuse_hosted_only(config.model)
     conf: Any = OmegaConf.to_object(config)
     assert isinstance(conf, RunConf)
+    check_family(conf.model, conf.backend)
     _check_ranges(conf)
     axes = _axes(conf)
     sizes = _sizes(conf)
     _check_guidance(axes)
     options = checked_options("backend", conf.backend.options, conf.backend.allowed)
     threads = conf.threads if conf.threads is not None else len(os.sched_getaffinity(0))
+    batch_sizes = _values(conf, "batch_size")
     prompts = _prompts(conf)
+    for task in sorted({_task(item) for item in prompts}):
+        check_task(conf.model, conf.backend, task)
     _settle_negatives(axes, prompts)
     _settle_strength(conf, axes, prompts)
     load = Load(
-        model=_model_spec(conf.model, conf.backend.needs_weights),
+        model=model_spec(conf.model, conf.backend.needs_weights),
         backend=BackendSpec(name=conf.backend.name, kind=conf.backend.kind, options=options),
         threads=threads,
     )
@@ -63,7 +71,7 @@ def freeze(config: DictConfig) -> Job:
         prompts=prompts,
         axes=axes,
         sizes=sizes,
-        batch_size=conf.batch_size,
+        batch_sizes=batch_sizes,
         timed_limit=_timed_limit(conf),
         order_seed=conf.order_seed,
         notes=(*_notes(conf, axes), *_resize_notes(prompts, sizes)),
@@ -72,6 +80,7 @@ def freeze(config: DictConfig) -> Job:
         study=conf.study,
         results_dir=Path(conf.results_dir),
         sweep=sweep,
+        limits=_limits(conf),
         usd_per_image=conf.backend.usd_per_image,
     )
 
@@ -101,14 +110,21 @@ def _values(conf: RunConf, name: str) -> tuple[Any, ...]:
     return () if value is None else (check_field(name, value),)
 
 
-def _axes(conf: RunConf) -> dict[str, tuple[Scalar, ...]]:
+def _axes(conf: RunConf) -> dict[str, tuple[AxisValue, ...]]:
     """Values of every request field but the size; the model's defaults filled in."""
     model = conf.model
-    axes: dict[str, tuple[Scalar, ...]] = {}
+    axes: dict[str, tuple[AxisValue, ...]] = {}
     for name in (*SETTING_AXES, *PAIR_AXES):
-        values = _values(conf, name)
+        values = () if name == "skip_layer_guidance" else _values(conf, name)
         if values:
             axes[name] = values
+    axes["skip_layer_guidance"] = skip_layer_axis(
+        model,
+        conf.backend,
+        _values(conf, "skip_layer_guidance"),
+        _values(conf, "skip_layer_scale"),
+    )
+    axes["sampler"] = sampler_axis(model, conf.backend, _values(conf, "sampler"))
     axes.setdefault("steps", (model.steps,))
     axes.setdefault("cfg", (float(model.cfg),))
     for length in axes.get("max_sequence_length", ()):
@@ -122,10 +138,9 @@ def _axes(conf: RunConf) -> dict[str, tuple[Scalar, ...]]:
         if name in axes:
             own = getattr(model, name)
             axes[name] = tuple(None if value == own else value for value in axes[name])
-    for sampler in axes.get("sampler", ()):
-        if sampler not in conf.backend.samplers:
-            known = ", ".join(conf.backend.samplers)
-            raise ConfigError(f"sampler={sampler}: backend {conf.backend.name} has {known}")
+    shifts = [f"{shift}" for shift in axes.get("shift", ()) if shift is not None]
+    if shifts and model.family not in FLOW_FAMILIES:
+        raise ConfigError(f"shift={shifts[0]}: {model.name} is no flow model and has none")
     return axes
 
 
@@ -161,7 +176,7 @@ def _sizes(conf: RunConf) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def _check_guidance(axes: dict[str, tuple[Scalar, ...]]) -> None:
+def _check_guidance(axes: dict[str, tuple[AxisValue, ...]]) -> None:
     negatives = [n for n in axes.get("negative_prompt", ("",)) if n != ""]
     cfgs = [c for c in axes["cfg"] if isinstance(c, int | float)]
     if negatives and max(cfgs) <= 1:
@@ -194,7 +209,13 @@ def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
     )
 
 
-def _settle_negatives(axes: dict[str, tuple[Scalar, ...]], prompts: tuple[PromptItem, ...]) -> None:
+def _task(item: PromptItem) -> Task:
+    return Task.TEXT_TO_IMAGE if item.init_image is None else Task.IMAGE_TO_IMAGE
+
+
+def _settle_negatives(
+    axes: dict[str, tuple[AxisValue, ...]], prompts: tuple[PromptItem, ...]
+) -> None:
     own = any(item.negative_prompt is not None for item in prompts)
     if own and axes.get("negative_prompt", ("",)) != ("",):
         raise ConfigError(
@@ -203,7 +224,7 @@ def _settle_negatives(axes: dict[str, tuple[Scalar, ...]], prompts: tuple[Prompt
 
 
 def _settle_strength(
-    conf: RunConf, axes: dict[str, tuple[Scalar, ...]], prompts: tuple[PromptItem, ...]
+    conf: RunConf, axes: dict[str, tuple[AxisValue, ...]], prompts: tuple[PromptItem, ...]
 ) -> None:
     """Strengths need init images; init images need a strength."""
     has_init = any(item.init_image is not None for item in prompts)
@@ -217,17 +238,14 @@ def _settle_strength(
         axes.setdefault("prompt_strength", (float(conf.model.prompt_strength),))
 
 
-def _model_spec(model: ModelConf, needs_weights: bool) -> ModelSpec:
-    path, digest = "", NO_WEIGHTS
-    if needs_weights:
-        folder = find_checkpoint(model.name, model.path, model.hub_id)
-        path, digest = str(folder), weights_digest(folder)
-    return ModelSpec(
-        name=model.name,
-        path=path,
-        weights_digest=digest,
-        max_sequence_length=model.max_sequence_length,
-        target_latency_s=model.target_latency_s,
+def _limits(conf: RunConf) -> Limits:
+    gigabytes = conf.memory_limit_gb
+    return Limits(
+        deadline_s=conf.deadline_s,
+        memory_limit_bytes=None if gigabytes is None else round(gigabytes * 1e9),
+        max_failures=conf.max_failures,
+        starts=conf.starts,
+        keep_latents=conf.keep_latents,
     )
 
 
@@ -235,14 +253,13 @@ def _timed_limit(conf: RunConf) -> int:
     return DEFAULT_TIMED_LIMIT if conf.timed_limit is None else conf.timed_limit
 
 
-def _notes(conf: RunConf, axes: dict[str, tuple[Scalar, ...]]) -> tuple[str, ...]:
+def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, ...]:
     notes = []
-    if conf.batch_size == 1 and conf.timed_limit is not None:
+    if 1 in _values(conf, "batch_size") and conf.timed_limit is not None:
         notes.append("timed_limit has no effect at batch_size=1: every trial is timed")
     if axes.get("output_format", ("png",)) == ("png",) and axes["output_quality"] != (90,):
         notes.append("output_quality has no effect on png")
-    if conf.model.path is not None and not conf.backend.needs_weights:
-        notes.append(f"model.path has no effect: backend {conf.backend.name} reads no weights")
+    notes.extend(model_notes(conf.model, conf.backend.needs_weights))
     return tuple(notes)
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from sd35bench.evaluations import SAMPLERS
+from sd35bench.types import Task
+
 __all__ = [
     "SWEEPER_MODULE",
     "AxesConf",
@@ -35,6 +38,8 @@ class SkipLayersConf:
 class ModelConf:
     """A model: where its weights are, its sizes, and its own defaults.
 
+    `gated` models need an accepted licence. `samplers` are those that its scheduler allows, its
+    default first. No preset in `skip_layer_guidance` means that no layers can be left out.
     `hosted_only` says why a model has no local pipeline. `text_encoders` acts with
     `weights=random` only: a checkpoint has its own.
     """
@@ -42,7 +47,10 @@ class ModelConf:
     name: str = MISSING
     path: str | None = None
     hub_id: str | None = None
+    gated: bool = False
     family: str = "sd3"
+    tasks: list[str] = field(default_factory=lambda: [str(task) for task in Task])
+    samplers: list[str] = field(default_factory=lambda: [*SAMPLERS])
     weights: str = "checkpoint"
     layers: int | None = None
     text_encoders: bool = False
@@ -66,6 +74,9 @@ class ModelConf:
 class BackendConf:
     """A backend variant: the module that implements it (`kind`), and its options.
 
+    `tasks`, `samplers` and `skip_layers` are what it can do, whatever the model; `families` are
+    the models that it can run.
+
     `allowed` gives each option's choices, or its type as one word (int, float, text, bool). On
     the command line `backend.dtype=bf16` is short for `backend.options.dtype=bf16`.
     """
@@ -74,7 +85,10 @@ class BackendConf:
     kind: str = MISSING
     needs_weights: bool = True
     usd_per_image: float = 0.0
-    samplers: list[str] = field(default_factory=lambda: ["euler"])
+    tasks: list[str] = field(default_factory=lambda: [str(task) for task in Task])
+    samplers: list[str] = field(default_factory=lambda: [*SAMPLERS])
+    skip_layers: bool = True
+    families: list[str] = field(default_factory=lambda: ["sd3", "sana", "pixart"])
     options: dict[str, Any] = field(default_factory=dict)
     allowed: dict[str, Any] = field(default_factory=dict)
 
@@ -144,7 +158,7 @@ class RunConf:
     width: int | None = None
     height: int | None = None
     aspect_ratio: str | None = None
-    sampler: str = "euler"
+    sampler: str | None = None
     shift: float | None = None
     max_sequence_length: int | None = None
     negative_prompt: str = ""
@@ -162,6 +176,7 @@ class RunConf:
     memory_limit_gb: float | None = None
     max_failures: int = 3
     keep_latents: bool = False
+    noise_floor: str | None = None
 
 
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"

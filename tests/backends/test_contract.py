@@ -1,5 +1,6 @@
 """What every backend must do, whatever it is made of. Adding one is one line in `CONTESTANTS`."""
 
+import importlib.util
 import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sd35_kernels.w8a8.cpu import EXACT
 from sd35bench.backends.base import Backend, Generation, load_backend
+from sd35bench.backends.eager import EagerBackend
 from sd35bench.backends.fake import FakeBackend
+from sd35bench.backends.pipeline import generator
 from sd35bench.types import Request
+from tests.backends.bare import IDENTICAL, bare_images, make_inits
 from tests.backends.conftest import make_load, make_request
 
 
@@ -21,23 +26,81 @@ class Contestant:
     """A backend under the contract.
 
     `batch_levels`: how far, in 8-bit levels, an image may move when it is made in a batch.
+    `reference_levels`: how far, in 8-bit levels on average, images may be from bare diffusers'
+    in fp32; ``None`` where no model makes them.
     """
 
     name: str
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
     batch_levels: int = 0
+    reference_levels: float | None = 0.1
 
 
+# Seen: bf16 moves images by 1.4 to 1.5 levels; the mildest mutant (shift 1) by 3.3.
+BF16_LEVELS = 1.8
 CONTESTANTS = [
-    Contestant(name="fake", kind="fake"),
-    Contestant(name="eager", kind="eager", batch_levels=1),
-    Contestant(name="eager-bf16", kind="eager", options={"dtype": "bf16"}, batch_levels=4),
+    Contestant(name="fake", kind="fake", reference_levels=None),
+    Contestant(name="eager", kind="eager", batch_levels=1, reference_levels=0),
+    Contestant(
+        name="eager-bf16",
+        kind="eager",
+        options={"dtype": "bf16"},
+        batch_levels=4,
+        reference_levels=BF16_LEVELS,
+    ),
+    Contestant(name="compile", kind="compile", options={"compiler": "aot_eager"}, batch_levels=1),
+    Contestant(
+        name="compile-bf16",
+        kind="compile",
+        options={"compiler": "aot_eager", "dtype": "bf16"},
+        batch_levels=4,
+        reference_levels=BF16_LEVELS,
+    ),
+    Contestant(name="onnx", kind="onnx", options={"device": "cpu"}, batch_levels=1),
+    # Activations share one scale per product, so whoever else is in the batch moves it (29 seen).
+    Contestant(
+        name="onnx-int8",
+        kind="onnx",
+        options={"device": "cpu", "quantisation": "int8"},
+        batch_levels=64,
+        reference_levels=3.0,
+    ),
+    Contestant(name="int8", kind="int8", batch_levels=1, reference_levels=1.8),
 ]
+# Inductor runs g++ for a minute per contestant.
+SLOW_CONTESTANTS = [
+    Contestant(name="compile-inductor", kind="compile", options={"dynamic": True}, batch_levels=1),
+]
+W8A8_CONTESTANTS = [
+    # A product summed in another order tips a rounding over here and there.
+    Contestant(
+        name="int8-w8a8",
+        kind="w8a8",
+        options={"compiler": "aot_eager"},
+        batch_levels=4,
+        reference_levels=1.8,
+    ),
+]
+NO_VNNI = pytest.mark.skipif(not EXACT, reason="this CPU's int8 products saturate: no VNNI")
+OPENVINO_CONTESTANTS = [
+    Contestant(name="openvino", kind="openvino", options={"device": "cpu"}, batch_levels=1),
+]
+NO_OPENVINO = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="the extra [openvino] is not installed"
+)
 INIT = np.random.default_rng(3).integers(0, 256, (4, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
 
 
-@pytest.fixture(scope="module", params=CONTESTANTS, ids=lambda c: c.name)
+ALL = [
+    *CONTESTANTS,
+    *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW_CONTESTANTS),
+    *(pytest.param(c, marks=NO_VNNI) for c in W8A8_CONTESTANTS),
+    *(pytest.param(c, marks=NO_OPENVINO) for c in OPENVINO_CONTESTANTS),
+]
+
+
+@pytest.fixture(scope="module", params=ALL, ids=lambda c: c.name)
 def contestant(request: pytest.FixtureRequest) -> Contestant:
     return request.param
 
@@ -56,6 +119,24 @@ def make(backend: Backend, *requests: Request) -> Generation:
 
 def image(backend: Backend, **changes: Any) -> np.ndarray:
     return make(backend, make_request(**changes)).images[0]
+
+
+REFERENCE = {kind: IDENTICAL[kind] for kind in ("text-batch-3", "image-batch-2")}
+
+
+@pytest.fixture(scope="session")
+def references(tiny_path: Path) -> dict[str, list[np.ndarray]]:
+    """Bare diffusers' images of `REFERENCE`."""
+    return {kind: bare_images(tiny_path, requests) for kind, requests in REFERENCE.items()}
+
+
+def reference_distance(
+    backend: Backend, kind: str, references: dict[str, list[np.ndarray]]
+) -> float:
+    """How far the worst image of a batch is from bare diffusers'."""
+    requests = REFERENCE[kind]
+    made = backend.generate(requests, make_inits(requests)).images
+    return max(distance(a, b) for a, b in zip(made, references[kind], strict=True))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -131,6 +212,76 @@ def test_batch_equals_singles(
     together = make(backend, *requests).images
     moved = [np.abs(a.astype(int) - b).max() for a, b in zip(singles, together, strict=True)]
     assert max(moved) <= contestant.batch_levels
+
+
+@pytest.mark.parametrize("kind", REFERENCE)
+def test_images_are_bare_diffusers(
+    contestant: Contestant,
+    backend: Backend,
+    references: dict[str, list[np.ndarray]],
+    kind: str,
+) -> None:
+    if contestant.reference_levels is None:
+        pytest.skip("no model makes its images")
+    apart = reference_distance(backend, kind, references)
+    print(f"{contestant.name} {kind}: {apart:.3f} levels")
+    assert apart <= contestant.reference_levels
+
+
+class WrongGuidance(EagerBackend):
+    """text + s (text - uncond) instead of uncond + s (text - uncond)."""
+
+    def _arguments(self, *args: Any) -> dict[str, Any]:
+        arguments = super()._arguments(*args)
+        return {**arguments, "guidance_scale": arguments["guidance_scale"] + 1}
+
+
+class OneSeed(EagerBackend):
+    """The first request's seed for the whole batch."""
+
+    def _arguments(self, requests: Sequence[Request], *args: Any) -> dict[str, Any]:
+        same = [replace(r, seed=requests[0].seed) for r in requests]
+        arguments = super()._arguments(requests, *args)
+        return {**arguments, "generator": [generator(r.seed) for r in same]}
+
+
+class ShiftOne(EagerBackend):
+    """A scheduler that forgot the model's shift."""
+
+    def prepare(self, pipe: Any) -> None:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=1.0)
+
+
+class NoScalingFactor(EagerBackend):
+    """Latents that go into and out of the VAE unscaled."""
+
+    def prepare(self, pipe: Any) -> None:
+        pipe.vae.register_to_config(scaling_factor=1.0)
+
+
+class SwappedTextEncoders(EagerBackend):
+    """The two CLIP encoders in each other's place."""
+
+    def prepare(self, pipe: Any) -> None:
+        pipe.text_encoder, pipe.text_encoder_2 = pipe.text_encoder_2, pipe.text_encoder
+
+
+MUTANTS = [WrongGuidance, OneSeed, ShiftOne, NoScalingFactor, SwappedTextEncoders]
+
+
+@pytest.mark.parametrize("kind", REFERENCE)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_reference_catches_a_broken_backend(
+    tiny_path: Path,
+    references: dict[str, list[np.ndarray]],
+    mutant: type[EagerBackend],
+    kind: str,
+) -> None:
+    backend = mutant(make_load(tiny_path))
+    apart = reference_distance(backend, kind, references)
+    backend.close()
+    print(f"{mutant.__name__} {kind}: {apart:.3f} levels")
+    assert apart > 1.5 * BF16_LEVELS  # clear of every exact or half-precision contestant
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (48, 48)])

@@ -1,0 +1,148 @@
+"""`sd35bench export`: make an exported denoiser, prove it, and say where it is."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd35bench.cli.output import Answer, console
+from sd35bench.config import check_overrides, compose, freeze
+from sd35bench.config.fields import nearest
+from sd35bench.config.overrides import expand_short_names
+from sd35bench.errors import ConfigError
+from sd35bench.types import Load
+
+__all__ = ["export"]
+
+KINDS = ("onnx", "openvino")
+HELP = """sd35bench export: the denoiser as a graph for ONNX Runtime or OpenVINO
+
+Usage: sd35bench export [NAME=VALUE ...] [output=FOLDER] [--json]
+
+The graph is kept under ~/.cache/sd35bench/export (or $XDG_CACHE_HOME), by a digest of weights,
+code and library versions; `run` finds it there, and makes it where it is missing. Batch, image
+size and text length stay free. Patches and their position embeddings are its inputs.
+
+Takes what `run` takes for the model and the backend, of which it must be an exporting one
+(default backend=onnx). What was exported is loaded and held against PyTorch before it is reported.
+
+Examples:
+  sd35bench export
+      the embedded model for ONNX Runtime
+  sd35bench export model=nano backend=onnx-int8 output=nano-int8
+      with int8 weights; a copy of model.onnx and its data goes to nano-int8/
+  sd35bench export model=sd35-medium model.path=models/sd35-medium backend=openvino
+      a real checkpoint; fp32 takes 9 GB of disk
+  sd35bench export --json | jq .parity
+"""
+
+
+def export(arguments: list[str], as_json: bool) -> Answer:
+    """Export, or find what was exported; prints where it is, how big, and its parity.
+
+    Raises: ConfigError for wrong input, BackendError where the export fails.
+    """
+    out = console(as_json)
+    if arguments in (["-h"], ["--help"]):
+        out.print(HELP, markup=False)
+        return Answer()
+    output, overrides = _split(arguments)
+    load = _load(overrides)
+    document = _made(load)
+    folder = Path(document["folder"])
+    document["output"] = None if output is None else _copy(folder, output)
+    for line in _lines(document):
+        out.print(line, markup=False, soft_wrap=True)
+    return Answer(document=document)
+
+
+def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Take `output=FOLDER` out and refuse what is no override.
+
+    Raises: ConfigError.
+    """
+    output, overrides = None, []
+    for text in arguments:
+        name, _, value = text.partition("=")
+        if name == "output":
+            output = Path(value).expanduser()
+            if not value or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+                raise ConfigError(f"{text}: give a folder that is new or empty")
+        elif text.startswith("-") or "=" not in text:
+            raise ConfigError(f"export takes no argument {text!r}; see export --help")
+        else:
+            overrides.append(text)
+    return output, overrides
+
+
+def _load(overrides: list[str]) -> Load:
+    """Compose and validate what `run` would load.
+
+    Raises: ConfigError.
+    """
+    if not any(text.startswith("backend=") for text in overrides):
+        overrides = ["backend=onnx", *overrides]
+    check_overrides(overrides, multirun=False)
+    load = freeze(compose(expand_short_names(overrides))).sweep.load
+    if load.backend.kind not in KINDS:
+        raise ConfigError(
+            f"backend={load.backend.name}: it exports nothing; give onnx, onnx-int8, openvino or"
+            f" openvino-int8{nearest(load.backend.name, KINDS)}"
+        )
+    return load
+
+
+def _made(load: Load) -> dict[str, Any]:
+    """Load the backend, which exports and proves; return what it says of the artifact."""
+    from sd35bench.backends.base import load_backend
+
+    backend = load_backend(load)
+    try:
+        proven = backend.in_force
+    finally:
+        backend.close()
+    artifact = proven["artifact"]
+    folder = Path(artifact["folder"])
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("model.*"))}
+    return {
+        "model": load.model.name,
+        "backend": load.backend.name,
+        **{key: artifact[key] for key in ("folder", "digest", "opset", "cached", "made_s")},
+        "files": files,
+        "bytes": sum(files.values()),
+        "parity": proven["parity"],
+        "quantised_layers": proven.get("quantised", {}).get("layers"),
+        "versions": artifact["versions"],
+    }
+
+
+def _copy(folder: Path, output: Path) -> str:
+    """Copy the model's files, the weights beside the graph that names them.
+
+    Raises: ConfigError where the folder cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("model.*")):
+            shutil.copyfile(path, output / path.name)
+    except OSError as exc:
+        raise ConfigError(f"output={output}: cannot be written: {exc}") from exc
+    return str(output)
+
+
+def _lines(document: dict[str, Any]) -> list[str]:
+    took = "found" if document["cached"] else f"exported in {document['made_s']:.1f} s"
+    layers = document["quantised_layers"]
+    lines = [
+        f"{document['model']} for {document['backend']}: {took}, opset {document['opset']}",
+        *(f"  {name}: {size / 1e6:.1f} MB" for name, size in document["files"].items()),
+        f"  in {document['folder']}",
+    ]
+    if layers is not None:
+        lines.append(f"  {layers} layers in int8")
+    lines.append(
+        f"  largest relative difference from PyTorch: {document['parity']['relative_max']:.1e}"
+    )
+    if document["output"] is not None:
+        lines.append(f"  copied to {document['output']}")
+    return lines
