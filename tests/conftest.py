@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 MODEL = (
     "backends",
     "export",
+    "loading",
     "nano",
     "test_kill.py",
     "test_faults.py",
@@ -19,6 +20,18 @@ MODEL = (
     "test_cli.py",
     "test_demo.py",
 )
+
+
+def pytest_configure() -> None:
+    """Keep each parallel worker, and the processes it starts, to one core of its own.
+
+    Two threads that share their cores with another test wait for each other at every barrier: the
+    notebook's 30 s became 300 s.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -81,8 +81,10 @@ def lines_per_key(study: Study) -> set[int]:
 
 
 def children() -> list[psutil.Process]:
+    """Our workers that still run; other tests leave compile pools and trackers behind."""
     found = psutil.Process().children(recursive=True)
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+    alive = [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in alive if "sd35bench.worker" in p.cmdline()]
 
 
 # In generation -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ PARTS = ("transformer", "vae", "scheduler", *TEXT_PARTS)
 SEED = 0
 """The seed of every random model."""
 FILLER_VERSION = 1
-"""Raise it whenever `backends.random_weights` fills the same shapes with other values."""
+"""Raise it whenever `loading.random_weights` fills the same shapes with other values."""
 
 Parts = dict[str, dict[str, Any]]
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sd35bench.backends.checkpoint import load_model, prove_device
 from sd35bench.backends.pipeline import DiffusersBackend, choice
 from sd35bench.errors import BackendError, OptimizationNotApplied
+from sd35bench.loading.sources import load_model, prove_device
 from sd35bench.types import Load, Scalar
 
 __all__ = ["EagerBackend"]

@@ -26,11 +26,11 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img 
 )
 from PIL import Image
 
-from sd35bench.backends.checkpoint import hush_truncation_warnings
 from sd35bench.backends.samplers import flow_scheduler, noise_scheduler
 from sd35bench.backends.stages import DECODE, DENOISER, TEXT, StageMeter
 from sd35bench.errors import BackendError, UnsupportedRequest
 from sd35bench.evaluations import SAMPLERS, skip_layer_window
+from sd35bench.loading.sources import hush_truncation_warnings
 from sd35bench.types import Request, Task
 
 __all__ = ["FAMILIES", "Family", "family_of"]

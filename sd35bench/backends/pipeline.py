@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from sd35bench.backends.base import Backend, Generation, Probe
-from sd35bench.backends.checkpoint import DTYPES, load_model, prove_device, prove_dtypes
 from sd35bench.backends.families import Family, family_of
 from sd35bench.backends.probes import probe_device
 from sd35bench.backends.samplers import own_shift
@@ -35,6 +34,7 @@ from sd35bench.errors import (
 from sd35bench.evaluations import SAMPLERS, sampler_order
 from sd35bench.evaluations import evaluations as count_evaluations
 from sd35bench.flops import image_flops
+from sd35bench.loading.sources import DTYPES, load_model, prove_device, prove_dtypes
 from sd35bench.measure import DeviceClock
 from sd35bench.types import Flops, Load, Request, Scalar, Task
 

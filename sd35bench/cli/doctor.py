@@ -100,8 +100,9 @@ def _refuse_unknown(wanted: str) -> None:
     from sd35bench.config import choices
 
     devices = ("cpu", "cuda", *(f"cuda:{index}" for index in range(MOST_GPUS)))
-    names = ("machine", "disk", *PACKAGES, *devices, "chromium")
-    if not any(wanted in name for name in (*names, *choices("backend"), *choices("model"))):
+    named = [f"{group} {name}" for group in ("backend", "model") for name in choices(group)]
+    names = ("machine", "disk", *PACKAGES, *devices, "chromium", *named)
+    if not any(wanted in name for name in names):
         raise ConfigError(f"doctor {wanted}: nothing is named so; see sd35bench doctor")
 
 

@@ -339,13 +339,14 @@ def test_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert cache_folder() == tmp_path / "own"
 
 
-def test_probe_names_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_names_a_missing_compiler() -> None:
     assert CompileBackend.probe({"device": "cpu"}).ok is True
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    found = CompileBackend.probe({"device": "cpu"})
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        found = CompileBackend.probe({"device": "cpu"})
+        eager = CompileBackend.probe({"device": "cpu", "compiler": "aot_eager"})
     assert found.ok is False
     assert "g++" in str(found.remedy)
-    assert CompileBackend.probe({"device": "cpu", "compiler": "aot_eager"}).ok is True
+    assert eager.ok is True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

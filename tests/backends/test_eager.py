@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from sd35bench.backends import pipeline
-from sd35bench.backends.checkpoint import DTYPES
 from sd35bench.backends.eager import EagerBackend
+from sd35bench.loading.sources import DTYPES
 from sd35bench.nano.prompts import init_image, prompt_set
 from sd35bench.nano.world import ASPECT_RATIOS
 from sd35bench.types import Request, Task

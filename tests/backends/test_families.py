@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sd35bench.backends.checkpoint import DTYPES
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.backends.families import FAMILIES, family_of
 from sd35bench.errors import BackendError, UnsupportedRequest
+from sd35bench.loading.sources import DTYPES
 from sd35bench.types import Load, Request, SkipLayerGuidance, Task
 from tests.backends.bare import I2I, SKIPPING, bare_other_images, batch, differs, make_inits
 from tests.backends.conftest import make_load, make_request

@@ -27,8 +27,10 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
 from safetensors import safe_open
 from torch import nn
 
-from sd35bench.backends.empty import build_empty, dtype_of, restore_buffers
-from sd35bench.backends.folders import (
+from sd35bench.checkpoint import LAYOUT, parts_in_file, parts_of_components
+from sd35bench.errors import BackendError, ConfigError
+from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
+from sd35bench.loading.folders import (
     LOAD_ERRORS,
     PIPELINES,
     load_text_part,
@@ -37,8 +39,6 @@ from sd35bench.backends.folders import (
     refuse_missing,
     variant_of,
 )
-from sd35bench.checkpoint import LAYOUT, parts_in_file, parts_of_components
-from sd35bench.errors import BackendError, ConfigError
 
 __all__ = ["load_single_file", "transformer_config"]
 

@@ -16,10 +16,10 @@ from diffusers.pipelines.stable_diffusion_3 import (
     pipeline_stable_diffusion_3_img2img,
 )
 
-from sd35bench.backends.folders import load_folder, modules
-from sd35bench.backends.random_weights import load_random
-from sd35bench.backends.single_file import load_single_file
 from sd35bench.errors import OptimizationNotApplied
+from sd35bench.loading.folders import load_folder, modules
+from sd35bench.loading.random_weights import load_random
+from sd35bench.loading.single_file import load_single_file
 from sd35bench.types import ModelSpec
 
 __all__ = [

@@ -28,9 +28,9 @@ from sd35bench.architectures import (
     architecture_name,
     random_parts,
 )
-from sd35bench.backends.empty import build_empty, dtype_of, restore_buffers
-from sd35bench.backends.random_text import EncodedText, NoiseText
 from sd35bench.errors import OutOfMemory
+from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
+from sd35bench.loading.random_text import EncodedText, NoiseText
 from sd35bench.types import ModelSpec
 
 __all__ = ["available_bytes", "fill", "load_random", "size_bytes"]

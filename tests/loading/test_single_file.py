@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sd35bench.backends.checkpoint import load_model, prove_dtypes
 from sd35bench.backends.eager import EagerBackend
-from sd35bench.backends.single_file import transformer_config
 from sd35bench.errors import BackendError
+from sd35bench.loading.single_file import transformer_config
+from sd35bench.loading.sources import load_model, prove_dtypes
 from sd35bench.types import BackendSpec, Load, ModelSpec
 from tests.backends.bare import IDENTICAL, bare_images, differs, make_inits
 from tests.original_layout import ENCODERS, write_original

@@ -18,12 +18,12 @@ from sd35bench.architectures import (
     read_architecture,
 )
 from sd35bench.backends import random_weights
-from sd35bench.backends.checkpoint import load_model, prove_device, prove_dtypes
 from sd35bench.backends.eager import EagerBackend
-from sd35bench.backends.empty import build_empty, restore_buffers
-from sd35bench.backends.random_text import EncodedText, NoiseText
-from sd35bench.backends.random_weights import BLOCK, fill, size_bytes
 from sd35bench.errors import ConfigError, OutOfMemory
+from sd35bench.loading.empty import build_empty, restore_buffers
+from sd35bench.loading.random_text import EncodedText, NoiseText
+from sd35bench.loading.random_weights import BLOCK, fill, size_bytes
+from sd35bench.loading.sources import load_model, prove_device, prove_dtypes
 from sd35bench.types import BackendSpec, Load, ModelSpec
 from tests.backends.bare import differs
 from tests.backends.conftest import make_request
@@ -286,7 +286,7 @@ def test_random_model_that_cannot_fit_is_refused_before_it_is_allocated(
 MEASURE = r"""
 import re, torch
 from pathlib import Path
-from sd35bench.backends.checkpoint import load_model
+from sd35bench.loading.sources import load_model
 from tests.backends.test_random_weights import random_spec
 
 def peak_bytes():
