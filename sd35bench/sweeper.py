@@ -10,6 +10,7 @@ Every job is composed and validated before the first one starts.
 
 import copy
 import importlib
+import importlib.util
 import itertools
 import os
 import sys
@@ -24,11 +25,11 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
 from sd35bench.config.fields import nearest
-from sd35bench.config.files import choices
+from sd35bench.config.files import choices, config_dir
 from sd35bench.config.overrides import LOAD_AXES, parse, sweep_values
 from sd35bench.config.schema import SWEEPER_MODULE
 from sd35bench.errors import ConfigError
@@ -157,9 +158,17 @@ def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str
     for name in LOAD_AXES:
         if name not in given:
             values = list(config.axes[name])
+            if name == "backend":
+                values += [b for b in config.optional_backends if _installed(b)]
             if values:
                 loads.append([f"{name}={value}" for value in values])
     return [[*load, *shared] for load in itertools.product(*loads)]
+
+
+def _installed(backend: str) -> bool:
+    """Whether the packages that a backend's own YAML requires are there; nothing is imported."""
+    conf = OmegaConf.load(config_dir() / "backend" / f"{backend}.yaml")
+    return all(importlib.util.find_spec(package) is not None for package in conf.requires)
 
 
 def noise_overrides(jobs: Sequence[Sequence[str]], backend: str | None) -> list[list[str]]:

@@ -1,3 +1,4 @@
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -156,3 +157,19 @@ def test_sweeper_can_be_unpickled_where_hydra_has_not_seen_it():
     )
     done = subprocess.run([sys.executable, "-c", code], input=state, capture_output=True, cwd=ROOT)
     assert done.stdout == b"False\n", done.stderr
+
+
+@pytest.mark.parametrize(("package", "joins"), [("json", True), ("no_such_package", False)])
+def test_optional_backends_join_where_their_packages_are(monkeypatch, package, joins):
+    found = importlib.util.find_spec
+    asked = {"openvino": package, "nncf": package}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: found(asked.get(n, n), *a))
+    config = compose(["experiment=backends"])
+    backends = [job[0].removeprefix("backend=") for job in job_overrides([], config)]
+    assert ("openvino" in backends) is joins
+    assert "eager" in backends
+
+
+def test_optional_backends_stay_away_where_backends_are_named():
+    (job,) = job_overrides(["backend=eager"], compose(["experiment=backends"]))
+    assert job == ["backend=eager"]

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from sd35bench.backends.base import Generation, Probe
 from sd35bench.backends.compiled import (
@@ -211,10 +212,12 @@ class CompileBackend(DiffusersBackend):
 def cache_folder() -> Path:
     """Return the folder of inductor's persistent cache.
 
-    TORCHINDUCTOR_CACHE_DIR where it is set, else a folder of ours under the user's cache.
+    TORCHINDUCTOR_CACHE_DIR where it is set, else a folder of ours under the user's cache. torch
+    sets the variable itself, to its default, as soon as anything asks it for the folder: that is
+    no wish of the user's.
     """
     own = os.environ.get(CACHE_VARIABLE)
-    if own:
+    if own and Path(own) != Path(default_cache_dir()).absolute():
         return Path(own)
     root = os.environ.get("XDG_CACHE_HOME")
     base = Path(root) if root else Path.home() / ".cache"

@@ -12,7 +12,6 @@ Cost: walking about ten arguments and reading the clock twice, 10 to 20 microsec
 """
 
 import contextlib
-import logging
 import os
 import time
 import warnings
@@ -27,6 +26,7 @@ import torch._dynamo.utils
 import torch._inductor
 from torch._dynamo.backends.registry import lookup_backend
 
+from sd35bench.backends.probes import hush_cuda_remark
 from sd35bench.errors import OptimizationNotApplied
 
 __all__ = ["COMPILERS", "MODES", "CompileCounts", "CompiledRegion", "HowToCompile", "hush_dynamo"]
@@ -202,17 +202,9 @@ class CompiledRegion:
 
 
 def hush_dynamo() -> None:
-    """Drop two remarks that no user can act on.
-
-    That Dynamo traces into diffusers' cached version checks, and that torch's extension builder,
-    which inductor imports, found CUDA's tools but no GPU.
-    """
+    """Drop remarks that no user can act on: Dynamo traces diffusers' cached version checks."""
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_no_cuda_remark)
-
-
-def _is_no_cuda_remark(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("No CUDA runtime is found")
+    hush_cuda_remark()
 
 
 @contextlib.contextmanager

@@ -7,9 +7,11 @@ images set, and products run on `torch._int_mm`. Which kernel really runs is wat
 Tier: measured-lossy.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from torch import nn
 from sd35_kernels import KernelUnavailable, check_available
 from sd35bench.backends.base import Probe
 from sd35bench.backends.pipeline import DiffusersBackend
+from sd35bench.backends.probes import hush_cuda_remark
 from sd35bench.backends.quantised import (
     EXCLUDED,
     choose_layers,
@@ -104,6 +107,7 @@ class Int8Backend(DiffusersBackend):
         Raises: OptimizationNotApplied, BackendError for an option's wrong value.
         """
         super().prepare(pipe)
+        hush_cuda_remark()
         self._asked = _checked(self._read_options(self._load))
         denoiser = pipe.transformer
         self._denoiser: Any = denoiser
@@ -235,12 +239,25 @@ def _kernel(layer: Any, dtype: str) -> str:
     """Run a layer once under the profiler and name the product that it used."""
     tensor = next(iter(layer.state_dict().values()))
     rows = torch.zeros(32, layer.in_features, device=tensor.device, dtype=_float(layer))
-    with torch.inference_mode(), torch.autograd.profiler.profile() as seen:
+    with _no_stderr(), torch.inference_mode(), torch.autograd.profiler.profile() as seen:
         layer(rows)
     profile: Any = seen
     names = [event.name for event in profile.function_events]
     found = [said for name, said in KERNELS.items() if name in names]
     return found[0] if found else f"unknown, {dtype}"
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Keep the profiler's C++ side from writing its start and stop on the terminal."""
+    own = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _float(layer: Any) -> torch.dtype:

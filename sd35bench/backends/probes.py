@@ -1,6 +1,7 @@
 """What a machine offers to the backends that run on torch: tried, without a model."""
 
 import functools
+import logging
 import os
 import subprocess
 import sysconfig
@@ -12,13 +13,25 @@ import torch
 from sd35bench.backends.base import Probe
 from sd35bench.types import Scalar
 
-__all__ = ["cpu_features", "probe_compiler", "probe_device"]
+__all__ = ["cpu_features", "hush_cuda_remark", "probe_compiler", "probe_device"]
 
 # Names in torch.cpu.get_capabilities(), in the order in which a reader wants them.
 FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
 SOURCE = "#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
 BUILD_TIMEOUT_S = 20.0
+
+
+def hush_cuda_remark() -> None:
+    """Drop what torch's extension builder says where it finds CUDA's tools and no GPU.
+
+    inductor and optimum-quanto import it.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_no_cuda_remark)
+
+
+def _is_no_cuda_remark(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def probe_device(options: Mapping[str, Scalar]) -> Probe:

@@ -78,12 +78,15 @@ class BackendConf:
     the models that it can run.
 
     `allowed` gives each option's choices, or its type as one word (int, float, text, bool). On
-    the command line `backend.dtype=bf16` is short for `backend.options.dtype=bf16`.
+    the command line `backend.dtype=bf16` is short for `backend.options.dtype=bf16`. `requires`
+    names packages of an optional extra: an experiment's `optional_backends` join its `backend`
+    axis where theirs can be imported.
     """
 
     name: str = MISSING
     kind: str = MISSING
     needs_weights: bool = True
+    requires: list[str] = field(default_factory=list)
     usd_per_image: float = 0.0
     tasks: list[str] = field(default_factory=lambda: [str(task) for task in Task])
     samplers: list[str] = field(default_factory=lambda: [*SAMPLERS])
@@ -177,6 +180,7 @@ class RunConf:
     max_failures: int = 3
     keep_latents: bool = False
     noise_floor: str | None = None
+    optional_backends: list[str] = field(default_factory=list)
 
 
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"

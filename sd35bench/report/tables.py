@@ -90,7 +90,7 @@ def _print_task(rows: list[Row], extra: Sequence[str], console: Console) -> None
     console.print()
     console.print(table)
     if left_out:
-        names = ", ".join(c.title for c in left_out)
+        names = ", ".join(c.title.replace("\n", " ") for c in left_out)
         console.print(f"too narrow for: {names} (--json has them)", style="dim")
 
 
@@ -172,7 +172,9 @@ def setting_columns(rows: list[Row], extra: Sequence[str], stacked: bool) -> lis
     refused = [m for m in metric_names(rows) if m not in measured and _needs(rows, m)]
     for rank, name in enumerate((*measured, *refused)):
         cells = _estimates([r.metrics.get(name) for r in rows], stacked, most=4)
-        columns.append(Column(metric_label(name), cells, rank if name in measured else _EXTRA))
+        label = metric_label(name)
+        title = label.replace(" ", "\n", 1) if stacked else label
+        columns.append(Column(title, cells, rank if name in measured else _EXTRA))
     latency = _estimates([r.latency for r in rows], stacked, most=3)
     columns.append(Column("latency s", latency))
     columns += _against_reference(rows, stacked)
@@ -237,7 +239,8 @@ def _memory(rows: Sequence[Row]) -> list[Column]:
         vram = _plain("VRAM", rows, lambda r: format_bytes(r.peak_vram_bytes))
         columns.append(Column(vram.title, vram.cells, 5))
     rss = _plain("peak RSS", rows, lambda r: format_bytes(r.peak_rss_bytes))
-    return [*columns, Column(rss.title, rss.cells, 6)]
+    compared = len({r.setting.get("backend") for r in rows}) > 1
+    return [*columns, Column(rss.title, rss.cells, 2 if compared else 6)]
 
 
 def _estimates(estimates: Sequence[Estimate | None], stacked: bool, *, most: int) -> list[Text]:

@@ -337,6 +337,9 @@ def test_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert cache_folder() == tmp_path / "sd35bench" / "inductor"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    torch._inductor.runtime.cache_dir_utils.cache_dir()  # sets the variable to torch's default
+    assert cache_folder() == tmp_path / "sd35bench" / "inductor"
 
 
 def test_probe_names_a_missing_compiler() -> None:
