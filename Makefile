@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo bench bench-gpu bench-gpu-rehearsal test test-slow check format clean
 
 help:
 	@echo "make setup      create $(VENV) with the sd35bench command (no-op when up to date)"
 	@echo "make demo       sweep the embedded model, score, recommend, write the HTML report"
+	@echo "make bench      the 8-bit linear, and SD3.5-Medium's true width, on this machine"
+	@echo "make bench-gpu  the full SD3.5-Medium on a GPU, random weights; writes results/tables/gpu.md"
+	@echo "make bench-gpu-rehearsal  the same chain at one layer and 256 px, on any machine"
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the long tests"
 	@echo "make check      format, lint, types, import contracts, fast tests"
@@ -30,6 +33,23 @@ demo: setup
 	@$(BIN)/sd35bench run experiment=demo-edit
 	@$(BIN)/sd35bench recommend demo
 	@$(BIN)/sd35bench report demo
+
+bench: setup
+	@$(BIN)/python kernels/bench/w8a8_linear.py
+	@$(BIN)/sd35bench run experiment=true-width
+	@$(BIN)/sd35bench show true-width
+
+bench-gpu: setup
+	@$(BIN)/python kernels/bench/w8a8_linear.py --device cuda
+	@$(BIN)/sd35bench run experiment=gpu
+	@$(BIN)/sd35bench show gpu
+	@$(BIN)/sd35bench show gpu --markdown > results/tables/gpu.md
+
+bench-gpu-rehearsal: setup
+	@$(BIN)/sd35bench run experiment=gpu --dry-run
+	@$(BIN)/sd35bench run -m experiment=gpu study=gpu-rehearsal model.layers=1 width=256 height=256 \
+		backend=eager-bf16,compile-bf16,int8-bf16,int8-w8a8-bf16,onnx steps=1,2 prompts.limit=2
+	@$(BIN)/sd35bench show gpu-rehearsal
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -q

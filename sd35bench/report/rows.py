@@ -136,7 +136,7 @@ class Row:
         if self.prompt_strength is not None:
             parts.append(f"strength {format_plain(self.prompt_strength)}")
         parts += [
-            setting_text(self.setting[f]) for f in extra if f in self.setting and f not in _AXES
+            _in_words(f, self.setting[f]) for f in extra if f in self.setting and f not in _AXES
         ]
         return " · ".join(parts)
 
@@ -246,6 +246,13 @@ def setting_text(value: object) -> str:
     if isinstance(value, Mapping) and "layers" in value:
         return skip_layer_text(from_json(SkipLayerGuidance, value))
     return format_plain(value)
+
+
+def _in_words(field: str, value: object) -> str:
+    """A varying field's value where no column title says what it is."""
+    if field == "threads":
+        return f"{value} thread" + "s" * (value != 1)
+    return setting_text(value)
 
 
 def _hashable(value: Any) -> Any:
