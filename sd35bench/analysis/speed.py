@@ -32,8 +32,12 @@ __all__ = [
     "throughput",
 ]
 
-TOLERANCE = 1.1
-"""A rate this far above the measured limit is impossible; less may be the limit's own noise."""
+TOLERANCE = 1.25
+"""A rate this far above the measured limit is impossible.
+
+The limit is what torch's matrix product reaches, not what the chip can do: on a CPU of 2 cores
+ONNX Runtime's convolutions and products were seen at 1.13 times that, honestly timed.
+"""
 OPENVINO_WORDS = {"f32": "fp32", "float": "fp32", "bfloat16": "bf16", "f16": "fp16"}
 LEAST_PER_START = 2
 """Lone images that a process start must have made to count for the spread between starts."""
