@@ -17,9 +17,9 @@ from sd35bench.architectures import (
     random_suffix,
     read_architecture,
 )
-from sd35bench.backends import random_weights
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.errors import ConfigError, OutOfMemory
+from sd35bench.loading import random_weights
 from sd35bench.loading.empty import build_empty, restore_buffers
 from sd35bench.loading.random_text import EncodedText, NoiseText
 from sd35bench.loading.random_weights import BLOCK, fill, size_bytes
