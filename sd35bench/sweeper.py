@@ -188,6 +188,7 @@ def noise_overrides(jobs: Sequence[Sequence[str]], backend: str | None) -> list[
         [f"backend={backend}", f"threads={threads}"],
         [f"backend={backend}", f"batch_size={NOISE_BATCH}", "axes.batch_size=[]", "timed_limit=0"],
     )
+    variants = tuple([*head, "starts=1"] for head in variants)  # one process shows the drift
     found = []
     for shared, head in itertools.product(others.values(), variants):
         own = {text.partition("=")[0] for text in head}
