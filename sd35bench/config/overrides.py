@@ -13,9 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
-from sd35bench.config.fields import FIELDS, Text, check_field, nearest
+from sd35bench.config.fields import FIELDS, check_field, nearest
 from sd35bench.config.files import choices
 from sd35bench.config.schema import BackendConf
+from sd35bench.config.takes import Text
 from sd35bench.errors import ConfigError
 
 __all__ = [
