@@ -181,3 +181,9 @@ def test_the_real_child_measures_within_seconds(study):
     assert found["rates"]["fp32"]["best"] > 0.005
     assert found["rates"]["copy"]["best"] > 0.5
     assert found["wall_s"] < 20
+
+
+def test_onednn_multiplies_the_same_matrices():
+    torch = pytest.importorskip("torch")
+    a, b = torch.randn(7, 33), torch.randn(33, 5)
+    torch.testing.assert_close(machine._onednn_product(torch, a, b)(), a @ b)

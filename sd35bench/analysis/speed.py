@@ -35,8 +35,8 @@ __all__ = [
 TOLERANCE = 1.25
 """A rate this far above the measured limit is impossible.
 
-The limit is what torch's matrix product reaches, not what the chip can do: on a CPU of 2 cores
-ONNX Runtime's convolutions and products were seen at 1.13 times that, honestly timed.
+The limit is the fastest product that torch's libraries have here, not what the chip can do, and a
+convolution may take fewer operations than are counted for it.
 """
 OPENVINO_WORDS = {"f32": "fp32", "float": "fp32", "bfloat16": "bf16", "f16": "fp16"}
 LEAST_PER_START = 2
