@@ -6,7 +6,7 @@ product's overhead is under 1 %, and a copy between buffers far larger than any 
 written bytes count). The best of the repetitions is the limit, the median says how steady it is.
 
 `measure_once` starts ``python -m sd35bench.machine`` with as many threads as the load has and keeps
-its answer in the study, so the parent stays free of torch. About 5 s, most of it torch's import.
+its answer in the study, so the parent stays free of torch. It takes less than 10 s.
 """
 
 import argparse

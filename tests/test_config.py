@@ -392,11 +392,3 @@ def test_limits_reach_the_job_and_are_no_part_of_a_trial():
         keep_latents=True,
     )
     assert expand(given.sweep).trials == expand(bare.sweep).trials
-
-
-@pytest.mark.parametrize(
-    "text", ["deadline_s=0", "memory_limit_gb=-1", "max_failures=0", "starts=0"]
-)
-def test_limits_that_allow_nothing_are_refused(text):
-    with pytest.raises(ConfigError, match=text.partition("=")[0]):
-        freeze(compose(["backend=fake", text]))

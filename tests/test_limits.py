@@ -1,5 +1,7 @@
 import pytest
 
+from sd35bench.config import compose, freeze
+from sd35bench.errors import ConfigError
 from sd35bench.limits import (
     BATCH_FLOOR_S,
     LONGEST_WAIT_S,
@@ -52,3 +54,11 @@ def test_longest_wait_is_one_that_poll_can_count():
 )
 def test_work_counts_evaluations_and_pixels(fields, images, work):
     assert work_of(request(**fields), images) == pytest.approx(work)
+
+
+@pytest.mark.parametrize(
+    "text", ["deadline_s=0", "memory_limit_gb=-1", "max_failures=0", "starts=0"]
+)
+def test_limits_that_allow_nothing_are_refused(text):
+    with pytest.raises(ConfigError, match=text.partition("=")[0]):
+        freeze(compose(["backend=fake", text]))
