@@ -20,7 +20,7 @@ from sd35bench.export.onnx_model import MODEL
 from sd35bench.export.openvino_model import (
     IR,
     REMEDY,
-    import_openvino,
+    import_extra,
     leave_out,
     quantise_openvino,
 )
@@ -65,7 +65,7 @@ class OpenVinoEngine:
             return torch.from_numpy(request.get_tensor(OUTPUT).data.copy())
 
     def _open(self, skip_layers: tuple[int, ...]) -> None:
-        core = import_openvino().Core()
+        core = import_extra("openvino").Core()
         folder = self._artifact.folder
         path = folder / IR if (folder / IR).is_file() else folder / MODEL
         with openvino_errors():
@@ -101,7 +101,7 @@ class OpenVinoBackend(ExportedBackend):
             return found
         asked = {**cls.options, **options}
         try:
-            ov = import_openvino(*(["nncf"] if asked["quantisation"] == "int8" else []))
+            ov = _import(str(asked["quantisation"]))
             _refuse_precision(ov, str(asked["precision"]))
         except OptimizationNotApplied as exc:
             return Probe(ok=None, detail=str(exc), remedy="give backend.precision=fp32")
@@ -127,7 +127,7 @@ class OpenVinoBackend(ExportedBackend):
                 " fp32 graph on the CPU; give backend.dtype=fp32 backend.device=cpu (and"
                 " backend.precision=bf16 to compute in bf16)"
             )
-        ov = import_openvino(*(["nncf"] if quantisation == "int8" else []))
+        ov = _import(quantisation)
         _refuse_precision(ov, precision)
 
     def needs_calibration(self, exported: Artifact) -> bool:
@@ -145,6 +145,16 @@ class OpenVinoBackend(ExportedBackend):
     def open(self, artifact: Artifact, width: int) -> OpenVinoEngine:
         """Compile the graph."""
         return OpenVinoEngine(artifact, threads=self._load.threads, precision=self.precision)
+
+
+def _import(quantisation: str) -> Any:
+    """Import what a quantisation needs, and return OpenVINO.
+
+    Raises: BackendError with the remedy.
+    """
+    if quantisation == "int8":
+        import_extra("nncf")
+    return import_extra("openvino")
 
 
 def prove_compiled(compiled: Any, *, precision: str, threads: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 import contextlib
 import fnmatch
+import importlib
 import io
 import logging
 from collections import Counter
@@ -21,7 +22,7 @@ from sd35bench.export.denoiser import INPUTS
 from sd35bench.export.graph import module_of
 from sd35bench.export.onnx_model import MODEL, PROBE, write_probe
 
-__all__ = ["IR", "REMEDY", "import_openvino", "leave_out", "quantise_openvino"]
+__all__ = ["IR", "REMEDY", "import_extra", "leave_out", "quantise_openvino"]
 
 IR = "model.xml"
 REMEDY = "pip install 'sd35bench[openvino]'"
@@ -30,21 +31,16 @@ PROBES = 3
 PASSED = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
-def import_openvino(*names: str) -> Any:
-    """Import `openvino` and `names`, and return `openvino`.
+def import_extra(name: str) -> Any:
+    """Import `openvino` or `nncf`; by name, since the extra is absent where types are checked.
 
-    Raises: BackendError with the remedy where one is not installed.
+    Raises: BackendError with the remedy where it is not installed.
     """
-    import importlib
-
-    modules = []
-    for name in ("openvino", *names):
-        try:
-            with _quiet():
-                modules.append(importlib.import_module(name))
-        except ImportError as exc:
-            raise BackendError(f"{name} cannot be imported ({exc}); {REMEDY}") from exc
-    return modules[0]
+    try:
+        with _quiet():
+            return importlib.import_module(name)
+    except ImportError as exc:
+        raise BackendError(f"{name} cannot be imported ({exc}); {REMEDY}") from exc
 
 
 def quantise_openvino(
@@ -58,9 +54,7 @@ def quantise_openvino(
     """
 
     def build(folder: Path) -> dict[str, Any]:
-        ov = import_openvino("nncf")
-        import nncf
-
+        ov, nncf = import_extra("openvino"), import_extra("nncf")
         model = ov.Core().read_model(source.folder / MODEL)
         ignored = _ignored(model, recipe.excluded.split())
         with _quiet():
