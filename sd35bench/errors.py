@@ -6,10 +6,14 @@
     │   ├── UnsupportedRequest       this backend cannot do that, known before running
     │   ├── OutOfMemory              device or process memory ran out
     │   ├── InvalidImage             NaN latents, a black or constant image, a wrong size
-    │   └── OptimizationNotApplied   what was asked for is not what is in force
+    │   ├── OptimizationNotApplied   what was asked for is not what is in force
+    │   └── RemoteError              a hosted service failed, refused, or answered nonsense
+    │       ├── LostAnswer               … a create was sent and its answer lost: it may be billed
+    │       └── UnsafeAddress            … a URL that must not be fetched
     ├── WorkerDied               the process that held the backend ended without an answer
     │   ├── WorkerHung               … it was ended: its deadline had passed
     │   └── WorkerTooLarge           … it was ended: its memory had passed the limit
+    ├── Paused                   a budget or a balance is used up; all that was made is kept
     ├── MetricError              a metric cannot be computed, and what it would need
     └── StoreError               a study on disk cannot be read or written
         ├── StudyLocked              another process is writing this study
@@ -24,12 +28,16 @@ __all__ = [
     "ConfigError",
     "DiskFull",
     "InvalidImage",
+    "LostAnswer",
     "MetricError",
     "OptimizationNotApplied",
     "OutOfMemory",
+    "Paused",
+    "RemoteError",
     "SD35BenchError",
     "StoreError",
     "StudyLocked",
+    "UnsafeAddress",
     "UnsupportedRequest",
     "WorkerDied",
     "WorkerHung",
@@ -63,6 +71,22 @@ class InvalidImage(BackendError):
 
 class OptimizationNotApplied(BackendError):
     """The optimisation that was asked for is not the one in force."""
+
+
+class RemoteError(BackendError):
+    """A hosted service could not be reached, refused, or answered what cannot be right."""
+
+
+class LostAnswer(RemoteError):
+    """A create was sent and its answer lost: the prediction may exist, and may be billed."""
+
+
+class UnsafeAddress(RemoteError):
+    """A URL leads where nothing may be fetched from: another scheme, a private address."""
+
+
+class Paused(SD35BenchError):
+    """A budget or a balance is used up; what was made is kept and the same command goes on."""
 
 
 class WorkerDied(SD35BenchError):

@@ -28,6 +28,7 @@ __all__ = [
     "ModelSpec",
     "PromptRef",
     "Record",
+    "RemoteCall",
     "Request",
     "Scalar",
     "Session",
@@ -53,7 +54,10 @@ class Task(StrEnum):
 
 
 class Status(StrEnum):
-    """How a trial ended. Only `OK` carries timings and an image."""
+    """How a trial ended. Only `OK` carries timings and an image.
+
+    `AMBIGUOUS`: a hosted service may have made, and billed, what it gave no answer about.
+    """
 
     OK = "ok"
     ERROR = "error"
@@ -63,6 +67,7 @@ class Status(StrEnum):
     CRASHED = "crashed"
     TIMED_OUT = "timed-out"
     SKIPPED = "skipped"
+    AMBIGUOUS = "ambiguous"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +258,38 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteCall:
+    """One prediction of a hosted service: where its seconds went, and what it cost.
+
+    `submit_s` is the create's round trip (waits for our own rate limit lie before it and are no
+    part of any time here), `queue_s` what the service took beyond `predict_s`, its own inference
+    time; `download_s` the image file's. The prediction was seen finished at most `poll_bound_s`
+    after it had finished, so `queue_s` and the trial's latency are too long by that at most.
+    `in_flight` is the most predictions that this run had open while this one was, itself
+    included: at 1 the latency is single-stream. `resumed`: found again after a crash or a lost
+    answer, so that its times are not measurements. `cost_reported` says whether `cost_usd` came
+    from the service or is the listed price; `unsent` names the request's fields that the protocol
+    cannot carry; `attempts` counts creates, those refused with 429 included.
+    """
+
+    provider: str
+    prediction_id: str
+    request_id: str | None
+    in_flight: int
+    attempts: int
+    polls: int
+    submit_s: float | None
+    queue_s: float | None
+    predict_s: float | None
+    poll_bound_s: float | None
+    download_s: float | None
+    cost_usd: float | None
+    cost_reported: bool
+    unsent: tuple[str, ...] = ()
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """One worker's life: environment, load and first call apart from the steady state.
 
@@ -282,6 +319,7 @@ class Record:
     guidance's second half of the batch not counted. `truncated_tokens` counts prompt tokens that
     the CLIP encoders did not see. `batch_actual` is how many images ran together. `latents` is the
     SHA-256 of the kept latents (see `store.Study.read_latents`), where they were asked for.
+    `remote` is there only where a hosted service made the image, or failed to.
     """
 
     trial: Trial
@@ -301,6 +339,7 @@ class Record:
     latents: str | None = None
     flops: Flops | None = None
     gpu: GpuState | None = None
+    remote: RemoteCall | None = None
 
 
 def content_hash(value: Any) -> str:

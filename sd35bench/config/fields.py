@@ -7,11 +7,11 @@ What depends on the model (sizes, aspect ratios, token lengths) or on the prompt
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from sd35bench.config.takes import Choice, Number, Switch, Text
+from sd35bench.config.remote_fields import REMOTE_FIELDS
+from sd35bench.config.takes import Choice, Field, Number, Switch, Text, integer
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import SAMPLERS
 from sd35bench.types import Scalar
@@ -21,26 +21,10 @@ __all__ = ["FIELDS", "Field", "check_field", "nearest"]
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
-    """An override name: what it takes, what it means, its default in words."""
-
-    name: str
-    takes: Number | Choice | Switch | Text
-    means: str
-    default: str
-    axis: bool = False
-    nullable: bool = False
-
-
-def _int(low: float, high: float) -> Number:
-    return Number(kind=int, low=low, high=high)
-
-
 _FIELDS: Iterable[Field] = (
     Field(
         name="steps",
-        takes=_int(1, 1000),
+        takes=integer(1, 1000),
         means="denoising steps",
         default="the model's",
         axis=True,
@@ -64,14 +48,14 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="seed",
-        takes=_int(0, 2**32 - 1),
+        takes=integer(0, 2**32 - 1),
         means="seed of the starting noise",
         default="0",
         axis=True,
     ),
     Field(
         name="width",
-        takes=_int(1, 16384),
+        takes=integer(1, 16384),
         means="px, a multiple of the model's size",
         default="the model's",
         axis=True,
@@ -79,7 +63,7 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="height",
-        takes=_int(1, 16384),
+        takes=integer(1, 16384),
         means="px, a multiple of the model's size",
         default="the model's",
         axis=True,
@@ -111,7 +95,7 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="max_sequence_length",
-        takes=_int(1, 512),
+        takes=integer(1, 512),
         means="T5 tokens",
         default="the model's",
         axis=True,
@@ -148,14 +132,14 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="output_quality",
-        takes=_int(0, 100),
+        takes=integer(0, 100),
         means="of jpg and webp; png has none",
         default="90",
         axis=True,
     ),
     Field(
         name="threads",
-        takes=_int(1, 1024),
+        takes=integer(1, 1024),
         means="CPU threads of the worker",
         default="all cores",
         axis=True,
@@ -170,27 +154,27 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="batch_size",
-        takes=_int(1, 1024),
+        takes=integer(1, 1024),
         means="images made together; latency is that of batch 1, throughput that of each size",
         default="1",
         axis=True,
     ),
     Field(
         name="timed_limit",
-        takes=_int(0, 1_000_000),
+        takes=integer(0, 1_000_000),
         means="with batch_size > 1: prompts that run once more at batch 1, for latencies",
         default="4",
         nullable=True,
     ),
     Field(
         name="order_seed",
-        takes=_int(0, 2**32 - 1),
+        takes=integer(0, 2**32 - 1),
         means="seed of the order in which trials run",
         default="0",
     ),
     Field(
         name="starts",
-        takes=_int(1, 100),
+        takes=integer(1, 100),
         means="worker processes that share the trials, one after the other",
         default="1",
     ),
@@ -210,7 +194,7 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="max_failures",
-        takes=_int(1, 1_000_000),
+        takes=integer(1, 1_000_000),
         means="worker deaths of one backend after which its remaining trials are skipped",
         default="3",
     ),
@@ -255,14 +239,14 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="prompts.limit",
-        takes=_int(1, math.inf),
+        takes=integer(1, math.inf),
         means="the first so many prompts",
         default="the set's",
         nullable=True,
     ),
     Field(
         name="prompts.seed",
-        takes=_int(0, 2**32 - 1),
+        takes=integer(0, 2**32 - 1),
         means="seed of a generated set",
         default="0",
     ),
@@ -297,7 +281,7 @@ _FIELDS: Iterable[Field] = (
     ),
     Field(
         name="model.layers",
-        takes=_int(1, 1000),
+        takes=integer(1, 1000),
         means="with random weights: this many transformer blocks of true width",
         default="the model's",
         nullable=True,
@@ -315,6 +299,7 @@ _FIELDS: Iterable[Field] = (
         default="none",
         nullable=True,
     ),
+    *REMOTE_FIELDS,
     Field(
         name="model.target_latency_s",
         takes=Number(kind=float, low=0, high=1e6, above=True),

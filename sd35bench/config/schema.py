@@ -19,6 +19,7 @@ __all__ = [
     "BackendConf",
     "ModelConf",
     "PromptsConf",
+    "RemoteConf",
     "RunConf",
     "register",
 ]
@@ -40,7 +41,8 @@ class ModelConf:
 
     `gated` models need an accepted licence. `samplers` are those that its scheduler allows, its
     default first. No preset in `skip_layer_guidance` means that no layers can be left out.
-    `hosted_only` says why a model has no local pipeline. `text_encoders` acts with
+    `hosted_only` says why a model has no local pipeline; `hosted` is what each provider calls it.
+    `text_encoders` acts with
     `weights=random` only: a checkpoint has its own.
     """
 
@@ -56,6 +58,7 @@ class ModelConf:
     text_encoders: bool = False
     components: str | None = None
     hosted_only: str | None = None
+    hosted: dict[str, str] = field(default_factory=dict)
     size_multiple: int = MISSING
     max_side_px: int = MISSING
     width: int = MISSING
@@ -120,6 +123,30 @@ class PromptsConf:
 
 
 @dataclass
+class RemoteConf:
+    """How hosted services are called, and what that may cost; backends that run here ignore it.
+
+    `base_url`, `slug` and `usd_per_image` None mean the provider's own; at a loopback address the
+    price is 0 and the slug the model's name. The key itself is never in here.
+    """
+
+    base_url: str | None = None
+    slug: str | None = None
+    key_file: str | None = None
+    auth: str = "x-api-key"
+    allow_loopback: bool = False
+    concurrency: int = 10
+    requests_per_minute: int = 60
+    timeout_s: float = 300.0
+    max_cost_usd: float | None = None
+    confirm_above_usd: float = 1.0
+    usd_per_image: float | None = None
+    on_ambiguous: str = "keep"
+    init_image_url: str | None = None
+    expected_latency_s: float | None = None
+
+
+@dataclass
 class AxesConf:
     """Values to sweep; an empty list is no axis."""
 
@@ -152,6 +179,7 @@ class RunConf:
     backend: BackendConf = MISSING
     prompts: PromptsConf = MISSING
     axes: AxesConf = field(default_factory=AxesConf)
+    remote: RemoteConf = field(default_factory=RemoteConf)
     study: str = "default"
     results_dir: str = "results"
     steps: int | None = None

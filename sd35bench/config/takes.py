@@ -7,7 +7,7 @@ from typing import Any
 
 from sd35bench.types import Scalar
 
-__all__ = ["Choice", "Number", "Switch", "Text"]
+__all__ = ["Choice", "Field", "Number", "Switch", "Text", "integer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,3 +89,20 @@ class Switch:
     def check(self, value: Any) -> Scalar | None:
         """Return the value, or None if it is not allowed."""
         return value if isinstance(value, bool) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """An override name: what it takes, what it means, its default in words."""
+
+    name: str
+    takes: Number | Choice | Switch | Text
+    means: str
+    default: str
+    axis: bool = False
+    nullable: bool = False
+
+
+def integer(low: float, high: float) -> Number:
+    """What takes an integer from `low` to `high`."""
+    return Number(kind=int, low=low, high=high)

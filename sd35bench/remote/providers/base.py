@@ -1,0 +1,147 @@
+"""What a provider is: pure translation between our requests and one service's wire."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from sd35bench.remote.settings import RemoteSettings
+from sd35bench.types import Request
+
+__all__ = ["Call", "Phase", "Prediction", "Provider", "Upload"]
+
+
+class Phase(StrEnum):
+    """Where a prediction stands, whatever the service calls it."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will change."""
+        return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One HTTP request to the service; `path` begins with a slash and follows the base URL."""
+
+    method: str
+    path: str
+    json: Any = None
+    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a service says of a prediction; ``None`` is what it did not say.
+
+    `outputs` are URLs of images. `queue_s` is only set where the service tells when it started.
+    `input` is what it was created with, `created_at` (aware) when.
+    """
+
+    id: str
+    phase: Phase
+    outputs: tuple[str, ...] = ()
+    error: str | None = None
+    predict_s: float | None = None
+    queue_s: float | None = None
+    cost_usd: float | None = None
+    input: Mapping[str, Any] | None = None
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """Where an init image's bytes are to be PUT, and the URL that the model then gets."""
+
+    put_url: str
+    public_url: str
+    headers: Mapping[str, str]
+
+
+class Provider(ABC):
+    """One service's dialect.
+
+    `read_*` take a decoded JSON body of any shape and raise RemoteError, never anything else,
+    where it cannot be what the protocol promises. `output_hosts` are the hosts, besides the base
+    URL's own when that is not the service's, that images may be fetched from (a leading dot takes
+    subdomains). `unsent` names the fields of `Request` that the protocol cannot carry.
+    """
+
+    name: ClassVar[str]
+    base_url: ClassVar[str]
+    key_variable: ClassVar[str]
+    output_hosts: ClassVar[tuple[str, ...]]
+    unsent: ClassVar[tuple[str, ...]]
+
+    def __init__(self, settings: RemoteSettings) -> None:
+        """Keep the settings; the key comes with each call."""
+        self.settings = settings
+
+    @abstractmethod
+    def headers(self, key: str) -> dict[str, str]:
+        """The headers that carry the key."""
+
+    @abstractmethod
+    def refusal(self, request: Request) -> str | None:
+        """Say why the service cannot make this request, or nothing where it can."""
+
+    @abstractmethod
+    def input(self, request: Request, image_url: str | None) -> dict[str, Any]:
+        """Every parameter, spelled out; never left to the service's defaults."""
+
+    @abstractmethod
+    def create(self, inputs: Mapping[str, Any]) -> Call:
+        """Ask for a prediction."""
+
+    @abstractmethod
+    def read_created(self, body: Any) -> Prediction:
+        """Read a create's answer: an id, and a phase that is at least WAITING."""
+
+    @abstractmethod
+    def poll(self, prediction_id: str) -> Call:
+        """Ask how a prediction stands."""
+
+    @abstractmethod
+    def read_prediction(self, body: Any) -> Prediction:
+        """Read a poll's answer."""
+
+    @abstractmethod
+    def listing(self, since: datetime, until: datetime, offset: int) -> Call:
+        """Ask for predictions created in a time window, up to 100 from `offset`."""
+
+    @abstractmethod
+    def read_listing(self, body: Any) -> tuple[list[Prediction], bool]:
+        """Read a listing; the second item says whether another page follows.
+
+        A listed prediction without `input` has to be polled to be recognised.
+        """
+
+    @abstractmethod
+    def presign(self, content_type: str) -> Call | None:
+        """Ask where to upload an init image; ``None`` where the service has no such route."""
+
+    @abstractmethod
+    def read_presigned(self, body: Any) -> Upload:
+        """Read a presign's answer."""
+
+    def same_input(self, listed: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
+        """Whether a listed prediction was created with what was sent; numbers may come as text."""
+        return all(name in listed and _text(listed[name]) == _text(sent[name]) for name in sent)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    try:
+        return f"{float(value):.12g}"
+    except (TypeError, ValueError):
+        return str(value)

@@ -1,0 +1,37 @@
+"""How one run calls a hosted service: frozen, validated, without the key."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["RemoteSettings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteSettings:
+    """What the client needs beyond the plan; made by `sd35bench.config`.
+
+    `base_url` has no trailing slash, no credentials and no query. `slug` is the model's name at
+    the service. `aspect_ratios` maps (width, height) in px to the protocol's word for it.
+    `usd_per_image` is the price that budgets count with where the service names none.
+    `expected_latency_s` is when a prediction is first asked after, until some have been seen.
+    `single_stream` is how many trials of each setting run alone, for latencies, before the rest
+    runs at `concurrency`.
+    """
+
+    provider: str
+    base_url: str
+    slug: str
+    key_file: str | None = None
+    auth: str = "x-api-key"
+    allow_loopback: bool = False
+    concurrency: int = 10
+    requests_per_minute: int = 60
+    timeout_s: float = 300.0
+    max_cost_usd: float | None = None
+    confirm_above_usd: float = 1.0
+    usd_per_image: float = 0.0
+    on_ambiguous: str = "keep"
+    init_image_url: str | None = None
+    expected_latency_s: float = 8.0
+    single_stream: int = 4
+    aspect_ratios: Mapping[tuple[int, int], str] = field(default_factory=dict)

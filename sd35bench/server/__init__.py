@@ -1,0 +1,1 @@
+"""The hosted prediction protocol, served over one local backend."""
