@@ -16,6 +16,8 @@ from typing import Any
 from sd35bench.errors import StoreError
 from sd35bench.evaluations import evaluations, skip_layer_evaluations
 from sd35bench.plan import Plan
+from sd35bench.remote.ledger import Ledger
+from sd35bench.remote.providers import PROVIDERS
 from sd35bench.run import shares
 from sd35bench.store import Study
 from sd35bench.types import Record, Request, Session, Status, Trial, content_hash, to_json
@@ -31,7 +33,9 @@ RGB_BYTES = 3
 class Estimate:
     """Counts and costs of what is planned; `seconds` is None where nothing is known.
 
-    Time, disk and money are of the trials that are still to do.
+    Time, disk and money are of the trials that are still to do. Money is not asked for again where
+    a hosted service was already asked, `created`: those are only fetched. `spent_usd` is what the
+    study has cost so far.
     """
 
     trials: int
@@ -42,6 +46,8 @@ class Estimate:
     disk_bytes: int
     usd: float
     notes: tuple[str, ...]
+    created: int = 0
+    spent_usd: float = 0.0
 
     @property
     def to_do(self) -> int:
@@ -61,16 +67,28 @@ class Estimate:
             "estimated_s": self.seconds,
             "disk_bytes": self.disk_bytes,
             "usd": self.usd,
+            "spent_usd": self.spent_usd,
+            "created": self.created,
             "notes": list(self.notes),
         }
 
 
 def estimate(
-    plans: Sequence[tuple[Plan, float]], results_dir: Path, study_name: str, starts: int = 1
+    plans: Sequence[tuple[Plan, float]],
+    results_dir: Path,
+    study_name: str,
+    starts: int = 1,
+    resubmit: bool = False,
 ) -> Estimate:
-    """Estimate `plans`, each with its price in USD per image, run by `starts` processes each."""
+    """Estimate `plans`, each with its price in USD per image, run by `starts` processes each.
+
+    `resubmit`: what a hosted service may or may not have made would be asked for, and paid, again.
+    """
     studies = list(_studies(results_dir))
     done_keys = {k for s in studies if s.name == study_name for k in s.done_keys()}
+    ledger = Ledger(results_dir / study_name, None)
+    created = {i.trial for i in ledger.open_intents() if i.prediction is not None or not resubmit}
+    created -= done_keys
     trials = [t for plan, _ in plans for t in plan.trials]
     disk = usd = 0.0
     seconds: float | None = 0.0
@@ -84,12 +102,12 @@ def estimate(
             any(t.key in keys for batch in share for t in batch.trials)
             for share in shares(plan.batches, starts)
         )
-        loads += started
+        loads += 0 if plan.load.backend.kind in PROVIDERS else started
         seen = _Seen(plan, studies)
         spent_s = seen.seconds(missing, started)
         seconds = None if seconds is None or spent_s is None else seconds + spent_s
         disk += sum(seen.image_bytes(t.request) + RECORD_BYTES for t in missing)
-        usd += price * len(missing)
+        usd += price * len(keys - created)
     return Estimate(
         trials=len(trials),
         done=sum(t.key in done_keys for t in trials),
@@ -99,6 +117,8 @@ def estimate(
         disk_bytes=round(disk),
         usd=usd,
         notes=tuple(dict.fromkeys(n for plan, _ in plans for n in plan.notes)),
+        created=len(created & {t.key for t in trials}),
+        spent_usd=ledger.spent_usd,
     )
 
 

@@ -184,8 +184,14 @@ def environment(threads: int | None = None) -> dict[str, Scalar]:
 
 
 def environment_id(env: dict[str, Scalar]) -> str:
-    """Hash what makes figures comparable (`COMPARABLE`); 16 hex digits, no time in it."""
-    return content_hash({key: env.get(key) for key in COMPARABLE})[:16]
+    """Hash what makes figures comparable (`COMPARABLE`); 16 hex digits, no time in it.
+
+    A hosted `service`'s figures are unlike this machine's; local environments have no such entry.
+    """
+    comparable = {key: env.get(key) for key in COMPARABLE}
+    if "service" in env:
+        comparable["service"] = env["service"]
+    return content_hash(comparable)[:16]
 
 
 def _version(distribution: str) -> str | None:

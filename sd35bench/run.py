@@ -39,7 +39,8 @@ class RunSummary:
 
     `wall_s` counts from the end of loading and warm-up to the last record. `measured_s` is the
     part of it spent in generation and image encoding; the rest is the harness's overhead.
-    `errors` counts failed trials by message, `statuses` by status.
+    `errors` counts failed trials by message, `statuses` by status. Of hosted services: `cost_usd`
+    was spent by this run, `ambiguous` trials may have been, and `paused` says why it ended early.
     """
 
     planned: int
@@ -53,6 +54,9 @@ class RunSummary:
     measured_s: float = 0.0
     errors: dict[str, int] = field(default_factory=dict)
     statuses: dict[str, int] = field(default_factory=dict)
+    cost_usd: float | None = None
+    ambiguous: int = 0
+    paused: str | None = None
 
     @property
     def overhead_frac(self) -> float | None:

@@ -268,12 +268,13 @@ class RemoteCall:
     `in_flight` is the most predictions that this run had open while this one was, itself
     included: at 1 the latency is single-stream. `resumed`: found again after a crash or a lost
     answer, so that its times are not measurements. `cost_reported` says whether `cost_usd` came
-    from the service or is the listed price; `unsent` names the request's fields that the protocol
-    cannot carry; `attempts` counts creates, those refused with 429 included.
+    from the service or is the listed price; `prediction_id` is ``None`` where none was made known.
+    `unsent` names the request's fields that the protocol cannot carry; `attempts` counts creates,
+    those refused with 429 included.
     """
 
     provider: str
-    prediction_id: str
+    prediction_id: str | None
     request_id: str | None
     in_flight: int
     attempts: int

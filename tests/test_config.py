@@ -80,9 +80,10 @@ def test_every_experiment_plans(name):
 @pytest.mark.parametrize("name", choices("backend"))
 def test_every_backend_yaml_has_checked_options_and_a_registered_kind(name):
     from sd35bench.backends.base import KINDS
+    from sd35bench.remote.providers import PROVIDERS
 
     backend = compose([f"backend={name}"]).backend
-    assert backend.kind in KINDS
+    assert (backend.kind in KINDS) != (backend.kind in PROVIDERS)
     assert set(checked_options("backend", backend.options, backend.allowed)) == set(backend.allowed)
 
 
@@ -362,7 +363,7 @@ def test_metric_options_are_checked():
     assert found == {"fid": {"reference": "stats.npz"}}
     for text, message in (
         ("metric.fid.referenc=x", "did you mean reference"),
-        ("metric.kid.x=1", "expected metric.NAME"),
+        ("metric.beauty.x=1", "expected metric.NAME"),
         ("metric.fid.reference=3", "of type text"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -16,6 +16,8 @@ from sd35bench.config import choices
 from sd35bench.errors import ConfigError
 from sd35bench.types import Request, Scalar
 
+HOSTED = [("eachlabs", "EACHLABS_API_KEY"), ("replicate", "REPLICATE_API_TOKEN")]
+
 
 class Probed(Backend):
     """A backend whose probe gives what a test wants."""
@@ -80,6 +82,23 @@ def test_doctor_names_a_kind_that_nobody_registered(monkeypatch: pytest.MonkeyPa
     check = found("backend fake")
     assert check["ok"] is False
     assert "fake.yaml" in str(check["remedy"])
+
+
+@pytest.mark.parametrize(("name", "variable"), HOSTED)
+@pytest.mark.parametrize(
+    ("value", "ok"), [(None, None), ("canary-key", True), ("canary key", False)]
+)
+def test_doctor_says_where_a_hosted_backends_key_is_and_never_the_key(
+    monkeypatch: pytest.MonkeyPatch, name: str, variable: str, value: str | None, ok: bool | None
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    if value is not None:
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("socket.socket.connect", None)  # nobody is called
+    check = found(f"backend {name}")
+    assert check["ok"] is ok
+    assert variable in f"{check['detail']}{check['remedy']}"
+    assert "canary" not in str(check)
 
 
 def test_doctor_gives_the_steps_to_a_models_weights(

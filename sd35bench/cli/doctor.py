@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +21,9 @@ from rich.table import Table
 
 from sd35bench.cli.output import Answer, console
 from sd35bench.errors import ConfigError, SD35BenchError
+
+if TYPE_CHECKING:
+    from sd35bench.backends.base import Probe
 
 __all__ = ["Check", "doctor"]
 
@@ -159,11 +162,16 @@ def _backends(wanted: str) -> Iterator[Check]:
 
     from sd35bench.backends.base import Probe, backend_class
     from sd35bench.config import choices, compose
+    from sd35bench.remote.providers import PROVIDERS
 
     for name in (n for n in choices("backend") if wanted in f"backend {n}"):
         conf: Any = OmegaConf.to_container(compose([f"backend={name}"]).backend)
         try:
-            found = backend_class(conf["kind"]).probe(conf["options"])
+            found = (
+                _service(conf["kind"])
+                if conf["kind"] in PROVIDERS
+                else backend_class(conf["kind"]).probe(conf["options"])
+            )
         except ConfigError as exc:
             remedy = f"fix configs/backend/{name}.yaml"
             found = Probe(ok=False, detail=str(exc), remedy=remedy)
@@ -177,6 +185,26 @@ def _backends(wanted: str) -> Iterator[Check]:
             detail=found.detail,
             remedy=found.remedy,
         )
+
+
+def _service(name: str) -> "Probe":
+    """Say where a hosted service is and whether its key is set; nothing is sent to it."""
+    from sd35bench.backends.base import Probe
+    from sd35bench.remote.key import read_key
+    from sd35bench.remote.providers import provider_class
+
+    provider = provider_class(name)
+    where = f"{provider.base_url}, or remote.base_url"
+    if not os.environ.get(provider.key_variable, "").strip():
+        remedy = f"put its key into {provider.key_variable}, or give remote.key_file=FILE"
+        return Probe(ok=None, detail=f"{where}; no key in the environment", remedy=remedy)
+    try:
+        read_key(provider.key_variable, None)
+    except ConfigError as exc:
+        remedy = f"correct or unset {provider.key_variable}"
+        return Probe(ok=False, detail=f"{where}; {exc}", remedy=remedy)
+    detail = f"{where}; the key is in {provider.key_variable}, not tried: doctor calls nobody"
+    return Probe(ok=True, detail=detail)
 
 
 def _models(wanted: str) -> Iterator[Check]:

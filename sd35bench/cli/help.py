@@ -23,6 +23,8 @@ Examples:
       one load per backend
   sd35bench run model=sd35-medium model.path=models/sd35-medium prompts=file prompts.path=my.csv
       a real checkpoint and your own prompts
+  sd35bench run model=sd35-medium backend=eachlabs prompts.limit=20 remote.max_cost_usd=1
+      a hosted service, with a budget; the key comes from EACHLABS_API_KEY
   sd35bench run experiment=demo --dry-run
       what a stored sweep would do and take
 
@@ -37,7 +39,8 @@ Flags:
   --help           this text
 """
 TAIL = """Values with commas, colons or quotes go in quotes: 'negative_prompt="blurry, dark"'
-Exit codes: 0 done, 2 wrong input, 3 interrupted or some images failed (run again), 4 other.
+Exit codes: 0 done, 2 wrong input, 3 interrupted, paused or some images failed (run again), 4
+other.
 """
 WIDTH = 24
 COLUMNS = 98

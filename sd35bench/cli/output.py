@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sd35bench.remote.standing import Standing
 from sd35bench.types import Record, Status
 
-__all__ = ["Answer", "TrialProgress", "console", "show_progress"]
+__all__ = ["Answer", "RemoteProgress", "TrialProgress", "console", "show_progress"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,29 @@ class TrialProgress:
         failed = f", {self._failed} failed" if self._failed else ""
         self._bar.update(
             self._task, completed=done, total=total, description=f"{self._title}{failed}"
+        )
+
+
+class RemoteProgress:
+    """Draws one bar over a hosted service's trials; call it whenever something changed."""
+
+    def __init__(self, bar: Progress, title: str) -> None:
+        """`bar` is shown by the caller."""
+        self._bar = bar
+        self._task = bar.add_task(title, total=None)
+        self._title = title
+
+    def __call__(self, now: Standing) -> None:
+        """Move the bar; say what is in flight, how fast it goes and what it has cost."""
+        finished = now.done + now.failed
+        parts = [self._title, f"{now.in_flight} in flight"]
+        if finished and now.minutes > 0:
+            parts.append(f"{finished / now.minutes:.1f}/min")
+        parts.append(f"{now.cost_usd:.2f} USD")
+        if now.failed:
+            parts.append(f"{now.failed} failed")
+        self._bar.update(
+            self._task, completed=finished, total=now.total, description=", ".join(parts)
         )
 
 

@@ -13,14 +13,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sd35bench.cli.help import run_help
-from sd35bench.cli.output import Answer, TrialProgress, console, show_progress
+from sd35bench.cli.output import Answer, RemoteProgress, TrialProgress, console, show_progress
 from sd35bench.config import Job, check_overrides, freeze
 from sd35bench.config.fields import nearest
 from sd35bench.config.overrides import expand_short_names
 from sd35bench.errors import ConfigError, SD35BenchError
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
+from sd35bench.remote.settings import RemoteSettings
 from sd35bench.run import shares
+from sd35bench.store import Study
 from sd35bench.sweeper import sweep
 
 __all__ = ["RunTask", "run"]
@@ -50,39 +52,70 @@ class Flags:
 class RunTask:
     """The task that Hydra's launcher calls once per load; can be sent to another process."""
 
-    def __init__(self, dry_run: bool) -> None:
-        """With `dry_run` the jobs are prepared and not launched."""
-        self.dry_run = dry_run
+    def __init__(self, dry_run: bool, yes: bool = False) -> None:
+        """With `dry_run` the jobs are prepared and not launched; `yes` agrees to their bill."""
+        self.dry_run, self.yes = dry_run, yes
         self.prepared: list[tuple[Job, Plan]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to another process: not the plans, each job makes its own again."""
-        return {"dry_run": self.dry_run, "prepared": []}
+        return {"dry_run": self.dry_run, "yes": self.yes, "prepared": []}
 
     def prepare(self, configs: Sequence[DictConfig]) -> bool:
         """Validate and plan every job before the first is launched; True ends it there."""
         for config in configs:
             job = freeze(config)
             self.prepared.append((job, expand(job.sweep)))
+        self._prepare_remote()
         return self.dry_run
+
+    def _prepare_remote(self) -> None:
+        """Refuse what hosted services cannot do, and a bill that nobody agreed to.
+
+        Raises: ConfigError.
+        """
+        hosted = [(job, plan) for job, plan in self.prepared if job.remote is not None]
+        if not hosted:
+            return
+        from sd35bench.remote.drive import prepare_remote
+
+        for job, plan in hosted:
+            assert job.remote is not None
+            prepare_remote(plan, job.remote, key=not self.dry_run)
+        limit = min(job.remote.confirm_above_usd for job, _ in hosted if job.remote is not None)
+        bill = 0.0 if self.dry_run or self.yes else _estimate(hosted).usd
+        if bill > limit:
+            raise ConfigError(
+                f"remote.confirm_above_usd={limit:g}: this would cost up to {bill:.2f} USD; add"
+                " --yes to agree, or see --dry-run"
+            )
 
     def __call__(self, config: DictConfig) -> dict[str, Any] | SD35BenchError:
         """Run one job; our own errors are returned, so that the other jobs still run."""
         from sd35bench.machine import measure_once
         from sd35bench.run import run_plan
-        from sd35bench.store import Study
 
         try:
             job = freeze(config)
             plan = expand(job.sweep)
             study = Study.open(job.results_dir, job.study, create=True)
+            title = f"{plan.load.model.name} on {plan.load.backend.name}"
+            if job.remote is not None:
+                return _run_remote(plan, study, job.remote, title)
             measure_once(study, plan.load)
             with show_progress() as bar:
-                title = f"{plan.load.model.name} on {plan.load.backend.name}"
                 summary = run_plan(plan, study, TrialProgress(bar, title), job.limits)
         except SD35BenchError as exc:
             return exc
         return dataclasses.asdict(summary)
+
+
+def _run_remote(plan: Plan, study: Study, remote: RemoteSettings, title: str) -> dict[str, Any]:
+    from sd35bench.remote.drive import run_remote
+
+    with show_progress() as bar:
+        summary = run_remote(plan, study, remote, RemoteProgress(bar, title))
+    return dataclasses.asdict(summary)
 
 
 def run(arguments: list[str], as_json: bool) -> Answer:
@@ -95,19 +128,14 @@ def run(arguments: list[str], as_json: bool) -> Answer:
         console().print(run_help(flags.config_dir), markup=False, soft_wrap=True)
         return Answer()
     check_overrides(overrides, flags.multirun, flags.config_dir)
-    task = RunTask(flags.dry_run)
+    task = RunTask(flags.dry_run, flags.yes)
     results = sweep(task, expand_short_names(overrides), flags.config_dir)
     job, _ = task.prepared[0]
     out = console(as_json)
     for note in _notes(task.prepared):
         out.print(f"note: {note}", markup=False, soft_wrap=True)
     if flags.dry_run:
-        found = estimate(
-            [(plan, job.usd_per_image) for job, plan in task.prepared],
-            job.results_dir,
-            job.study,
-            job.limits.starts,
-        )
+        found = _estimate(task.prepared)
         _print_estimate(out, job, found)
         return Answer(document=found.document(job.study))
     for result in results:
@@ -115,7 +143,21 @@ def run(arguments: list[str], as_json: bool) -> Answer:
             raise result
     document = _document(job, results)
     _print_summary(out, document)
-    return Answer(document=document, exit_code=RESUMABLE if document["failed"] else 0)
+    incomplete = document["failed"] or document["paused"] is not None
+    return Answer(document=document, exit_code=RESUMABLE if incomplete else 0)
+
+
+def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> Estimate:
+    """What is still to do and what it takes; hosted jobs that plan the same trials count once."""
+    plans: dict[str, tuple[Plan, float]] = {}
+    for number, (job, plan) in enumerate(prepared):
+        name = f"{number}" if job.remote is None else plan.load.key
+        plans[name] = (plan, job.usd_per_image)
+    job, _ = prepared[0]
+    again = any(j.remote is not None and j.remote.on_ambiguous == "resubmit" for j, _ in prepared)
+    return estimate(
+        list(plans.values()), job.results_dir, job.study, job.limits.starts, resubmit=again
+    )
 
 
 def _split(arguments: Sequence[str]) -> tuple[Flags, list[str]]:
@@ -175,6 +217,9 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "overhead_frac": max(0.0, 1 - measured_s / wall_s) if done and wall_s else None,
         "errors": dict(errors),
         "statuses": dict(statuses),
+        "cost_usd": total("cost_usd"),
+        "ambiguous": total("ambiguous"),
+        "paused": next((r["paused"] for r in results if r["paused"] is not None), None),
         "paths": {"study": str(path), "images": str(path / "images")},
     }
 
@@ -193,9 +238,23 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
         out.print(f"failed: {', '.join(counts)}", markup=False)
     for text, count in list(document["errors"].items())[:5]:
         out.print(f"failed {count} times: {text}", markup=False, soft_wrap=True)
+    if document["cost_usd"] is not None:
+        out.print(f"cost: {document['cost_usd']:.4g} USD")
+    if document["paused"] is not None:
+        out.print(document["paused"], markup=False, soft_wrap=True)
     if document["failed"]:
         out.print("the same command tries the failed ones again")
     out.print(f"next: sd35bench show {name}", markup=False)
+
+
+def _already(found: Estimate) -> str:
+    """What was spent and asked for before, where a hosted service was."""
+    if not found.created and not found.spent_usd:
+        return ""
+    return (
+        f", after {found.spent_usd:.2f} so far; {found.created} images were asked for before and"
+        " cost nothing more"
+    )
 
 
 def _print_estimate(out: Any, job: Job, found: Estimate) -> None:
@@ -208,7 +267,7 @@ def _print_estimate(out: Any, job: Job, found: Estimate) -> None:
         f"{found.settings} settings, {found.loads} loads",
         f"time: {time_text}",
         f"disk: about {found.disk_bytes / 1e6:.1f} MB",
-        f"money: {found.usd:.2f} USD",
+        f"money: {found.usd:.2f} USD{_already(found)}",
         "nothing was written or loaded",
     )
     for line in lines:

@@ -162,7 +162,8 @@ _FIELDS: Iterable[Field] = (
     Field(
         name="timed_limit",
         takes=integer(0, 1_000_000),
-        means="with batch_size > 1: prompts that run once more at batch 1, for latencies",
+        means="for latencies: with batch_size > 1, prompts that run once more at batch 1; with a"
+        " hosted backend, images of each setting that run alone",
         default="4",
         nullable=True,
     ),

@@ -24,7 +24,9 @@ __all__ = ["NO_WEIGHTS", "model_notes", "model_spec", "refuse_hosted_only"]
 
 NO_WEIGHTS = "none"
 """The digest of what a backend holds that reads no weights."""
-ONLY_ELSEWHERE = "backend=eachlabs, which would call it, is not part of this version yet"
+NOT_CALLED = (
+    "backend=eachlabs cannot call it either, as it takes other inputs than Stable Diffusion 3.5"
+)
 
 
 def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
@@ -66,7 +68,7 @@ def refuse_hosted_only(model: ModelConf | DictConfig) -> None:
     Raises: ConfigError saying why.
     """
     if model.hosted_only is not None:
-        raise ConfigError(f"model={model.name}: {model.hosted_only}; {ONLY_ELSEWHERE}")
+        raise ConfigError(f"model={model.name}: {model.hosted_only}; {NOT_CALLED}")
 
 
 def model_notes(model: ModelConf, needs_weights: bool) -> tuple[str, ...]:

@@ -115,14 +115,18 @@ class Provider(ABC):
         """Read a poll's answer."""
 
     @abstractmethod
-    def listing(self, since: datetime, until: datetime, offset: int) -> Call:
-        """Ask for predictions created in a time window, up to 100 from `offset`."""
+    def listing(self, since: datetime, until: datetime, page: str | None) -> Call:
+        """Ask for predictions created in a time window, up to 100; `page` is None for the first.
+
+        A service that cannot be asked for a window lists all, the latest first.
+        """
 
     @abstractmethod
-    def read_listing(self, body: Any) -> tuple[list[Prediction], bool]:
-        """Read a listing; the second item says whether another page follows.
+    def read_listing(self, body: Any) -> tuple[list[Prediction], str | None]:
+        """Read a listing; the second item is the next page's `page`, ``None`` after the last.
 
-        A listed prediction without `input` has to be polled to be recognised.
+        A listed prediction without `input` has to be polled to be recognised. A service can name
+        the same page again and again: who asks stops at one that was seen.
         """
 
     @abstractmethod
@@ -132,6 +136,10 @@ class Provider(ABC):
     @abstractmethod
     def read_presigned(self, body: Any) -> Upload:
         """Read a presign's answer."""
+
+    def reset_s(self, reason: str) -> float | None:
+        """Seconds until a rate limit resets, where only the text of a 429 says so."""
+        return None
 
     def same_input(self, listed: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
         """Whether a listed prediction was created with what was sent; numbers may come as text."""

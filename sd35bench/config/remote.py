@@ -1,0 +1,190 @@
+"""How a hosted backend is called: `remote.` and the model's hosted name, checked and frozen.
+
+Where images cost money nothing is guessed: a base URL that is not the provider's own needs a price
+and the model's name there, unless it is on this machine, where they are 0 and the model's own name.
+"""
+
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+from sd35bench.config.schema import ModelConf, RunConf
+from sd35bench.errors import ConfigError
+from sd35bench.remote.providers import PROVIDERS, provider_class
+from sd35bench.remote.settings import RemoteSettings
+from sd35bench.types import Scalar
+
+__all__ = ["THREADS", "is_hosted", "remote_notes", "remote_options", "remote_settings"]
+
+LATENCY_ELSEWHERE_S = 8.0
+"""What the hosted service's page says an image takes."""
+LATENCY_HERE_S = 0.1
+THREADS = 1
+"""What a hosted trial's identity says: this machine's threads make none of it."""
+
+
+def is_hosted(conf: RunConf) -> bool:
+    """Whether a hosted service makes the images."""
+    return conf.backend.kind in PROVIDERS
+
+
+def remote_settings(
+    conf: RunConf,
+    sizes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int],
+    single_stream: int,
+) -> RemoteSettings | None:
+    """Check everything that a hosted backend needs; None for one that runs here.
+
+    Raises: ConfigError, one line, naming field, value and remedy.
+    """
+    if not is_hosted(conf):
+        return None
+    remote, provider = conf.remote, conf.backend.kind
+    base_url, here = _base_url(conf)
+    own = base_url == provider_class(provider).base_url
+    if any(size != 1 for size in batch_sizes):
+        raise ConfigError(
+            f"batch_size={max(batch_sizes)}: backend={conf.backend.name} makes one image a request;"
+            " leave batch_size out (remote.concurrency says how many run side by side)"
+        )
+    latency_s = remote.expected_latency_s
+    if latency_s is None:
+        guess_s = LATENCY_HERE_S if here else LATENCY_ELSEWHERE_S
+        target_s = conf.model.target_latency_s
+        latency_s = guess_s if target_s is None else target_s
+    return RemoteSettings(
+        provider=provider,
+        base_url=base_url,
+        slug=_slug(conf, own, here),
+        key_file=remote.key_file,
+        auth=remote.auth,
+        allow_loopback=remote.allow_loopback,
+        concurrency=remote.concurrency,
+        requests_per_minute=remote.requests_per_minute,
+        timeout_s=remote.timeout_s,
+        max_cost_usd=remote.max_cost_usd,
+        confirm_above_usd=remote.confirm_above_usd,
+        usd_per_image=_price(conf, own, here),
+        on_ambiguous=remote.on_ambiguous,
+        init_image_url=_init_image_url(conf),
+        expected_latency_s=latency_s,
+        single_stream=single_stream,
+        aspect_ratios=_ratios(conf.model, conf.backend.name, sizes),
+    )
+
+
+def remote_options(settings: RemoteSettings) -> dict[str, Scalar]:
+    """What makes a service another backend: its place, and the model's name there."""
+    return {"base_url": settings.base_url, "slug": settings.slug}
+
+
+def remote_notes(conf: RunConf) -> tuple[str, ...]:
+    """Say in plain words what acts on this machine only, and was asked for in vain."""
+    asked = {
+        "threads": conf.threads is not None,
+        "starts": conf.starts != 1,
+        "keep_latents": conf.keep_latents,
+        "deadline_s": conf.deadline_s is not None,
+        "memory_limit_gb": conf.memory_limit_gb is not None,
+    }
+    why = f"backend={conf.backend.name} makes its images elsewhere"
+    return tuple(f"{name} has no effect: {why}" for name, is_set in asked.items() if is_set)
+
+
+def _base_url(conf: RunConf) -> tuple[str, bool]:
+    """The base URL without a trailing slash, and whether it is on this machine."""
+    given = conf.remote.base_url
+    if given is None:
+        return provider_class(conf.backend.kind).base_url, False
+    where = f"remote.base_url={_shown(given)}"
+    try:
+        parts = urlsplit(given)
+        host, _ = parts.hostname, parts.port
+    except ValueError as exc:
+        raise ConfigError(f"{where}: is no URL ({exc})") from exc
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"{where}: holds a user or a password; keys go into an environment variable or a file"
+        )
+    if parts.scheme not in ("https", "http") or not host:
+        raise ConfigError(f"{where}: must be https://HOST, or http://127.0.0.1:PORT")
+    if parts.query or parts.fragment or "?" in given or "#" in given:
+        raise ConfigError(f"{where}: leave out what follows the path (? or #)")
+    if re.search(r"\s|\\", given):
+        raise ConfigError(f"{where}: holds a space or a backslash")
+    here = _is_loopback(host)
+    if here and not conf.remote.allow_loopback:
+        raise ConfigError(f"{where}: is on this machine; add remote.allow_loopback=true")
+    if parts.scheme == "http" and not here:
+        raise ConfigError(f"{where}: the key would travel in the clear; write https://")
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}", here
+
+
+def _shown(url: str) -> str:
+    """A URL as messages may quote it: without user and password, without a query."""
+    bare = re.sub(r"//[^/?#]*@", "//…@", url, count=1)
+    return re.sub(r"[?#].*", "?…", bare, flags=re.DOTALL)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _slug(conf: RunConf, own: bool, here: bool) -> str:
+    provider = conf.backend.kind
+    if conf.remote.slug is not None:
+        return conf.remote.slug
+    if here:
+        return conf.model.name
+    if provider in conf.model.hosted:
+        return conf.model.hosted[provider]
+    place = f"{provider} has no known name for it" if own else "its name there is not known"
+    raise ConfigError(
+        f"model={conf.model.name}: {place}; take model=sd35-medium, give remote.slug=NAME, or serve"
+        " it on this machine (sd35bench serve) and give remote.base_url"
+    )
+
+
+def _price(conf: RunConf, own: bool, here: bool) -> float:
+    if conf.remote.usd_per_image is not None:
+        return conf.remote.usd_per_image
+    if own:
+        return conf.backend.usd_per_image
+    if here:
+        return 0.0
+    raise ConfigError(
+        "remote.usd_per_image: what an image costs at this remote.base_url is not known, and"
+        " budgets count with it; give it (0 where it is free)"
+    )
+
+
+def _init_image_url(conf: RunConf) -> str | None:
+    url = conf.remote.init_image_url
+    if url is None:
+        return None
+    where = f"remote.init_image_url={_shown(url)}"
+    if urlsplit(url).scheme not in ("https", "http"):
+        raise ConfigError(f"{where}: must be a URL that the service can fetch (https://…)")
+    return url
+
+
+def _ratios(
+    model: ModelConf, backend: str, sizes: Sequence[tuple[int, int]]
+) -> Mapping[tuple[int, int], str]:
+    """(width, height) → the protocol's word, for all that the model knows."""
+    known = {(side[0], side[1]): ratio for ratio, side in reversed(model.aspect_ratios.items())}
+    for size in sizes:
+        if size not in known:
+            said = ", ".join(f"{r} ({w}x{h})" for r, (w, h) in model.aspect_ratios.items())
+            raise ConfigError(
+                f"width={size[0]} height={size[1]}: backend={backend} knows aspect ratios only;"
+                f" give aspect_ratio=, one of {said}"
+            )
+    return known

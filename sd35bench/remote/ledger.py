@@ -1,0 +1,274 @@
+"""What was asked of a hosted service and what it may cost: on disk before it happens.
+
+    <study>/remote/<shard>.jsonl    one JSON object a line, fsync per line, never rewritten
+
+One `Intent` is one create that is about to be sent, once. Its lines:
+
+    intent     trial, input, price     before the create leaves
+    created    prediction id           before the first poll; or when the listing showed it
+    lost       why                     sent, and no answer that names a prediction
+    refused    why                     it created nothing: never left, or the service said so
+    finished   phase, cost, outputs    what the service said in the end
+
+A crash leaves an intent at one of these places, and the next run goes on from there. Every intent
+that is not proven uncharged counts at its price; a cost that the service reports replaces it.
+Each run writes a file of its own; spending is summed over all files of the study, under a lock
+where a budget depends on it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sd35bench.disk import disk_errors, open_lock
+from sd35bench.errors import Paused, StoreError
+
+__all__ = ["Intent", "Ledger", "ledger_folder"]
+
+ROUNDING_USD = 1e-9
+"""Sums of prices are off by rounding; a budget is not passed by that."""
+
+
+def ledger_folder(study: Path) -> Path:
+    """Where a study keeps its ledgers."""
+    return study / "remote"
+
+
+@dataclass(slots=True, kw_only=True)
+class Intent:
+    """One create, from before it was sent to its end.
+
+    `at` is when it was about to be sent (aware, UTC). `phase` is the service's last word, and
+    `outputs` the URLs that came with it. `why` says why it was lost or refused.
+    """
+
+    id: str
+    trial: str
+    input: dict[str, Any]
+    price_usd: float
+    at: datetime
+    prediction: str | None = None
+    lost: bool = False
+    refused: bool = False
+    phase: str | None = None
+    outputs: tuple[str, ...] = ()
+    cost_usd: float | None = None
+    why: str | None = None
+
+    @property
+    def charge_usd(self) -> float:
+        """What it has to be counted with."""
+        if self.refused:
+            return 0.0
+        return self.price_usd if self.cost_usd is None else self.cost_usd
+
+    @property
+    def may_exist(self) -> bool:
+        """Whether the service may know it: creating again could pay twice."""
+        return not self.refused and self.phase not in ("failed", "cancelled")
+
+
+class Ledger:
+    """All ledgers of a study read, one of them written.
+
+    Other processes may append to theirs meanwhile; `catch_up` reads what they added.
+    """
+
+    def __init__(self, study: Path, shard: str | None) -> None:
+        """Read everything; without `shard` nothing can be written.
+
+        Raises: StoreError for a line that is not JSON and not the last.
+        """
+        self.folder = ledger_folder(study)
+        self._shard = shard
+        self._handle: int | None = None
+        self._read: dict[Path, int] = {}
+        self._intents: dict[str, Intent] = {}
+        self._by_trial: dict[str, Intent] = {}
+        self._by_prediction: dict[str, Intent] = {}
+        self.catch_up()
+
+    @property
+    def spent_usd(self) -> float:
+        """Sum over all intents of the study, those in flight included."""
+        return math.fsum(intent.charge_usd for intent in self._intents.values())
+
+    def latest(self, trial: str) -> Intent | None:
+        """The trial's last intent."""
+        return self._by_trial.get(trial)
+
+    def open_intents(self) -> list[Intent]:
+        """Each trial's last intent where the service may know it: created, or lost on the way."""
+        return [intent for intent in self._by_trial.values() if intent.may_exist]
+
+    def owner(self, prediction: str) -> Intent | None:
+        """The intent that has this prediction."""
+        return self._by_prediction.get(prediction)
+
+    def intend(
+        self, trial: str, inputs: Mapping[str, Any], price_usd: float, limit_usd: float | None
+    ) -> Intent:
+        """Write down that a create is about to be sent.
+
+        Raises: Paused where its price would pass `limit_usd`; nothing is written then.
+        """
+        with self._locked():
+            if limit_usd is not None:
+                self.catch_up()
+                if self.spent_usd + price_usd > limit_usd + ROUNDING_USD:
+                    raise Paused(
+                        f"remote.max_cost_usd={limit_usd:g}: {self.spent_usd:.4g} USD are spent and"
+                        f" the next image costs {price_usd:.4g}"
+                    )
+            intent = Intent(
+                id=f"{self._shard}-{len(self._intents)}",
+                trial=trial,
+                input=dict(inputs),
+                price_usd=price_usd,
+                at=datetime.now(UTC),
+            )
+            self._append(
+                {
+                    "kind": "intent",
+                    "id": intent.id,
+                    "trial": trial,
+                    "input": intent.input,
+                    "price_usd": price_usd,
+                    "at": intent.at.isoformat(),
+                }
+            )
+        return self._intents[intent.id]
+
+    def created(self, intent: Intent, prediction: str, how: str) -> None:
+        """Write down the prediction's id; `how`: "answered" or "listed"."""
+        line = {"kind": "created", "id": intent.id, "prediction": prediction, "how": how}
+        self._append(line)
+
+    def lost(self, intent: Intent, why: str) -> None:
+        """Write down that the create was sent and its answer names no prediction."""
+        self._append({"kind": "lost", "id": intent.id, "why": why})
+
+    def refused(self, intent: Intent, why: str) -> None:
+        """Write down that the create made nothing and is not billed."""
+        self._append({"kind": "refused", "id": intent.id, "why": why})
+
+    def finished(
+        self, intent: Intent, phase: str, cost_usd: float | None, outputs: tuple[str, ...]
+    ) -> None:
+        """Write down how it ended and what the service says it cost."""
+        line = {"kind": "finished", "id": intent.id, "phase": phase}
+        self._append({**line, "cost_usd": _sum(cost_usd), "outputs": list(outputs)})
+
+    def catch_up(self) -> None:
+        """Read what has been added to any ledger since the last time."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            self._read_on(path)
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """Have a line on disk, then in memory."""
+        if self._shard is None:
+            raise ValueError("this ledger was opened to be read")
+        data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        path = self.folder / f"{self._shard}.jsonl"
+        with disk_errors(path):
+            if self._handle is None:
+                self._handle = _open_new(path)
+            _append_whole(self._handle, data, self._read.get(path, 0))
+        self._read[path] = self._read.get(path, 0) + len(data)
+        self._apply(line)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time looks at the sum and adds to it."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with open_lock(self.folder / ".lock") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def _read_on(self, path: Path) -> None:
+        start = self._read.get(path, 0)
+        with disk_errors(path), open(path, "rb") as file:
+            file.seek(start)
+            data = file.read()
+        whole, _, torn = data.rpartition(b"\n")
+        for line in whole.split(b"\n") if whole else ():
+            try:
+                self._apply(json.loads(line))
+            except (ValueError, KeyError, TypeError) as exc:
+                raise StoreError(
+                    f"{path}: a line cannot be read; restore the file: it says what was paid for"
+                ) from exc
+        self._read[path] = start + len(data) - len(torn)
+        # A last line may be whole but for its end; applying one twice changes nothing.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            self._apply(json.loads(torn))
+
+    def _apply(self, line: Mapping[str, Any]) -> None:
+        kind = line["kind"]
+        if kind == "intent":
+            intent = Intent(
+                id=line["id"],
+                trial=line["trial"],
+                input=line["input"],
+                price_usd=float(line["price_usd"]),
+                at=datetime.fromisoformat(line["at"]),
+            )
+            if intent.id not in self._intents:
+                self._intents[intent.id] = self._by_trial[intent.trial] = intent
+            return
+        intent = self._intents[line["id"]]
+        if kind == "created":
+            intent.prediction = line["prediction"]
+            self._by_prediction.setdefault(line["prediction"], intent)
+        elif kind == "finished":
+            intent.phase, intent.cost_usd = line["phase"], line["cost_usd"]
+            intent.outputs = tuple(line["outputs"])
+        elif kind in ("lost", "refused"):
+            setattr(intent, kind, True)
+            intent.why = line["why"]
+
+
+def _open_new(path: Path) -> int:
+    """Open a file of this writer's own, and have its name on disk as well."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return handle
+
+
+def _append_whole(handle: int, data: bytes, size: int) -> None:
+    """Append a line, or leave the file's `size` bytes as they were: a torn line may only be last.
+
+    Raises: OSError.
+    """
+    try:
+        if os.write(handle, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(handle)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, size)
+        raise
+
+
+def _sum(cost_usd: float | None) -> float | None:
+    """A cost that can be added up, or nothing."""
+    return cost_usd if cost_usd is not None and math.isfinite(cost_usd) and cost_usd >= 0 else None

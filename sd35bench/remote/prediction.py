@@ -1,0 +1,398 @@
+"""One prediction's life, from the intent to spend money to an image on this machine.
+
+    new ─ intent journalled ─ create sent once ┬ answered ─ id journalled ─┐
+           │  ▲                                ├ refused: 429, never left ─┤ (a new intent, later)
+           │  └──────────── wait ──────────────┘                           │
+           │                                   └ lost ─ looked for ┬ found ┤
+           │                                                       └ AMBIGUOUS, or a new create
+           │                                                               ▼
+    left by an earlier run, with or without an id ──────────────────────► polled ─ end journalled
+                                                                           │
+                              OK ◄─ format, size and content checked ◄─ downloaded
+
+The create is the only step that costs, and the only one that is never repeated blindly: a service
+without idempotency keys would make, and bill, a second image. What its answer does not prove to
+have been refused is looked for in the service's own list of predictions, by its input.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sd35bench.errors import InvalidImage, LostAnswer, Paused, RemoteError, UnsafeAddress
+from sd35bench.remote.asking import (
+    Deadline,
+    Ended,
+    Line,
+    ask,
+    despite_cancel,
+    refuse_key,
+    retry_after,
+    send,
+)
+from sd35bench.remote.download import Downloaded, download
+from sd35bench.remote.exchange import Interrupted
+from sd35bench.remote.flights import Flight
+from sd35bench.remote.images import decode_image, sniff
+from sd35bench.remote.ledger import Intent
+from sd35bench.remote.lost import find_lost
+from sd35bench.remote.poll import intervals, shortest_gap_s
+from sd35bench.remote.providers.base import Phase, Prediction
+from sd35bench.remote.transport import NotSent, Refused, Reply
+from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
+from sd35bench.worker import check_image
+
+__all__ = ["Life", "Outcome"]
+
+BAD_REQUEST = (400, 422)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a trial; `data` is the image file as it was downloaded.
+
+    `phase` is where it failed. `blames_service`: one of several in a row ends the run.
+    """
+
+    status: Status
+    call: RemoteCall
+    error: str | None = None
+    phase: str | None = None
+    data: bytes = b""
+    timings: Timings | None = None
+    blames_service: bool = False
+
+
+class Life:
+    """One trial's prediction; `run` it once."""
+
+    def __init__(
+        self,
+        line: Line,
+        trial: Trial,
+        flight: Flight,
+        image_url: Callable[[], Awaitable[str | None]],
+        hosts: tuple[str, ...],
+        setting: str,
+    ) -> None:
+        """`image_url` gives the init image's URL at the service; `hosts` may serve the output."""
+        self.line, self.trial, self.flight = line, trial, flight
+        self.image_url, self.hosts, self.setting = image_url, hosts, setting
+        self.deadline = Deadline(line.settings.timeout_s)
+        self.step = "create"
+        self.resumed = self.resubmitted = False
+        self.attempts = self.polls = 0
+        self.prediction_id: str | None = None
+        self.request_id: str | None = None
+        self.sent_at = self.answered_at = 0.0
+        self.queue_s: float | None = None
+        self.bound_s: float | None = None
+        self.ended: Prediction | None = None
+        self.download_s: float | None = None
+
+    async def run(self) -> Outcome:
+        """Live it to the end; what fails becomes an outcome.
+
+        Raises: Paused where a budget or the balance is used up, ConfigError for the key.
+        """
+        try:
+            return await self._lives()
+        except Ended as exc:
+            return self._failed(exc.status, str(exc), exc.blames_service)
+        except InvalidImage as exc:
+            return self._failed(Status.INVALID_IMAGE, str(exc))
+        except RemoteError as exc:
+            return self._failed(Status.ERROR, f"{type(exc).__name__}: {exc}")
+
+    async def _lives(self) -> Outcome:
+        """Take up what an earlier run left; make it anew only where it certainly ended."""
+        left = self.line.ledger.latest(self.trial.key)
+        if left is None or not left.may_exist:
+            return await self._image(await self._create())
+        self.resumed = True
+        try:
+            if left.prediction is None:
+                return await self._image(await self._resolve(left))
+            return await self._image(left)
+        except (Ended, InvalidImage) as exc:
+            gone = not isinstance(exc, Ended) or exc.gone
+            if not gone or not self._may_resubmit():
+                raise
+        return await self._image(await self._create())
+
+    # Create ------------------------------------------------------------------------------------
+
+    async def _create(self) -> Intent:
+        """Have the service make it; returns an intent with a prediction's id."""
+        self.step = "create"
+        inputs = self.line.provider.input(self.trial.request, await self.image_url())
+        unsent = 0
+        while True:
+            await self.line.turns.request()
+            self.deadline.start()
+            retry_after_s = None
+            try:
+                return await despite_cancel(self._send(inputs))
+            except NotSent as exc:
+                unsent += 1
+                self._check_reachable(exc, unsent)
+                problem = exc
+            except Refused as exc:
+                if exc.status != 429:
+                    self._refused(exc)
+                problem, retry_after_s = exc, retry_after(self.line, exc)
+            except LostAnswer:
+                intent = self.line.ledger.latest(self.trial.key)
+                assert intent is not None
+                return await self._resolve(intent)
+            wait_s = self.line.patience.wait_s(self.attempts - 1, retry_after_s)
+            why = f"nothing was created ({problem})"
+            await self.deadline.wait(wait_s, why)
+            await self.deadline.wait(0.0, why)  # no create once the time is up: nobody would wait
+
+    async def _send(self, inputs: dict[str, Any]) -> Intent:
+        """Send one create, once, and write down what came of it.
+
+        Raises: NotSent and Refused where nothing was created, LostAnswer where that is unknown.
+        """
+        line, settings = self.line, self.line.settings
+        # A file inside the input says nothing that the rest does not, at 256 kB a line.
+        kept = {n: v for n, v in inputs.items() if not f"{v}".startswith("data:")}
+        intent = line.ledger.intend(
+            self.trial.key, kept, settings.usd_per_image, settings.max_cost_usd
+        )
+        self.attempts += 1
+        try:
+            reply = await send(line, line.provider.create(inputs))
+            created = line.provider.read_created(reply.body)
+        except (NotSent, Refused, UnsafeAddress) as exc:
+            line.ledger.refused(intent, str(exc))
+            raise
+        except RemoteError as exc:
+            line.ledger.lost(intent, str(exc))
+            raise LostAnswer(str(exc)) from exc
+        if line.ledger.owner(created.id) is not None:
+            why = f"the service answered with prediction {created.id}, which another trial has"
+            line.ledger.lost(intent, why)
+            raise RemoteError(f"{why}: its image would be the other's")
+        line.ledger.created(intent, created.id, "answered")
+        self.sent_at, self.answered_at = reply.sent_at, reply.received_at
+        self.request_id = reply.request_id
+        return intent
+
+    def _check_reachable(self, exc: NotSent, unsent: int) -> None:
+        if unsent < self.line.patience.unsent:
+            return
+        if not self.line.heard:
+            raise Paused(f"{self.line.settings.base_url} cannot be reached: {exc}") from exc
+        raise Ended(Status.ERROR, f"never left this machine: {exc}", blames_service=True) from exc
+
+    def _refused(self, exc: Refused) -> NoReturn:
+        refuse_key(self.line, exc)
+        if exc.status == 402:
+            raise Paused(f"the balance at the service is used up ({exc}): top it up") from exc
+        status = Status.UNSUPPORTED if exc.status in BAD_REQUEST else Status.ERROR
+        raise Ended(status, str(exc)) from exc
+
+    # A lost answer -----------------------------------------------------------------------------
+
+    async def _resolve(self, intent: Intent) -> Intent:
+        """Find what became of a create whose answer is not known.
+
+        Raises: Ended (ambiguous) where the service does not list it.
+        """
+        self.step, self.resumed = "resolve", True
+        try:
+            for wait_s in self.line.patience.looks_s:
+                await self.deadline.wait(wait_s, "a lost create is still looked for")
+                found = await find_lost(self.line, intent, self.deadline)
+                if found is not None:
+                    self.line.ledger.created(intent, found, "listed")
+                    return intent
+        except Ended as exc:
+            raise self._ambiguous(f"the service did not say what became of it ({exc})") from exc
+        except RemoteError as exc:
+            raise self._ambiguous(f"its list of predictions cannot be read ({exc})") from exc
+        if self._may_resubmit():
+            return await self._create()
+        raise self._ambiguous("the service does not list it")
+
+    def _may_resubmit(self) -> bool:
+        """Whether the user agreed to pay twice; taken up once in a run, or one loss costs ten."""
+        if self.line.settings.on_ambiguous != "resubmit" or self.resubmitted:
+            return False
+        self.resubmitted, self.resumed = True, False
+        return True
+
+    def _ambiguous(self, why: str) -> Ended:
+        return Ended(
+            Status.AMBIGUOUS,
+            f"the create's answer was lost and {why}: it may have been made and billed; the same"
+            " command looks for it again, remote.on_ambiguous=resubmit creates it again",
+            blames_service=True,
+        )
+
+    # Poll --------------------------------------------------------------------------------------
+
+    async def _image(self, intent: Intent) -> Outcome:
+        """Wait for a created prediction, fetch what it made, look at it."""
+        self.step, self.prediction_id = "poll", intent.prediction
+        self.deadline.start()
+        prediction = self.ended = await self._wait(intent)
+        if prediction.phase is not Phase.SUCCEEDED:
+            said = prediction.error if prediction.error else "no reason given"
+            raise Ended(Status.ERROR, f"the service ended it as {prediction.phase}: {said}")
+        if not prediction.outputs:
+            raise Ended(Status.ERROR, "the service says it succeeded and names no image")
+        self.step = "download"
+        got = await self._fetch(prediction.outputs[0])
+        here_at = time.perf_counter()
+        self.download_s = got.seconds
+        self.step = "guard"
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.line.checks, check_file, got.data, self.trial.request)
+        total_s = None if self.resumed else here_at - self.sent_at
+        return Outcome(
+            status=Status.OK,
+            call=self._call(),
+            data=got.data,
+            timings=None if total_s is None else Timings(generate_s=total_s, encode_s=0.0),
+        )
+
+    async def _wait(self, intent: Intent) -> Prediction:
+        """Poll until it is over, and write down how it ended."""
+        assert intent.prediction is not None
+        latencies, unfinished_at = self.line.latencies, self.answered_at
+        missing = 0
+        gaps = intervals(latencies.expected_s(self.setting))
+        wait_s = 0.0 if self.resumed else max(next(gaps), self._floor_s())
+        while True:
+            await self.deadline.wait(wait_s, "the service is not done; it will be asked again")
+            try:
+                reply, prediction = await self._poll(intent.prediction)
+            except Refused as exc:
+                missing += 1
+                if exc.status != 404:
+                    raise
+                if self.resumed or missing >= self.line.patience.missing:
+                    return self._missing(intent, exc)
+            else:
+                if prediction.phase.is_over:
+                    break
+                unfinished_at = reply.sent_at
+            wait_s = max(next(gaps), self._floor_s())
+        self._learn(reply, prediction, unfinished_at)
+        self.line.ledger.finished(
+            intent, prediction.phase.value, prediction.cost_usd, prediction.outputs
+        )
+        return prediction
+
+    async def _poll(self, prediction_id: str) -> tuple[Reply, Prediction]:
+        provider = self.line.provider
+        self.polls += 1
+
+        def read(body: Any) -> Prediction:
+            found = provider.read_prediction(body)
+            if found.id != prediction_id:
+                raise RemoteError(f"asked after prediction {prediction_id}, answered: {found.id}")
+            return found
+
+        return await ask(self.line, provider.poll(prediction_id), read, self.deadline)
+
+    def _floor_s(self) -> float:
+        return shortest_gap_s(self.flight.now, self.line.settings.requests_per_minute)
+
+    def _learn(self, reply: Reply, prediction: Prediction, unfinished_at: float) -> None:
+        """Keep the times of one that was made and seen by this run; others are no measurement."""
+        if self.resumed:
+            return
+        self.bound_s = reply.received_at - unfinished_at
+        seen_s = reply.received_at - self.answered_at
+        self.queue_s = prediction.queue_s
+        if self.queue_s is None and prediction.predict_s is not None:
+            self.queue_s = max(0.0, seen_s - prediction.predict_s)
+        if prediction.phase is Phase.SUCCEEDED:
+            self.line.latencies.saw(self.setting, seen_s, self.bound_s)
+
+    def _missing(self, intent: Intent, exc: Refused) -> Prediction:
+        """The service no longer knows it: what it said last is all there is."""
+        if intent.phase == Phase.SUCCEEDED and intent.prediction is not None and intent.outputs:
+            return Prediction(id=intent.prediction, phase=Phase.SUCCEEDED, outputs=intent.outputs)
+        raise Ended(
+            Status.ERROR,
+            f"the service does not know prediction {intent.prediction}, which it had accepted"
+            f" ({exc}); remote.on_ambiguous=resubmit creates it again",
+            gone=True,
+        ) from exc
+
+    # Download ----------------------------------------------------------------------------------
+
+    async def _fetch(self, url: str) -> Downloaded:
+        """Download the image; a connection that breaks is no reason to lose what was paid for."""
+        failures = 0
+        while True:
+            try:
+                return await download(
+                    url, hosts=self.hosts, allow_loopback=self.line.settings.allow_loopback
+                )
+            except UnsafeAddress:
+                raise
+            except RemoteError as exc:
+                failures += 1
+                if failures >= self.line.patience.downloads:
+                    gone = not isinstance(exc, Interrupted)
+                    raise Ended(Status.ERROR, f"its image: {exc}", gone=gone) from exc
+                wait_s = self.line.patience.wait_s(failures - 1, None)
+                await self.deadline.wait(wait_s, f"its image: {exc}")
+
+    # What is left ------------------------------------------------------------------------------
+
+    def _failed(self, status: Status, error: str, blames_service: bool = False) -> Outcome:
+        return Outcome(
+            status=status,
+            call=self._call(),
+            error=error,
+            phase=self.step,
+            blames_service=blames_service,
+        )
+
+    def _call(self) -> RemoteCall:
+        line, ended = self.line, self.ended
+        reported = None if ended is None else ended.cost_usd
+        intent = line.ledger.latest(self.trial.key)
+        charge_usd = None if intent is None else intent.charge_usd
+        fresh = self.prediction_id is not None and not self.resumed
+        return RemoteCall(
+            provider=line.provider.name,
+            prediction_id=self.prediction_id,
+            request_id=self.request_id,
+            in_flight=self.flight.most,
+            attempts=self.attempts,
+            polls=self.polls,
+            submit_s=self.answered_at - self.sent_at if fresh else None,
+            queue_s=self.queue_s,
+            predict_s=None if ended is None else ended.predict_s,
+            poll_bound_s=self.bound_s,
+            download_s=self.download_s,
+            cost_usd=charge_usd if reported is None else reported,
+            cost_reported=reported is not None,
+            unsent=line.provider.unsent,
+            resumed=self.resumed,
+        )
+
+
+def check_file(data: bytes, request: Request) -> None:
+    """See that an image file is what was asked for, by its bytes.
+
+    Raises: InvalidImage, RemoteError.
+    """
+    found = sniff(data)
+    if found != request.output_format:
+        raise InvalidImage(f"asked for output_format={request.output_format}, got {found}")
+    pixels = decode_image(data)
+    height, width = pixels.shape[:2]
+    if (width, height) != (request.width, request.height):
+        raise InvalidImage(f"asked for {request.width}x{request.height} px, got {width}x{height}")
+    check_image(pixels, request)

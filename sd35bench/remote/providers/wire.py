@@ -1,0 +1,262 @@
+"""Reading what a service says: any JSON in; a checked value, ``None`` or a RemoteError out.
+
+What a call cannot go on without (an id, a status) raises; what merely informs (a time, a cost) is
+``None`` where it is absent or cannot be true. Nothing here trusts a type, a length or a sign.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from sd35bench.errors import RemoteError
+from sd35bench.remote.providers.base import Phase, Prediction
+from sd35bench.types import Request
+
+__all__ = [
+    "MOST_COST_USD",
+    "MOST_SECONDS",
+    "RATIOS",
+    "checked_headers",
+    "fields_of",
+    "id_of",
+    "image_urls",
+    "measured",
+    "moment",
+    "phase_of",
+    "queue_seconds",
+    "refusal_of",
+    "schema_input",
+    "settled",
+    "shown",
+    "texts",
+    "web_url",
+]
+
+RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
+SAMPLER = "euler"
+MOST_CFG = 20.0
+MOST_STEPS = 50
+MOST_SECONDS = 86400.0
+MOST_COST_USD = 1000.0
+MOST_HEADERS = 32
+MOST_URL = 8192
+MOST_IMAGES = 16
+MOST_SHOWN = 300
+IMAGE_FIELDS = ("url", "image", "image_url", "images", "urls", "output", "outputs")
+DEEPEST = 4
+"""Levels of an output to look through: `{"output": {"images": [{"url": …}]}}` has as many."""
+PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}")
+"""It becomes a part of a path: no slash, no dot in front, nothing to be escaped."""
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
+HEADER_TEXT = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,2000}[\x21-\x7e])?")
+REASONS = ("error_code", "code", "error_message", "message", "error", "detail", "details")
+
+
+def shown(value: Any, most: int = MOST_SHOWN) -> str:
+    """A value of unknown origin for a message: one line, bounded, control characters escaped."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(c if c.isprintable() else " " for c in text[: most * 4])
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def fields_of(body: Any, what: str) -> Mapping[str, Any]:
+    """The body, if it is an object. Raises: RemoteError."""
+    if not isinstance(body, Mapping):
+        kind = "nothing" if body is None else f"a {type(body).__name__}"
+        raise RemoteError(f"the service answered {what} with {kind}, not an object")
+    return body
+
+
+def id_of(body: Mapping[str, Any], names: tuple[str, ...], what: str) -> str:
+    """The prediction's id under the first of its names that is there. Raises: RemoteError."""
+    for name in names:
+        value = body.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, str) or PREDICTION_ID.fullmatch(value) is None:
+            raise RemoteError(f"{what}: {name}={shown(value, 80)!r} cannot be a prediction's id")
+        return value
+    raise RemoteError(f"{what}: no {' or '.join(names)} in it")
+
+
+def phase_of(value: Any, words: Mapping[str, Phase], what: str) -> Phase:
+    """What a status word means. Raises: RemoteError naming one that is not known."""
+    if not isinstance(value, str) or value.strip().lower() not in words:
+        raise RemoteError(
+            f"{what}: status {shown(value, 80)!r} is unknown; known: {', '.join(words)}"
+        )
+    return words[value.strip().lower()]
+
+
+def measured(value: Any, most: float) -> float | None:
+    """A number, or a text that is one, in [0, `most`]; anything else is not known."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and len(value) > 40:
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number + 0.0 if 0 <= number <= most else None  # not a number is neither
+
+
+def moment(value: Any) -> datetime | None:
+    """An RFC 3339 time, UTC where it names no zone; ``None`` for a year that cannot be."""
+    if not isinstance(value, str) or not 10 <= len(value) <= 40:
+        return None
+    try:
+        found = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    if not 2000 < found.year < 2200:
+        return None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+def queue_seconds(created: Any, started: Any) -> float | None:
+    """Seconds between two times of one clock, the service's; ``None`` where they make no sense."""
+    first, second = moment(created), moment(started)
+    if first is None or second is None:
+        return None
+    return measured((second - first).total_seconds(), MOST_SECONDS)
+
+
+def image_urls(output: Any) -> tuple[str, ...]:
+    """The URLs in an output, whatever its shape: a text, a list, an object, or those nested."""
+    found: dict[str, None] = {}
+    for url in _urls(output, DEEPEST):
+        found[url] = None
+        if len(found) == MOST_IMAGES:
+            break
+    return tuple(found)
+
+
+def _urls(output: Any, levels: int) -> Iterator[str]:
+    if isinstance(output, str):
+        if output.startswith(("https://", "http://", "data:image/")):
+            yield output
+    elif levels == 0:
+        return
+    elif isinstance(output, list):
+        for item in output[:MOST_IMAGES]:
+            yield from _urls(item, levels - 1)
+    elif isinstance(output, Mapping):
+        for name in IMAGE_FIELDS:
+            yield from _urls(output.get(name), levels - 1)
+
+
+def settled(prediction: Prediction, output: Any) -> Prediction:
+    """The prediction, or its failure where it says success and shows no image.
+
+    It is over, and its cost stands: an error raised here would lose sight of that.
+    """
+    if prediction.phase is not Phase.SUCCEEDED or prediction.outputs:
+        return prediction
+    error = f"it succeeded, but its output has no image's URL: {shown(output, 120)}"
+    return replace(prediction, phase=Phase.FAILED, error=error)
+
+
+def web_url(value: Any, what: str) -> str:
+    """A text that is meant to be a URL; whether it may be used is not said. Raises: RemoteError."""
+    if not isinstance(value, str) or not value.startswith(("https://", "http://")):
+        raise RemoteError(f"{what}={shown(value, 80)!r} is no URL")
+    if len(value) > MOST_URL:
+        raise RemoteError(f"{what} is a URL of {len(value)} characters, more than {MOST_URL}")
+    return value
+
+
+def checked_headers(value: Any, what: str) -> dict[str, str]:
+    """Headers that can be sent as they are; none at all is fine. Raises: RemoteError."""
+    if value is None:
+        return {}
+    headers = fields_of(value, what)
+    for name, text in headers.items():
+        fine = isinstance(text, str) and HEADER_TEXT.fullmatch(text) is not None
+        if not fine or not isinstance(name, str) or HEADER_NAME.fullmatch(name) is None:
+            raise RemoteError(f"{what}: {shown(name, 80)!r} is no header that can be sent")
+    if len(headers) > MOST_HEADERS:
+        raise RemoteError(f"{what}: {len(headers)} headers, more than {MOST_HEADERS}")
+    return dict(headers)
+
+
+def texts(value: Any) -> str | None:
+    """A reason in words: a text, or the texts of a list or of an object's values, joined."""
+    if isinstance(value, str):
+        return shown(value) if value.strip() else None
+    if isinstance(value, Mapping):
+        parts = [f"{value[name]}" for name in REASONS if isinstance(value.get(name), str | int)]
+    elif isinstance(value, list):
+        parts = [item for item in value[-MOST_IMAGES:] if isinstance(item, str)]
+    else:
+        return None
+    joined = shown(": ".join(part for part in parts if part.strip()))
+    return joined if joined else None
+
+
+def refusal_of(request: Request, sizes: Mapping[tuple[int, int], str]) -> str | None:
+    """Why the hosts of this model, which share one input schema, cannot make a request.
+
+    `sizes`: the protocol's word for each (width, height) in px.
+    """
+    checks = (
+        (request.negative_prompt != "", "negative_prompt: the protocol has none; leave it out"),
+        (
+            request.skip_layer_guidance is not None,
+            "skip_layer_guidance: the protocol has none; use skip_layer_guidance=none",
+        ),
+        (
+            request.sampler != SAMPLER,
+            f"sampler={request.sampler}: the service's own cannot be chosen; use sampler={SAMPLER}",
+        ),
+        (request.shift is not None, "shift: the protocol has none; use shift=null"),
+        (
+            request.max_sequence_length is not None,
+            "max_sequence_length: the protocol has none; use max_sequence_length=null",
+        ),
+        (
+            not 1 <= request.steps <= MOST_STEPS,
+            f"steps={request.steps}: the service takes 1 to {MOST_STEPS}",
+        ),
+        (
+            not 0 <= request.cfg <= MOST_CFG,
+            f"cfg={request.cfg:g}: the service takes 0 to {MOST_CFG:g}",
+        ),
+        (
+            sizes.get((request.width, request.height)) not in RATIOS,
+            f"width={request.width}, height={request.height}: the service takes aspect ratios only;"
+            f" give aspect_ratio, one of {', '.join(RATIOS)}",
+        ),
+        (
+            request.prompt_strength is not None and not 0 < request.prompt_strength <= 1,
+            f"prompt_strength={request.prompt_strength}: must be in (0, 1], at 0 nothing is left to"
+            " denoise",
+        ),
+    )
+    return next((why for wrong, why in checks if wrong), None)
+
+
+def schema_input(
+    request: Request, sizes: Mapping[tuple[int, int], str], image_url: str | None
+) -> dict[str, Any]:
+    """Every field of the model's input schema, which its hosts share; nothing is left to defaults.
+
+    `image` and `prompt_strength` act together or not at all.
+    """
+    if (image_url is None) != (request.init_image is None):
+        raise ValueError("an init image needs its URL, and a URL an init image")
+    inputs = {
+        "prompt": request.prompt,
+        "aspect_ratio": sizes[request.width, request.height],
+        "cfg": request.cfg,
+        "steps": request.steps,
+        "seed": request.seed,
+        "output_format": request.output_format,
+        "output_quality": request.output_quality,
+    }
+    if image_url is not None:
+        inputs |= {"image": image_url, "prompt_strength": request.prompt_strength}
+    return inputs

@@ -1,0 +1,304 @@
+"""Calls to a hosted service's API: what was certainly not sent, refused, or lost, told apart.
+
+A create costs money and has no idempotency key, so what its caller must know of a failure is
+whether it may be sent again:
+
+===================  =================================================  ======================
+error                what happened                                      may a create be resent
+===================  =================================================  ======================
+`NotSent`            lookup, vetting, TCP or TLS failed                 yes
+`Refused`            a complete answer: 4xx, or 301, 307, 308           yes, once its cause is gone
+`LostAnswer`         any other failure after bytes may have left        no: look it up
+`ServerFailed`       a kind of `LostAnswer`: a complete answer of any   no: look it up
+                     other status
+===================  =================================================  ======================
+
+A 4xx says that the request was not acted upon, a 301, 307 or 308 that it was not processed here.
+No 5xx says so: a gateway's 502 or 504 comes while the service behind it may be at work, and an
+application's 500 may come after its database has committed. 302 and 303 are how some services
+answer a POST that succeeded. No redirect is followed.
+
+A 2xx without a whole, sane JSON document is lost too. Sane: UTF-8, no duplicate names, no NaN or
+infinity, no integer over 64 bits (they overflow where floats are made of them), nested no deeper
+than `MAX_DEPTH`, so that whoever reads it needs no care for these.
+
+The key leaves only in headers to the base URL's host. Where a service sends it back (error texts
+quote it, debug endpoints echo headers), it is blotted out of bodies, ids and messages before
+anybody sees them, and an exception whose chain quotes it is cut off from its cause.
+"""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import httpx2
+
+from sd35bench.errors import LostAnswer, RemoteError, UnsafeAddress
+from sd35bench.remote.addresses import Unresolved, check_url
+from sd35bench.remote.exchange import Answer, Interrupted, Network, Outgoing, exchange
+from sd35bench.remote.json_answers import BadJson, decode_json
+from sd35bench.remote.providers.base import Call
+from sd35bench.remote.secrets import Secrets
+
+__all__ = ["MAX_RETRY_AFTER_S", "NotSent", "Refused", "Reply", "ServerFailed", "Transport"]
+
+MAX_RETRY_AFTER_S = 3600.0
+_REFUSING_REDIRECTS = (301, 307, 308)
+_NO_CONTENT = (204, 205)
+_FRAMING = frozenset(
+    {"connection", "content-length", "expect", "host", "keep-alive", "te", "trailer"}
+    | {"transfer-encoding", "upgrade"}
+)
+_REASON_CHARS = 300
+
+
+class NotSent(RemoteError):
+    """A request never left this machine; sending it again is safe."""
+
+
+class _Answered(RemoteError):
+    def __init__(
+        self, message: str, *, status: int, retry_after_s: float | None, request_id: str | None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.retry_after_s, self.request_id = status, retry_after_s, request_id
+
+
+class Refused(_Answered):
+    """The service answered that it did not act: `status`, `retry_after_s`, `request_id`."""
+
+
+class ServerFailed(_Answered, LostAnswer):
+    """The service answered with a status that leaves open what it did, a 5xx mostly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A 2xx answer; `body` is ``None`` only where the status says that there is none.
+
+    `sent_at` and `received_at` are `time.perf_counter`'s seconds: before the lookup of the host
+    (connecting is part of the time), and after the last byte.
+    """
+
+    status: int
+    body: Any
+    request_id: str | None
+    retry_after_s: float | None
+    sent_at: float
+    received_at: float
+
+
+class Transport:
+    """Sends a provider's calls to one base URL."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        allow_loopback: bool,
+        headers: Callable[[], Mapping[str, str]],
+        timeout_s: float = 30.0,
+        max_body_bytes: int = 4 * 2**20,
+        network: Network | None = None,
+    ) -> None:
+        """Read the URL; `headers` makes the headers that carry the key, for each call anew.
+
+        Raises: UnsafeAddress for a base URL that is neither https nor loopback where allowed.
+        """
+        check_url(base_url, hosts=None, allow_loopback=allow_loopback)
+        self._base_url = base_url.rstrip("/")
+        self._allow_loopback = allow_loopback
+        self._headers = headers
+        self._timeout_s, self._max_body_bytes = timeout_s, max_body_bytes
+        self._network = Network() if network is None else network
+
+    async def __aenter__(self) -> Self:
+        """Open nothing: each call has a connection of its own (see `exchange`)."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing is left open."""
+
+    async def send(self, call: Call) -> Reply:
+        """Send one call, once, and read its JSON answer within the deadline.
+
+        Raises: NotSent, Refused, LostAnswer (ServerFailed among them); nothing else.
+        """
+        key_headers = dict(self._headers())
+        secrets = Secrets.of(key_headers)
+        headers = {"Accept": "application/json", **call.headers}
+        content = b""
+        if call.json is not None:
+            headers["Content-Type"] = "application/json"
+            content = json.dumps(call.json, allow_nan=False, separators=(",", ":")).encode()
+        outgoing = Outgoing(
+            method=call.method,
+            url=self._url(call),
+            headers={**headers, **key_headers},
+            content=content,
+        )
+        answer = await self._exchange(outgoing, secrets)
+        return _reply(answer, _body(answer, secrets), secrets)
+
+    async def put(self, url: str, data: bytes, headers: Mapping[str, str]) -> None:
+        """Upload bytes to a presigned URL, vetted, with these headers and without the key.
+
+        Raises: UnsafeAddress, NotSent, Refused, LostAnswer.
+        """
+        vetted = check_url(url, hosts=None, allow_loopback=self._allow_loopback)
+        framing = sorted({name.lower() for name in headers} & _FRAMING)
+        if framing:
+            raise NotSent(f"an upload asks for headers that only HTTP may set: {framing}")
+        secrets = Secrets.of(self._headers())
+        outgoing = Outgoing(method="PUT", url=vetted, headers=headers, content=data)
+        _raise_unless_ok(await self._exchange(outgoing, secrets), secrets)
+
+    def _url(self, call: Call) -> httpx2.URL:
+        """The call's URL; a path cannot leave the base URL's host."""
+        if not call.path.startswith("/"):
+            raise NotSent(f"path {call.path[:100]!a} does not begin with a slash")
+        try:
+            url = check_url(
+                self._base_url + call.path, hosts=None, allow_loopback=self._allow_loopback
+            )
+            return url.copy_merge_params(call.query) if call.query else url
+        except (UnsafeAddress, httpx2.InvalidURL) as exc:
+            raise NotSent(f"path {call.path[:100]!a} makes no URL: {exc}") from exc
+
+    async def _exchange(self, outgoing: Outgoing, secrets: Secrets) -> Answer:
+        try:
+            return await exchange(
+                outgoing,
+                allow_loopback=self._allow_loopback,
+                timeout_s=self._timeout_s,
+                max_bytes=self._max_body_bytes,
+                network=self._network,
+            )
+        except Interrupted as exc:
+            kind = LostAnswer if exc.sent else NotSent
+            raise kind(secrets.blot(_line(str(exc)))) from secrets.fit_cause(exc)
+        except (UnsafeAddress, Unresolved) as exc:
+            raise NotSent(str(exc)) from exc
+
+
+def _reply(answer: Answer, body: Any, secrets: Secrets) -> Reply:
+    return Reply(
+        status=answer.head.status,
+        body=body,
+        request_id=_request_id(answer, secrets),
+        retry_after_s=_retry_after_s(answer),
+        sent_at=answer.sent_at,
+        received_at=answer.received_at,
+    )
+
+
+def _body(answer: Answer, secrets: Secrets) -> Any:
+    """The decoded body of a 2xx answer. Raises: Refused, LostAnswer."""
+    _raise_unless_ok(answer, secrets)
+    if answer.head.status in _NO_CONTENT:
+        return None
+    try:
+        return decode_json(answer.body, secrets)
+    except BadJson as exc:
+        shown = _line(_text(answer, secrets)[:2000])[:80]
+        raise LostAnswer(
+            f"the service answered {answer.head.status} with what is no usable JSON ({exc}):"
+            f" {shown!r}"
+        ) from exc
+
+
+def _raise_unless_ok(answer: Answer, secrets: Secrets) -> None:
+    if not 200 <= answer.head.status < 300:
+        _raise_refusal(answer, secrets)
+
+
+def _raise_refusal(answer: Answer, secrets: Secrets) -> NoReturn:
+    """Raise what an answer other than 2xx means."""
+    status = answer.head.status
+    refused = 400 <= status < 500 or status in _REFUSING_REDIRECTS
+    kind = Refused if refused else ServerFailed
+    told = "refused" if refused else "failed, and may have acted"
+    if 300 <= status < 400:
+        place = secrets.blot(_line(answer.head.headers.get("location", "nowhere")))[:200]
+        told += f" (a redirect to {place}, which is not followed; correct the base URL)"
+    reason = _reason(answer, secrets)
+    raise kind(
+        f"the service {told}: HTTP {status}" + (f": {reason}" if reason else ""),
+        status=status,
+        retry_after_s=_retry_after_s(answer),
+        request_id=_request_id(answer, secrets),
+    )
+
+
+def _reason(answer: Answer, secrets: Secrets) -> str:
+    """The service's own words, on one line; empty where it has none."""
+    try:
+        body = decode_json(answer.body, secrets)
+    except BadJson:
+        text = _text(answer, secrets)[:4000]
+        body = re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL)
+    return secrets.blot(_line("; ".join(_said(body))))[:_REASON_CHARS]
+
+
+def _text(answer: Answer, secrets: Secrets) -> str:
+    """A body as text, blotted while it is whole: half a key at a cut would stay."""
+    return secrets.blot(answer.body.decode("utf-8", "replace"))
+
+
+def _said(body: Any) -> list[str]:
+    """The sentences of an error body, wherever the usual services put them."""
+    if isinstance(body, str):
+        return [body]
+    if isinstance(body, list):
+        return [text for item in body[:3] for text in _said(item)]
+    if not isinstance(body, dict):
+        return []
+    names = ("error", "title", "message", "error_message", "msg", "detail", "details", "logs")
+    return [text for name in names if name in body for text in _said(body[name])]
+
+
+def _line(text: str) -> str:
+    """Text on one line, without control characters: it may reach a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _request_id(answer: Answer, secrets: Secrets) -> str | None:
+    value = answer.head.headers.get("x-request-id")
+    return None if value is None else secrets.blot(_line(value))[:128]
+
+
+def _retry_after_s(answer: Answer) -> float | None:
+    """Seconds until a retry is welcome, in [0, `MAX_RETRY_AFTER_S`]; ``None`` if unsaid or absurd.
+
+    A date is taken relative to the answer's own Date, so that a clock that is wrong at either end
+    does not matter; without one, relative to ours.
+    """
+    value = answer.head.headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?", value):
+        seconds = float(value)
+    else:
+        until = _date(value)
+        if until is None:
+            return None
+        now = _date(answer.head.headers.get("date", ""))
+        seconds = until - (time.time() if now is None else now)
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
+
+
+def _date(text: str) -> float | None:
+    with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
+        date = parsedate_to_datetime(text)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    return None

@@ -1,0 +1,83 @@
+"""Init images at the service: uploaded once a run each, or where the user says they are."""
+
+import asyncio
+import base64
+import time
+
+from sd35bench.errors import LostAnswer, RemoteError, UnsupportedRequest
+from sd35bench.remote.asking import Deadline, Line, ask, forget_frames
+from sd35bench.remote.transport import NotSent
+from sd35bench.store import Study
+
+__all__ = ["Uploads", "content_type", "data_uri"]
+
+FRESH_S = 600.0
+"""An upload that is older is made again: services delete them, and seldom say when."""
+DATA_URI_BYTES = 256_000
+"""Source: replicate.com/docs, "Input files": data URIs up to 256 kB."""
+MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
+
+
+def content_type(data: bytes) -> str:
+    """The media type of a PNG, JPEG or WEBP file. Raises: UnsupportedRequest for another."""
+    for magic, name in MAGIC.items():
+        if data.startswith(magic):
+            return name
+    raise UnsupportedRequest("an init image is neither PNG, JPEG nor WEBP: convert it first")
+
+
+def data_uri(data: bytes) -> str:
+    """The file inside a URI, for a service that has no place to upload to.
+
+    Raises: UnsupportedRequest for more than such services take.
+    """
+    if len(data) > DATA_URI_BYTES:
+        raise UnsupportedRequest(
+            f"an init image has {len(data):,} bytes, and this service takes at most"
+            f" {DATA_URI_BYTES:,} without an upload: give remote.init_image_url=URL"
+        )
+    return f"data:{content_type(data)};base64,{base64.b64encode(data).decode()}"
+
+
+class Uploads:
+    """The URLs under which the service finds this run's init images."""
+
+    def __init__(self, line: Line, study: Study) -> None:
+        """Nothing is uploaded until a URL is asked for."""
+        self._line, self._study = line, study
+        self._urls: dict[str, tuple[str, float]] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+
+    async def url(self, digest: str | None) -> str | None:
+        """The URL of the init image with this digest, uploaded if it must be; None for none.
+
+        Raises: RemoteError, Ended.
+        """
+        given = self._line.settings.init_image_url
+        if digest is None or given is not None:
+            return None if digest is None else given
+        async with self._turns.setdefault(digest, asyncio.Lock()):
+            url, at = self._urls.get(digest, ("", 0.0))
+            if not url or time.monotonic() - at > FRESH_S:
+                url = await self._upload(self._study.init_path(digest).read_bytes())
+                self._urls[digest] = url, time.monotonic()
+        return url
+
+    async def _upload(self, data: bytes) -> str:
+        line, deadline = self._line, Deadline(self._line.settings.timeout_s)
+        call = line.provider.presign(content_type(data))
+        if call is None:
+            return data_uri(data)
+        failures = 0
+        while True:
+            _, ticket = await ask(line, call, line.provider.read_presigned, deadline)
+            try:
+                await line.transport.put(ticket.put_url, data, ticket.headers)
+            except (NotSent, LostAnswer) as exc:  # twice uploaded is no harm
+                forget_frames(exc)
+                failures += 1
+                if failures >= line.patience.downloads:
+                    raise RemoteError(f"the init image could not be uploaded: {exc}") from exc
+                await deadline.wait(line.patience.wait_s(failures - 1, None), str(exc))
+            else:
+                return ticket.public_url
