@@ -64,6 +64,11 @@ class WorkerProcess:
         """The operating system's number of the process."""
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
     def load(self) -> Ready | Failed:
         """Load the backend and wait until it is there."""
         return self._ask(self._load, self._limits.start_deadline_s())

@@ -16,6 +16,7 @@ from sd35bench.errors import (
     ConfigError,
     DiskFull,
     MetricError,
+    Paused,
     SD35BenchError,
     StudyLocked,
 )
@@ -32,7 +33,11 @@ Usage: sd35bench VERB ...
   score       compute metrics for a study's images
   show        a study's settings as a table
   recommend   steps, cfg and prompt_strength per profile, with the evidence
+  compare     a candidate against a baseline: the gate
+  baseline    the small file that a gate is held against
   report      one self-contained HTML file
+  reference   what set metrics are held against, computed once
+  serve       the hosted prediction protocol over a local backend
   export      the denoiser as an ONNX graph, kept for the onnx and openvino backends
   doctor      what works on this machine, and what to install
 
@@ -88,18 +93,34 @@ def _verb(name: str) -> Callable[[list[str], bool], Answer]:
         from sd35bench.cli.export import export
 
         return export
+    if name == "serve":
+        from sd35bench.cli.serve import serve
+
+        return serve
+    if name == "compare":
+        from sd35bench.cli.compare import compare
+
+        return compare
+    if name == "baseline":
+        from sd35bench.cli.baseline import baseline
+
+        return baseline
+    if name == "reference":
+        from sd35bench.cli.reference import reference
+
+        return reference
     from sd35bench.cli.study import VERBS
 
     if name not in VERBS:
         from sd35bench.config.fields import nearest
 
-        known = ["run", *VERBS, "export", "doctor"]
+        known = ["run", *VERBS, "compare", "baseline", "serve", "export", "doctor"]
         raise ConfigError(f"unknown verb {name!r}{nearest(name, known)}; see sd35bench --help")
     return VERBS[name]
 
 
 def _exit_code(exc: SD35BenchError) -> int:
-    if isinstance(exc, StudyLocked | DiskFull):
+    if isinstance(exc, StudyLocked | DiskFull | Paused):
         return RESUMABLE
     if isinstance(exc, ConfigError | MetricError):
         return WRONG_INPUT

@@ -1,0 +1,80 @@
+"""What the routes of one running server share."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sd35bench.server.auth import KeyRing
+from sd35bench.server.file_store import FileStore
+from sd35bench.server.generation import Generator, InitFiles
+from sd35bench.server.limits import RequestLimit
+from sd35bench.server.predictions import PredictionStore
+from sd35bench.server.settings import ServerSettings
+
+__all__ = ["Ended", "ServerState"]
+
+FETCHES_AT_ONCE = 4
+"""Init images that are fetched and decoded at the same time: each takes tens of megabytes."""
+
+
+class Ended:
+    """Tells who waits for a prediction that it is over; lives in the event loop."""
+
+    def __init__(self) -> None:
+        """Nobody waits."""
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+
+    @contextmanager
+    def waiting(self, prediction_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set when the prediction may be over."""
+        event = asyncio.Event()
+        self._waiting.setdefault(prediction_id, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._waiting[prediction_id].discard(event)
+            if not self._waiting[prediction_id]:
+                del self._waiting[prediction_id]
+
+    def tell(self, prediction_id: str) -> None:
+        """Wake those who wait for one prediction."""
+        for event in self._waiting.get(prediction_id, ()):
+            event.set()
+
+    def tell_all(self) -> None:
+        """Wake everybody who waits: the server is stopping."""
+        for prediction_id in list(self._waiting):
+            self.tell(prediction_id)
+
+    def teller(self, loop: asyncio.AbstractEventLoop) -> Callable[[str], None]:
+        """What another thread calls; the loop may be gone already."""
+
+        def call(prediction_id: str) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.tell, prediction_id)
+
+        return call
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerState:
+    """One server: its settings, what it keeps, who makes the images. `keys` ``None``: no auth."""
+
+    settings: ServerSettings
+    keys: KeyRing | None
+    store: PredictionStore
+    files: FileStore
+    inits: InitFiles
+    generator: Generator
+    requests: RequestLimit
+    ended: Ended = field(default_factory=Ended)
+    fetches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FETCHES_AT_ONCE))
+    is_stopping: bool = False
+
+    @property
+    def condition(self) -> str:
+        """One word for how the server is."""
+        if self.is_stopping:
+            return "stopping"
+        return "ready" if self.generator.is_warm else "no worker"

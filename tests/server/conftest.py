@@ -1,0 +1,73 @@
+"""Chromium for the tests of the page."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.page_server import Served, served
+
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium on PATH: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def still(tmp_path: Path) -> Iterator[Served]:
+    """A server whose predictions wait until the test ends them."""
+    with served(tmp_path / "state") as server:
+        yield server
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Callable]:
+    """Open the page; what it logs, throws, or asks of others must stay empty.
+
+    Chromium itself logs a refused request: `refusals` says that some are expected.
+    """
+    noise: list[str] = []
+    pages = []
+
+    def go(server: Served, width: int = 1280, *, refusals: bool = False, **options):
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        page.set_default_timeout(15_000)
+
+        def heard(message) -> None:
+            if not (refusals and message.text.startswith("Failed to load resource")):
+                noise.append(f"console: {message.text}")
+
+        def requested(request) -> None:
+            if not request.url.startswith((server.url, "data:", "blob:")):
+                noise.append(f"request: {request.url}")
+
+        page.on("console", heard)
+        page.on("pageerror", lambda e: noise.append(f"error: {e}"))
+        page.on("request", requested)
+        page.goto(f"{server.url}/")
+        pages.append(page)
+        return page
+
+    yield go
+    for page in pages:
+        page.close()
+    assert noise == []

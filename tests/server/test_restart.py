@@ -1,0 +1,151 @@
+"""A server that is killed, stopped, or started twice: nothing that was accepted is lost."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+pytestmark = pytest.mark.model  # many processes
+ROOT = Path(__file__).parents[2]
+WAIT_S = 60.0
+
+
+class Served:
+    """`sd35bench serve` in a process of its own."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.errors = folder / f"stderr-{time.monotonic_ns()}"
+        command = [sys.executable, "-m", "sd35bench.cli", "serve", "--json", "port=0"]
+        command += ["backend=fake", f"state_dir={folder / 'state'}", *overrides]
+        with open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, env=environment()
+            )
+
+    def ready(self) -> "Served":
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.errors.read_text()
+        self.said = json.loads(line)
+        self.client = httpx2.Client(base_url=self.said["url"], timeout=WAIT_S, trust_env=False)
+        return self
+
+    def create(self, number: int) -> str:
+        body = {"model": "nano", "input": {"prompt": f"secret prompt {number}", "seed": number}}
+        answer = self.client.post("/v1/prediction", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["predictionID"]
+
+    def ended(self, prediction_id: str) -> dict:
+        until = time.monotonic() + WAIT_S
+        while time.monotonic() < until:
+            found = self.client.get(f"/v1/prediction/{prediction_id}").json()
+            if found["status"] in ("success", "error", "cancelled"):
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"{prediction_id} is not over")
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(WAIT_S)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@contextlib.contextmanager
+def served(folder: Path, *overrides: str) -> Iterator[Served]:
+    server = Served(folder, *overrides)
+    try:
+        yield server.ready()
+    finally:
+        server.process.kill()
+        server.process.wait()
+        if server.process.stdout is not None:
+            server.process.stdout.close()
+
+
+FREE = ("no_auth=true", "requests_per_minute=null", "backend.delay_s=0.15")
+
+
+def test_killed_in_the_middle_everything_is_made(tmp_path):
+    with served(tmp_path, *FREE) as first:
+        ids = [first.create(number) for number in range(4)]
+        while first.client.get(f"/v1/prediction/{ids[1]}").json()["status"] == "created":
+            time.sleep(0.01)
+        one = first.ended(ids[0])
+        first.process.kill()
+    with served(tmp_path, *FREE) as second:
+        found = [second.ended(made) for made in ids]
+        assert [row["status"] for row in found] == ["success"] * 4
+        assert [row["input"]["seed"] for row in found] == [0, 1, 2, 3]
+        assert found[0]["completed_at"] == one["completed_at"]  # it was not made twice
+        for row in found:
+            assert second.client.get(row["output"]).content.startswith(b"RIFF")
+        ended = [row["completed_at"] for row in found]
+        assert ended == sorted(ended)
+
+
+def test_sigterm_finishes_what_is_being_made_and_keeps_the_rest(tmp_path):
+    with served(tmp_path, *FREE) as first:
+        ids = [first.create(number) for number in range(3)]
+        while first.client.get(f"/v1/prediction/{ids[0]}").json()["status"] == "created":
+            time.sleep(0.01)
+        assert first.end(signal.SIGTERM) == 0
+        log = [json.loads(line) for line in first.errors.read_text().splitlines()]
+    assert [e["prediction"] for e in log if e["event"] == "prediction made"] == ids[:1]
+    requests = [entry for entry in log if entry["event"] == "request"]
+    assert {"time", "request_id", "method", "path", "status", "ms"} <= set(requests[0])
+    assert "secret prompt" not in json.dumps(log)
+    with served(tmp_path, *FREE) as second:
+        assert [second.ended(made)["status"] for made in ids] == ["success"] * 3
+        assert second.end(signal.SIGINT) == 0
+
+
+def test_a_second_server_on_the_same_state_is_refused(tmp_path):
+    with served(tmp_path, "no_auth=true"):
+        other = Served(tmp_path, "no_auth=true")
+        assert other.process.communicate(timeout=WAIT_S)[0].count(b"another server uses it") == 1
+        assert other.process.returncode == 2
+
+
+def test_sigterm_while_loading_ends_it_quietly(tmp_path):
+    server = Served(tmp_path, "no_auth=true", "backend.load_delay_s=60")
+    until = time.monotonic() + WAIT_S
+    while "loading" not in server.errors.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert server.end(signal.SIGTERM) == 0
+    assert "Traceback" not in server.errors.read_text()
+    server.process.stdout.close()
+
+
+def test_keys_are_in_no_log_and_no_file(tmp_path):
+    made = subprocess.run(
+        [sys.executable, "-m", "sd35bench.cli", "serve", "--json", "make_key=a", "key_file=k.txt"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        timeout=WAIT_S,
+        check=True,
+    )
+    key = json.loads(made.stdout)["key"]
+    with served(tmp_path, "key_file=k.txt") as server:
+        assert server.client.get("/v1/model", headers={"X-API-Key": key}).status_code == 200
+        wrong = {"Authorization": "Bearer canary-key"}
+        assert server.client.get("/v1/model", headers=wrong).status_code == 401
+        assert server.end(signal.SIGTERM) == 0
+        text = server.errors.read_text()
+    assert key not in text
+    assert "canary-key" not in text
+    kept = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert key.encode() not in kept
