@@ -1,12 +1,15 @@
 """What every test shares: which ones are too long for `make check`."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sd35bench.export.artifact as artifact
+from sd35bench.cli import main
 
 HERE = Path(__file__).parent
 MODEL = (
@@ -18,6 +21,8 @@ MODEL = (
     "test_faults.py",
     "test_notebook.py",
     "test_cli.py",
+    "test_cli_verbs.py",
+    "test_compare.py",
     "test_demo.py",
 )
 
@@ -49,3 +54,25 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifact, "artifact_root", lambda: root)
         yield
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, so that what is left behind shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / ".hub"))
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any]]:
+    """Call the command with --json; gives exit code and document."""
+
+    def answer(*arguments: str) -> tuple[int, Any]:
+        capsys.readouterr()
+        code = main([*arguments, "--json"])
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1, "exactly one line, one document"
+        return code, json.loads(out)
+
+    return answer
