@@ -61,8 +61,9 @@ def drift_document(study: Any, table: Table) -> dict[str, Any]:
     fields, `id`, `batch_size`, `reference_id`, `reference_batch_size`, `reference_threads`,
     `same_environment`, `n_pairs`, `n_prompts`, `identical` (pairs), `beyond_noise` (``None``
     without a floor or an interval), and ``{"value", "ci95", "n"}`` for `max_abs` and `mean_abs`
-    (levels of 255), `psnr_db`, `ssim`, `flip`, `latent_rel_first` and `latent_rel_last`. An entry
-    of `noise_floor` has the same and `what`: "batch size 16 instead of 1".
+    (levels of 255), `psnr_db`, `ssim`, `flip`, `latent_rel_first` and `latent_rel_last`, and for
+    `lpips` where it was measured. An entry of `noise_floor` has the same and `what`: "batch size
+    16 instead of 1".
     """
     names = sorted(n for n in table.scores if n == "drift" or n.startswith("drift_"))
     found = {name: _samples(table, name) for name in names}
@@ -157,6 +158,7 @@ def _entry(part: Sequence[_Sample]) -> dict[str, Any]:
         "max_abs": _figure(max(s.detail["max_abs"] for s in part), None, len(part)),
         "psnr_db": _psnr(part),
         **{name: _mean(part, name) for name in _MEANS},
+        **({"lpips": lpips} if (lpips := _mean(part, "lpips"))["n"] else {}),
     }
 
 
@@ -212,7 +214,9 @@ def _beyond(
 
 def _asked(sample: _Sample) -> dict[str, Any]:
     """A sample's setting apart from who ran it."""
-    return {k: v for k, v in sample.row.setting.items() if k not in _WHO}
+    asked = {k: v for k, v in sample.row.setting.items() if k not in _WHO}
+    # A hosted service does not tell its weights; it was paired with its model's by name.
+    return asked | {"weights_digest": sample.reference_row.setting["weights_digest"]}
 
 
 def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -223,6 +227,8 @@ def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _missing(rows: Sequence[dict[str, Any]], floor: Sequence[dict[str, Any]]) -> list[str]:
     found = []
+    # Of images that are the same in every pixel there is nothing to explain.
+    rows = [row for row in rows if row["identical"] < row["n_pairs"]]
     if rows and not floor:
         found.append(
             "no noise floor: the reference did not run with another batch size or thread count;"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.analysis.clustered import mean_bounds, mean_t
 from sd35bench.analysis.intervals import Interval, mean_interval
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import PairKey, pair_key
@@ -21,7 +22,15 @@ from sd35bench.analysis.table import Row, Table
 from sd35bench.errors import ConfigError
 from sd35bench.types import Record, Task
 
-__all__ = ["EDIT_QUALITY", "Candidate", "Comparison", "candidates", "compare", "pick_family"]
+__all__ = [
+    "EDIT_QUALITY",
+    "Candidate",
+    "Comparison",
+    "candidates",
+    "compare",
+    "paired_difference",
+    "pick_family",
+]
 
 EDIT_QUALITY = "edit_quality"
 _ENOUGH_PAIRS = 0.5
@@ -60,12 +69,18 @@ class Comparison:
         bounds = (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
         return mean_interval(self.quality[index], self.clusters, bounds=bounds)
 
-    def difference(self, index: int, base: int) -> Interval:
-        """Mean paired difference of quality, `index` minus `base`."""
-        bounds = (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
-        span = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
-        paired = self.quality[index] - self.quality[base]
-        return mean_interval(paired, self.clusters, bounds=span)
+    def differences(self, index: int) -> list[Interval]:
+        """Mean paired differences of quality: `index` minus every candidate, itself included."""
+        paired = self.quality[index] - self.quality
+        counts = np.bincount(self.clusters).astype(np.float64)
+        n, k = paired.shape[1], len(counts)
+        if k < 2:
+            return [Interval(float(v), None, None, n, k) for v in paired.mean(axis=1)]
+        sums = np.zeros((k, len(paired)))
+        np.add.at(sums, self.clusters, paired.T)
+        found = mean_bounds(sums, counts, bounds=_span(self.metric))
+        ends = zip(found.value, found.low, found.high, strict=True)
+        return [Interval(float(v), float(low), float(high), n, k) for v, low, high in ends]
 
     def log_speed_ratio(self, index: int, base: int) -> Interval | None:
         """Mean paired log ratio of latencies, `index` over `base`; ``None`` without pairs."""
@@ -77,8 +92,19 @@ class Comparison:
         return mean_interval(ratios, _clusters(shared))
 
 
+def paired_difference(metric: str, a: Candidate, b: Candidate) -> Interval | None:
+    """Mean of a's quality minus b's over the pairs that both have; ``None`` without any."""
+    common = [key for key in a.quality if key in b.quality]
+    if not common:
+        return None
+    paired = [a.quality[key] - b.quality[key] for key in common]
+    return mean_t(paired, _clusters(common), bounds=_span(metric))
+
+
 def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
     """Choose the rows that may be compared: one model, environment and size; no random weights.
+
+    A hosted service's rows are a family of their own: its latency is also that of the network.
 
     Takes the family with the most settings, then the most images; the notes name the others.
     """
@@ -88,7 +114,8 @@ def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
             continue
         if row.setting["task"] == task.value and row.usable:
             s = row.setting
-            key = (s["model"], s["weights_digest"], row.environment_id, s["width"], s["height"])
+            place = (row.environment_id, row.hosted)
+            key = (s["model"], s["weights_digest"], place, s["width"], s["height"])
             families.setdefault(key, []).append(row)
     if not families:
         return [], []
@@ -96,12 +123,16 @@ def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
         families, key=lambda k: (len(families[k]), sum(len(r.usable) for r in families[k]))
     )
     notes = [
-        f"left out: {len(rest)} settings of {k[0]} at {k[3]}x{k[4]} in environment"
-        f" {str(k[2])[:8]}; only one model, size and environment are compared"
+        f"left out: {len(rest)} settings of {k[0]} at {k[3]}x{k[4]} {_place(*k[2])}; only one"
+        " model, size and environment are compared, hosted services apart"
         for k, rest in families.items()
         if k != chosen
     ]
     return families[chosen], notes
+
+
+def _place(environment_id: str | None, hosted: bool) -> str:
+    return "by a hosted service" if hosted else f"in environment {str(environment_id)[:8]}"
 
 
 def candidates(table: Table, rows: list[Row], task: Task) -> tuple[str, list[Candidate]]:
@@ -186,6 +217,15 @@ def _work(row: Row) -> float:
 def _evaluations(record: Record) -> int:
     seen = record.evaluations
     return record.trial.request.effective_steps if seen is None else seen
+
+
+def _span(metric: str) -> tuple[float, float] | None:
+    """What a difference can be at least and at most, where the metric is a share.
+
+    What CLIP-score could be at most says nothing of what two images differ by.
+    """
+    share = metric == EDIT_QUALITY or facts(metric).bounds == (0.0, 1.0)
+    return (-1.0, 1.0) if share else None
 
 
 def _clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:

@@ -5,15 +5,16 @@ text: they reach the snippet as Python literals and never the command line.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd35bench.analysis.settings import is_hosted
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.guidance import skip_layer_text
-from sd35bench.types import ModelSpec, Record, Request, Task
+from sd35bench.types import Load, ModelSpec, Record, Request, Task
 
-__all__ = ["run_command", "snippet"]
+__all__ = ["remote_overrides", "run_command", "snippet"]
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What a run has unasked; everything else is spelled out.
@@ -25,8 +26,8 @@ def run_command(records: Sequence[Record], study: str) -> str:
     load, request = records[0].trial.load, records[0].trial.request
     seeds = sorted({r.trial.request.seed for r in records})
     parts = [f"model={load.model.name}", f"backend={load.backend.name}"]
-    parts += [f"backend.{name}={_text(v)}" for name, v in sorted(load.backend.options.items())]
-    parts += [f"threads={load.threads}", f"steps={request.steps}", f"cfg={_text(request.cfg)}"]
+    parts += _options(load)
+    parts += [f"steps={request.steps}", f"cfg={_text(request.cfg)}"]
     if request.prompt_strength is not None:
         parts.append(f"prompt_strength={_text(request.prompt_strength)}")
     parts += [f"width={request.width}", f"height={request.height}"]
@@ -44,13 +45,36 @@ def run_command(records: Sequence[Record], study: str) -> str:
     return shlex.join(["sd35bench", "run", *many, *parts, f"study={study}"])
 
 
+def remote_overrides(loads: Iterable[Load]) -> dict[str, str]:
+    """Overrides that say where hosted backends among `loads` are called; empty without any."""
+    options = [load.backend.options for load in loads if is_hosted(load)]
+    urls = sorted({str(o["base_url"]) for o in options})
+    found = {"remote.base_url": ",".join(urls)} if urls else {}
+    slugs = sorted({str(o["slug"]) for o in options if o.get("slug") is not None})
+    if slugs:
+        found["remote.slug"] = ",".join(slugs)
+    if any(url.startswith("http:") for url in urls):
+        found["remote.allow_loopback"] = "true"
+    return found
+
+
+def _options(load: Load) -> list[str]:
+    """A backend's options as overrides; a hosted one's live under `remote.`."""
+    own = sorted(load.backend.options.items())
+    if not is_hosted(load):
+        return [f"backend.{k}={_text(v)}" for k, v in own] + [f"threads={load.threads}"]
+    parts = [f"{k}={v}" for k, v in remote_overrides([load]).items()]
+    return parts + [f"backend.{k}={_text(v)}" for k, v in own if k not in ("base_url", "slug")]
+
+
 def snippet(record: Record, init_path: Path | None) -> str | None:
     """Write a Python script that makes this record's image with diffusers alone.
 
-    ``None`` where diffusers alone cannot: random weights, and files in the original layout.
+    ``None`` where diffusers alone cannot: random weights, files in the original layout, and what a
+    hosted service made.
     """
     load, request = record.trial.load, record.trial.request
-    if load.model.weights != "checkpoint" or load.model.components is not None:
+    if is_hosted(load) or load.model.weights != "checkpoint" or load.model.components is not None:
         return None
     dtype = _DTYPES.get(str(load.backend.options.get("dtype", "fp32")), "float32")
     edit = request.task is Task.IMAGE_TO_IMAGE

@@ -8,9 +8,9 @@ a study, so they build plain tuples and hash a setting only once.
 from functools import lru_cache
 from typing import Any
 
-from sd35bench.types import Record, Request, SkipLayerGuidance, Trial, content_hash, to_json
+from sd35bench.types import Load, Record, Request, SkipLayerGuidance, Trial, content_hash, to_json
 
-__all__ = ["PairKey", "cluster_key", "pair_key", "setting_fields", "setting_key"]
+__all__ = ["PairKey", "cluster_key", "is_hosted", "pair_key", "setting_fields", "setting_key"]
 
 PairKey = tuple[str, str, int, int, int, str | None]
 
@@ -26,21 +26,29 @@ def pair_key(trial: Trial) -> PairKey:
     return (r.prompt, r.negative_prompt, r.seed, r.width, r.height, r.init_image)
 
 
+def is_hosted(load: Load) -> bool:
+    """Whether a hosted service makes the images; its backends alone have a base URL."""
+    return "base_url" in load.backend.options
+
+
 def cluster_key(trial: Trial) -> tuple[str, str | None]:
     """Name what resampling draws together: a prompt (with its init image) in all its seeds."""
     return (trial.request.prompt, trial.request.init_image)
 
 
 def setting_fields(record: Record) -> dict[str, Any]:
-    """Spell out the setting as columns of a row, flat and JSON-ready."""
+    """Spell out the setting as columns of a row, flat and JSON-ready.
+
+    `threads` and `weights_digest` are ``None`` for a hosted service, which tells neither.
+    """
     load, request = record.trial.load, record.trial.request
     return {
         "setting": setting_key(record.trial),
         "model": load.model.name,
-        "weights_digest": load.model.weights_digest,
+        "weights_digest": None if is_hosted(load) else load.model.weights_digest,
         "backend": load.backend.name,
         "backend_options": dict(load.backend.options),
-        "threads": load.threads,
+        "threads": None if is_hosted(load) else load.threads,
         "task": request.task.value,
         "steps": request.steps,
         "cfg": request.cfg,

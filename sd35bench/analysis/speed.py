@@ -9,7 +9,7 @@ once per study. More than that cannot be: such a row gets a warning, whoever mad
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -39,6 +39,10 @@ The limit is the fastest product that torch's libraries have here, not what the 
 convolution may take fewer operations than are counted for it.
 """
 OPENVINO_WORDS = {"f32": "fp32", "float": "fp32", "bfloat16": "bf16", "f16": "fp16"}
+_OF_THIS_MACHINE = (
+    *("flops", "achieved_tflops", "limit_tflops", "limit_precision", "limit_fraction", "gpu"),
+    *("cold_compile_s", "cold_first_call_s", "warm_compile_s", "warm_first_call_s"),
+)
 LEAST_PER_START = 2
 """Lone images that a process start must have made to count for the spread between starts."""
 
@@ -49,8 +53,11 @@ def speed_summary(
     """Columns of one row beyond its latency.
 
     `latency` is the row's `latency_summary`, `machine` what `Study.machine` read. Rates are in
-    TFLOP/s (TOP/s against the int8 limit), medians over lone images.
+    TFLOP/s (TOP/s against the int8 limit), medians over lone images. A hosted service runs on
+    hardware that nobody told us of: no rate, and its throughput is in the row's `remote`.
     """
+    if row.hosted:
+        return dict.fromkeys(_OF_THIS_MACHINE) | {"throughput": []} | _starts(row)
     sessions = _sessions(table, row)
     flops = _mean_flops(row.timed if row.timed else row.usable)
     achieved = _achieved_tflops(row.timed)
@@ -65,8 +72,7 @@ def speed_summary(
         **compile_seconds(table, row),
         "throughput": throughput(row, latency),
         "gpu": _gpu(row.timed, sessions),
-        "starts": len({r.session_id for r in row.timed}),
-        "start_spread": _start_spread(row.timed),
+        **_starts(row),
     }
 
 
@@ -116,24 +122,39 @@ def _device_name(found: Mapping[str, Any]) -> str | None:
 def reference_rows(rows: Iterable[Row]) -> dict[str, Row]:
     """Row id → the row that it is compared with: eager in float32, all else alike.
 
-    Where a study has no eager float32 (a full-size model on a GPU), any eager row stands in.
+    Where a study has no eager float32 (a full-size model on a GPU), any eager row stands in. A
+    hosted row, which ran elsewhere by its nature, is held against the same setting here: of
+    several thread counts or environments the one with the most lone images.
     """
+    rows = list(rows)
+    alike, anywhere = _eager_by(rows, _but_backend), _eager_by(rows, _asked)
+    found = {}
+    for row in rows:
+        best = anywhere.get(_asked(row)) if row.hosted else alike.get(_but_backend(row))
+        if best is not None:
+            found[row.id] = best
+    return found
+
+
+def _eager_by(rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]) -> dict[Any, Row]:
+    """Of the timed eager rows with the same `key`, the one to compare with."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[_but_backend(row)].append(row)
-    found = {}
-    for members in groups.values():
-        eager = [r for r in members if _backend(r).kind == "eager" and r.timed]
-        if eager:
-            best = min(eager, key=lambda r: _backend(r).options.get("dtype", "fp32") != "fp32")
-            found.update({row.id: best for row in members})
-    return found
+        if _backend(row).kind == "eager" and row.timed:
+            groups[key(row)].append(row)
+
+    def rank(row: Row) -> tuple[bool, str, int]:
+        fp32 = _backend(row).options.get("dtype", "fp32") == "fp32"
+        return not fp32, row.setting["backend"], -len(row.timed)
+
+    return {k: min(members, key=rank) for k, members in groups.items()}
 
 
 def speedup(row: Row, reference: Row) -> dict[str, Any] | None:
     """How many times faster than `reference`: geometric mean over shared pairs of lone images.
 
-    ``None`` for the reference itself, and without a shared pair.
+    ``None`` for the reference itself, and without a shared pair. `with_network` says that a hosted
+    service's time is held against one that has no network in it.
     """
     theirs = {pair_key(r.trial): r.timings.latency_s for r in reference.timed if r.timings}
     shared = [r for r in row.timed if r.timings is not None and pair_key(r.trial) in theirs]
@@ -149,6 +170,7 @@ def speedup(row: Row, reference: Row) -> dict[str, Any] | None:
         "ci95": ends,
         "n": len(shared),
         "reference": reference.id,
+        "with_network": row.hosted,
     }
 
 
@@ -157,9 +179,14 @@ def _backend(row: Row) -> Any:
 
 
 def _but_backend(row: Row) -> tuple[Any, ...]:
-    own = ("setting", "backend", "backend_options")
-    fields = tuple((k, repr(v)) for k, v in row.setting.items() if k not in own)
-    return (*fields, row.environment_id)
+    where = (row.setting["weights_digest"], row.setting["threads"], row.environment_id)
+    return (*_asked(row), *where)
+
+
+def _asked(row: Row) -> tuple[Any, ...]:
+    """A row's model by name and its request, whoever answered it."""
+    own = ("setting", "weights_digest", "backend", "backend_options", "threads")
+    return tuple((k, repr(v)) for k, v in row.setting.items() if k not in own)
 
 
 # Throughput and starts ------------------------------------------------------------------------
@@ -204,6 +231,13 @@ def _group_labels(groups: Sequence[Sequence[Record]]) -> list[int]:
     numbers: dict[Any, int] = {}
     keys = [frozenset(cluster_key(r.trial) for r in group) for group in groups]
     return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _starts(row: Row) -> dict[str, Any]:
+    return {
+        "starts": len({r.session_id for r in row.timed}),
+        "start_spread": _start_spread(row.timed),
+    }
 
 
 def _start_spread(timed: Sequence[Record]) -> float | None:

@@ -1,7 +1,8 @@
 """`show`: a study's settings with latency, speed, memory and metrics, each with n and interval.
 
 Latency is what one image alone took, from request to encoded file, in trials that ran at batch
-size 1 after warm-up; nothing else enters it. ``None`` is unknown, never 0.
+size 1 after warm-up; nothing else enters it. A hosted service's row has the same columns, of its
+lone calls, and `remote` beside them. ``None`` is unknown, never 0.
 """
 
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy as np
 from sd35bench.analysis.drift import drift_document
 from sd35bench.analysis.intervals import mean_interval, quantile_interval
 from sd35bench.analysis.quality import cluster_labels, row_metric
+from sd35bench.analysis.remote import concurrent_phases, remote_summary, usd_per_image
 from sd35bench.analysis.speed import (
     machine_document,
     reference_rows,
@@ -21,8 +23,8 @@ from sd35bench.analysis.speed import (
     speed_warnings,
     speedup,
 )
-from sd35bench.analysis.table import GUARD, Row, Table, read_table
-from sd35bench.types import Record, Session
+from sd35bench.analysis.table import GUARD, Row, Table, ambiguous_text, read_table
+from sd35bench.types import Record, Session, Status
 
 __all__ = ["latency_summary", "show_document", "summarise"]
 
@@ -38,12 +40,14 @@ def summarise(study: Any, table: Table) -> dict[str, Any]:
     environments = {s.environment_id: s.environment for s in table.sessions.values()}
     rows = sorted(table.rows, key=_order)
     machine, references = study.machine(), reference_rows(rows)
+    phases = concurrent_phases(table)
     settings = []
     for row in rows:
         summary = _row(study, table, row, metrics)
         summary |= speed_summary(table, row, summary["latency_s"], machine)
         reference = references.get(row.id)
         summary["speedup"] = None if reference is None else speedup(row, reference)
+        summary |= {"usd_per_image": usd_per_image(row), "remote": remote_summary(row, phases)}
         summary["warnings"] += speed_warnings(table, row, summary["achieved_tflops"], machine)
         settings.append(summary)
     return {
@@ -72,7 +76,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 def _row(study: Any, table: Table, row: Row, metrics: list[str]) -> dict[str, Any]:
-    ok = [r for r in row.records if r.timings is not None]
+    ok = [r for r in row.records if r.status is Status.OK]
     sessions = [
         table.sessions[i]
         for i in dict.fromkeys(r.session_id for r in ok or row.records)
@@ -81,7 +85,8 @@ def _row(study: Any, table: Table, row: Row, metrics: list[str]) -> dict[str, An
     latency = latency_summary(row.timed)
     target = row.records[0].trial.load.model.target_latency_s
     p50 = latency["p50"]
-    memories = [r.memory for r in row.records if r.memory is not None]
+    # What this process took to talk to a service says nothing of the model's memory.
+    memories = [r.memory for r in row.records if r.memory is not None and not row.hosted]
     return row.setting | {
         "id": row.id,
         "environment_id": row.environment_id,
@@ -90,14 +95,15 @@ def _row(study: Any, table: Table, row: Row, metrics: list[str]) -> dict[str, An
         "evaluations": _common(r.evaluations for r in ok),
         "n": len(row.records) - row.failed,
         "failed": row.failed,
+        "ambiguous": row.ambiguous,
         "excluded": dict(row.excluded),
         "quality_batch_size": row.quality_batch_size,
         "latency_s": latency,
         "target_latency_s": target,
         "latency_ratio": None if target is None or p50 is None else p50 / target,
-        "stage_s": _stages(row.timed),
-        "load_s": _median(s.load_s for s in sessions),
-        "first_call_s": _median(s.first_call_s for s in sessions),
+        "stage_s": _stages([] if row.hosted else row.timed),
+        "load_s": None if row.hosted else _median(s.load_s for s in sessions),
+        "first_call_s": None if row.hosted else _median(s.first_call_s for s in sessions),
         "peak_vram_bytes": _peak(m.peak_vram_bytes for m in memories),
         "peak_allocator_bytes": _peak(m.peak_allocator_bytes for m in memories),
         "peak_rss_bytes": _peak(m.peak_rss_bytes for m in memories),
@@ -148,10 +154,16 @@ def _stages(timed: list[Record]) -> dict[str, float | None]:
 
 def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
     found = [f"{n} images left out: {why}" for why, n in row.excluded.most_common()]
-    if row.failed:
-        found.append(f"{row.failed} trials failed")
+    if row.failed > row.ambiguous:
+        found.append(f"{row.failed - row.ambiguous} trials failed")
+    if row.ambiguous:
+        found.append(ambiguous_text(row.ambiguous))
+    for why, n in row.untimed.most_common():
+        found.append(f"{n} call{'s' * (n > 1)} {why}: no latency from {'them' if n > 1 else 'it'}")
     if not row.timed:
-        found.append("no latency: no trial of this setting ran at batch size 1")
+        alone = "call of this setting ran alone"
+        lone = alone if row.hosted else "trial of this setting ran at batch size 1"
+        found.append(f"no latency: no {lone}")
     timed = {r.session_id for r in row.timed}
     runs = Counter(s.start for s in sessions if s.id in timed)
     if max(runs.values(), default=0) > 1:  # the starts of one run are asked for, and shown

@@ -11,16 +11,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sd35bench.analysis.settings import setting_fields, setting_key
+from sd35bench.analysis.settings import is_hosted, setting_fields, setting_key
 from sd35bench.types import Record, Session, Status
 
-__all__ = ["GUARD", "Row", "ScoreLike", "Table", "read_table", "repeated_seeds"]
+__all__ = [
+    "GUARD",
+    "Row",
+    "ScoreLike",
+    "Table",
+    "ambiguous_text",
+    "read_table",
+    "repeated_seeds",
+    "why_untimed",
+]
 
 GUARD = "guard"
 """Name under which `score` keeps what the guards saw in an image: value 1 passed, 0 refused."""
 
 REPEATED = "same image under different seeds"
 MISSING = "image file missing"
+RESUMED = "found again after a crash or a lost answer"
+BESIDE = "ran beside others"
+_BATCHED = "did not run at batch size 1"
 
 
 class ScoreLike(Protocol):
@@ -38,7 +50,8 @@ class Row:
     """One setting in one environment.
 
     `records` are all of them, failed ones too; `timed` the OK ones that ran alone; `usable` the
-    ones whose images may be scored; `excluded` counts the OK ones that may not, by reason.
+    ones whose images may be scored; `excluded` counts the OK ones that may not, by reason;
+    `untimed` counts hosted calls that are OK and give no latency, by reason.
     """
 
     setting: dict[str, Any]
@@ -47,6 +60,7 @@ class Row:
     timed: list[Record] = field(default_factory=list)
     usable: list[Record] = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
+    untimed: Counter[str] = field(default_factory=Counter)
 
     @property
     def id(self) -> str:
@@ -62,6 +76,16 @@ class Row:
     def failed(self) -> int:
         """How many trials did not end OK."""
         return sum(r.status is not Status.OK for r in self.records)
+
+    @property
+    def hosted(self) -> bool:
+        """Whether a hosted service made its images, so that no limit of this machine holds."""
+        return is_hosted(self.records[0].trial.load)
+
+    @property
+    def ambiguous(self) -> int:
+        """How many of the failed may have been made, and billed, all the same."""
+        return sum(r.status is Status.AMBIGUOUS for r in self.records)
 
     @property
     def quality_batch_size(self) -> int | None:
@@ -101,6 +125,25 @@ def read_table(study: Any) -> Table:
     for row in rows:
         _sort_out(row, refused, present)
     return Table(rows, sessions, dict(scores), _warnings(rows))
+
+
+def why_untimed(record: Record) -> str | None:
+    """Say why an OK record's time is no latency of one image alone; ``None`` where it is one.
+
+    A hosted call that ran beside others of this client shared the service with them; one that was
+    found again was not watched all the time.
+    """
+    if record.remote is not None and record.remote.resumed:
+        return RESUMED
+    if record.remote is not None and record.remote.in_flight != 1:
+        return BESIDE
+    alone = record.trial.batch_size == 1 and record.batch_actual == 1
+    return None if alone and record.timings is not None else _BATCHED
+
+
+def ambiguous_text(count: int) -> str:
+    """What ambiguous trials are, and what to do about them."""
+    return f"{count} ambiguous: may have been billed; run again to look for them"
 
 
 def repeated_seeds(records: Iterable[Record]) -> set[str]:
@@ -154,10 +197,12 @@ def _sort_out(row: Row, refused: Mapping[tuple[str, str], str], present: set[str
             row.usable.append(record)
         else:
             row.excluded[reason] += 1
-        alone = record.trial.batch_size == 1 and record.batch_actual == 1
+        why = why_untimed(record)
         # A deleted file and an ignored seed say nothing against the time that was measured.
-        if alone and record.timings is not None and reason in (None, MISSING, REPEATED):
+        if why is None and reason in (None, MISSING, REPEATED):
             row.timed.append(record)
+        elif why is not None and record.remote is not None:
+            row.untimed[why] += 1
 
 
 def _present_images(study: Any) -> set[str]:
@@ -168,12 +213,17 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     excluded: Counter[str] = sum((row.excluded for row in rows), Counter())
     found = [f"{n} images left out of every metric: {why}" for why, n in excluded.most_common()]
-    failed = sum(row.failed for row in rows)
-    if failed:
-        found.append(f"{failed} trials failed; they count in `failed` and nowhere else")
-    environments = {row.environment_id for row in rows}
-    if len(environments) > 1:
-        found.append(
-            f"{len(environments)} unlike environments: their figures are in rows of their own"
-        )
+    failed, ambiguous = (sum(getattr(r, name) for r in rows) for name in ("failed", "ambiguous"))
+    if failed > ambiguous:
+        count = failed - ambiguous
+        found.append(f"{count} trials failed; they count in `failed` and nowhere else")
+    if ambiguous:
+        found.append(ambiguous_text(ambiguous))
+    # That a service is another machine than this one goes without saying.
+    places: dict[Any, set[str | None]] = defaultdict(set)
+    for row in rows:
+        places[row.setting["backend"] if row.hosted else None].add(row.environment_id)
+    environments = max(map(len, places.values()), default=0)
+    if environments > 1:
+        found.append(f"{environments} unlike environments: their figures are in rows of their own")
     return found

@@ -9,9 +9,25 @@ from sd35bench.report.figures import format_bytes, format_seconds
 from sd35bench.report.plots import Figure
 from sd35bench.report.svg import Box, Scale, element
 
-__all__ = ["STAGES", "Samples", "plot_distributions", "plot_memory", "plot_stages"]
+__all__ = [
+    "STAGES",
+    "CallBar",
+    "Samples",
+    "plot_calls",
+    "plot_distributions",
+    "plot_memory",
+    "plot_stages",
+]
 
 STAGES = ("text", "denoise", "decode", "encode", "other")
+CALL_PARTS = {
+    "submit": "submit",
+    "queue": "queue",
+    "predict": "inference",
+    "download": "download",
+    "other": "not told apart",
+    "local": "this machine",
+}
 _ROW = 24.0
 _MAX_DOTS = 120
 _LABEL = 5.9
@@ -24,6 +40,16 @@ class Samples:
     label: str
     latencies_s: tuple[float, ...]
     stage_s: dict[str, float]
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallBar:
+    """One setting's mean seconds by part (names of `CALL_PARTS`), seen at most `late_by_s` late."""
+
+    label: str
+    parts: dict[str, float]
+    late_by_s: float | None = None
     strong: bool = False
 
 
@@ -145,6 +171,60 @@ def _stack(sample: Samples, x: Scale, y: float, box: Box) -> Markup:
         )
         start += seconds
     return element("g", _row_label(sample.label, y, box, sample.strong), *parts)
+
+
+def plot_calls(bars: Sequence[CallBar]) -> Figure:
+    """Where a hosted call's seconds go, over the same image made on this machine."""
+    box = _rows_box([b.label + "   " * b.strong for b in bars], len(bars))  # bold is wider
+    longest = max(sum(b.parts.values()) for b in bars)
+    x = Scale(0.0, longest * 1.16, box.left, box.x_end)  # room for the totals
+    rows = [_call(bar, x, box.top + (i + 0.5) * _ROW, box) for i, bar in enumerate(bars)]
+    used = [p for p in CALL_PARTS if any(p in bar.parts for bar in bars)]
+    legend = [(f"st-{p}", "square", CALL_PARTS[p]) for p in used]
+    if any(b.late_by_s for b in bars):
+        legend.append(("late", "bar", "polling: at most this much too long"))
+    return Figure(
+        title="Seconds of one image, made alone",
+        svg=_bars_svg(box, [_row_axes(box, x, "seconds, mean by part"), *rows], "Hosted calls"),
+        legend=tuple(legend),
+        note="Hosted settings in bold, the same request on this machine below them.",
+    )
+
+
+def _call(bar: CallBar, x: Scale, y: float, box: Box) -> Markup:
+    total = sum(bar.parts.values())
+    parts, start = [], 0.0
+    for name, seconds in ((p, bar.parts[p]) for p in CALL_PARTS if p in bar.parts):
+        text = f"{CALL_PARTS[name]}: {format_seconds(seconds)} ({seconds / total:.0%})"
+        parts.append(
+            element(
+                "rect",
+                element("title", f"{bar.label}\n{text}"),
+                class_=f"st-{name}",
+                x=x(start),
+                y=y - 7,
+                width=max(x(start + seconds) - x(start), 0.5),
+                height=14,
+            )
+        )
+        start += seconds
+    if bar.late_by_s:
+        parts.append(_late(x(max(total - bar.late_by_s, 0.0)), x(total), y, bar))
+    text = element("text", format_seconds(total), class_="row", x=x(total) + 6, y=y, dy="0.32em")
+    return element("g", _row_label(bar.label, y, box, bar.strong), *parts, text)
+
+
+def _late(start: float, end: float, y: float, bar: CallBar) -> Markup:
+    """A bracket over the end of the bar: somewhere in it the image was ready."""
+    title = f"{bar.label}\npolling saw the end at most {format_seconds(bar.late_by_s)} late"
+    low, high = f"{start:.1f}", f"{end:.1f}"
+    path = f"M{low},{y - 5:.1f}v10M{high},{y - 5:.1f}v10M{low},{y:.1f}H{high}"
+    return element(
+        "g",
+        element("title", title),
+        element("path", class_="late halo", d=path),
+        element("path", class_="late", d=path),
+    )
 
 
 def plot_memory(rows: Sequence[tuple[str, str, float]]) -> Figure:

@@ -20,9 +20,16 @@ from sd35bench.report.figures import (
     format_plain,
     format_seconds,
 )
-from sd35bench.report.rows import Row, setting_text, told_by_threads
+from sd35bench.report.rows import UNTOLD, Row, setting_text, told_by_threads
 
-__all__ = ["Block", "comparison_blocks", "machine_block", "split_interval"]
+__all__ = [
+    "Block",
+    "Titles",
+    "comparison_blocks",
+    "machine_block",
+    "split_interval",
+    "with_interval",
+]
 
 _INTERVAL = re.compile(r" (\[[^]]*\])$")
 
@@ -76,7 +83,7 @@ def _throughput_block(rows: Sequence[Row]) -> Block | None:
     sizes = sorted({size for r in shown for size in r.throughput})
     if not shown:
         return None
-    titles = _Titles(shown)
+    titles = Titles(shown)
     columns = [*titles.columns, *((f"batch {size}", True) for size in sizes)]
     columns += [("gain", True), ("batches", True)]
     return Block(
@@ -99,7 +106,7 @@ def _throughput_block(rows: Sequence[Row]) -> Block | None:
 def _rate(estimate: Estimate | None) -> str:
     if estimate is None or estimate.value is None:
         return MISSING
-    return _with_interval(estimate)
+    return with_interval(estimate)
 
 
 def _gain(row: Row) -> str:
@@ -114,13 +121,14 @@ def _starts_block(rows: Sequence[Row]) -> Block | None:
     """One row per model on a backend: what comes before the steady state, and how steady it is."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[tuple(row.setting.get(n) for n in _LOAD)].append(row)
+        if row.remote is None:  # a service loads nothing here
+            groups[tuple(row.setting.get(n) for n in _LOAD)].append(row)
     loads = list(groups.values())
     told = any(r.cold_compile_s or r.warm_compile_s or r.start_spread for r in rows)
     if not told and len(loads) < 2:
         return None
     firsts = [members[0] for members in loads]
-    titles = _Titles(firsts, _LOAD)
+    titles = Titles(firsts, _LOAD)
     figures: list[tuple[str, Callable[[list[Row]], str]]] = [
         ("load", lambda m: format_seconds(_middle(r.load_s for r in m))),
         ("first image", lambda m: format_seconds(_middle(_first_image_s(r) for r in m))),
@@ -196,7 +204,7 @@ def _drift_block(
     """`columns` are the fields that may name a row, and (key, title) of verdicts."""
     fields, verdicts = columns
     always = ("backend", "what")
-    names = [n for n in fields if n in always or len({_text(r.get(n)) for r in rows}) > 1]
+    names = [n for n in fields if n in always or _differs(rows, n)]
     measures = [(k, t) for k, t in _DRIFT if any(_drift_estimate(r, k) for r in rows)]
     heads = [(_head(n), False) for n in names]
     heads += [
@@ -244,9 +252,11 @@ def _drift_text(row: Mapping[str, Any], key: str) -> str:
         return "identical"
     if key.startswith("latent") or 0 < estimate.value < _TINY:
         return f"{estimate.value:.1e}"
+    if _identical(row) and key in ("mean_abs", "max_abs"):
+        return "exactly 0"
     if key == "max_abs":
         return format_number(estimate.value, 0)
-    return _with_interval(estimate)
+    return with_interval(estimate)
 
 
 # GPU and machine ------------------------------------------------------------------------------
@@ -256,7 +266,7 @@ def _gpu_block(rows: Sequence[Row]) -> Block | None:
     shown = [(r, r.gpu) for r in rows if r.gpu is not None]
     if not shown:
         return None
-    titles = _Titles([r for r, _ in shown])
+    titles = Titles([r for r, _ in shown])
     heads = ("SM clock MHz", "lowest", "power W", "throttled", "why")
     return Block(
         title="GPU while images were made",
@@ -328,14 +338,13 @@ _TITLES: tuple[str, ...] = (
 _DRIFT_NAMES = (*_TITLES, "batch_size")
 
 
-class _Titles:
+class Titles:
     """The leading columns of a block: the backend, and every field in which its rows differ."""
 
     def __init__(self, rows: Sequence[Row], names: Sequence[str] = _TITLES) -> None:
         """`names` are the fields that may be shown."""
-        self._names = [
-            n for n in names if n == "backend" or len({_text(r.setting.get(n)) for r in rows}) > 1
-        ]
+        settings = [r.setting for r in rows]
+        self._names = [n for n in names if n == "backend" or _differs(settings, n)]
         if told_by_threads(rows):
             self._names = [n for n in self._names if n != "environment_id"]
 
@@ -346,7 +355,13 @@ class _Titles:
 
     def of(self, row: Row) -> tuple[str, ...]:
         """One row's texts."""
-        return tuple(_text(row.setting.get(n)) for n in self._names)
+        return tuple(_shortened(row.text(n)) for n in self._names)
+
+
+def _differs(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether a field tells rows apart; that a service leaves it untold does not."""
+    values = [r.get(name) for r in rows]
+    return len({_text(v) for v in values if v is not None or name not in UNTOLD}) > 1
 
 
 def _head(name: str) -> str:
@@ -354,11 +369,15 @@ def _head(name: str) -> str:
 
 
 def _text(value: object) -> str:
-    text = setting_text(value)
+    return _shortened(setting_text(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 40 else text[:10] + "…"
 
 
-def _with_interval(estimate: Estimate) -> str:
+def with_interval(estimate: Estimate) -> str:
+    """``value [low, high]`` with the decimals that the interval supports."""
     decimals = decimals_for(estimate)
     value = format_number(estimate.value, decimals)
     return f"{value} {format_interval(estimate, decimals)}".strip()

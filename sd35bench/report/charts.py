@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sd35bench.analysis.quality import facts
+from sd35bench.analysis.table import why_untimed
 from sd35bench.report.bars import Samples, plot_distributions, plot_memory, plot_stages
 from sd35bench.report.figures import Estimate, format_plain
 from sd35bench.report.leaderboard import front_ids
@@ -43,7 +45,7 @@ def front_figures(
     figures = []
     for metric in metric_names(rows):
         known = [r for r in rows if _known(r, metric) and r.latency is not None]
-        if not known:
+        if not known or not facts(metric).ranks:
             continue
         front = front_ids(known, metric)
         colours, title = _colouring(known)
@@ -303,7 +305,7 @@ def _latencies(records: Sequence[Record]) -> tuple[float, ...]:
     return tuple(
         r.timings.latency_s
         for r in records
-        if r.status is Status.OK and r.timings is not None and r.trial.batch_size == 1
+        if r.status is Status.OK and r.timings is not None and why_untimed(r) is None
     )
 
 

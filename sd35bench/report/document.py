@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sd35bench.analysis.settings import is_hosted
 from sd35bench.report.blocks import Block, comparison_blocks
 from sd35bench.report.charts import (
     front_figures,
@@ -18,6 +19,7 @@ from sd35bench.report.charts import (
 )
 from sd35bench.report.figures import format_estimate
 from sd35bench.report.headline import Headline, objective_estimates, read_headline
+from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences
 from sd35bench.report.leaderboard import Leaderboard, build_leaderboard
 from sd35bench.report.plots import Figure
 from sd35bench.report.provenance import (
@@ -69,6 +71,9 @@ class Document:
     speed: tuple[Figure, ...]
     speed_note: str
     loads: tuple[dict[str, Any], ...]
+    hosted: tuple[Block, ...]
+    hosted_lead: tuple[tuple[str, str], ...]
+    hosted_figures: tuple[Figure, ...]
     backends: tuple[Block, ...]
     throughput: tuple[Figure, ...]
     wall: dict[str, Any]
@@ -102,6 +107,9 @@ def build_document(
         speed=tuple(speed),
         speed_note=speed_note,
         loads=tuple(list_loads(sessions, records)),
+        hosted=tuple(hosted_blocks(rows)),
+        hosted_lead=tuple(hosted_sentences(show, rows)),
+        hosted_figures=tuple(hosted_figures(rows)),
         backends=tuple(comparison_blocks(show, rows)),
         throughput=tuple(throughput_figures(rows)),
         wall=_wall(study, rows, matched, headline, extra),
@@ -124,7 +132,7 @@ def _facts(
         ("model", _listed(load.model.name for load in loads)),
         ("backend", _listed(load.backend.name for load in loads)),
         ("size", _listed(f"{r.width}×{r.height}" for r in requests)),
-        ("device", _listed(str(s.in_force.get("device", "?")) for s in sessions.values())),
+        ("device", _listed(_device(s) for s in sessions.values())),
         ("settings", str(len(rows))),
         ("images", f"{len(ok):,}"),
         ("prompts", f"{len({(r.prompt, r.init_image) for r in requests}):,}"),
@@ -134,6 +142,13 @@ def _facts(
     facts += [("failed", f"{failed:,}")] if failed else []
     facts += [("run", started[0][:16].replace("T", " "))] if started else []
     return [(name, value) for name, value in facts if value]
+
+
+def _device(session: Session) -> str:
+    load = session.load
+    if is_hosted(load):
+        return f"hosted by {load.backend.kind}"
+    return str(session.in_force.get("device", "?"))
 
 
 def _listed(values: Any) -> str:

@@ -16,6 +16,7 @@ __all__ = [
     "format_number",
     "format_plain",
     "format_seconds",
+    "format_usd",
     "latency_decimals",
 ]
 
@@ -137,3 +138,13 @@ def format_bytes(count: int | float | None) -> str:
     if count >= 2**20:
         return f"{count / 2**20:.0f} MiB"
     return f"{count / 2**10:.0f} KiB"
+
+
+def format_usd(dollars: float | None) -> str:
+    """Dollars: ``$1,234.50``, below one with three significant digits, a dash where unknown."""
+    if dollars is None:
+        return MISSING
+    if dollars == 0:
+        return "$0"
+    decimals = 2 if dollars >= 1 else 2 - math.floor(math.log10(dollars))
+    return f"${dollars:,.{decimals}f}"

@@ -16,6 +16,7 @@ from sd35bench.report.figures import (
     format_estimate,
     format_latency,
     format_plain,
+    format_usd,
 )
 from sd35bench.report.leaderboard import best_first, primary_metric
 from sd35bench.report.rows import Row, metric_label, metric_names
@@ -204,6 +205,8 @@ def _cost(row: Row) -> str:
     said = []
     if row.latency is not None:
         said.append(f"{format_latency(row.latency)} an image")
+    if row.usd_per_image is not None:
+        said.append(f"{format_usd(row.usd_per_image.value)} an image")
     metric = next((m for m in metric_names([row]) if row.metrics[m].value is not None), None)
     if metric is not None:
         said.append(f"{metric_label(metric)} {format_estimate(row.metrics[metric])}")
@@ -279,6 +282,9 @@ def gives(row: Row) -> tuple[tuple[str, str, str], ...]:
         found.append(("latency", format_latency(row.latency), _n(row.latency)))
     if row.target_ratio is not None:
         found.append(("of target", f"{row.target_ratio:.2f}×", ""))
+    if row.usd_per_image is not None:
+        usd = row.usd_per_image
+        found.append(("price", f"{format_usd(usd.value)} an image", _n(usd)))
     for name in metric_names([row]):
         estimate = row.metrics[name]
         if estimate.value is not None:

@@ -31,7 +31,7 @@ from sd35bench.report.figures import (
 from sd35bench.report.style import read_asset
 from sd35bench.store import Study
 
-__all__ = ["embed_json", "render_report", "write_report"]
+__all__ = ["content_policy", "embed_json", "render_report", "write_report"]
 
 # ASCII output already writes U+2028 and lone surrogates as escapes.
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -73,7 +73,16 @@ def render_report(document: Document) -> str:
         Markup(read_asset("report.js")),
         Markup(read_asset("charts.css") + read_asset("report.css")),
     )
-    policy = "; ".join(
+    policy = content_policy(script, style)
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        d=document, policy=policy, script=script, style=style, data=embed_json(document.wall)
+    )
+
+
+def content_policy(script: str, style: str) -> str:
+    """Policy under which only this script and this style run, and nothing is fetched."""
+    return "; ".join(
         [
             "default-src 'none'",
             "img-src data:",
@@ -82,10 +91,6 @@ def render_report(document: Document) -> str:
             "base-uri 'none'",
             "form-action 'none'",
         ]
-    )
-    template = _environment().get_template("report.html.j2")
-    return template.render(
-        d=document, policy=policy, script=script, style=style, data=embed_json(document.wall)
     )
 
 

@@ -16,7 +16,14 @@ from sd35bench.report.figures import (
     format_number,
     format_plain,
 )
-from sd35bench.report.rows import Row, lower_is_better, metric_label, metric_names
+from sd35bench.report.rows import (
+    Row,
+    failed_text,
+    lower_is_better,
+    metric_label,
+    metric_names,
+    usd_text,
+)
 from sd35bench.report.svg import element
 
 __all__ = ["Cell", "Leaderboard", "best_first", "build_leaderboard", "front_ids", "primary_metric"]
@@ -144,15 +151,16 @@ def _setting_columns(rows: Sequence[Row], extra: Sequence[str]) -> list[_Column]
     columns: list[_Column] = []
     backend = [name for name in extra if name == "backend"]
     for name in (*backend, *names, *(name for name in extra if name != "backend")):
-        values: list[Any] = [r.setting.get(name) for r in rows]
-        cells = [Cell(text=_short(v), sort=_sortable(v), numeric=name in names) for v in values]
+        cells = [_setting_cell(r, name, name in names) for r in rows]
         columns.append((name.replace("prompt_strength", "strength").replace("_", " "), "", cells))
     return columns
 
 
-def _short(value: object) -> str:
-    text = format_plain(value)
-    return text if len(text) <= 24 else text[:10] + "…"
+def _setting_cell(row: Row, name: str, numeric: bool) -> Cell:
+    value: Any = row.setting.get(name)
+    text = format_plain(value) if value is not None else row.text(name)
+    short = text if len(text) <= 24 else text[:10] + "…"
+    return Cell(text=short, sort=_sortable(value), numeric=numeric)
 
 
 def _sortable(value: object) -> float | str | None:
@@ -190,9 +198,21 @@ def _cost_columns(rows: Sequence[Row]) -> list[_Column]:
     hint = "peak GPU memory of the worker" if vram else "peak host memory of the worker so far"
     cells = [Cell(text=format_bytes(m), sort=None if m is None else float(m)) for m in memory]
     columns.append(("memory", hint, cells))
+    if any(r.usd_per_image is not None for r in rows):
+        columns.append(("USD/image", "what the service asks for one image", _usd_cells(rows)))
     if any(r.failed for r in rows):
-        columns.append(_count_column("failed", "trials that failed", [r.failed for r in rows]))
+        hint = "trials that failed; ambiguous ones may have been billed"
+        failed = [Cell(text=failed_text(r), sort=float(r.failed)) for r in rows]
+        columns.append(("failed", hint, failed))
     return columns
+
+
+def _usd_cells(rows: Sequence[Row]) -> list[Cell]:
+    known = [(usd_text(r), r.usd_per_image) for r in rows]
+    return [
+        Cell(text=text) if e is None else Cell(text=text, sort=e.value, hint=f"n = {e.n}")
+        for text, e in known
+    ]
 
 
 def _rate_columns(rows: Sequence[Row]) -> list[_Column]:
@@ -200,15 +220,26 @@ def _rate_columns(rows: Sequence[Row]) -> list[_Column]:
     columns: list[_Column] = []
     if any(r.speedup is not None for r in rows):
         hint = "times faster than the reference backend on the same prompts and seeds"
-        cells = _estimate_cells([r.speedup for r in rows], "glyph up", most=2)
+        far = any(r.remote is not None and r.speedup is not None for r in rows)
+        if far:
+            hint += "; a hosted service's time includes queue and network"
+        cells = _estimate_cells([r.speedup for r in rows], "glyph up", most=3 if far else 2)
         columns.append(("× eager", f"{hint}; 95 % interval", cells))
     if any(r.psnr_db is not None for r in rows):
         cells = _estimate_cells([r.psnr_db for r in rows], "glyph up", most=1)
+        cells = [_identical_cell(r, c) for r, c in zip(rows, cells, strict=True)]
         columns.append(("PSNR dB", "against the reference backend's images", cells))
     if any(r.achieved_tflops is not None for r in rows):
         hint = "operations over time, and the share of this machine's measured limit"
         columns.append(("TFLOP/s", hint, [_rate_cell(r) for r in rows]))
     return columns
+
+
+def _identical_cell(row: Row, cell: Cell) -> Cell:
+    """An exact match has no finite PSNR, and is better than all that have one."""
+    if row.identical_pairs is None:
+        return cell
+    return Cell(text="identical", sort=1e9, hint=f"n = {row.identical_pairs}")
 
 
 def _rate_cell(row: Row) -> Cell:

@@ -2,10 +2,12 @@
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from sd35bench.analysis.reproduce import remote_overrides
+from sd35bench.analysis.settings import is_hosted
 from sd35bench.report.figures import format_bytes, format_plain, format_seconds
 from sd35bench.report.rows import Row
 from sd35bench.types import Record, Session, Status
@@ -46,17 +48,22 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Sequence[Any]]) -> di
     memories = [m for s in sessions for m in peaks.get(s.id, ())]
     vram = [m.peak_vram_bytes for m in memories if m.peak_vram_bytes is not None]
     rss = max((m.peak_rss_bytes for m in memories), default=None)
-    options = {**load.backend.options, "threads": load.threads}
+    hosted = is_hosted(load)  # what it loads and takes, nobody told us
+    options = {**load.backend.options, "threads": "n/a" if hosted else load.threads}
+
+    def middle(seconds: Iterable[float]) -> str:
+        return format_seconds(None if hosted else median(seconds))
+
     return {
         "model": load.model.name,
         "digest": load.model.weights_digest[:12],
         "backend": load.backend.name,
         "options": ", ".join(f"{k}={_plain(v)}" for k, v in options.items()),
         "starts": len(sessions),
-        "load": format_seconds(median(s.load_s for s in sessions)),
-        "first_call": format_seconds(median(s.first_call_s for s in sessions)),
-        "warmup": format_seconds(median(s.warmup_s for s in sessions)),
-        "rss": format_bytes(rss),
+        "load": middle(s.load_s for s in sessions),
+        "first_call": middle(s.first_call_s for s in sessions),
+        "warmup": middle(s.warmup_s for s in sessions),
+        "rss": format_bytes(None if hosted else rss),
         "vram": format_bytes(max(vram, default=None)),
         "in_force": [(k, _plain(v)) for k, v in sessions[-1].in_force.items()],
     }
@@ -73,11 +80,16 @@ def _plain(value: object) -> str:
 def list_failures(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Failures grouped by status, phase and message, the most frequent first."""
     failed = [r for r in records if r.status is not Status.OK]
-    groups = Counter((r.status.value, r.phase or "", r.error or "") for r in failed)
+    groups = Counter(
+        (_STATUS.get(r.status, r.status.value), r.phase or "", r.error or "") for r in failed
+    )
     return [
         {"status": status, "phase": phase, "error": error, "count": count}
         for (status, phase, error), count in groups.most_common()
     ]
+
+
+_STATUS = {Status.AMBIGUOUS: "ambiguous: may have been billed; run again to look for it"}
 
 
 def list_warnings(
@@ -125,6 +137,7 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
         "prompts.split": split,
         "prompts.task": "edit" if prompts == "nano" and task == "image-to-image" else "",
         "prompts.limit": str(len({(r.prompt, r.init_image) for r in requests})),
+        **remote_overrides(loads),
         **_batches(records),
         "study": study,
     }

@@ -12,12 +12,14 @@ from typing import Any
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import setting_key
 from sd35bench.guidance import skip_layer_text
-from sd35bench.report.figures import Estimate, format_plain
+from sd35bench.report.figures import Estimate, format_plain, format_usd
 from sd35bench.types import Record, Session, SkipLayerGuidance, from_json, to_json
 
 __all__ = [
     "SETTING_FIELDS",
+    "UNTOLD",
     "Row",
+    "failed_text",
     "lower_is_better",
     "match_records",
     "metric_label",
@@ -26,6 +28,7 @@ __all__ = [
     "read_rows",
     "setting_text",
     "told_by_threads",
+    "usd_text",
     "varying_fields",
 ]
 
@@ -48,17 +51,25 @@ SETTING_FIELDS = (
     "prompt_strength",
 )
 DRIFT = "drift"
+UNTOLD = ("threads", "weights_digest")
+"""What a hosted service does not tell, and what therefore sets its rows apart from none."""
 _AXES = ("task", "steps", "cfg", "prompt_strength")
 _ALSO = ("task", "environment_id")
-_METRIC_ORDER = ("edit_quality", "prompt_accuracy", "init_kept", "clip_score", "fid")
+_METRIC_ORDER = (
+    *("edit_quality", "prompt_accuracy", "init_kept", "clip_score"),
+    *("fid", "kid", "cmmd", "precision", "recall"),
+)
 _LABELS = {
     "prompt_accuracy": "prompt accuracy",
     "edit_quality": "edit quality",
     "init_kept": "init kept",
     "clip_score": "CLIP-score",
+    "fid_infinity": "FID∞",
     "fid": "FID",
     "kid": "KID",
     "cmmd": "CMMD",
+    "precision": "precision",
+    "recall": "recall",
 }
 
 
@@ -68,7 +79,9 @@ class Row:
 
     `setting` holds the fields of `SETTING_FIELDS` that the document named (and the environment's
     id where it did); `latency` is p50 with its interval. `speedup` and `psnr_db` are against the
-    reference backend's row, `throughput` is images per second by batch size.
+    reference backend's row, `throughput` is images per second by batch size. `identical_pairs` is
+    set where every pixel of all pairs is the reference's; `remote` where a hosted service made
+    the images.
     """
 
     id: str
@@ -102,6 +115,10 @@ class Row:
     throughput: dict[int, Estimate] = field(default_factory=dict)
     gpu: dict[str, Any] | None = None
     psnr_db: Estimate | None = None
+    identical_pairs: int | None = None
+    ambiguous: int = 0
+    usd_per_image: Estimate | None = None
+    remote: dict[str, Any] | None = None
 
     @property
     def steps(self) -> int:
@@ -130,14 +147,20 @@ class Row:
         """Everything but steps, cfg and strength: what the curves must hold fixed."""
         return tuple((k, _hashable(v)) for k, v in self.setting.items() if k not in _AXES)
 
+    def text(self, name: str) -> str:
+        """A field of the setting as a table shows it; a service has neither threads nor digest."""
+        if name in UNTOLD and self.remote is not None:
+            return "n/a"
+        return setting_text(self.setting.get(name))
+
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4 · strength 0.6``, then the `extra` fields that vary."""
         parts = [f"{self.steps} steps", f"cfg {format_plain(self.cfg)}"]
         if self.prompt_strength is not None:
             parts.append(f"strength {format_plain(self.prompt_strength)}")
-        parts += [
-            _in_words(f, self.setting[f]) for f in extra if f in self.setting and f not in _AXES
-        ]
+        shown = [f for f in extra if f in self.setting and f not in _AXES]
+        shown = [f for f in shown if f not in UNTOLD or self.remote is None]
+        parts += [_in_words(f, self.setting[f]) for f in shown]
         return " · ".join(parts)
 
 
@@ -192,7 +215,18 @@ def _read_row(raw: Mapping[str, Any], row_id: str, drift: Mapping[str, Any]) -> 
         throughput=_read_throughput(raw.get("throughput") or ()),
         gpu=raw.get("gpu"),
         psnr_db=None if drift.get("psnr_db") is None else _read_metric(drift["psnr_db"]),
+        identical_pairs=_identical_pairs(drift),
+        ambiguous=raw.get("ambiguous", 0),
+        usd_per_image=None
+        if raw.get("usd_per_image") is None
+        else _read_metric(raw["usd_per_image"]),
+        remote=raw.get("remote"),
     )
+
+
+def _identical_pairs(drift: Mapping[str, Any]) -> int | None:
+    pairs = drift.get("n_pairs")
+    return pairs if pairs and drift.get("identical") == pairs else None
 
 
 def _quality(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,6 +282,16 @@ def setting_text(value: object) -> str:
     return format_plain(value)
 
 
+def failed_text(row: Row) -> str:
+    """How many trials failed, and how many of them may have been billed all the same."""
+    return f"{row.failed} ({row.ambiguous} ambiguous)" if row.ambiguous else str(row.failed)
+
+
+def usd_text(row: Row) -> str:
+    """Dollars of one image; a dash where they are unknown."""
+    return format_usd(None if row.usd_per_image is None else row.usd_per_image.value)
+
+
 def _in_words(field: str, value: object) -> str:
     """A varying field's value where no column title says what it is."""
     if field == "threads":
@@ -262,16 +306,27 @@ def _hashable(value: Any) -> Any:
 def varying_fields(rows: Sequence[Row]) -> tuple[str, ...]:
     """Fields beyond steps, cfg and strength that differ between `rows`, in reading order."""
     names = (*SETTING_FIELDS, "environment_id")
+    local = [r for r in rows if r.remote is None]
     varying = [
-        f for f in names if f not in _AXES and len({_hashable(r.setting.get(f)) for r in rows}) > 1
+        f
+        for f in names
+        if f not in _AXES
+        and len({_hashable(r.setting.get(f)) for r in (local if f in UNTOLD else rows)}) > 1
     ]
     return tuple(f for f in varying if f != "environment_id" or not told_by_threads(rows))
 
 
 def told_by_threads(rows: Sequence[Row]) -> bool:
-    """Whether environments differ by nothing but the thread count, which has its own column."""
-    pairs = {(r.setting.get("threads"), r.setting.get("environment_id")) for r in rows}
-    return len({threads for threads, _ in pairs}) == len(pairs)
+    """Whether environments differ by nothing but the thread count, which has its own column.
+
+    A service is an environment of its own, which the backend's name tells.
+    """
+
+    def told(row: Row) -> Any:
+        return row.setting.get("threads" if row.remote is None else "backend")
+
+    pairs = {(told(r), r.setting.get("environment_id")) for r in rows}
+    return len({name for name, _ in pairs}) == len(pairs)
 
 
 def metric_names(rows: Iterable[Row]) -> tuple[str, ...]:

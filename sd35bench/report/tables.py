@@ -21,13 +21,15 @@ from sd35bench.report.figures import (
     format_number,
     format_plain,
 )
+from sd35bench.report.hosted import hosted_blocks, network_note
 from sd35bench.report.provenance import list_warnings
 from sd35bench.report.rows import (
     Row,
+    failed_text,
     metric_label,
     metric_names,
     read_rows,
-    setting_text,
+    usd_text,
     varying_fields,
 )
 
@@ -64,7 +66,9 @@ def print_settings(document: Mapping[str, Any], console: Console) -> None:
         console.print(
             "latency: median of images made one at a time; brackets: 95 % intervals", style="dim"
         )
-    for block in comparison_blocks(document, rows):
+    if note := network_note(rows):
+        console.print(Text(note, style="dim"))
+    for block in (*hosted_blocks(rows), *comparison_blocks(document, rows)):
         _print_block(block, console)
     for warning in list_warnings(document, rows, extra):
         console.print(Text.assemble(("warning ", "yellow"), warning))
@@ -181,9 +185,11 @@ def setting_columns(rows: list[Row], extra: Sequence[str], stacked: bool) -> lis
     if any(r.target_ratio is not None for r in rows):
         ratio = _plain("× target", rows, lambda r: format_number(r.target_ratio, 2))
         columns.append(Column(ratio.title, ratio.cells, 4))
+    if any(r.usd_per_image is not None for r in rows):
+        columns.append(Column("USD/image", [Text(usd_text(r)) for r in rows], 1))
     columns += _memory(rows)
     if any(r.failed for r in rows):
-        columns.append(_plain("failed", rows, lambda r: str(r.failed)))
+        columns.append(_plain("failed", rows, failed_text))
     return columns
 
 
@@ -201,7 +207,7 @@ def _plain(title: str, rows: Sequence[Row], text: Callable[[Row], str]) -> Colum
 
 
 def _field(name: str, rows: Sequence[Row]) -> Column:
-    texts = [setting_text(r.setting.get(name)) for r in rows]
+    texts = [r.text(name) for r in rows]
     cells = [Text(t if len(t) <= 20 else t[:8] + "…") for t in texts]
     return Column(name.replace("_", " "), cells, numeric=False)
 
@@ -211,10 +217,14 @@ def _against_reference(rows: Sequence[Row], stacked: bool) -> list[Column]:
     columns = []
     if any(r.speedup is not None for r in rows):
         speedups = [_value_only(r.speedup) if stacked else r.speedup for r in rows]
-        columns.append(Column("× eager", _estimates(speedups, stacked, most=2), 1))
+        most = 3 if network_note(rows) else 2  # what is far away is a small share
+        columns.append(Column("× eager", _estimates(speedups, stacked, most=most), 1))
     if any(r.psnr_db is not None for r in rows):
         cells = _estimates([_value_only(r.psnr_db) for r in rows], stacked, most=1)
-        columns.append(Column("PSNR dB", cells, 2))
+        same = [
+            Text("identical") if r.identical_pairs else c for r, c in zip(rows, cells, strict=True)
+        ]
+        columns.append(Column("PSNR dB", same, 2))
     if any(r.achieved_tflops is not None for r in rows):
         columns.append(Column("TFLOP/s", [Text(_rate(r)) for r in rows], 3))
     return columns

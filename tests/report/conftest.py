@@ -5,6 +5,7 @@ import pytest
 from sd35bench.analysis.recommend import recommend_document
 from sd35bench.analysis.summary import show_document
 from tests.report.backends import make_backends_study
+from tests.report.hosted import make_hosted_study
 from tests.report.synthetic import HOSTILE, PROFILES, Synthetic, make_study, show_of
 
 
@@ -27,4 +28,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
 def backends(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
     """Eager, compiled and quantised runs side by side, on a GPU."""
     study = make_backends_study(tmp_path_factory.mktemp("backends"), gpu=True)
+    return Synthetic(study, show_document(study), None)
+
+
+@pytest.fixture(scope="session")
+def hosted(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    """Eager beside two hosted services."""
+    study = make_hosted_study(tmp_path_factory.mktemp("hosted"))
     return Synthetic(study, show_document(study), None)

@@ -118,6 +118,26 @@ def test_compare_lays_the_same_pairs_side_by_side(open_report, demo: Synthetic):
     assert pairs.first.locator("img").count() == 3  # the init image is beside them
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_hosted_calls_fit_their_window_and_scroll_inside(
+    open_report, hosted: Synthetic, width: int
+):
+    page = open_report(hosted, width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    section = page.locator("#hosted")
+    assert section.locator("table").count() == 2
+    chart = section.locator("figure svg[role=img]").bounding_box()
+    assert chart is not None
+    edge = chart["x"] + chart["width"]
+    for label in section.locator("svg[role=img] text.row").all():
+        box = label.bounding_box()
+        assert box is not None
+        assert box["x"] >= chart["x"] - 0.5
+        assert box["x"] + box["width"] <= edge + 0.5
+    fills = """(rects) => [...new Set(rects.map((r) => getComputedStyle(r).fill))]"""
+    assert len(section.locator("svg[role=img] rect").evaluate_all(fills)) == 6
+
+
 def test_compare_of_unlike_tasks_has_no_pairs(open_report, demo: Synthetic):
     page = open_report(demo)
     page.check("input[value=compare]", force=True)

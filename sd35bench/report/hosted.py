@@ -1,0 +1,305 @@
+"""Hosted services beside this machine: where a call's seconds go, and what it costs.
+
+Read from the `remote` part of a `show` document's rows. Parts of a latency are means here, so that
+they add up; the medians are in the document. Without a hosted row there is nothing to say.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sd35bench.report.bars import CallBar, plot_calls
+from sd35bench.report.blocks import Block, Titles, with_interval
+from sd35bench.report.figures import (
+    MISSING,
+    Estimate,
+    format_number,
+    format_plain,
+    format_seconds,
+    format_usd,
+)
+from sd35bench.report.plots import Figure
+from sd35bench.report.rows import Row, usd_text
+
+__all__ = ["hosted_blocks", "hosted_figures", "hosted_sentences", "network_note"]
+
+_MOST_BARS = 24
+_MOST_SENTENCES = 4
+_SECONDS = (
+    ("total", "total"),
+    ("predict", "inference"),
+    ("queue", "queue"),
+    ("network", "network"),
+    ("submit", "submit"),
+    ("download", "download"),
+    ("poll_bound", "late by ≤"),
+    ("other", "not told apart"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hosted:
+    """A row with what is known of its calls."""
+
+    row: Row
+    remote: Mapping[str, Any]
+
+    def mean(self, part: str) -> Estimate:
+        """Mean seconds of a part of the lone calls."""
+        found = (self.remote.get("parts") or {}).get(part) or {}
+        low, high = found.get("mean_ci95") or (None, None)
+        return Estimate(value=found.get("mean"), low=low, high=high, n=found.get("n"))
+
+
+def _hosted(rows: Sequence[Row]) -> list[_Hosted]:
+    return [_Hosted(r, r.remote) for r in rows if r.remote is not None]
+
+
+def network_note(rows: Sequence[Row]) -> str:
+    """A line for below the settings, where a hosted row is held against one of this machine."""
+    if any(r.remote is not None and r.speedup is not None for r in rows):
+        return "× eager of a hosted service: its time includes queue and network."
+    return ""
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def hosted_blocks(rows: Sequence[Row]) -> list[Block]:
+    """Seconds of lone calls by part, then throughput and money."""
+    found = _hosted(rows)
+    if not found:
+        return []
+    titles = Titles([h.row for h in found])
+    blocks = [_money_block(found, titles)]
+    if any(h.mean("total").value is not None for h in found):
+        blocks.insert(0, _seconds_block(found, titles))
+    return blocks
+
+
+def _seconds_block(found: Sequence[_Hosted], titles: Titles) -> Block:
+    parts = [(k, t) for k, t in _SECONDS if any(_is_told(h, k) for h in found)]
+    return Block(
+        title="Hosted calls made alone, seconds",
+        columns=(
+            *titles.columns,
+            ("n", True),
+            ("inference share", True),
+            *((title, True) for _, title in parts),
+        ),
+        rows=tuple(
+            (
+                *titles.of(h.row),
+                str(h.remote["single_stream_n"]),
+                _share_text(h),
+                *(_text(h.mean(key)) for key, _ in parts),
+            )
+            for h in found
+        ),
+        note="Means over calls that had no other of this run beside them. Inference: what the"
+        " service says it computed; queue: what it took beyond that; network: submit and download."
+        " Late by: the end was seen by polling, so total is at most this much too long; where the"
+        " service itself tells its queue, that wait is not told apart.",
+    )
+
+
+def _is_told(hosted: _Hosted, part: str) -> bool:
+    mean, total = hosted.mean(part).value, hosted.mean("total").value
+    if mean is None or part != "other":
+        return mean is not None
+    return total is not None and mean > 0.01 * total
+
+
+def _text(estimate: Estimate) -> str:
+    return MISSING if estimate.value is None else with_interval(estimate)
+
+
+def _share_text(hosted: _Hosted) -> str:
+    share = hosted.remote.get("inference_share")
+    if share is None:
+        return MISSING
+    ends = share.get("ci95")
+    interval = "" if ends is None else f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]"
+    return f"{100 * share['value']:.0f} %{interval}"
+
+
+def _money_block(found: Sequence[_Hosted], titles: Titles) -> Block:
+    shared = any((h.remote.get("throughput") or {}).get("settings", 1) > 1 for h in found)
+    return Block(
+        title="Hosted calls: throughput and price",
+        columns=(
+            *titles.columns,
+            *((t, True) for t in ("images/min", "images", "in flight", "polls/image")),
+            *((t, True) for t in ("USD/image", "reported", "USD/1,000", "USD in all")),
+            *((t, True) for t in ("found again", "ambiguous")),
+        ),
+        rows=tuple((*titles.of(h.row), *_money_cells(h)) for h in found),
+        note=" ".join(
+            [
+                "Images/min: images over the wall time in which calls ran beside others, waits for"
+                " rate limits included"
+                + ("; settings that ran together share the figure." if shared else "."),
+                "Reported: how many prices the service named; the others are its listed price."
+                " USD in all: of the calls whose price is known. Ambiguous: may have been billed;"
+                " run again to look for them.",
+                *_unsent(found),
+            ]
+        ),
+    )
+
+
+def _money_cells(hosted: _Hosted) -> tuple[str, ...]:
+    remote, usd = hosted.remote, hosted.row.usd_per_image
+    rate = remote.get("throughput") or {}
+    low, high = rate.get("ci95") or (None, None)
+    cost = remote["cost_usd"]
+    more = f" + {cost['unknown']} unknown" if cost["unknown"] else ""
+    stake = f" ({format_usd(cost['at_stake'])})" if cost["at_stake"] else ""
+    value = None if usd is None else usd.value
+    return (
+        _text(Estimate(value=rate.get("images_per_min"), low=low, high=high)),
+        format_plain(rate.get("n")),
+        format_plain(rate.get("in_flight", remote["in_flight"])),
+        format_number((remote["polls_per_image"] or {}).get("value"), 1),
+        usd_text(hosted.row),
+        f"{cost['reported']} of {cost['n']}" if cost["n"] else MISSING,
+        format_usd(None if value is None else 1000 * value),
+        format_usd(cost["total"]) + more,
+        str(remote["resumed_n"]),
+        str(remote["ambiguous"]) + stake,
+    )
+
+
+def _unsent(found: Sequence[_Hosted]) -> list[str]:
+    """One sentence per service on what of a request it never gets to see."""
+    services: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for hosted in found:
+        name, unsent = hosted.row.text("backend"), tuple(hosted.remote["unsent"])
+        if unsent and name not in services[unsent]:
+            services[unsent].append(name)
+    return [
+        f"{' and '.join(names)} cannot be sent {', '.join(unsent)}: the service uses its own."
+        for unsent, names in services.items()
+    ]
+
+
+# Charts ---------------------------------------------------------------------------------------
+
+
+def hosted_figures(rows: Sequence[Row]) -> list[Figure]:
+    """Each hosted setting's seconds by part, over the same setting's total on this machine."""
+    bars: list[CallBar] = []
+    shown = [h for h in _hosted(rows) if h.mean("total").value is not None]
+    members = [r for h in shown for r in (h.row, *_same_request(h.row, rows))]
+    for hosted in shown:
+        bars.append(_call_bar(hosted, members))
+        bars += [_local_bar(r, members) for r in _same_request(hosted.row, rows)]
+    if not bars:
+        return []
+    figure = plot_calls(bars[:_MOST_BARS])
+    left = len(bars) - _MOST_BARS
+    if left > 0:
+        figure = replace(figure, note=f"{figure.note} {left} more bars are left out.")
+    return [figure]
+
+
+def _same_request(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """Timed rows of this machine that were asked for the same."""
+    own = ("backend", "threads", "weights_digest", "environment_id")
+
+    def asked(other: Row) -> list[tuple[str, str]]:
+        return [(k, repr(v)) for k, v in other.setting.items() if k not in own]
+
+    return [
+        r for r in rows if r.remote is None and r.latency is not None and asked(r) == asked(row)
+    ]
+
+
+def _call_bar(hosted: _Hosted, members: Sequence[Row]) -> CallBar:
+    parts = {p: hosted.mean(p).value for p in ("submit", "queue", "predict", "download", "other")}
+    return CallBar(
+        label=_label(hosted.row, members),
+        parts={name: s for name, s in parts.items() if s is not None and s > 0},
+        late_by_s=hosted.mean("poll_bound").value,
+        strong=True,
+    )
+
+
+def _local_bar(row: Row, members: Sequence[Row]) -> CallBar:
+    return CallBar(label=_label(row, members), parts={"local": row.latency_s["mean"]})
+
+
+def _label(row: Row, members: Sequence[Row]) -> str:
+    """The backend, and what differs between the bars."""
+
+    def differs(name: str, among: Sequence[Row]) -> bool:
+        return len({repr(r.setting.get(name)) for r in among}) > 1
+
+    said = [row.text("backend")]
+    said += [f"{row.steps} steps"] if differs("steps", members) else []
+    said += [f"cfg {format_plain(row.cfg)}"] if differs("cfg", members) else []
+    if differs("prompt_strength", members) and row.prompt_strength is not None:
+        said.append(f"strength {format_plain(row.prompt_strength)}")
+    if differs("width", members) or differs("height", members):
+        said.append(f"{row.text('width')}×{row.text('height')}")
+    if row.remote is None and differs("threads", [r for r in members if r.remote is None]):
+        said.append(f"{row.text('threads')} threads")
+    return " · ".join(said)
+
+
+# Words ----------------------------------------------------------------------------------------
+
+
+def hosted_sentences(document: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What a person wants to know first, of up to four hosted settings: (setting, text)."""
+    found = _hosted(rows)
+    reference = (document.get("drift") or {}).get("reference") or {}
+    against = str(reference.get("backend") or "the reference")
+    members = [h.row for h in found]
+    said = [
+        (f"{_label(h.row, members)}: ", " ".join(_sentences(h, rows, against)))
+        for h in found[:_MOST_SENTENCES]
+    ]
+    if len(found) > _MOST_SENTENCES:
+        said.append(("", f"{len(found) - _MOST_SENTENCES} more are in the tables below."))
+    return said
+
+
+def _sentences(hosted: _Hosted, rows: Sequence[Row], against: str) -> list[str]:
+    said = [_time_words(hosted)]
+    late = hosted.mean("poll_bound").value
+    if late is not None:
+        said.append(f"Polling saw the end up to {format_seconds(late)} late.")
+    local = _same_request(hosted.row, rows)
+    if local:
+        means = [f"{r.text('backend')} {format_seconds(r.latency_s['mean'])}" for r in local[:3]]
+        said.append(f"This machine takes, on average: {', '.join(means)}.")
+    usd = hosted.row.usd_per_image
+    if usd is not None and usd.value is not None:
+        said.append(
+            f"An image costs {format_usd(usd.value)}, a thousand {format_usd(1000 * usd.value)};"
+            " what one made here costs is not known."
+        )
+    if hosted.row.identical_pairs:
+        said.append(
+            f"Its images are {against}'s in every pixel: the drift is exactly zero"
+            f" (n = {hosted.row.identical_pairs} pairs)."
+        )
+    return said
+
+
+def _time_words(hosted: _Hosted) -> str:
+    """How long a lone call took, and what of."""
+    total = hosted.mean("total")
+    if total.value is None:
+        return "no call ran alone, so there is no latency."
+    share = hosted.remote.get("inference_share")
+    kinds = [("predict", "inference"), ("queue", "queue"), ("network", "network")]
+    kinds += [("other", "not told apart")] if _is_told(hosted, "other") else []
+    parts = [(word, hosted.mean(key).value) for key, word in kinds]
+    told = [f"{format_seconds(seconds)} {word}" for word, seconds in parts if seconds is not None]
+    if share is not None:
+        told[0] += f" ({100 * share['value']:.0f} %)"
+    tail = f": {', '.join(told)}" if told else ""
+    return f"an image takes {with_interval(total)} s on average (n = {total.n}){tail}."
