@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.frechet import Gaussian
-from sd35bench.analysis.quality import Reference, reference_path, write_reference
 from sd35bench.analysis.settings import setting_key
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import StoreError
@@ -32,6 +30,7 @@ from sd35bench.metrics.base import (
     Value,
     judges,
 )
+from sd35bench.metrics.reference import keep_reference
 from sd35bench.metrics.selection import select_metrics
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Status
@@ -324,18 +323,14 @@ class _Job:
     def _reference(self, metric: SetMetric, group: list[Record]) -> dict[str, Any]:
         """Make the reference if it is missing and some setting has images enough to use it."""
         extractor, least = metric.extractor.name, metric.min_images
-        detail = {"extractor": extractor, "reference": None, "min_images": least}
+        detail: dict[str, Any] = {"extractor": extractor, "reference": None, "min_images": least}
+        if metric.statistic is not None:
+            detail |= {"statistic": metric.statistic, "parameters": metric.parameters}
         sizes = Counter((setting_key(r.trial), r.trial.batch_size) for r in group)
         if max(sizes.values()) < least:
             return detail
         name = f"{extractor}-{metric.reference_key(group)}"
-        if not reference_path(self.study, name).exists():
-            data = metric.make_reference(group)
-            gaussian = Gaussian(data.mean, data.cov, data.n)
-            reference = Reference(
-                name=name, gaussian=gaussian, source=data.source, min_images=least
-            )
-            write_reference(self.study, reference)
+        keep_reference(self.study, metric, name, group)
         return detail | {"reference": name}
 
     # Keeping -----------------------------------------------------------------------------------

@@ -253,13 +253,13 @@ def test_fid_reference_is_made_once_and_again_when_prompts_are_added(study, tmp_
 
 
 def test_edits_get_init_kept_and_text_to_image_does_not(study):
-    from sd35bench.metrics.fid import _true_renders
+    from sd35bench.metrics.reference import true_renders
 
-    init = next(_true_renders("a large red circle on white", (64, 64), 1))
+    init = next(true_renders("a large red circle on white", (64, 64), 1))
     digest = study.put_init(_encode(init))
     fields = {"prompt": "a large blue circle on white"}
     (edit,) = _put(study, [init], init_image=digest, prompt_strength=0.1, **fields)
-    (plain,) = _put(study, [next(_true_renders(fields["prompt"], (64, 64), 1))], **fields)
+    (plain,) = _put(study, [next(true_renders(fields["prompt"], (64, 64), 1))], **fields)
     counts = score_study(study, [PromptAccuracy(), InitKept()])
     assert counts["scored"] == {"prompt_accuracy": 2, "init_kept": 1}
     assert _values(study, "init_kept") == {edit.trial.key: pytest.approx(1.0)}

@@ -27,7 +27,7 @@ from sd35bench.analysis.intervals import (
     resampled_means,
 )
 
-__all__ = ["Gaussian", "fit", "frechet_distance", "frechet_interval", "influence"]
+__all__ = ["Gaussian", "fit", "frechet_distance", "frechet_interval", "influence", "matrix_root"]
 
 Matrix = NDArray[np.float64]
 
@@ -49,10 +49,13 @@ def fit(features: NDArray) -> Gaussian:
     return Gaussian(mean, centred.T @ centred / (len(x) - 1), len(x))
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Return the squared Fréchet distance between two Gaussians (what FID reports)."""
+def frechet_distance(a: Gaussian, b: Gaussian, root: Matrix | None = None) -> float:
+    """Return the squared Fréchet distance between two Gaussians (what FID reports).
+
+    `root` is the square root of `b`'s covariance where it is known: half of the work.
+    """
     offset = a.mean - b.mean
-    root = _root(b.cov)
+    root = matrix_root(b.cov) if root is None else root
     shared = _root_trace(root @ a.cov @ root)
     return float(offset @ offset + np.trace(a.cov) + np.trace(b.cov) - 2.0 * shared)
 
@@ -88,7 +91,7 @@ def influence(x: Matrix, reference: Gaussian) -> Matrix:
     """
     here = fit(x)
     centred = x - here.mean
-    root = _root(reference.cov)
+    root = matrix_root(reference.cov)
     values, vectors = np.linalg.eigh(root @ here.cov @ root)
     kept = values > values[-1] * 1e-10
     turned = (centred @ root @ vectors[:, kept]) / values[kept] ** 0.25
@@ -100,7 +103,8 @@ def influence(x: Matrix, reference: Gaussian) -> Matrix:
     )
 
 
-def _root(cov: Matrix) -> Matrix:
+def matrix_root(cov: Matrix) -> Matrix:
+    """Symmetric square root of a covariance [d, d]."""
     values, vectors = np.linalg.eigh(cov)
     return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
 

@@ -1,23 +1,28 @@
 """What is known of each metric's numbers: direction, bounds, and how a row's value is computed.
 
 Per-image metrics are means with intervals over prompts. Set metrics are computed here from
-features that `score` kept, against a reference file that `score` made; below the extractor's
-minimum number of images there is no value, and the entry says how many it needs.
+features that `score` kept, against a reference file that `score` made; below the metric's minimum
+number of images there is no value, and the entry says how many it needs.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.frechet import Gaussian, frechet_interval
 from sd35bench.analysis.intervals import Interval, mean_interval
+from sd35bench.analysis.kernel_distance import Sample
+from sd35bench.analysis.reference import (
+    Reference,
+    read_reference,
+    reference_path,
+    write_reference,
+)
+from sd35bench.analysis.set_metrics import FRECHET, compute
 from sd35bench.analysis.settings import cluster_key
 from sd35bench.analysis.table import Row, ScoreLike, Table
-from sd35bench.errors import StoreError
+from sd35bench.errors import MetricError
 from sd35bench.types import Record
 
 __all__ = [
@@ -34,10 +39,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class MetricFacts:
-    """Whether more is better, and what a value can be at least and at most where that is known."""
+    """Whether more is better, and what a value can be at least and at most where that is known.
+
+    `ranks` is False for a description (sharpness), of which neither more nor less is better.
+    """
 
     higher_is_better: bool
     bounds: tuple[float, float] | None = None
+    ranks: bool = True
 
 
 _FACTS = {
@@ -45,70 +54,21 @@ _FACTS = {
     "init_kept": MetricFacts(True, (0.0, 1.0)),
     "clip_score": MetricFacts(True, (-100.0, 100.0)),
     "fid": MetricFacts(False),
+    "kid": MetricFacts(False),
+    "cmmd": MetricFacts(False),
+    "precision": MetricFacts(True, (0.0, 1.0)),
+    "recall": MetricFacts(True, (0.0, 1.0)),
+    "sharpness": MetricFacts(True, ranks=False),
+    "contrast": MetricFacts(True, ranks=False),
     # No bounds: where all are identical the interval is a point, not "never seen in k prompts".
     "drift": MetricFacts(False),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """What a set metric is held against: `name` is its file's stem, `source` says what it is.
-
-    `min_images` is the least number of images for which the extractor's distance is given.
-    """
-
-    name: str
-    gaussian: Gaussian
-    source: str
-    min_images: int
 
 
 def facts(metric: str) -> MetricFacts:
     """Return what is known of a metric by the longest known beginning of its name."""
     known = [prefix for prefix in _FACTS if metric.startswith(prefix)]
     return _FACTS[max(known, key=len)] if known else MetricFacts(True)
-
-
-def reference_path(study: Any, name: str) -> Path:
-    """Where a study keeps the reference of this name."""
-    return study.path / "references" / f"{name}.npz"
-
-
-def write_reference(study: Any, reference: Reference) -> None:
-    """Keep a reference under the study; written whole or not at all."""
-    path = reference_path(study, reference.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    with open(part, "wb") as file:
-        np.savez(
-            file,
-            mean=reference.gaussian.mean,
-            cov=reference.gaussian.cov,
-            n=reference.gaussian.n,
-            source=reference.source,
-            min_images=reference.min_images,
-        )
-    part.replace(path)
-
-
-def read_reference(study: Any, name: str) -> Reference:
-    """Read a kept reference. Raises: StoreError if it is gone."""
-    path = reference_path(study, name)
-    if not path.exists():
-        raise StoreError(f"{path} is missing; delete the study's scores/ and score it again")
-    return _read_reference(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _read_reference(path: Path, _mtime_ns: int) -> Reference:
-    with np.load(path) as data:
-        gaussian = Gaussian(data["mean"], data["cov"], int(data["n"]))
-        return Reference(
-            name=path.stem,
-            gaussian=gaussian,
-            source=str(data["source"]),
-            min_images=int(data["min_images"]),
-        )
 
 
 def row_metric(study: Any, table: Table, row: Row, metric: str) -> dict[str, Any]:
@@ -160,10 +120,20 @@ def _set_metric(study: Any, found: list[tuple[Record, ScoreLike]]) -> dict[str, 
         return _nothing(reason) | {"n": len(records), "needs": need}
     reference = read_reference(study, name)
     kept = _features(study, extractor)
-    features = np.stack([kept[str(r.image)] for r in records])
-    interval = frechet_interval(features, cluster_labels(records), reference.gaussian)
+    images = Sample(np.stack([kept[str(r.image)] for r in records]), _prompts(records))
+    parameters = detail.get("parameters", {})
+    try:
+        interval, more = compute(detail.get("statistic", FRECHET), images, reference, parameters)
+    except MetricError as exc:
+        return _nothing(f"refused: {exc}") | {"n": len(records)}
     about = {"reference": reference.name, "reference_source": reference.source}
-    return _entry(interval) | about | {"reference_n": reference.gaussian.n}
+    return _entry(interval) | about | {"reference_n": reference.gaussian.n} | more
+
+
+def _prompts(records: list[Record]) -> NDArray[np.str_]:
+    """What resampling draws together, as text, so that a reference's prompts can be matched."""
+    keys = (cluster_key(r.trial) for r in records)
+    return np.array([p if init is None else f"{init} {p}" for p, init in keys])
 
 
 _FEATURES: dict[tuple[str, str], tuple[int, dict[str, NDArray]]] = {}
@@ -175,7 +145,8 @@ def _features(study: Any, extractor: str) -> dict[str, NDArray]:
     files = sum(1 for _ in folder.glob("*.npz"))
     key = (str(study.path.resolve()), extractor)
     if key not in _FEATURES or _FEATURES[key][0] != files:
-        _FEATURES.clear()  # one study's features at a time
+        for other in [k for k in _FEATURES if k[0] != key[0]]:
+            del _FEATURES[other]  # one study's features at a time
         _FEATURES[key] = (files, study.features(extractor))
     return _FEATURES[key][1]
 

@@ -54,7 +54,7 @@ def score(arguments: list[str], as_json: bool) -> Answer:
     parser = _parser("score")
     parser.add_argument("--metric", help="names, comma-separated; default: the model's own")
     parser.add_argument("override", nargs="*", help="metric.NAME.OPTION=VALUE")
-    found = parser.parse_args(arguments)
+    found = parser.parse_intermixed_args(arguments)  # overrides come after --metric, too
     study = _open(found)
     names = None if found.metric is None else [n for n in found.metric.split(",") if n]
     counts = _score(study, names, found.override)

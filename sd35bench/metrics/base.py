@@ -5,7 +5,7 @@ Four kinds, so that no image is decoded or embedded twice:
     ImageMetric     looks at pixels             (prompt accuracy, init kept)
     PairMetric      looks at pixels beside those of another trial of the same request (drift)
     FeatureMetric   looks at kept features      (CLIP-score)
-    SetMetric       is computed from kept features of a whole set, against a reference (FID);
+    SetMetric       is computed from kept features of a whole set, against a reference (FID, KID);
                     the number itself comes from `sd35bench.analysis`, without torch
 
 Every image arrives as uint8 RGB [H, W, 3], decoded from the file that the trial wrote; anything
@@ -47,10 +47,17 @@ Image = NDArray[np.uint8]
 
 METRICS = {
     "clip_score": "sd35bench.metrics.clip_score:load",
+    "cmmd": "sd35bench.metrics.cmmd:load",
+    "contrast": "sd35bench.metrics.luma:load",
     "drift": "sd35bench.metrics.drift:load",
     "fid": "sd35bench.metrics.fid:load",
+    "fid_infinity": "sd35bench.metrics.fid_infinity:load",
     "init_kept": "sd35bench.metrics.init_kept:load",
+    "kid": "sd35bench.metrics.kid:load",
+    "precision": "sd35bench.metrics.precision_recall:load",
     "prompt_accuracy": "sd35bench.metrics.prompt_accuracy:load",
+    "recall": "sd35bench.metrics.precision_recall:load",
+    "sharpness": "sd35bench.metrics.luma:load",
 }
 """Metric families: name → module and function ``load(name, **options) -> Metric``."""
 
@@ -65,23 +72,30 @@ class Value:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceData:
-    """A set metric's reference: mean [d] and covariance [d, d] (n - 1) of n images' features."""
+    """A set metric's reference: mean [d] and covariance [d, d] (n - 1) of n images' features.
+
+    `features` [m, d] are those of all images or of a seeded subset, `prompts` [m] what each is a
+    true render of; ``None`` where they are not known.
+    """
 
     mean: NDArray[np.float64]
     cov: NDArray[np.float64]
     n: int
     source: str
+    features: NDArray[np.float32] | None = None
+    prompts: NDArray[np.str_] | None = None
 
 
 class Extractor(ABC):
     """Turns images into feature vectors; `name` is safe in a path and tells weights apart.
 
     `min_images` is the least number of images for which a Gaussian fitted to the features is
-    worth comparing.
+    worth comparing; `resize` says how images come to the network's size.
     """
 
     name: str
     min_images: int
+    resize: str = "not recorded"
 
     @abstractmethod
     def embed(self, images: Sequence[Image]) -> NDArray[np.float32]:
@@ -165,14 +179,33 @@ class FeatureMetric(Metric):
 
 
 class SetMetric(Metric):
-    """Compares the features of a set with a reference."""
+    """Compares the features of a set with a reference.
+
+    `statistic` names the number in `sd35bench.analysis.set_metrics`, `parameters` what it takes;
+    a Fréchet distance has neither in its scores, as it was there first. `needs_features` says that
+    the reference's mean and covariance are not enough.
+    """
 
     extractor: Extractor
+    statistic: str | None = None
+    needs_features: bool = False
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the statistic takes; it goes into the scores, and another one makes them stale."""
+        return {}
 
     @property
     def min_images(self) -> int:
         """Fewest images for which a value is given."""
         return self.extractor.min_images
+
+    def require_images(self, n: int, source: str) -> None:
+        """Refuse a reference of too few images. Raises: MetricError."""
+        if n < self.min_images:
+            raise MetricError(
+                f"{self.name}: the reference {source} has {n} images, it needs {self.min_images}"
+            )
 
     @abstractmethod
     def reference_key(self, records: Sequence[Record]) -> str:

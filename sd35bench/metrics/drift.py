@@ -8,9 +8,10 @@ against its *standard* ones (batch size 1 if it ran so, the commonest thread cou
 noise floor, what the same arithmetic in another order does to the pixels.
 
 The value is the mean absolute difference in levels of 255. The detail has `max_abs` (levels),
-`mse`, `psnr_db` (``None`` for identical images, whose PSNR is infinite), `ssim`, `flip`, the
-latents' relative error ``||a - b|| / ||b||`` after the first and the last step (`latent_rel_first`,
-`latent_rel_last`), and which reference it was.
+`mse`, `psnr_db` (``None`` for identical images, whose PSNR is infinite), `ssim`, `flip`, `lpips`
+(only where its weights are on this machine), the latents' relative error ``||a - b|| / ||b||``
+after the first and the last step (`latent_rel_first`, `latent_rel_last`), and which reference it
+was.
 """
 
 from collections import Counter, defaultdict
@@ -21,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.drift import psnr_db
+from sd35bench.analysis.settings import is_hosted
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, Pair, PairMetric, Value, require_uint8_rgb
 from sd35bench.metrics.flip import PIXELS_PER_DEGREE, flip
+from sd35bench.metrics.lpips import Lpips, find_lpips
 from sd35bench.types import BackendSpec, Record, Request
 
 __all__ = [
@@ -49,8 +52,10 @@ class Drift(PairMetric):
         self,
         reference: str = STANDARD_REFERENCE,
         pixels_per_degree: float = PIXELS_PER_DEGREE,
+        lpips: Lpips | None = None,
     ) -> None:
         self.reference = reference
+        self.lpips = lpips
         self.pixels_per_degree = pixels_per_degree
         self.name = "drift" if reference == STANDARD_REFERENCE else f"drift_{reference}"
         self.remedy = (
@@ -64,7 +69,15 @@ class Drift(PairMetric):
         models: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record in records:
             model = record.trial.load.model
-            models[model.name, model.weights_digest].append(record)
+            if not is_hosted(record.trial.load):
+                models[model.name, model.weights_digest].append(record)
+        # A service does not tell its weights' digest: the one with the most images is meant.
+        most = sorted(models, key=lambda key: (len(models[key]), key))
+        by_name = dict(most)
+        for record in records:
+            name = record.trial.load.model.name
+            if is_hosted(record.trial.load):
+                models[name, by_name.get(name, "")].append(record)
         found: dict[str, list[Record]] = {}
         for rows in models.values():
             found |= self._pair_model(rows)
@@ -93,6 +106,7 @@ class Drift(PairMetric):
             "reference_image": reference.image,
             "latents": latents,
             "pixels_per_degree": self.pixels_per_degree,
+            "lpips_weights": None if self.lpips is None else self.lpips.digest,
         }
 
     def score_pair(self, pair: Pair) -> Value:
@@ -102,6 +116,8 @@ class Drift(PairMetric):
         if pair.latents is not None and pair.reference_latents is not None:
             first, last = map(relative_error, pair.latents, pair.reference_latents)
         detail |= {"latent_rel_first": first, "latent_rel_last": last}
+        if self.lpips is not None:
+            detail["lpips"] = self.lpips(pair.image, pair.reference)
         return Value(detail["mean_abs"], detail)
 
 
@@ -123,7 +139,10 @@ class _Standard:
         self.identity = max(sizes, key=rank)
         own = [r for r in named if _identity(r.trial.load.backend) == self.identity]
         threads = {r.trial.load.threads for r in own}
-        all_threads = (r.trial.load.threads for r in everyone)
+        # A service's thread count says nothing, unless there is no other.
+        hosted = is_hosted(own[0].trial.load)
+        here = (r.trial.load for r in everyone if hosted or not is_hosted(r.trial.load))
+        all_threads = (load.threads for load in here)
         self.threads = _commonest(t for t in all_threads if t in threads)
         alone = any(r.trial.batch_size == 1 for r in own)
         self.batch_size = 1 if alone else _commonest(r.trial.batch_size for r in own)
@@ -133,7 +152,8 @@ class _Standard:
 
     def candidates(self, record: Record) -> list[Record]:
         """The reference's records for this one, best first; empty for the standard itself."""
-        threads, batch_size = record.trial.load.threads, record.trial.batch_size
+        load, batch_size = record.trial.load, record.trial.batch_size
+        threads = self.threads if is_hosted(load) else load.threads
         found = self.by_request.get(record.trial.request, [])
         if _identity(record.trial.load.backend) == self.identity:
             # Its own noise: held against standard threads and, unless these differ, batch size.
@@ -160,7 +180,11 @@ class _Standard:
 
 
 def load(
-    name: str, *, reference: str | None = None, pixels_per_degree: float = PIXELS_PER_DEGREE
+    name: str,
+    *,
+    reference: str | None = None,
+    pixels_per_degree: float = PIXELS_PER_DEGREE,
+    lpips: str | None = None,
 ) -> Drift:
     """Load `drift` (from eager) or `drift_<backend>`.
 
@@ -168,8 +192,9 @@ def load(
         name: the metric's name.
         reference: a backend's name instead of the name's own.
         pixels_per_degree: of FLIP's viewer, > 0.
+        lpips: torchvision's AlexNet weights; ``None``: torch's cache, and no LPIPS without them.
 
-    Raises: ConfigError for a viewer that cannot be.
+    Raises: ConfigError for a viewer that cannot be, or weights that are not there.
     """
     if not pixels_per_degree > 0:
         raise ConfigError(
@@ -177,7 +202,7 @@ def load(
         )
     label = name.removeprefix("drift").removeprefix("_")
     chosen = reference if reference is not None else label if label else STANDARD_REFERENCE
-    return Drift(chosen, pixels_per_degree)
+    return Drift(chosen, pixels_per_degree, find_lpips(lpips))
 
 
 def differences(

@@ -10,6 +10,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,30 @@ from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Extractor, Image, require_uint8_rgb
 
 __all__ = [
+    "Backbone",
     "ClipExtractor",
     "Inception",
     "NanoEvaluator",
     "OpenClip",
+    "choose_extractor",
     "clip_extractor",
 ]
 
 _INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A set metric's options that choose its extractor instead of its name.
+
+    `extractor` is ``inception``, ``nano`` or ``clip`` (with `model`, an open_clip name or
+    ``local-dir:PATH``, and its `pretrained` tag or checkpoint); `weights` is Inception's file.
+    """
+
+    extractor: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
+    weights: str | None = None
 
 
 class ClipExtractor(Extractor):
@@ -52,6 +69,7 @@ class NanoEvaluator(ClipExtractor):
     """
 
     label = "nano"
+    resize = "padded to a square by its edges, then Pillow's bicubic with antialiasing to 64 px"
 
     def __init__(self, folder: Path | None = None) -> None:
         own = Path(__file__).parents[1] / "nano" / "evaluator"
@@ -146,6 +164,11 @@ class OpenClip(ClipExtractor):
         return model.eval(), preprocess, tokenizer
 
     @property
+    def resize(self) -> str:  # type: ignore[override]
+        """The model's own preprocessing, as torchvision spells it."""
+        return " ".join(str(self._loaded[1]).split())
+
+    @property
     def min_images(self) -> int:  # type: ignore[override]
         """Twice the dimensions, and at least 1024: below, the covariance is mostly noise."""
         width = self._loaded[0].visual.output_dim
@@ -182,6 +205,9 @@ class Inception(Extractor):
     """
 
     min_images = 2048  # as many as dimensions: with fewer the covariance is singular
+    resize = (
+        "inside the network: TensorFlow 1's bilinear to 299 px, without antialiasing, as FID is"
+    )
 
     def __init__(self, weights: str | None = None) -> None:
         self.weights = weights
@@ -194,9 +220,8 @@ class Inception(Extractor):
         path = hub if self.weights is None else Path(self.weights)
         if not path.is_file():
             raise MetricError(
-                f"fid_inception needs Inception's weights, which are not at {path}; put torch-"
-                f"fidelity's {_INCEPTION_WEIGHTS} there, or use metric.fid.extractor=nano or a"
-                " CLIP model"
+                f"Inception's weights are not at {path}; put torch-fidelity's"
+                f" {_INCEPTION_WEIGHTS} there, or use extractor=nano or a CLIP model"
             )
         return path
 
@@ -246,6 +271,24 @@ def clip_extractor(label: str, model: str | None, pretrained: str | None) -> Cli
             " (a path), or use `nano`"
         )
     return OpenClip(*tags[label])
+
+
+def choose_extractor(label: str, backbone: Backbone) -> tuple[Extractor, str]:
+    """Return the extractor of a set metric's options or of its name's end, and its label.
+
+    Args:
+        label: what follows the family in the metric's name: `inception`, `nano`, `ViT-B-32_openai`.
+        backbone: the options; `extractor` goes before the label.
+
+    Raises: MetricError for a backbone that nobody knows.
+    """
+    if backbone.extractor is not None:
+        label = backbone.extractor
+    if label == "inception":
+        return Inception(backbone.weights), label
+    model = None if label == "nano" else backbone.model
+    clip = clip_extractor(label, model, backbone.pretrained)
+    return clip, clip.label
 
 
 def _is_folder(model: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sd35bench.analysis.settings import is_hosted
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import (
     METRICS,
@@ -21,7 +22,7 @@ from sd35bench.metrics.base import (
     load_metric,
 )
 from sd35bench.metrics.drift import STANDARD_REFERENCE
-from sd35bench.types import Record
+from sd35bench.types import Load, Record
 
 __all__ = ["RANDOM_WEIGHTS", "Selection", "select_metrics"]
 
@@ -29,6 +30,9 @@ RANDOM_WEIGHTS = (
     "made with random weights, which say nothing about quality; for quality run with"
     " model.weights=checkpoint (drift, latency and memory need no weights)"
 )
+
+ON_FEATURES = frozenset({"clip_score", "cmmd", "fid", "fid_infinity", "kid", "precision", "recall"})
+"""Families whose bare name means nano's evaluator on a study of nano alone."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -117,20 +121,27 @@ def _defaults(records: Sequence[Record], options: Options) -> tuple[list[Metric]
 def _has_contestants(records: Sequence[Record], options: Options) -> bool:
     """Whether some model ran on the reference backend and on another load."""
     reference = options.get("drift", {}).get("reference", STANDARD_REFERENCE)
-    loads: dict[tuple[str, str], set[str]] = {}
-    referenced: set[tuple[str, str]] = set()
-    for load in {id(r.trial.load): r.trial.load for r in records}.values():
-        model = (load.model.name, load.model.weights_digest)
-        loads.setdefault(model, set()).add(load.key)
-        if load.backend.name == reference:
-            referenced.add(model)
-    return any(len(loads[model]) > 1 for model in referenced)
+    found = {id(r.trial.load): r.trial.load for r in records}.values()
+    loads = {load.key: load for load in found}
+    named = [(key, load) for key, load in loads.items() if load.backend.name == reference]
+    return any(
+        key != other and _same_model(load, contestant)
+        for key, load in named
+        for other, contestant in loads.items()
+    )
+
+
+def _same_model(a: Load, b: Load) -> bool:
+    """By name and digest; a hosted service does not tell its weights' digest."""
+    untold = is_hosted(a) or is_hosted(b)
+    alike = untold or a.model.weights_digest == b.model.weights_digest
+    return a.model.name == b.model.name and alike
 
 
 def _load(name: str, options: Options, only_nano: bool) -> Metric:
     """Load one metric; the bare family name means nano's evaluator on a study of nano alone."""
     family = max((f for f in METRICS if name.startswith(f)), key=len, default=name)
     chosen = dict(options.get(family, {}))
-    if name in ("clip_score", "fid") and only_nano and not {"model", "extractor"} & chosen.keys():
+    if name in ON_FEATURES and only_nano and not {"model", "extractor"} & chosen.keys():
         name = f"{name}_nano"
     return load_metric(name, **chosen)

@@ -3,13 +3,13 @@
 from sd35bench.metrics.base import ImageMetric, Value
 
 
-class Sharpness(ImageMetric):
+class Brightness(ImageMetric):
     def __init__(self, radius):
-        self.name = f"sharpness_{radius}"
+        self.name = f"brightness_{radius}"
 
     def score_images(self, images, records, inits):
-        return [Value(float(image.std())) for image in images]
+        return [Value(float(image.mean())) for image in images]
 
 
 def load(name, *, radius=1):
-    return Sharpness(radius)
+    return Brightness(radius)

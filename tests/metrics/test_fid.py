@@ -7,6 +7,7 @@ from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import load_metric
 from sd35bench.metrics.extractors import Inception, NanoEvaluator
 from sd35bench.metrics.fid import Fid
+from sd35bench.metrics.reference import true_renders
 from sd35bench.nano.prompts import prompt_set, true_render
 from tests.analysis.synthetic import record
 from tests.metrics.doubles import pictures, save_open_clip, save_random_evaluator
@@ -45,14 +46,23 @@ def test_reference_key_follows_prompts_and_size_not_their_order(nano):
 
 
 def test_reference_of_true_renders_is_near_other_true_renders_and_far_from_noise(nano):
-    from sd35bench.metrics.fid import _true_renders
-
     made = Fid(nano, "nano").make_reference(_records())
     reference = Gaussian(made.mean, made.cov, made.n)
-    fresh = [x for p in PROMPTS for x in list(_true_renders(p, (64, 64), 400))[300:]]
+    fresh = [x for p in PROMPTS for x in list(true_renders(p, (64, 64), 400))[300:]]
     near = frechet_distance(fit(nano.embed(fresh)), reference)
     far = frechet_distance(fit(nano.embed(pictures(200))), reference)
     assert near < 0.05 * far
+
+
+def test_true_renders_of_two_prompts_do_not_share_their_layouts():
+    """The prompts differ in colour only: at one place their renders would be one shape."""
+    red, blue = (
+        [np.abs(x.astype(int) - 255).sum(2) > 40 for x in true_renders(p, (64, 64), 8)]
+        for p in ("a large red circle on white", "a large blue circle on white")
+    )
+    same = [np.mean(a == b) for a in red for b in blue]
+    assert max(same) < 0.999
+    assert not np.array_equal(red[0], red[1])
 
 
 def test_prompt_without_a_true_render_is_refused_by_name(nano):

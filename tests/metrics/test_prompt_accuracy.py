@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
 
-from sd35bench.metrics.fid import _true_renders
 from sd35bench.metrics.init_kept import InitKept
 from sd35bench.metrics.prompt_accuracy import PromptAccuracy
+from sd35bench.metrics.reference import true_renders
 from tests.analysis.synthetic import record
 
 RED, BLUE = "a large red circle on white", "a large blue circle on white"
 
 
 def _render(prompt: str, seed: int = 0) -> np.ndarray:
-    return list(_true_renders(prompt, (64, 64), seed + 1))[seed]
+    return list(true_renders(prompt, (64, 64), seed + 1))[seed]
 
 
 def _accuracy(image, prompt):
