@@ -1,0 +1,293 @@
+"""What a gate looks at: latency, memory, failures, quality and drift of two sides, as figures.
+
+A figure is one number of both sides, the effect (candidate minus baseline, or their log ratio) and
+its interval. Where one side has it and the other has not, it could not be measured; where both
+lack it, it does not apply. Nothing is judged here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd35bench.analysis.clustered import mean_t, student
+from sd35bench.analysis.intervals import Interval
+from sd35bench.analysis.latency import Spread, couple_starts, log_ratio, run_drift
+from sd35bench.analysis.policy import Dimension, MetricMargin
+from sd35bench.analysis.quality import facts
+from sd35bench.analysis.sides import Matched, Side, match_pairs
+
+__all__ = ["Distances", "Figure", "figures", "start_drifts"]
+
+Distances = Callable[[Side, Side, Matched], NDArray[np.float64] | str]
+"""Mean absolute difference (levels of 255) [n] of matched images; NaN where one is not there.
+
+A text says why no difference could be measured at all.
+"""
+_QUANTILES = {"p50": 0.5, "p95": 0.95}
+_LEAST_PER_START = {"p50": 5, "p95": 40}
+"""Lone images that a start needs for a quantile to say anything about it."""
+_LEAST_MEMORY_STARTS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number of both sides; ``None`` is unknown.
+
+    `kind` is "difference" or "ratio"; the effect of a ratio is its logarithm. `allowed` is the
+    margin on the effect's scale. `note` says what the reader must know, or why there is no effect;
+    `unmeasured` that one side lacks it.
+    """
+
+    name: str
+    unit: str
+    kind: str
+    margin: MetricMargin
+    allowed: float
+    baseline: float | None = None
+    candidate: float | None = None
+    effect: Interval | None = None
+    unmeasured: bool = False
+    note: str | None = None
+
+    @property
+    def absent(self) -> bool:
+        """Whether neither side has it."""
+        return self.effect is None and not self.unmeasured
+
+
+def figures(
+    name: str, wanted: Dimension, baseline: Side, candidate: Side, distances: Distances
+) -> list[Figure]:
+    """Measure a dimension's figures; an empty list where it does not apply at all."""
+    if name == "latency":
+        return _latency(wanted, baseline, candidate)
+    if name == "memory":
+        return _memory(wanted, baseline, candidate)
+    if name == "failures":
+        return _failures(wanted, baseline, candidate)
+    if name == "quality":
+        return _quality(wanted, baseline, candidate)
+    return _drift(wanted, baseline, candidate, distances)
+
+
+def start_drifts(side: Side) -> list[dict[str, Any]]:
+    """How the latency of each process start changed while it ran; starts with too few left out."""
+    found = []
+    for index, start in enumerate(side.starts):
+        drift = run_drift(side.of_start(index))
+        if drift is not None:
+            change = drift.change
+            found.append(
+                {
+                    "start": start.id,
+                    "change_frac": change.value,
+                    "ci95": change.ci95,
+                    "n": change.n,
+                    "drifting": drift.drifting,
+                }
+            )
+    return found
+
+
+# Latency ---------------------------------------------------------------------------------------
+
+
+def _latency(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
+    assert wanted.spread is not None
+    return [_quantile(name, m, wanted.spread, a, b) for name, m in wanted.margins.items()]
+
+
+def _quantile(name: str, margin: MetricMargin, spread: Spread, a: Side, b: Side) -> Figure:
+    q = _QUANTILES[name]
+    usable = [_usable_starts(side, _LEAST_PER_START[name]) for side in (a, b)]
+    pooled = [
+        np.concatenate([np.empty(0), *(side.of_start(i) for i in which)])
+        for which, side in zip(usable, (a, b), strict=True)
+    ]
+    values = [float(np.quantile(x, q, method="hazen")) if len(x) else None for x in pooled]
+    asked = _ratio(name, "s", margin)
+    if not usable[0] or not usable[1]:
+        least = _LEAST_PER_START[name]
+        why = f"no process start with {least} images made alone on the {{}}"
+        return _missing(asked, values, why)
+    couples = couple_starts(
+        [a.starts[i].started_at for i in usable[0]], [b.starts[i].started_at for i in usable[1]]
+    )
+    effect = log_ratio(
+        [a.of_start(usable[0][i]) for i, _ in couples],
+        [b.of_start(usable[1][j]) for _, j in couples],
+        q,
+        spread,
+    )
+    assert effect is not None
+    note = f"{len(couples)} couples of process starts in alternation"
+    if len(couples) == 1:
+        note = (
+            "one couple of process starts: the interval has the policy's spread between runs"
+            f" (sd {spread.sd:g} of the log ratio); more starts with --rerun K"
+        )
+    return asked(baseline=values[0], candidate=values[1], effect=effect, note=note)
+
+
+def _usable_starts(side: Side, least: int) -> list[int]:
+    return [i for i in range(len(side.starts)) if len(side.of_start(i)) >= least]
+
+
+# Memory ----------------------------------------------------------------------------------------
+
+
+def _memory(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
+    assert wanted.noise is not None
+    return [_peak(name, m, wanted.noise, a, b) for name, m in wanted.margins.items()]
+
+
+def _peak(name: str, margin: MetricMargin, noise: float, a: Side, b: Side) -> Figure:
+    """Compare peaks of process starts by their medians.
+
+    A peak is nearly the same in every start, so one start decides within the policy's noise; from
+    three on, on either side, the starts' own spread does (Welch 1947).
+    """
+    peaks = [
+        np.array([v for s in side.starts if (v := getattr(s, name)) is not None], np.float64)
+        for side in (a, b)
+    ]
+    values = [float(np.median(x)) if len(x) else None for x in peaks]
+    asked = _ratio(name, "bytes", margin)
+    if values[0] is None or values[1] is None:
+        return _missing(asked, values, f"{name} is not known on the {{}}")
+    value, n = float(np.log(values[1] / values[0])), min(map(len, peaks))
+    half, degrees, note = float(np.log(noise)), n, f"noise between starts: ratio {noise:g}"
+    if n >= _LEAST_MEMORY_STARTS:
+        half, degrees = _welch(*map(np.log, peaks))
+        note = f"{n} process starts on either side"
+    effect = Interval(value, value - half, value + half, sum(map(len, peaks)), degrees + 1)
+    return asked(baseline=values[0], candidate=values[1], effect=effect, note=note)
+
+
+def _welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, int]:
+    """Half width of the interval of a difference of means, and whole degrees of freedom."""
+    parts = [x.var(ddof=1) / len(x) for x in (a, b)]
+    total = sum(parts)
+    if total <= 0.0:
+        return 0.0, len(a) + len(b) - 2
+    degrees = total**2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (a, b), strict=True))
+    whole = max(1, int(degrees))
+    return float(student(whole) * np.sqrt(total)), whole
+
+
+# Failures --------------------------------------------------------------------------------------
+
+
+def _failures(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
+    matched = match_pairs(a, b)
+    flags = [
+        _any_failed(side)[rows] for side, rows in ((a, matched.baseline), (b, matched.candidate))
+    ]
+    lost = flags[1].astype(np.float64) - flags[0]
+    effect = mean_t(lost, matched.clusters, bounds=(-1.0, 1.0))
+    shares = [float(f.mean()) for f in flags]
+    (name, margin), *_ = wanted.margins.items()
+    asked = _difference(name, "share of trials", margin)
+    return [asked(baseline=shares[0], candidate=shares[1], effect=effect)]
+
+
+def _any_failed(side: Side) -> NDArray[np.bool_]:
+    """For each row, whether any trial of its pair failed; a pair may run at several batch sizes."""
+    _, number = np.unique(side.pairs, return_inverse=True)
+    worst = np.zeros(number.max() + 1, bool)
+    np.logical_or.at(worst, number, side.failed)
+    return worst[number]
+
+
+# Quality ---------------------------------------------------------------------------------------
+
+
+def _quality(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
+    if a.random_weights or b.random_weights:
+        return []
+    names = sorted({*a.metrics, *b.metrics})
+    judged = [(name, m) for name in names if (m := wanted.margin(name)) is not None]
+    return [_metric(name, margin, a, b) for name, margin in judged]
+
+
+def _metric(name: str, margin: MetricMargin, a: Side, b: Side) -> Figure:
+    asked = _difference(name, "metric", margin)
+    columns = [side.metrics.get(name) for side in (a, b)]
+    means = [None if c is None else float(np.nanmean(c)) for c in columns]
+    if columns[0] is None or columns[1] is None:
+        return _missing(asked, means, f"{name} was not scored on the {{}}")
+    matched = match_pairs(a, b, (np.isfinite(columns[0]), np.isfinite(columns[1])))
+    if not len(matched.clusters):
+        return asked(unmeasured=True, note=f"no pair has {name} on both sides")
+    before, after = columns[0][matched.baseline], columns[1][matched.candidate]
+    # Only for shares: what CLIP-score could be at most says nothing of what two images differ by.
+    span = (-1.0, 1.0) if facts(name).bounds == (0.0, 1.0) else None
+    effect = mean_t(after - before, matched.clusters, bounds=span)
+    return asked(baseline=float(before.mean()), candidate=float(after.mean()), effect=effect)
+
+
+# Drift -----------------------------------------------------------------------------------------
+
+
+def _drift(wanted: Dimension, a: Side, b: Side, distances: Distances) -> list[Figure]:
+    matched = match_pairs(a, b, (_has_image(a), _has_image(b)))
+    (name, margin), *_ = wanted.margins.items()
+    floor, said = _floor(wanted, a, b)
+    allowed = MetricMargin(floor + margin.margin, margin.direction)
+    asked = _difference(name, "levels of 255", allowed)
+    if not len(matched.clusters):
+        return [asked(unmeasured=True, note="no pair has an image on both sides")]
+    levels = distances(a, b, matched)
+    if isinstance(levels, str):
+        return [asked(unmeasured=True, note=levels)]
+    known = np.isfinite(levels)
+    if not known.any():
+        return [asked(unmeasured=True, note="no pair's images could be held together")]
+    effect = mean_t(levels[known], matched.clusters[known])
+    # The baseline's distance from itself is 0, so the candidate's distance is the effect.
+    return [asked(baseline=0.0, candidate=effect.value, effect=effect, note=said)]
+
+
+def _has_image(side: Side) -> NDArray[np.bool_]:
+    return np.array([image is not None for image in side.images], bool)
+
+
+def _floor(wanted: Dimension, a: Side, b: Side) -> tuple[float, str]:
+    """The noise floor that drift must be beyond: measured if it was, else the policy's, else 0."""
+    measured = [f for f in (a.floor_levels, b.floor_levels) if f is not None]
+    if measured:
+        return max(measured), f"noise floor {max(measured):.3g} levels, measured"
+    if wanted.floor_levels is not None:
+        return wanted.floor_levels, f"noise floor {wanted.floor_levels:g} levels, from the policy"
+    return 0.0, "no noise floor was measured: taken as 0 (run with noise_floor=BACKEND to have one)"
+
+
+# Shared ----------------------------------------------------------------------------------------
+
+
+def _ratio(name: str, unit: str, margin: MetricMargin) -> Callable[..., Figure]:
+    def make(**found: Any) -> Figure:
+        allowed = float(np.log(margin.margin))
+        return Figure(name=name, unit=unit, kind="ratio", margin=margin, allowed=allowed, **found)
+
+    return make
+
+
+def _difference(name: str, unit: str, margin: MetricMargin) -> Callable[..., Figure]:
+    def make(**found: Any) -> Figure:
+        return Figure(
+            name=name, unit=unit, kind="difference", margin=margin, allowed=margin.margin, **found
+        )
+
+    return make
+
+
+def _missing(make: Callable[..., Figure], values: list[float | None], why: str) -> Figure:
+    """A figure that one side lacks, or both; `why` has a place for the side's name."""
+    lacking = [n for n, v in zip(("baseline", "candidate"), values, strict=True) if v is None]
+    both = len(lacking) != 1
+    note = why.format("baseline and the candidate" if both else lacking[0])
+    return make(baseline=values[0], candidate=values[1], unmeasured=not both, note=note)

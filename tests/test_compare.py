@@ -1,0 +1,138 @@
+"""`compare` and `baseline make` as typed, on the fake backend: exit codes, files, reruns."""
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from sd35bench.alternate import reruns_of
+from sd35bench.cli import main
+from sd35bench.store import Study
+
+POLICY = """
+dimensions:
+  failures: {required: true, margins: {failed: 0.05}}
+  memory: {margins: {peak_rss_bytes: 1.5}, noise: 1.1}
+  latency: {start_spread: 0.15, margins: {p50: 1.5}}
+  drift: {required: true, margins: {mean_abs: 1.0}}
+"""
+
+
+def _run(root, study, *more):
+    asked = ["prompts.limit=24", "steps=2", f"study={study}", f"results_dir={root}", *more]
+    return main(["run", "backend=fake", *asked])
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """`a` and `b` alike, `bad` with every other image failing, `other` with another seed."""
+    root = tmp_path_factory.mktemp("results")
+    for name, more in (
+        ("a", []),
+        ("b", []),
+        ("bad", ["backend.fail_every=2"]),
+        ("other", ["seed=9"]),
+        ("empty", ["backend.fail_every=1"]),
+    ):
+        assert _run(root, name, *more) in (0, 3)
+    (root / "own.yaml").write_text(POLICY)
+    return root
+
+
+def _compare(studies, capsys, *arguments):
+    policy = ["--policy", str(studies / "own.yaml"), "--results-dir", str(studies), "--json"]
+    code = main(["compare", *arguments, *policy])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_alike_studies_pass(studies, capsys):
+    code, document = _compare(studies, capsys, "a", "b")
+    assert code == 0
+    assert document["n_pairs"] == 24
+    assert document["dimensions"]["drift"]["verdict"] == "pass"
+
+
+@pytest.mark.parametrize(("candidate", "code"), [("bad", 1), ("empty", 1), ("other", 2), ("no", 2)])
+def test_exit_codes(studies, capsys, candidate, code):
+    found, document = _compare(studies, capsys, "a", candidate)
+    assert found == code
+    assert ("error" in document) == (code == 2)
+
+
+def test_every_form_is_written(studies, capsys, tmp_path):
+    paths = {name: tmp_path / f"gate.{name}" for name in ("junit", "markdown", "html")}
+    paths["markdown"].write_text("# earlier step\n")
+    flags = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+    code, _ = _compare(studies, capsys, "a", "bad", *flags)
+    assert code == 1
+    assert ElementTree.parse(paths["junit"]).getroot().tag == "testsuites"
+    assert paths["markdown"].read_text().startswith("# earlier step\n# Fail: bad against a")
+    assert "bad</bdi> against" in paths["html"].read_text()
+
+
+def test_baseline_file_stands_in_for_the_study(studies, capsys, tmp_path):
+    plain, with_images = tmp_path / "plain.json", tmp_path / "full.json"
+    common = ["--results-dir", str(studies)]
+    assert main(["baseline", "make", "a", str(plain), *common]) == 0
+    assert main(["baseline", "make", "a", str(with_images), "--images", *common]) == 0
+    assert len(list((tmp_path / "full.images").iterdir())) == 24
+    capsys.readouterr()
+    assert _compare(studies, capsys, str(plain), "b")[0] == 0  # the same digests: no image needed
+    drifted = "drifted"
+    assert _run(studies, drifted, "cfg=2") == 0
+    capsys.readouterr()
+    code, document = _compare(studies, capsys, str(plain), drifted)
+    assert code == 1
+    assert "--images" in document["dimensions"]["drift"]["reason"]
+    _, document = _compare(studies, capsys, str(with_images), drifted)
+    assert document["comparisons"][0]["dimensions"]["drift"]["figures"][0]["effect"] > 0
+    assert document["comparisons"][0]["differs"] == {"cfg": [4.0, 2.0]}
+
+
+def test_rerun_starts_both_sides_in_turn_and_is_counted(studies, capsys):
+    code, document = _compare(studies, capsys, "a", "b", "--rerun", "2")
+    assert code == 0
+    figure = document["comparisons"][0]["dimensions"]["latency"]["figures"][0]
+    assert figure["note"].startswith("3 couples")
+    assert figure["n"] == 72
+    opened = [Study.open(studies, name) for name in ("a", "b")]
+    starts = sorted(
+        (s.started_at, study.name)
+        for study in opened
+        for again in reruns_of(study)
+        for s in again.sessions().values()
+    )
+    assert [name for _, name in starts] == ["a", "b", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b", "--rerun", "0"], "--rerun=0"),
+        (["a", "a", "--rerun", "1"], "are one study"),
+        (["x.json", "b"], "cannot be read"),
+        (["a", "b", "--policy", "fast"], "known: all, drift, quality, speed"),
+        (["a"], "candidate"),
+    ],
+)
+def test_wrong_input_is_named(studies, capsys, arguments, message):
+    assert main(["compare", *arguments, "--results-dir", str(studies)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rerun_refuses_another_environment(studies, capsys, monkeypatch):
+    """Other code than what was judged must not be timed in its place."""
+    fresh = Study.sessions
+
+    def moved(self):
+        found = fresh(self)
+        if ".rerun-" not in self.name:
+            return found
+        name = next(iter(found))
+        other = {**found[name].environment, "commit": "another"}
+        return {name: replace(found[name], environment_id="x", environment=other)}
+
+    monkeypatch.setattr(Study, "sessions", moved)
+    assert main(["compare", "a", "b", "--rerun", "1", "--results-dir", str(studies)]) == 2
+    assert "differs in commit" in capsys.readouterr().err
