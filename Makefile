@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help setup demo bench bench-gpu bench-gpu-rehearsal test test-slow check format clean
+.PHONY: help setup demo bench bench-gpu bench-gpu-rehearsal test test-slow reliability validity check format clean
 
 help:
 	@echo "make setup      create $(VENV) with the sd35bench command (no-op when up to date)"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-gpu-rehearsal  the same chain at one layer and 256 px, on any machine"
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the long tests"
+	@echo "make validity   how often the intervals and verdicts are right; prints docs/validity.md's tables"
 	@echo "make check      format, lint, types, import contracts, fast tests"
 	@echo "make format     apply the formatter and the linter's fixes"
 	@echo "make clean      remove $(VENV) and caches (results/ is kept)"
@@ -56,6 +57,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -q -m 'slow and not gpu and not weights and not network'
+
+validity: setup
+	@$(BIN)/python -m tests.validity
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -71,13 +71,8 @@ class Eachlabs(Provider):
         ".eachlabs.run",
         "storage.googleapis.com",
     )
-    unsent: ClassVar[tuple[str, ...]] = (
-        "width",
-        "height",
-        "sampler",
-        "shift",
-        "max_sequence_length",
-    )
+    # The size goes as an aspect ratio, and is looked for in the file that comes back.
+    unsent: ClassVar[tuple[str, ...]] = ("sampler", "shift", "max_sequence_length")
 
     def headers(self, key: str) -> dict[str, str]:
         """The header that `remote.auth` names."""

@@ -58,13 +58,8 @@ class Replicate(Provider):
     base_url: ClassVar[str] = "https://api.replicate.com"
     key_variable: ClassVar[str] = "REPLICATE_API_TOKEN"
     output_hosts: ClassVar[tuple[str, ...]] = ("replicate.delivery", ".replicate.delivery")
-    unsent: ClassVar[tuple[str, ...]] = (
-        "width",
-        "height",
-        "sampler",
-        "shift",
-        "max_sequence_length",
-    )
+    # The size goes as an aspect ratio, and is looked for in the file that comes back.
+    unsent: ClassVar[tuple[str, ...]] = ("sampler", "shift", "max_sequence_length")
 
     def headers(self, key: str) -> dict[str, str]:
         """The bearer token."""
