@@ -33,6 +33,8 @@ Usage: sd35bench VERB ...
   score       compute metrics for a study's images
   show        a study's settings as a table
   recommend   steps, cfg and prompt_strength per profile, with the evidence
+  tune        adaptive search instead of a grid
+  claims      what the vendor's page says, each with a verdict on a study
   compare     a candidate against a baseline: the gate
   baseline    the small file that a gate is held against
   report      one self-contained HTML file
@@ -97,6 +99,10 @@ def _verb(name: str) -> Callable[[list[str], bool], Answer]:
         from sd35bench.cli.serve import serve
 
         return serve
+    if name == "tune":
+        from sd35bench.cli.tune import tune
+
+        return tune
     if name == "compare":
         from sd35bench.cli.compare import compare
 
@@ -114,7 +120,7 @@ def _verb(name: str) -> Callable[[list[str], bool], Answer]:
     if name not in VERBS:
         from sd35bench.config.fields import nearest
 
-        known = ["run", *VERBS, "compare", "baseline", "serve", "export", "doctor"]
+        known = ["run", *VERBS, "tune", "compare", "baseline", "serve", "export", "doctor"]
         raise ConfigError(f"unknown verb {name!r}{nearest(name, known)}; see sd35bench --help")
     return VERBS[name]
 

@@ -1,0 +1,302 @@
+"""`sd35bench tune`: adaptive search instead of a grid; parses, prints, calls `sd35bench.tune`."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd35bench.cli.output import Answer, RemoteProgress, TrialProgress, console, show_progress
+from sd35bench.config import Job
+from sd35bench.config.fields import nearest
+from sd35bench.config.tune import Tuning, read_tuning
+from sd35bench.errors import ConfigError, Paused
+from sd35bench.estimate import Estimate, estimate
+from sd35bench.plan import Plan
+from sd35bench.store import Study
+from sd35bench.tune.lab import StudyLab
+from sd35bench.tune.search import WAVE
+from sd35bench.tune.session import Budget
+from sd35bench.types import Scalar
+
+__all__ = ["tune"]
+
+HELP = """sd35bench tune: find a setting without running the whole grid
+
+Usage: sd35bench tune [FLAGS] study=NAME AXIS=VALUES ... NAME=VALUE ...
+
+Examples:
+  sd35bench tune study=tuned steps=4:28 cfg=1:9 --dry-run
+      what a search over 25 x 17 settings may take
+  sd35bench tune study=tuned steps=4,8,16,28 cfg=1,2,4,7 prompts.limit=64
+      16 settings, at most 40 % of the images that all of them would take
+  sd35bench tune study=tuned steps=4:28 cfg=1:9 sampler=euler,heun profile=final trials=40
+      a larger space; Optuna chooses the 40 settings that are tried
+  sd35bench tune study=edits prompts.task=edit steps=8:28 prompt_strength=0.3:0.95
+      image-to-image: following the prompt and keeping the init image, both
+  sd35bench tune study=slg skip_layer_guidance=none,stability skip_layer_scale=1:4 cfg=3:6
+
+Axes: LOW:HIGH, LOW:HIGH:STEP, or a list A,B,C
+  steps cfg prompt_strength shift skip_layer_scale
+                   a range without a step is rounded to 1, 0.5, 0.05, 0.5, 0.5
+  sampler backend skip_layer_guidance
+                   lists of names
+
+The search:
+  profile=NAME     what a setting is wanted for: preview, balanced, final; default: balanced
+  trials=N         settings that may be tried; default: the grid, at most 32
+  images=N         images that may be made; default: 40 % of all prompts for every one of trials
+  first=N          prompts that every setting gets before the first are dropped; default: 8
+Everything else is as in `sd35bench run` (model=, backend=, prompts.limit=, seed=, order_seed= ...).
+
+Every setting gets the same first prompts; those that are shown to be worse on these very prompts
+(95 % intervals, clustered by prompt) get no more, the others get twice as many, and so on.
+The same command goes on where it was, and makes nothing twice; a larger trials= or images= goes
+further. Several processes may share one study: they take turns where they need the same backend.
+
+Flags:
+  --dry-run        print settings, images, time, disk and money; write and load nothing
+  --json           one JSON document on stdout, everything else on stderr
+  --config-dir DIR a folder with YAML files of your own
+  --yes            agree to spend money, where a backend costs any
+  --help           this text
+
+Exit codes: 0 done, 2 wrong input, 3 interrupted or paused (run again), 4 other.
+"""
+SAMPLED = 24
+"""Settings of the grid from whose cost that of the search is guessed."""
+
+
+def tune(arguments: list[str], as_json: bool) -> Answer:
+    """Search for a setting and write tune.json.
+
+    Raises: ConfigError before anything is loaded; Paused, DiskFull, StoreError.
+    """
+    flags, overrides, extra = _split(arguments)
+    if "--help" in flags:
+        console().print(HELP, markup=False, soft_wrap=True)
+        return Answer()
+    tuning = read_tuning(overrides, extra)
+    _check_remote(tuning, key="--dry-run" not in flags)
+    bill = _bill(tuning)
+    if "--dry-run" in flags:
+        _print_bill(console(as_json), bill)
+        return Answer(document=bill)
+    _agree(tuning, bill, "--yes" in flags)
+    document = _tune(tuning)
+    out = console(as_json)
+    if not as_json:
+        from sd35bench.tune.document import print_tuning
+
+        print_tuning(document, out)
+    path = tuning.job.results_dir / tuning.job.study / "tune.json"
+    out.print(f"written: {path}", markup=False, soft_wrap=True)
+    name = tuning.job.study
+    out.print(
+        f"next: sd35bench show {name}, or recommend {name}: every profile, by its own rule, on the"
+        " prompts that the settings share (fewer than here, where some were dropped early)",
+        markup=False,
+        soft_wrap=True,
+    )
+    return Answer(document=document)
+
+
+def _tune(tuning: Tuning) -> dict[str, Any]:
+    """Search, and write down what was found."""
+    from sd35bench.tune.document import tune_document, write_tuning
+    from sd35bench.tune.journal import Worker, open_journal
+    from sd35bench.tune.search import Search
+    from sd35bench.tune.session import tune as search_and_race
+
+    study = Study.open(tuning.job.results_dir, tuning.job.study, create=True)
+    lab = _lab(tuning, study)
+    worker = Worker(study.path)
+    try:
+        search = Search(
+            tuning.space,
+            open_journal(study.path),
+            objectives=lab.objectives,
+            identity=lab.identity,
+            whole=tuning.budget.trials >= tuning.space.size,
+            seed=tuning.job.sweep.order_seed,
+            worker=worker.name,
+        )
+        search.agree(tuning.about)
+        told = functools.partial(console(True).print, markup=False, soft_wrap=True)
+        found = search_and_race(lab, search, worker.bury, tuning.budget, tuning.profile, told)
+    finally:
+        worker.close()
+    document = tune_document(study.name, tuning.space, lab, tuning.budget, tuning.profile, found)
+    write_tuning(study, document)
+    return document
+
+
+def _lab(tuning: Tuning, study: Study) -> StudyLab:
+    jobs = {job.sweep.load.key: job for job in tuning.jobs.values()}
+    return StudyLab(
+        study,
+        tuning.space,
+        tuning.sources,
+        lambda plan: _run(jobs[plan.load.key], plan, study),
+        lambda: _score(study),
+    )
+
+
+def _run(job: Job, plan: Plan, study: Study) -> None:
+    """Make what is missing of a plan; failures are records, which the race looks at.
+
+    Raises: Paused where a budget or a balance is used up.
+    """
+    title = f"{plan.load.model.name} on {plan.load.backend.name}"
+    with show_progress() as bar:
+        if job.remote is not None:
+            from sd35bench.remote.drive import run_remote
+
+            summary = run_remote(plan, study, job.remote, RemoteProgress(bar, title))
+        else:
+            from sd35bench.machine import measure_once
+            from sd35bench.run import run_plan
+
+            measure_once(study, plan.load)
+            summary = run_plan(plan, study, TrialProgress(bar, title), job.limits)
+    if summary.paused is not None:
+        raise Paused(summary.paused)
+
+
+def _score(study: Study) -> None:
+    from sd35bench.cli.compare import score_missing
+
+    score_missing(study)
+
+
+def _check_remote(tuning: Tuning, key: bool) -> None:
+    """Refuse what a hosted service cannot do, before anything is asked of it.
+
+    Raises: ConfigError.
+    """
+    if tuning.job.remote is None:
+        return
+    from sd35bench.remote.drive import prepare_remote
+
+    lab = StudyLab(_nowhere(tuning), tuning.space, tuning.sources, _never, _never)
+    jobs = {job.sweep.load.key: job for job in tuning.jobs.values()}
+    for plan in lab.plans(_sample(tuning), range(1)):
+        remote = jobs[plan.load.key].remote
+        assert remote is not None
+        prepare_remote(plan, remote, key=key)
+
+
+def _bill(tuning: Tuning) -> dict[str, Any]:
+    """What the search may take at most, from what a sample of the grid takes.
+
+    Time and disk of one image are the slope between one and two prompts of the sample, a load's
+    time what is left of one; each wave and each round loads every backend once.
+    """
+    lab = StudyLab(_nowhere(tuning), tuning.space, tuning.sources, _never, _never)
+    points, budget = _sample(tuning), tuning.budget
+    one, two = (_estimate(tuning, lab.plans(points, range(n))) for n in (1, 2))
+    more = two.trials - one.trials
+    loads = one.loads * _purchases(tuning.space.size, budget, lab.prompts)
+    seconds = None
+    if one.seconds is not None and two.seconds is not None:
+        image_s = (two.seconds - one.seconds) / more
+        load_s = max(0.0, one.seconds - image_s * one.trials) / max(one.loads, 1)
+        seconds = image_s * budget.images + load_s * loads
+    return {
+        "study": tuning.job.study,
+        "dry_run": True,
+        "grid": tuning.space.size,
+        "trials": budget.trials,
+        "images": budget.images,
+        "exhaustive": tuning.space.size * lab.prompts * lab.images_per_prompt,
+        "prompts": lab.prompts,
+        "loads": loads,
+        "estimated_s": seconds,
+        "disk_bytes": round((two.disk_bytes - one.disk_bytes) / more * budget.images),
+        "usd": max(s.usd_per_image for s in tuning.sources.values()) * budget.images,
+    }
+
+
+def _estimate(tuning: Tuning, plans: Sequence[Plan]) -> Estimate:
+    job = tuning.job
+    nowhere = f"{job.study}.not-there"  # what the study has already is not taken off
+    return estimate([(plan, 0.0) for plan in plans], job.results_dir, nowhere)
+
+
+def _purchases(size: int, budget: Budget, prompts: int) -> int:
+    """Waves of settings (one where the grid is tried whole), and doublings of the depth."""
+    rounds = 0
+    while budget.first * 2**rounds < prompts:
+        rounds += 1
+    return rounds + (1 if budget.trials >= size else -(-budget.trials // WAVE))
+
+
+def _sample(tuning: Tuning) -> list[tuple[Scalar, ...]]:
+    """Points spread evenly over the grid, its two ends among them."""
+    count = min(SAMPLED, tuning.space.size)
+    last = tuning.space.size - 1
+    return [tuning.space.point(i * last // (count - 1)) for i in range(count)]
+
+
+def _agree(tuning: Tuning, bill: dict[str, Any], yes: bool) -> None:
+    """Refuse a bill that nobody agreed to.
+
+    Raises: ConfigError.
+    """
+    remotes = [job.remote for job in tuning.jobs.values() if job.remote is not None]
+    limit = min((r.confirm_above_usd for r in remotes), default=None)
+    if limit is not None and not yes and bill["usd"] > limit:
+        raise ConfigError(
+            f"remote.confirm_above_usd={limit:g}: this may cost up to {bill['usd']:.2f} USD; add"
+            " --yes to agree, or see --dry-run"
+        )
+
+
+def _print_bill(out: Any, bill: dict[str, Any]) -> None:
+    seconds = bill["estimated_s"]
+    time_text = "unknown (nothing like it has run here yet)"
+    if seconds is not None:
+        time_text = f"at most about {seconds / 60:.1f} min"
+    lines = (
+        f"study {bill['study']}: at most {bill['trials']} of {bill['grid']} settings, on up to"
+        f" {bill['prompts']} prompts",
+        f"at most {bill['images']} images; the full grid would take {bill['exhaustive']}"
+        f" ({100 * bill['images'] / bill['exhaustive']:.3g} %)",
+        f"about {bill['loads']} loads, each with a warm-up per kind of setting",
+        f"time: {time_text}",
+        f"disk: about {bill['disk_bytes'] / 1e6:.1f} MB",
+        f"money: {bill['usd']:.2f} USD",
+        "nothing was written or loaded",
+    )
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _nowhere(tuning: Tuning) -> Study:
+    """A study that is only named: nothing is read from it or written to it."""
+    return Study(tuning.job.results_dir / tuning.job.study)
+
+
+def _never(*_: Any) -> None:
+    raise AssertionError("a dry run makes nothing")
+
+
+def _split(arguments: Sequence[str]) -> tuple[set[str], list[str], Path | None]:
+    """Take our flags out, wherever they stand."""
+    flags: set[str] = set()
+    overrides: list[str] = []
+    extra: Path | None = None
+    rest = iter(arguments)
+    known = ["--dry-run", "--yes", "--help", "-h", "--config-dir", "--json"]
+    for text in rest:
+        if text == "--config-dir" or text.startswith("--config-dir="):
+            value = text.partition("=")[2] if "=" in text else next(rest, "")
+            extra = Path(value)
+            if not value or not extra.is_dir():
+                raise ConfigError(f"--config-dir={value}: there is no such folder")
+        elif text in known:
+            flags.add("--help" if text == "-h" else text)
+        elif text.startswith("-"):
+            raise ConfigError(f"unknown flag {text}{nearest(text, known)}; see tune --help")
+        else:
+            overrides.append(text)
+    return flags, overrides, extra

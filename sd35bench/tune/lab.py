@@ -1,0 +1,270 @@
+"""Wishes turned into ordinary trials of an ordinary study, and read back from its records.
+
+One purchase is one plan per backend: all settings of the round in blocks of one prompt each, so a
+machine that slows down touches all of them alike. Every image is made alone, so every image is a
+timed one too. A purchase loads each of its backends once: few, large rounds, not a warm worker,
+keep the share of loading small (docs/log.md has what a load costs).
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sd35bench.analysis.pairs import EDIT_QUALITY, Candidate, candidates
+from sd35bench.analysis.profiles import Profile
+from sd35bench.analysis.quality import facts
+from sd35bench.analysis.settings import PairKey, setting_key
+from sd35bench.analysis.table import Row, Table, read_table
+from sd35bench.disk import open_lock, try_flock
+from sd35bench.errors import ConfigError, StudyLocked
+from sd35bench.guidance import acting_steps
+from sd35bench.plan import AxisValue, Batch, Plan, Sweep, expand
+from sd35bench.prompts import PromptItem
+from sd35bench.store import Study
+from sd35bench.tune.race import Evidence
+from sd35bench.tune.space import Point, Space
+from sd35bench.types import Scalar, SkipLayerGuidance, Task, Trial, content_hash
+
+__all__ = ["Source", "StudyLab", "shuffled"]
+
+_WAIT_S = 0.5
+_MOSTLY = 0.5
+"""A setting of whose images fewer than this share count is one that failed."""
+
+SourceKey = tuple[Scalar, Scalar]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One backend with one preset of skip-layer guidance, frozen and validated.
+
+    `sweep` has one value on every axis but the searched ones; `values` maps an axis's values to
+    what a request says for them (asking for the model's own shift is asking for none).
+    """
+
+    sweep: Sweep
+    usd_per_image: float
+    values: Mapping[str, Mapping[Scalar, AxisValue]]
+
+
+class StudyLab:
+    """Buys images in a study; see `session.Lab`."""
+
+    def __init__(
+        self,
+        study: Study,
+        space: Space,
+        sources: Mapping[SourceKey, Source],
+        run: Callable[[Plan], None],
+        score: Callable[[], Any],
+    ) -> None:
+        """`sources` by backend and preset; `run` makes a plan, `score` scores what is missing."""
+        self._study, self._space, self._sources = study, space, sources
+        self._run, self._score = run, score
+        self._any = next(iter(sources.values()))
+        self._items: tuple[PromptItem, ...] = self._any.sweep.prompts
+        self._trials: dict[Point, Trial] = {}
+        self._numbers: dict[Any, int] = {}
+        self._metric: str | None = None
+        self._scored = False
+        for number, trial in enumerate(self._first_trials()):
+            key = (trial.request.prompt, trial.request.init_image)
+            self._numbers.setdefault(key, number)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return len(self._items)
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Seeds and negative prompts."""
+        axes = self._any.sweep.axes
+        return len(axes.get("seed", (0,))) * len(axes.get("negative_prompt", ("",)))
+
+    @property
+    def objectives(self) -> int:
+        """3 where a backend costs money, else 2."""
+        return 3 if any(s.usd_per_image > 0 for s in self._sources.values()) else 2
+
+    @property
+    def metric(self) -> str:
+        """The objective, known once something was scored."""
+        assert self._metric is not None
+        return self._metric
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """What the objective can be at least and at most."""
+        return (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
+
+    def margin(self, profile: Profile) -> float:
+        """The profile's margin for the objective."""
+        return profile.margin(self.metric)
+
+    def identity(self, point: Point) -> Hashable:
+        """Equal for points that ask for the same images: a strength counts as its steps."""
+        trial = self.trial(point)
+        request = replace(trial.request, prompt_strength=None)
+        return (trial.load.key, request, trial.request.effective_steps)
+
+    def trial(self, point: Point) -> Trial:
+        """A point's trial on the first prompt."""
+        if point not in self._trials:
+            self._trials[point] = self._expand(point, self._items[:1]).trials[0]
+        return self._trials[point]
+
+    def plans(self, points: Sequence[Point], prompts: range) -> list[Plan]:
+        """One plan per load, of all these settings on these prompts."""
+        items = self._items[prompts.start : prompts.stop]
+        by_load: dict[str, list[Plan]] = {}
+        for point in points:
+            plan = self._expand(point, items)
+            by_load.setdefault(plan.load.key, []).append(plan)
+        return [self._merged(plans) for plans in by_load.values()]
+
+    def buy(self, points: Sequence[Point], prompts: range) -> None:
+        """Make and score what is missing; waits where another worker makes it already.
+
+        Raises: what running and scoring raise.
+        """
+        plans = self.plans(points, prompts)
+        if len(plans) > 1:  # workers that share a study start with different backends
+            turn = time.time_ns() // 1000 % len(plans)
+            plans = plans[turn:] + plans[:turn]
+        for plan in plans:
+            self._patiently(plan)
+        with open_lock(self._study.path / ".lock-score") as handle:
+            while not try_flock(handle, fcntl.LOCK_EX):
+                time.sleep(_WAIT_S)
+            self._score()
+            self._scored = True
+
+    def seen(self, points: Sequence[Point]) -> dict[Point, Evidence]:
+        """What the study's records and scores say of these settings.
+
+        Raises: ConfigError where the same setting was run in two environments, or where nothing
+        that can judge these images was scored.
+        """
+        wanted = {setting_key(self.trial(p)): p for p in points}
+        table = read_table(self._study)
+        rows: dict[str, Row] = {}
+        for row in table.rows:
+            name = row.setting["setting"]
+            if name not in wanted or not row.usable:
+                continue
+            if name in rows:
+                raise ConfigError(
+                    f"study {self._study.name!r} was made in two environments (another machine, or"
+                    " other code): their figures are not comparable; use another study name"
+                )
+            rows[name] = row
+        found: dict[str, Candidate] = {}
+        if rows:
+            found = self._judged(table, list(rows.values()))
+        return {p: self._evidence(p, found.get(name)) for name, p in wanted.items()}
+
+    def _judged(self, table: Table, rows: list[Row]) -> dict[str, Candidate]:
+        try:
+            self._metric, judged = candidates(table, rows, self._task)
+        except ConfigError:
+            if self._scored:
+                raise
+            return {}  # a killed worker, or a living one, made them and has not scored them yet
+        return {c.row.setting["setting"]: c for c in judged}
+
+    @property
+    def _task(self) -> Task:
+        edit = self._items[0].init_image is not None
+        return Task.IMAGE_TO_IMAGE if edit else Task.TEXT_TO_IMAGE
+
+    def _source(self, point: Point) -> Source:
+        preset = self._space.value(point, "skip_layer_guidance")
+        return self._sources[self._space.value(point, "backend"), preset]
+
+    def _expand(self, point: Point, items: tuple[PromptItem, ...]) -> Plan:
+        source = self._source(point)
+        axes = dict(source.sweep.axes)
+        for name, value in self._space.named(point).items():
+            if name in source.values:
+                key = "skip_layer_guidance" if name == "skip_layer_scale" else name
+                axes[key] = (source.values[name][value],)
+        (cfg,), (steps,) = axes["cfg"], axes["steps"]
+        assert isinstance(cfg, int | float)
+        assert isinstance(steps, int)
+        if cfg <= 1:
+            axes["cfg"] = (1.0,)  # guidance is off below too: one image, one key
+        (skipping,) = axes["skip_layer_guidance"]
+        if isinstance(skipping, SkipLayerGuidance):
+            acts = cfg > 1 and acting_steps(skipping, steps) and items[0].init_image is None
+            axes["skip_layer_guidance"] = (skipping if acts else None,)
+        return expand(replace(source.sweep, axes=axes, prompts=items, notes=()))
+
+    def _merged(self, plans: Sequence[Plan]) -> Plan:
+        """Many settings' plans as one: a block per prompt and seed, each in random order."""
+        seed = self._any.sweep.order_seed
+        keyed = [
+            (_block(seed, b), content_hash(b.trials[0].key), b) for p in plans for b in p.batches
+        ]
+        keyed.sort(key=lambda entry: entry[:2])
+        return Plan(
+            load=plans[0].load,
+            batches=tuple(batch for _, _, batch in keyed),
+            inits={digest: data for p in plans for digest, data in p.inits.items()},
+        )
+
+    def _patiently(self, plan: Plan) -> None:
+        """Run a plan as soon as no other worker runs this load on the study."""
+        while True:
+            try:
+                return self._run(plan)
+            except StudyLocked:
+                time.sleep(_WAIT_S)
+
+    def _first_trials(self) -> list[Trial]:
+        """One trial per prompt, in the prompts' order."""
+        point = self._space.nearest({})
+        return [self._expand(point, (item,)).trials[0] for item in self._items]
+
+    def _evidence(self, point: Point, found: Candidate | None) -> Evidence:
+        usd = self._source(point).usd_per_image
+        nothing = np.full(self.prompts, np.nan)
+        if found is None:
+            return Evidence(quality=nothing, latency_s=nothing, usd=usd)
+        lost = found.row.failed + found.row.excluded.total()
+        if len(found.quality) < _MOSTLY * (len(found.quality) + lost):
+            return Evidence(quality=nothing, latency_s=nothing, usd=usd)
+        quality, latency_s = self._by_prompt(found.quality), self._by_prompt(found.latency_s)
+        return Evidence(quality=quality, latency_s=latency_s, usd=usd)
+
+    def _by_prompt(self, values: Mapping[PairKey, float]) -> np.ndarray:
+        """Means over a prompt's images [P]; NaN without any."""
+        sums, counts = np.zeros(self.prompts), np.zeros(self.prompts)
+        for key, value in values.items():
+            number = self._numbers.get((key[0], key[5]))
+            if number is not None:  # the study may hold other prompts too
+                sums[number] += value
+                counts[number] += 1
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def shuffled(sweep: Sweep) -> Sweep:
+    """Put a sweep's prompts in seeded random order, so that the first ones stand for all.
+
+    Prompts that are alike in everything asked for are one.
+    """
+    once: dict[str, PromptItem] = {}
+    for item in sweep.prompts:
+        init = None if item.init_image is None else item.init_image.hex()
+        name = content_hash([sweep.order_seed, item.prompt, item.negative_prompt, init])
+        once.setdefault(name, item)
+    return replace(sweep, prompts=tuple(once[name] for name in sorted(once)))
+
+
+def _block(seed: int, batch: Batch) -> str:
+    r = batch.trials[0].request
+    return content_hash([seed, r.prompt, r.negative_prompt, r.seed, r.init_image])

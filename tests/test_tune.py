@@ -1,0 +1,320 @@
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
+import optuna
+import pytest
+
+from sd35bench.analysis.profiles import Profile
+from sd35bench.errors import ConfigError
+from sd35bench.tune.race import Evidence, decided, judge, look, pick, promise
+from sd35bench.tune.search import Search
+from sd35bench.tune.session import SHARE, Budget, Outcome, default_images, tune
+from sd35bench.tune.space import Axis, Point, Space, spread
+from tests.tune_surface import GRID, RANGES, Surface
+
+BALANCED = Profile(name="balanced", margins={"prompt_accuracy": 0.08})
+PREVIEW = Profile(name="preview", latency_limit_frac=0.4)
+NOTHING_LOST = Profile(name="strict")
+BOUNDS = (0.0, 1.0)
+PROMPTS = 64
+
+
+def searched(
+    space: Space,
+    seed: int,
+    *,
+    profile: Profile = BALANCED,
+    trials: int | None = None,
+    images: int | None = None,
+    storage: optuna.storages.BaseStorage | None = None,
+    lab: Surface | None = None,
+) -> tuple[Surface, Outcome]:
+    """One search of the synthetic surface."""
+    trials = space.size if trials is None else trials
+    lab = Surface(space, PROMPTS, seed) if lab is None else lab
+    images = default_images(space, lab.prompts, 1, trials) if images is None else images
+    search = Search(
+        space,
+        optuna.storages.InMemoryStorage() if storage is None else storage,
+        objectives=2,
+        identity=lab.identity,
+        whole=trials >= space.size,
+        seed=seed,
+    )
+    budget = Budget(trials=trials, images=images, first=8)
+    return lab, tune(lab, search, _always_dead, budget, profile)
+
+
+def _always_dead(_name: str) -> contextlib.AbstractContextManager[bool]:
+    return contextlib.nullcontext(True)
+
+
+def winner_of(outcome: Outcome) -> Point:
+    assert outcome.winner is not None
+    return outcome.found.points[outcome.winner]
+
+
+def regret(lab: Surface, outcome: Outcome) -> float:
+    """True quality lost against the best setting of the full grid."""
+    points = [lab.space.point(i) for i in range(lab.space.size)]
+    return max(map(lab.accuracy, points)) - lab.accuracy(winner_of(outcome))
+
+
+# The promise ----------------------------------------------------------------------------------
+
+
+# Over 60 to 100 seeds 98 % (grid, 64 prompts), 100 % (ranges, 128) and 93 % (ranges, 64).
+@pytest.mark.parametrize(
+    ("space", "prompts"), [(GRID, 64), (RANGES, 128)], ids=["the demo's grid", "ranges"]
+)
+def test_tune_finds_a_setting_within_the_margin_for_40_percent_of_the_images(space, prompts):
+    trials = min(space.size, 40)
+    good = 0
+    for seed in range(10):
+        lab = Surface(space, prompts, seed)
+        _, outcome = searched(space, seed, trials=trials, lab=lab)
+        assert lab.images <= SHARE * space.size * prompts
+        assert lab.images == outcome.images
+        good += regret(lab, outcome) <= BALANCED.margins["prompt_accuracy"] + 1e-9
+    assert good >= 9
+
+
+def test_tune_picks_at_random_fails_where_search_succeeds():
+    # The mutant: the same promise, with the winner drawn from the grid.
+    rng = np.random.default_rng(0)
+    lab, _ = searched(GRID, 0)
+    drawn = [GRID.point(int(rng.integers(GRID.size))) for _ in range(10)]
+    best = max(lab.accuracy(GRID.point(i)) for i in range(GRID.size))
+    assert sum(best - lab.accuracy(p) <= 0.08 for p in drawn) < 9
+
+
+def test_tune_keeps_a_profiles_latency_limit():
+    for seed in range(3):
+        lab, outcome = searched(GRID, seed, profile=PREVIEW)
+        slowest = max(lab.latency_s(GRID.point(i)) for i in range(GRID.size))
+        assert lab.latency_s(winner_of(outcome)) <= 0.4 * slowest * 1.05
+        assert any(out.kind == "too slow" for out in outcome.out.values())
+
+
+# Racing ---------------------------------------------------------------------------------------
+
+
+def evidence(quality: Sequence[float], seconds: float, usd: float = 0.0) -> Evidence:
+    values = np.array(quality, float)
+    timed = np.where(np.isnan(values), np.nan, seconds)
+    return Evidence(quality=values, latency_s=timed, usd=usd)
+
+
+def verdicts(seen: dict[Point, Evidence], margin: float = 0.08, profile: Profile = BALANCED):
+    return judge(look(seen, BOUNDS), profile, margin)
+
+
+GOOD = [1.0] * 16
+POOR = [1.0, 0.0, 0.0, 0.0] * 4
+
+
+def test_judge_drops_the_worse_of_two_that_are_as_fast():
+    out = verdicts({("a",): evidence(GOOD, 1.0), ("b",): evidence(POOR, 1.0)})
+    assert list(out) == [("b",)]
+    assert out["b",].by == ("a",)
+
+
+def test_judge_keeps_a_fast_setting_that_a_slow_one_beats_by_less_than_the_margin():
+    fast = [1.0] * 12 + [0.0] * 4
+    seen: dict[Point, Evidence] = {("slow",): evidence(GOOD, 1.0), ("fast",): evidence(fast, 0.5)}
+    assert verdicts(seen, margin=0.5) == {}
+
+
+def test_judge_drops_a_fast_setting_that_is_out_of_the_profiles_reach():
+    out = verdicts({("slow",): evidence(GOOD, 1.0), ("fast",): evidence(POOR, 0.1)})
+    assert out["fast",].kind == "out of reach"
+
+
+def test_judge_keeps_the_worse_of_two_where_it_alone_is_cheap():
+    cheap = {("dear",): evidence(GOOD, 1.0, 0.1), ("cheap",): evidence(POOR, 1.0, 0.01)}
+    assert verdicts(cheap, margin=1.0) == {}
+    assert list(verdicts(cheap | {("dear",): evidence(GOOD, 1.0, 0.01)}, margin=1.0)) == [
+        ("cheap",)
+    ]
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_judge_shows_nothing_from_a_few_prompts(shared):
+    late = [np.nan] * (16 - shared)
+    seen: dict[Point, Evidence] = {
+        ("a",): evidence(GOOD[:shared] + late, 1.0),
+        ("b",): evidence([0.0] * shared + late, 1.0),
+    }
+    assert verdicts(seen) == {}
+
+
+def test_judge_compares_on_shared_prompts_alone():
+    # On the prompts that both have they are equal; the other half was only hard for the second.
+    nan = [np.nan] * 8
+    seen: dict[Point, Evidence] = {
+        ("a",): evidence([1.0, 0.0] * 4 + nan, 1.0),
+        ("b",): evidence([1.0, 0.0] * 4 + [0.0] * 8, 1.0),
+    }
+    assert verdicts(seen) == {}
+
+
+def test_judge_drops_what_gave_no_image():
+    assert verdicts({("a",): evidence(GOOD, 1.0), ("b",): evidence([np.nan] * 16, 1.0)})[
+        "b",
+    ].kind == ("failed")
+
+
+def test_judge_wrongly_drops_an_equal_setting_seldom():
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(300):
+        hard = rng.random((1, 16))
+        flags = (0.5 * hard + 0.5 * rng.random((2, 16)) < 0.5).astype(float)
+        seen: dict[Point, Evidence] = {(i,): evidence(flags[i], 1.0) for i in range(2)}
+        wrong += bool(verdicts(seen, margin=0.0))
+    assert wrong / 300 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_pick_takes_the_fastest_within_the_margin_and_decided_says_so():
+    almost = [1.0] * 31 + [0.0]
+    seen: dict[Point, Evidence] = {
+        ("slow",): evidence([1.0] * 32, 1.0),
+        ("fast",): evidence(almost, 0.5),
+    }
+    found = look(seen, BOUNDS)
+    assert found.points[pick(found, [0, 1], 0.3)] == ("fast",)
+    assert decided(found, [0, 1], 0.3)
+    assert found.points[pick(found, [0, 1], 0.01)] == ("slow",)
+    assert not decided(found, [0, 1], 0.01)
+
+
+def test_promise_ranks_the_contenders_first():
+    rng = np.random.default_rng(0)
+    seen: dict[Point, Evidence] = {
+        ("hopeless",): evidence((rng.random(32) < 0.3).astype(float), 1.0),
+        ("good",): evidence((rng.random(32) < 0.9).astype(float), 1.0),
+    }
+    chances = promise(seen, 0.05)
+    assert chances["good",] > 1.5
+    assert chances["hopeless",] < 0.5
+
+
+# The loop -------------------------------------------------------------------------------------
+
+
+def test_tune_stops_buying_for_what_is_out():
+    lab, outcome = searched(GRID, 3)
+    for out in outcome.out.values():
+        assert out.kind in {"dominated", "out of reach"}
+    assert min(outcome.depth.values()) == 8
+    assert max(outcome.depth.values()) > 8
+    for point, depth in outcome.depth.items():
+        assert lab._made[point] == set(range(depth))
+
+
+def test_tune_goes_on_after_a_kill_and_comes_to_the_same_answer():
+    straight, expected = searched(GRID, 5)
+
+    class Dies(Surface):
+        left = 3
+
+        def buy(self, points, prompts):
+            super().buy(points, prompts)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    storage = optuna.storages.InMemoryStorage()
+    lab = Dies(GRID, PROMPTS, 5)
+    with pytest.raises(KeyboardInterrupt):
+        searched(GRID, 5, storage=storage, lab=lab)
+    _, again = searched(GRID, 5, storage=storage, lab=lab)
+    assert winner_of(again) == winner_of(expected)
+    assert lab.images == straight.images, "nothing is made twice"
+
+
+def test_tune_repeated_buys_nothing():
+    storage = optuna.storages.InMemoryStorage()
+    lab, first = searched(GRID, 2, storage=storage)
+    bought = lab.images
+    _, second = searched(GRID, 2, storage=storage, lab=lab)
+    assert lab.images == bought
+    assert (second.winner, second.out.keys()) == (first.winner, first.out.keys())
+
+
+def test_tune_with_more_trials_goes_further():
+    storage = optuna.storages.InMemoryStorage()
+    lab, first = searched(RANGES, 1, trials=12, storage=storage)
+    _, second = searched(RANGES, 1, trials=24, storage=storage, lab=lab)
+    assert set(first.seen) < set(second.seen)
+    assert len(second.seen) == 24
+
+
+def test_tune_gives_up_where_every_setting_fails():
+    class Broken(Surface):
+        def accuracy(self, point):
+            return np.nan
+
+        def _evidence(self, point):
+            nothing = np.full(self.prompts, np.nan)
+            return Evidence(quality=nothing, latency_s=nothing)
+
+    lab = Broken(RANGES, PROMPTS, 0)
+    with pytest.raises(ConfigError, match="none of the first 10 settings"):
+        searched(RANGES, 0, lab=lab, trials=40)
+    assert lab.images == 10 * 8
+
+
+# Search and space -----------------------------------------------------------------------------
+
+
+def test_search_never_proposes_the_same_images_twice():
+    space = Space((Axis(name="cfg", values=(0.0, 0.5, 1.0, 2.0, 3.0), ordered=True),))
+
+    def identity(point: Point) -> float:
+        return max(1.0, float(str(point[0])))  # guidance is off at cfg <= 1
+
+    search = Search(space, optuna.storages.InMemoryStorage(), objectives=2, identity=identity)
+    told: dict[float, list[float]] = {}
+    proposed = []
+    while (found := search.ask(told)) is not None:
+        proposed.append(identity(found.point))
+        told[proposed[-1]] = [proposed[-1], 1.0]
+        search.tell(found, told[proposed[-1]])
+    assert sorted(proposed) == [1.0, 2.0, 3.0]
+    assert len(search.tried()) == 3
+
+
+def test_search_refuses_another_space_in_the_same_study():
+    storage = optuna.storages.InMemoryStorage()
+    for axes in ([1, 2], [1, 2]):
+        searcher = Search(GRID, storage, objectives=2, identity=lambda p: p)
+        searcher.agree({"axes": axes})
+    with pytest.raises(ConfigError, match="another study name"):
+        searcher.agree({"axes": [1, 3]})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "step", "values"),
+    [
+        (1, 3, 1, (1, 2, 3)),
+        (1, 2, 0.5, (1, 1.5, 2)),
+        (0.3, 0.95, 0.3, (0.3, 0.6, 0.9, 0.95)),
+        (0.3, 0.6, 0.1, (0.3, 0.4, 0.5, 0.6)),
+    ],
+)
+def test_spread_reaches_both_ends(low, high, step, values):
+    assert spread(low, high, step) == values
+
+
+@pytest.mark.parametrize("bad", [(3, 1, 1), (1, 3, 0), (1, 3, -1), (1, 1, 1), (1, 2, float("nan"))])
+def test_spread_refuses_what_is_no_range(bad):
+    with pytest.raises(ValueError, match=":"):
+        spread(*bad)
+
+
+def test_space_numbers_every_point_once():
+    points = [GRID.point(i) for i in range(GRID.size)]
+    assert len(set(points)) == GRID.size == 25
+    assert GRID.nearest({"steps": 15, "cfg": 5.0}) == (16, 4.0)

@@ -1,0 +1,251 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sd35bench.cli.tune as verb
+from sd35bench.analysis.profiles import load_profiles
+from sd35bench.analysis.recommend import recommend_document
+from sd35bench.analysis.summary import show_document
+from sd35bench.config import config_dir
+from sd35bench.config.tune import read_tuning
+from sd35bench.errors import ConfigError
+from sd35bench.store import Study
+from sd35bench.types import Status
+from tests import tune_truth
+from tests.tune_driver import score
+
+FAKE = ["backend=fake", "study=t", "prompts.limit=16"]
+GRID = [*FAKE, "steps=1,2,8", "cfg=1,2"]
+DRIVER = [sys.executable, "-m", "tests.tune_driver"]
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.fixture
+def ruled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score by the driver's rule: no torch."""
+    monkeypatch.setattr(verb, "_score", score)
+
+
+def records(name: str = "t") -> list:
+    return list(Study.open(Path("results"), name)._all_records())
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_writes_what_it_found_and_other_verbs_read_the_study(call):
+    code, document = call("tune", *GRID, "images=72")
+    assert code == 0
+    assert json.loads(Path("results/t/tune.json").read_text()) == document
+    best = document["recommended"]
+    assert best["setting"]["steps"] == 8
+    assert best["quality"]["ci95"][0] <= best["quality"]["value"] <= best["quality"]["ci95"][1]
+    assert best["quality"]["n"] == 16
+    assert best["latency_s"]["n"] == 16
+    assert document["confirmed"] is False
+    assert "held-out" in document["confirmation"]
+    used = document["images"]["used"]
+    assert document["images"] == {"used": used, "budget": 72, "exhaustive": 96, "share": used / 96}
+    assert used <= 72
+    assert len(records()) == used, "what it says that it used is what was made"
+    assert {r.trial.prompt.split for r in records()} == {"tune"}
+    statuses = {row["status"] for row in document["tried"]}
+    assert statuses & {"dominated", "out of reach"}
+    study = Study.open(Path("results"), "t")
+    assert len(show_document(study)["settings"]) == 6
+    profiles = load_profiles(config_dir() / "profile")
+    chosen = recommend_document(study, {"balanced": profiles["balanced"]})["profiles"]["balanced"]
+    assert chosen["text-to-image"]["setting"]["steps"] == 8
+    code, again = call("tune", *GRID, "images=72")
+    assert again == document
+    assert len(records()) == used, "nothing is done twice"
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_races_ranges_samplers_and_backends(call):
+    arguments = [
+        "study=t",
+        "prompts.limit=8",
+        "first=4",
+        "backend=fake,also",
+        "trials=6",
+        "images=48",
+    ]
+    folder = Path("own/backend")
+    folder.mkdir(parents=True)
+    text = (config_dir() / "backend" / "fake.yaml").read_text()
+    (folder / "also.yaml").write_text(text.replace("name: fake", "name: also"))
+    own = ["--config-dir", "own", "steps=1:8", "cfg=1:3:0.25", "sampler=euler,heun"]
+    code, document = call("tune", *arguments, *own)
+    assert code == 0
+    assert document["settings"] == {"tried": 6, "grid": 8 * 9 * 2 * 2, "trials": 6}
+    made = records()
+    assert len({r.trial.load.key for r in made}) == 2
+    assert all(r.trial.request.cfg * 4 % 1 == 0 for r in made), "on the stated grid"
+    assert len({r.trial.key for r in made}) == len(made) == document["images"]["used"]
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_counts_settings_that_are_the_same_images_once(call):
+    code, document = call("tune", *FAKE, "prompts.limit=8", "first=4", "cfg=0,0.5,1,4", "steps=2")
+    assert code == 2, "prompts.limit is given twice"
+    code, document = call(
+        "tune", "backend=fake", "study=t", "prompts.limit=8", "first=4", "cfg=0,0.5,1,4", "steps=2"
+    )
+    assert code == 0
+    assert document["settings"]["tried"] == 2
+    assert {r.trial.request.cfg for r in records()} == {1.0, 4.0}
+
+
+def test_tune_dry_run_makes_nothing(call):
+    code, bill = call("tune", *GRID, "--dry-run")
+    assert code == 0
+    assert (bill["grid"], bill["images"], bill["exhaustive"]) == (6, 38, 96)
+    assert bill["estimated_s"] is None
+    assert not Path("results").exists()
+
+
+REFUSED = {
+    "nothing to search": (["study=t"], "nothing to search"),
+    "no study": (["steps=2,4"], "study"),
+    "held-out prompts": (["study=t", "steps=2,4", "prompts.split=heldout"], "held-out"),
+    "unknown profile": (["study=t", "steps=2,4", "profile=fast"], "balanced"),
+    "range upside down": (["study=t", "steps=8:2"], "LOW < HIGH"),
+    "half a step": (["study=t", "steps=1:3:0.5"], "steps=1.5"),
+    "out of range": (["study=t", "cfg=1:500"], "cfg"),
+    "no number": (["study=t", "cfg=1:high"], "expected numbers"),
+    "batches": (["study=t", "steps=2,4", "batch_size=8"], "timed"),
+    "too few prompts": (["study=t", "steps=2,4", "prompts.limit=4"], "prompts.limit=8"),
+    "too few images": (["study=t", "steps=2,4", "images=3"], "at least 32"),
+    "one trial": (["study=t", "steps=2,4", "trials=1"], "trials=1"),
+    "unknown sampler": (["study=t", "sampler=euler,ddim"], "ddim"),
+    "unknown backend": (["study=t", "backend=eager,eagle"], "did you mean eager"),
+    "strength without init": (["study=t", "prompt_strength=0.3:0.9"], "init image"),
+    "scale without guidance": (["study=t", "skip_layer_scale=1:4"], "skip_layer_guidance"),
+    "unknown field": (["study=t", "steps=2,4", "stepz=4"], "stepz"),
+    "a sweep of something else": (["study=t", "steps=2,4", "width=64,72"], "width"),
+    "random weights": (["study=t", "steps=2,4", "model.weights=random"], "quality"),
+    "local against hosted": (
+        ["study=t", "model=sd35-medium", "prompts=starter", "backend=fake,eachlabs"],
+        "two studies",
+    ),
+    "no flag": (["study=t", "steps=2,4", "--dryrun"], "--dry-run"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tune_refuses_before_it_makes_anything(case, call):
+    arguments, says = REFUSED[case]
+    code, document = call("tune", *arguments)
+    assert code == 2
+    assert says in document["error"]["message"]
+    assert not Path("results").exists()
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_refuses_to_mix_two_searches_in_one_study(call):
+    arguments = ["backend=fake", "study=t", "prompts.limit=8", "first=4"]
+    assert call("tune", *arguments, "steps=1,2")[0] == 0
+    code, document = call("tune", *arguments, "steps=1,4")
+    assert code == 2
+    assert "another study name" in document["error"]["message"]
+
+
+def test_tune_asks_before_it_spends(call, monkeypatch):
+    monkeypatch.setenv("EACHLABS_API_KEY", "not-a-key")
+    asked = ["study=t", "model=sd35-medium", "prompts=starter", "backend=eachlabs", "steps=20,40"]
+    code, bill = call("tune", *asked, "first=4", "--dry-run")
+    assert code == 0
+    assert bill["usd"] == pytest.approx(bill["images"] * 0.035, rel=0.9)
+    code, document = call("tune", *asked, "first=4", "remote.confirm_above_usd=0.01")
+    assert code == 2
+    assert "--yes" in document["error"]["message"]
+    assert not Path("results").exists()
+
+
+def test_tuning_maps_skip_layer_scales_to_guidance():
+    tuning = read_tuning(
+        ["study=t", "skip_layer_guidance=none,stability", "skip_layer_scale=1:2:0.5", "cfg=3,4"]
+    )
+    assert tuning.space.size == 2 * 3 * 2
+    assert set(tuning.sources) == {(None, "none"), (None, "stability")}
+    scales = tuning.sources[None, "stability"].values["skip_layer_scale"]
+    assert [(s, g.scale) for s, g in scales.items()] == [(1, 1), (1.5, 1.5), (2, 2)]
+
+
+def test_tuning_asks_for_the_models_own_shift_as_none():
+    with pytest.raises(ConfigError, match="shift"):
+        read_tuning(["study=t", "shift=0:3"])
+    tuning = read_tuning(["study=t", "shift=1:4:1"])
+    assert tuning.space.size == 4
+
+
+def test_truth_is_held_against_a_study_of_the_whole_grid(call, capsys, monkeypatch):
+    assert call("run", "-m", *FAKE, *GRID[3:])[0] == 0
+    score(Study.open(Path("results"), "t"))
+    monkeypatch.setattr(tune_truth, "score_missing", score)
+    assert tune_truth.main([*GRID, "images=72"], seeds=3) == 0
+    assert "3 of 3" in capsys.readouterr().out
+    assert len(records()) == 96
+    with pytest.raises(ConfigError, match="lacks"):
+        tune_truth.measure([*FAKE, "steps=1,2,4", "images=72"], 0)
+
+
+# Several processes ----------------------------------------------------------------------------
+
+SLOW = [
+    "backend=fake",
+    "backend.delay_s=0.02",
+    "study=t",
+    "prompts.limit=16",
+    "images=72",
+    *GRID[3:],
+]
+
+
+def test_tune_survives_a_kill_and_makes_nothing_twice():
+    victim = subprocess.Popen([*DRIVER, *SLOW, "--json"], env=_environment())
+    _wait_for(lambda: len(list(Path("results/t/images").glob("*/*"))) >= 10)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    journal = Path("results/t/tune/journal.log")
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code": 4, "half a li')  # what a kill within a write leaves
+    before = {r.trial.key for r in records() if r.status is Status.OK}
+    done = subprocess.run(
+        [*DRIVER, *SLOW, "--json"], env=_environment(), capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    document = json.loads(done.stdout)
+    assert document["recommended"]["setting"]["steps"] == 8
+    keys = [r.trial.key for r in records()]
+    assert before <= set(keys)
+    assert len(keys) == len(set(keys)) == document["images"]["used"]
+
+
+def test_tune_is_shared_by_two_processes():
+    workers = [
+        subprocess.Popen([*DRIVER, *SLOW, "--json"], env=_environment(), stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    documents = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert documents[0]["recommended"] == documents[1]["recommended"]
+    keys = [r.trial.key for r in records()]
+    assert len(keys) == len(set(keys)) == documents[0]["images"]["used"]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+def _wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
