@@ -1,103 +1,116 @@
 """One profile's choice among compared candidates, and why the others were not chosen.
 
-Within the profile's latency limit, *best* is the highest mean quality. A candidate is *as good*
-if the lower end of the 95 % interval of its paired difference from the best lies above minus the
-margin; the best is always as good as itself. The fastest of those is chosen; where their latencies
-cannot be told apart (2 % or the interval of the paired ratio), the better one. If no candidate is
-distinguishably worse than the best, the data do not decide and the fastest is chosen, which is
-said. The best is the best of several noisy means, so differences from it are a little too
-unfavourable to the others: that errs on the side of quality.
+Within the profile's limits, *best* is the highest mean quality. A candidate is *as good* if it is
+shown (Holm over the candidates) to be within the margin of every other one, or of the named
+default that the profile holds it against. The objective "fastest" takes the fastest of those, and
+the reference itself is always allowed; where latencies cannot be told apart (2 % or the interval
+of the paired ratio), the better one. The objective "best-quality" takes the best.
+
+If no candidate is distinguishably worse than the best, the data do not decide: the fastest is
+chosen, which is said, with the number of images that would decide. That one looks at uncorrected
+intervals: any sign of a difference keeps the speed from deciding alone.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from math import exp
+from typing import Any
 
+from sd35bench.analysis.constraints import Limits, Speeds, amount, check_limits, speeds
 from sd35bench.analysis.intervals import Interval
+from sd35bench.analysis.noninferiority import TAIL, Tested, against_all, images_between
 from sd35bench.analysis.pairs import Comparison
 from sd35bench.analysis.profiles import Profile
-from sd35bench.analysis.summary import latency_summary
 
 __all__ = ["Choice", "Speeds", "choose", "speeds"]
 
 _SAME_SPEED = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class Speeds:
-    """Seconds (p50) per candidate, or denoiser evaluations where not all were timed.
-
-    `basis` says which: "latency_s" or "evaluations".
-    """
-
-    basis: str
-    values: list[float]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class Choice:
     """Indices into the comparison, and what was found out on the way.
 
-    `verdicts` has a reason per candidate, `differences` the paired difference from `best` for
-    those within the limit.
+    `reference` is what "as good" is held against: the best, or a named default, which may be
+    outside of the limits. `rival` is the best of the others within the limits: what the choice has
+    to stand against on other prompts. `differences` are paired differences from the reference,
+    `tests` those of non-inferiority, both of the candidates within the limits. `more` says which
+    question more images would decide, and how many; empty where none is open.
     """
 
     chosen: int
     best: int
-    limit: float | None
+    reference: int
+    rival: int | None
+    limits: Limits
     margin: float
     distinguishable: bool
     differences: dict[int, Interval]
-    verdicts: dict[int, str]
-    reason: str
+    tests: dict[int, Tested]
+    verdicts: dict[int, str] = field(default_factory=dict)
+    reason: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def as_good(self, i: int) -> bool:
+        """Whether a candidate within the limits is shown to be as good within the margin."""
+        return i == self.reference or (i in self.tests and self.tests[i].shown)
 
 
-def speeds(comparison: Comparison) -> Speeds:
-    """How fast each candidate is."""
-    p50 = [latency_summary(c.row.timed)["p50"] for c in comparison.candidates]
-    if all(value is not None for value in p50):
-        return Speeds("latency_s", p50)
-    return Speeds("evaluations", [c.work for c in comparison.candidates])
+def choose(
+    comparison: Comparison, speed: Speeds, profile: Profile, named: int | None = None
+) -> Choice | str:
+    """Choose for a profile; a text says why nothing can be chosen.
 
-
-def choose(comparison: Comparison, speed: Speeds, profile: Profile) -> Choice | str:
-    """Choose for a profile; a text says why nothing can be chosen."""
-    limit = _limit(speed, profile)
-    if isinstance(limit, str):
-        return limit
-    feasible = [i for i, v in enumerate(speed.values) if limit is None or v <= limit]
+    `named` is the candidate that is the profile's reference, where that is a named default.
+    """
+    limits = check_limits(comparison, speed, profile)
+    if isinstance(limits, str):
+        return limits
+    feasible = [i for i in range(len(speed.values)) if i not in limits.broken]
     if not feasible:
-        return f"no setting is within {_amount(speed, limit)}; the fastest takes" + (
-            f" {_amount(speed, min(speed.values))}"
-        )
+        return _nothing_feasible(speed, limits)
+    margin = profile.margin(comparison.metric)
     means = comparison.quality.mean(axis=1)
     best = max(feasible, key=lambda i: (means[i], -speed.values[i]))
-    differences = {i: comparison.difference(i, best) for i in feasible}
-    margin = profile.margin(comparison.metric)
-    worse = [i for i in feasible if i != best and _high(differences[i]) < 0.0]
-    as_good = [i for i in feasible if i == best or _low(differences[i]) > -margin]
+    from_best = {i: comparison.differences(i) for i in feasible}
+    worse = [i for i in feasible if i != best and _high(from_best[i][best]) < 0.0]
     decided = bool(worse) or len(feasible) == 1
-    chosen = _fastest(comparison, speed, as_good if decided else feasible)
-    draft = Choice(chosen, best, limit, margin, decided, differences, {}, "")
-    verdicts = {
-        i: _verdict(draft, speed, i, as_good) for i in range(len(speed.values)) if i != chosen
+    reference = best if named is None else named
+    rivals = feasible if named is None else [named]
+    pairwise = {i: {j: from_best[i][j] for j in rivals if j != i} for i in feasible}
+    choice = Choice(
+        chosen=best,
+        best=best,
+        reference=reference,
+        rival=None,
+        limits=limits,
+        margin=margin,
+        distinguishable=decided,
+        differences={i: from_best[i][reference] for i in feasible},
+        tests=against_all(feasible, pairwise, margin),
+    )
+    allowed = _allowed(choice, profile, feasible)
+    choice.chosen = _fastest(comparison, speed, allowed)
+    others = [i for i in feasible if i != choice.chosen]
+    choice.rival = max(others, key=lambda i: means[i], default=None)
+    choice.more = _open_question(choice, speed, from_best)
+    choice.reason = _reason(choice, comparison, profile)
+    choice.verdicts = {
+        i: limits.broken[i] if i in limits.broken else _verdict(choice, speed, i)
+        for i in range(len(speed.values))
+        if i != choice.chosen
     }
-    n = comparison.quality.shape[1]
-    return replace(draft, verdicts=verdicts, reason=_reason(draft, len(feasible), n))
+    return choice
 
 
-def _limit(speed: Speeds, profile: Profile) -> float | str | None:
-    """The profile's limit in the units of `speed`; the stricter one if there are two."""
-    limits = []
-    if profile.latency_limit_frac is not None:
-        limits.append(profile.latency_limit_frac * max(speed.values))
-    if profile.latency_limit_s is not None:
-        if speed.basis != "latency_s":
-            return (
-                f"the profile limits latency to {profile.latency_limit_s:g} s and not every"
-                " setting was timed; run with batch_size=1 or timed_limit=N"
-            )
-        limits.append(profile.latency_limit_s)
-    return min(limits) if limits else None
+def _allowed(choice: Choice, profile: Profile, feasible: list[int]) -> list[int]:
+    """The candidates that the objective leaves to speed."""
+    held_against_best = choice.reference == choice.best
+    if not choice.distinguishable and (held_against_best or choice.reference in feasible):
+        return feasible
+    if profile.objective == "best-quality":
+        return [choice.best]
+    shown = [i for i in feasible if choice.as_good(i)]
+    return shown if shown else [choice.best]
 
 
 def _fastest(comparison: Comparison, speed: Speeds, allowed: list[int]) -> int:
@@ -119,47 +132,90 @@ def _same_speed(comparison: Comparison, speed: Speeds, i: int, first: int) -> bo
     return ratio.low <= 0.0 or exp(ratio.value) <= 1.0 + _SAME_SPEED
 
 
-def _verdict(choice: Choice, speed: Speeds, i: int, as_good: list[int]) -> str:
-    if i not in choice.differences:
-        return f"too slow: {_amount(speed, speed.values[i])}, limit {_amount(speed, choice.limit)}"
+def _open_question(
+    choice: Choice, speed: Speeds, pairwise: dict[int, list[Interval]]
+) -> dict[str, Any]:
+    """The question that fewest more images would decide, of those that matter to the choice.
+
+    Either a faster candidate is neither shown to be within the margin nor to be beyond it, or the
+    chosen one itself is not shown to be. Holm's next step asks for its share of the level.
+    """
+    left = sum(not t.shown for t in choice.tests.values())
+    tail = TAIL / max(1, left)
+    asked: list[tuple[int, int, Interval]] = []
+    for i, test in choice.tests.items():
+        faster = speed.values[i] < speed.values[choice.chosen]
+        if test.shown or not (faster or i == choice.chosen):
+            continue
+        if _high(pairwise[i][choice.reference]) > -choice.margin:
+            asked.append((i, test.rival, test.difference))
+    found = []
+    for i, rival, difference in asked:
+        needed = images_between(difference, choice.margin, tail)
+        if needed is not None:
+            found.append({"candidate": i, "against": rival, **needed})
+    if found:
+        return min(found, key=lambda f: f["prompts"])
+    if asked:
+        return {"candidate": asked[0][0], "against": asked[0][1], "prompts": None, "images": None}
+    return {}
+
+
+def _verdict(choice: Choice, speed: Speeds, i: int) -> str:
     difference = choice.differences[i]
-    if choice.distinguishable and i not in as_good:
+    what = "the best" if choice.reference == choice.best else "the named default"
+    if choice.distinguishable and not choice.as_good(i):
         if _high(difference) < -choice.margin:
-            return "worse than the best by more than the margin"
+            return f"worse than {what} by more than the margin"
         if _high(difference) < 0.0:
-            return "worse than the best; not shown to be within the margin"
-        return "not shown to be within the margin of the best"
+            return f"worse than {what}; not shown to be within the margin"
+        if i != choice.best:
+            return f"not shown to be within the margin of {what}"
     if speed.values[i] > speed.values[choice.chosen] * (1.0 + _SAME_SPEED):
         if i == choice.best:
             return "the best mean quality, but slower"
-        return "as good within the margin, but slower" if i in as_good else "slower"
+        return "as good within the margin, but slower" if choice.as_good(i) else "slower"
+    if speed.values[i] < speed.values[choice.chosen] * (1.0 - _SAME_SPEED):
+        return "faster, with lower mean quality"
     return "as fast, with lower mean quality"
 
 
-def _reason(choice: Choice, feasible: int, n: int) -> str:
+def _reason(choice: Choice, comparison: Comparison, profile: Profile) -> str:
+    n, feasible = comparison.quality.shape[1], len(choice.differences)
     if not choice.distinguishable:
         return (
             f"not distinguishable with n={n} pairs: none of the {feasible} settings is shown to be"
             " worse than the best; chosen because fastest"
         )
     if feasible == 1:
-        return "the only setting within the limit"
-    if choice.chosen == choice.best:
-        return "the best quality; no faster setting is shown to be within the margin"
+        return "the only setting within the limits"
+    what = "the best" if choice.reference == choice.best else profile.reference
+    if profile.objective == "best-quality":
+        alike = sum(_high(d) >= 0.0 for d in choice.differences.values()) - 1
+        told = f"; {alike} others cannot be told apart from it with n={n} pairs" if alike else ""
+        return f"the best quality within the limits{told}"
+    if choice.chosen == choice.reference:
+        return f"{_first(what)} quality; no faster setting is shown to be within the margin"
+    if not choice.as_good(choice.chosen):
+        return f"the best within the limits; none is shown to be within the margin of {what}"
     return (
-        f"the fastest whose quality is shown to be within {choice.margin:g} of the best"
-        f" (95 % interval, n={n} pairs)"
+        f"the fastest whose quality is shown to be within {choice.margin:g} of {what}"
+        f" (Holm over {len(choice.tests)} candidates, one-sided 2.5 %, n={n} pairs)"
     )
 
 
-def _amount(speed: Speeds, value: float | None) -> str:
-    if value is None:
-        return "no limit"
-    return f"{value:.3g} s" if speed.basis == "latency_s" else f"{value:.3g} evaluations"
+def _first(what: str) -> str:
+    return "the best" if what == "the best" else f"{what}'s"
 
 
-def _low(interval: Interval) -> float:
-    return float("-inf") if interval.low is None else interval.low
+def _nothing_feasible(speed: Speeds, limits: Limits) -> str:
+    if all(text.startswith("too slow") and ";" not in text for text in limits.broken.values()):
+        return (
+            f"no setting is within {amount(speed, limits.latency)}; the fastest takes"
+            f" {amount(speed, min(speed.values))}"
+        )
+    fastest = min(limits.broken, key=lambda i: speed.values[i])
+    return f"no setting is within the limits; the fastest is {limits.broken[fastest]}"
 
 
 def _high(interval: Interval) -> float:

@@ -1,4 +1,4 @@
-"""Profiles: what a setting is wanted for, as a latency limit and a quality margin."""
+"""Profiles: what a setting is wanted for, as limits, an objective and margins of quality."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,20 +10,34 @@ import yaml
 
 from sd35bench.errors import ConfigError
 
-__all__ = ["Profile", "as_profiles", "load_profiles"]
+__all__ = ["BEST", "OBJECTIVES", "Profile", "as_profiles", "load_profiles"]
+
+OBJECTIVES = ("fastest", "best-quality")
+"""The fastest setting that is shown to be as good within the margin, or the best quality."""
+
+BEST = "best"
+"""The reference that stands for whichever setting within the limits is best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A limit on latency (absolute, or relative to the slowest setting) and margins of quality.
+    """Limits, and what is wanted of the settings that are within them.
 
-    `margins` maps metric names or their beginnings to what may be lost of them; a metric without
-    a margin has 0: nothing may be lost.
+    Latency is limited in seconds, or as a share of the slowest setting's; memory in bytes (of the
+    GPU where there is one); `cost_limit_usd` is per image, and `usd_per_hour` what an hour of this
+    machine costs, without which only hosted services have a cost. `reference` is what "as good"
+    means: `BEST`, or the name of a default (see `named_defaults`). `margins` maps metric names or
+    their beginnings to what may be lost of them; a metric without a margin has 0: nothing may be.
     """
 
     name: str
+    objective: str = "fastest"
+    reference: str = BEST
     latency_limit_s: float | None = None
     latency_limit_frac: float | None = None
+    memory_limit_bytes: float | None = None
+    cost_limit_usd: float | None = None
+    usd_per_hour: float | None = None
     margins: Mapping[str, float] = field(default_factory=dict)
 
     def margin(self, metric: str) -> float:
@@ -60,13 +74,33 @@ def _freeze(name: str, raw: Any) -> Profile:
         raise ConfigError(f"profile.{unknown[0]}: unknown; known: {', '.join(sorted(known))}")
     margins = raw.get("margins")
     given = {} if margins is None else margins
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"profile.margins={given!r}: expected metric names with their margins")
     checked = {str(k): _number(f"margins.{k}", v, 0.0) for k, v in given.items()}
     return Profile(
         name=str(raw.get("name", name)),
+        objective=_word("objective", raw, "fastest", OBJECTIVES),
+        reference=_word("reference", raw, BEST, None),
         latency_limit_s=_limit("latency_limit_s", raw),
         latency_limit_frac=_limit("latency_limit_frac", raw),
+        memory_limit_bytes=_limit("memory_limit_bytes", raw),
+        cost_limit_usd=_limit("cost_limit_usd", raw),
+        usd_per_hour=_limit("usd_per_hour", raw),
         margins=checked,
     )
+
+
+def _word(
+    field_name: str, raw: Mapping[str, Any], default: str, known: tuple[str, ...] | None
+) -> str:
+    """One of the known words; any name where they are not known here."""
+    value = raw.get(field_name)
+    if value is None:
+        return default
+    if not isinstance(value, str) or (known is not None and value not in known):
+        of = "a name" if known is None else f"one of {', '.join(known)}"
+        raise ConfigError(f"profile.{field_name}={value!r}: expected {of}")
+    return value
 
 
 def _limit(field_name: str, raw: Mapping[str, Any]) -> float | None:

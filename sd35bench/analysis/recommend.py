@@ -1,40 +1,36 @@
 """`recommend`: a setting per profile and task, chosen by paired data, with its evidence.
 
-The choice is made on this study's prompts. It says so: ``confirmed`` is false until the chosen
-settings have been compared on prompts that the choice never saw.
+The choice is made on the prompts of every split but the held-out one. Whether it holds on that one
+is found out afterwards, from the chosen setting and what it was held against alone: each entry has
+a `confirmation`, and ``confirmed`` is true only where all of them say so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sd35bench.analysis.choice import Choice, Speeds, choose, speeds
+from sd35bench.analysis.confirm import Parted, part_rows, read_held_out
+from sd35bench.analysis.entry import Entry, setting_of
+from sd35bench.analysis.held_out_runs import add_run, confirming_runs, runs_document
+from sd35bench.analysis.named_defaults import check_name, find_default
 from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_family
-from sd35bench.analysis.profiles import Profile, as_profiles
-from sd35bench.analysis.quality import row_metric
-from sd35bench.analysis.reproduce import run_command, snippet
-from sd35bench.analysis.summary import latency_summary
-from sd35bench.analysis.table import GUARD, Row, Table, read_table
+from sd35bench.analysis.profiles import BEST, Profile, as_profiles
+from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.errors import ConfigError
-from sd35bench.types import Record, Task
+from sd35bench.types import Task
 
 __all__ = ["recommend_document"]
 
-_SETTING = (
-    "model",
-    "backend",
-    "steps",
-    "cfg",
-    "prompt_strength",
-    "sampler",
-    "shift",
-    "skip_layer_guidance",
-    "max_sequence_length",
-    "width",
-    "height",
-    "output_format",
-    "output_quality",
-    "threads",
-)
+_NOTHING: dict[str, Any] = {
+    "setting": None,
+    "setting_id": None,
+    "alternatives": [],
+    "named_defaults": [],
+    "confirmation": None,
+    "command": None,
+    "snippet": None,
+    "api": None,
+}
 
 
 def recommend_document(
@@ -42,37 +38,43 @@ def recommend_document(
 ) -> dict[str, Any]:
     """Recommend a setting of the study (`sd35bench.store.Study`) for each profile and task.
 
-    Returns: ``{"study", "confirmed", "prompts", "profiles": {name: {"text-to-image": entry or
-    None, "image-to-image": entry or None}}, "notes", "warnings"}``; an entry has `setting`,
-    `setting_id`, `evidence`, `alternatives`, `command` and `snippet`, or, where no setting meets
-    the profile, `setting` ``None`` and the evidence's `reason`.
+    Returns: ``{"study", "confirmed", "confirmation", "prompts", "profiles": {name:
+    {"text-to-image": entry or None, "image-to-image": entry or None}}, "confirm", "notes",
+    "warnings"}``. An entry has `setting`, `setting_id`, `evidence`, `alternatives`,
+    `named_defaults`, `confirmation`, `command`, `snippet` and `api`, or, where no setting meets
+    the profile, `setting` ``None`` and the evidence's `reason`. `confirm` lists the commands that
+    make the held-out images that are not there.
 
     Raises: ConfigError where neither task has two settings to compare, or for a bad profile.
     """
     checked = as_profiles(profiles)
     table = read_table(study)
+    parted = part_rows(table.rows)
     tasks: dict[str, _Task] = {}
-    notes: list[str] = []
+    notes = list(parted.notes)
     problems: list[str] = []
     for task in Task:
-        rows, left = pick_family(table.rows, task)
+        rows, left = pick_family(parted.choice, task)
         notes += left
         if rows:
             try:
-                tasks[task.value] = _Task(study, table, rows, task)
+                tasks[task.value] = _Task(study, table, parted, rows, task)
             except ConfigError as exc:
                 problems.append(str(exc))
     if not tasks:
         raise ConfigError(_nothing(study, table.rows, problems))
+    found = {
+        p.name: {t.value: tasks[t.value].entry(p) if t.value in tasks else None for t in Task}
+        for p in checked
+    }
+    confirmed, said = _confirmation(found, parted)
     return {
         "study": study.name,
-        "confirmed": False,
-        "confirmation": "chosen on these prompts; not confirmed on held-out prompts",
+        "confirmed": confirmed,
+        "confirmation": said,
         "prompts": _prompts(tasks),
-        "profiles": {
-            p.name: {t.value: tasks[t.value].entry(p) if t.value in tasks else None for t in Task}
-            for p in checked
-        },
+        "profiles": found,
+        "confirm": runs_document([run for t in tasks.values() for run in t.runs.values()]),
         "notes": notes + problems,
         "warnings": table.warnings,
     }
@@ -81,143 +83,102 @@ def recommend_document(
 class _Task:
     """The settings of one task, compared once and asked for every profile."""
 
-    def __init__(self, study: Any, table: Table, rows: list[Row], task: Task) -> None:
-        self.study, self.table, self.task = study, table, task
+    def __init__(
+        self, study: Any, table: Table, parted: Parted, rows: list[Row], task: Task
+    ) -> None:
+        self.study, self.table, self.task, self.parted = study, table, task, parted
         metric, found = candidates(table, rows, task)
         self.comparison: Comparison = compare(metric, found)
         self.speed: Speeds = speeds(self.comparison)
-        self.qualities = [self._quality(i) for i in range(len(self.comparison.candidates))]
+        held = [] if parted.held_out is None else parted.held_out
+        self.held_out = read_held_out(table, held, task, metric)
+        self.planned = _planned(held, task)
+        self.runs: dict[str, Any] = {}
         self.records = [r for c in self.comparison.candidates for r in c.row.quality_records()]
 
     def entry(self, profile: Profile) -> dict[str, Any]:
         """Choose for one profile and say why."""
-        choice = choose(self.comparison, self.speed, profile)
+        named = self._named(profile)
+        choice = named if isinstance(named, str) else self._choose(profile, named)
         if isinstance(choice, str):
-            return {
-                "setting": None,
-                "setting_id": None,
-                "evidence": {"headline": f"no setting: {choice}", "reason": choice},
-                "alternatives": [],
-                "command": None,
-                "snippet": None,
-            }
-        row = self.comparison.candidates[choice.chosen].row
-        records = row.quality_records()
+            evidence = {"headline": f"no setting: {choice}", "reason": choice}
+            return {**_NOTHING, "evidence": evidence}
+        found = Entry(
+            study=self.study,
+            table=self.table,
+            comparison=self.comparison,
+            speed=self.speed,
+            held_out=self.held_out,
+            profile=profile,
+            choice=choice,
+        )
+        if self.parted.held_out is not None:
+            for run in confirming_runs(found, self.task, self.planned):
+                add_run(self.runs, run)
         return {
-            "setting": _setting(row),
-            "setting_id": row.id,
-            "evidence": self._evidence(choice, profile),
-            "alternatives": self._alternatives(choice),
-            "command": run_command(records, f"recommended-{profile.name}"),
-            "snippet": self._snippet(records[0]),
+            "setting": setting_of(found.row),
+            "setting_id": found.row.id,
+            "evidence": found.document(),
+            "alternatives": found.alternatives(),
+            "named_defaults": found.named_defaults(self.task),
+            "confirmation": found.confirmation(self.parted.why),
+            "command": found.command(),
+            "snippet": found.snippet(),
+            "api": found.api(),
         }
 
-    def _evidence(self, choice: Choice, profile: Profile) -> dict[str, Any]:
-        compared, i = self.comparison, choice.chosen
-        row = compared.candidates[i].row
-        latency = latency_summary(row.timed)
-        quality = self.qualities[i]
-        return {
-            "headline": _headline(row, compared.metric, quality, latency),
-            "reason": choice.reason,
-            "distinguishable": choice.distinguishable,
-            "objective": _objective(compared.metric),
-            "quality": quality,
-            "metrics": self._metrics(row),
-            "latency_s": latency,
-            "speed_basis": self.speed.basis,
-            "speed": self.speed.values[i],
-            "limit": choice.limit,
-            "latency_limit_s": profile.latency_limit_s,
-            "latency_limit_frac": profile.latency_limit_frac,
-            "margin": choice.margin,
-            "best": _setting(compared.candidates[choice.best].row),
-            "difference_from_best": self._difference(choice, i),
-            "n_pairs": compared.quality.shape[1],
-            "n_prompts": int(compared.clusters.max()) + 1,
-            "settings_compared": len(compared.candidates),
-        }
+    def _choose(self, profile: Profile, named: int | None) -> Choice | str:
+        return choose(self.comparison, self.speed, profile, named)
 
-    def _quality(self, i: int) -> dict[str, Any]:
-        mean = self.comparison.mean(i)
-        return {
-            "metric": self.comparison.metric,
-            "value": mean.value,
-            "ci95": mean.ci95,
-            "n": mean.n,
-            "n_prompts": mean.clusters,
-        }
-
-    def _metrics(self, row: Row) -> dict[str, Any]:
-        names = sorted(name for name in self.table.scores if name != GUARD)
-        found = {name: row_metric(self.study, self.table, row, name) for name in names}
-        return {name: entry for name, entry in found.items() if entry["value"] is not None}
-
-    def _difference(self, choice: Choice, i: int) -> dict[str, Any] | None:
-        if i == choice.best or i not in choice.differences:
+    def _named(self, profile: Profile) -> int | str | None:
+        """The candidate that the profile holds others against; a text where it is not there."""
+        if profile.reference == BEST:
             return None
-        d = choice.differences[i]
-        return {"value": d.value, "ci95": d.ci95, "n": d.n, "n_prompts": d.clusters}
-
-    def _alternatives(self, choice: Choice) -> list[dict[str, Any]]:
-        """Every other setting, best quality first, with why it was not chosen."""
-        compared = self.comparison
-        order = sorted(choice.verdicts, key=lambda i: -compared.quality[i].mean())
-        found = [
-            {
-                "setting": _setting(compared.candidates[i].row),
-                "setting_id": compared.candidates[i].row.id,
-                "quality": self.qualities[i],
-                "difference_from_best": self._difference(choice, i),
-                "speed": self.speed.values[i],
-                "why_not": choice.verdicts[i],
-            }
-            for i in order
-        ]
-        found += [
-            {
-                "setting": _setting(c.row),
-                "setting_id": c.row.id,
-                "quality": None,
-                "difference_from_best": None,
-                "speed": None,
-                "why_not": f"too few pairs: {len(c.quality)}",
-            }
-            for c in compared.left_out
-        ]
-        return found
-
-    def _snippet(self, record: Record) -> str | None:
-        """The first image in plain diffusers; ``None`` where no weights made it."""
-        if record.trial.load.model.path == "":
-            return None
-        digest = record.trial.request.init_image
-        init_path = None if digest is None else self.study.init_path(digest).resolve()
-        return snippet(record, init_path)
+        default = check_name(profile.reference, self.task)
+        if default is None:
+            return f"{profile.reference} has no default for {self.task.value}"
+        rows = [c.row for c in self.comparison.candidates]
+        places = dict.fromkeys((r.setting["backend"], r.environment_id) for r in rows)
+        for place in places:
+            like = next(r for r in rows if (r.setting["backend"], r.environment_id) == place)
+            row = find_default(default, rows, like)
+            if row is not None:
+                return next(i for i, r in enumerate(rows) if r is row)
+        return (
+            f"the study has no setting like {profile.reference}'s ({default.steps} steps, cfg"
+            f" {default.cfg:g}) to hold others against"
+        )
 
 
-def _setting(row: Row) -> dict[str, Any]:
-    return {name: row.setting[name] for name in _SETTING}
+def _planned(held: Sequence[Row], task: Task) -> dict[str, int]:
+    """On how many held-out prompts each setting was run, whatever came of it."""
+    found: dict[str, int] = {}
+    for row in held:
+        if row.setting["task"] == task.value:
+            requests = [r.trial.request for r in row.records]
+            count = len({(r.prompt, r.init_image) for r in requests})
+            key = row.setting["setting"]
+            found[key] = max(count, found.get(key, 0))
+    return found
 
 
-def _headline(row: Row, metric: str, quality: dict[str, Any], latency: dict[str, Any]) -> str:
-    """One line: what to use, how good it is and what it costs."""
-    s = row.setting
-    parts = [f"{s['steps']} steps", f"cfg {s['cfg']:g}"]
-    if s["prompt_strength"] is not None:
-        parts.append(f"prompt_strength {s['prompt_strength']:g}")
-    interval = quality["ci95"]
-    ends = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    figures = [f"{metric.replace('_', ' ')} {quality['value']:.2f}{ends}"]
-    if latency["p50"] is not None:
-        figures.append(f"{latency['p50']:.3g} s an image")
-    return f"{', '.join(parts)} ({', '.join(figures)})"
-
-
-def _objective(metric: str) -> str:
-    if metric == "edit_quality":
-        return "harmonic mean, per image, of prompt accuracy and init kept: an edit needs both"
-    return metric
+def _confirmation(found: Mapping[str, Mapping[str, Any]], parted: Parted) -> tuple[bool, str]:
+    """Whether every choice is confirmed, and a sentence about it."""
+    status: dict[str, list[str]] = {}
+    for profile, tasks in found.items():
+        for task, entry in tasks.items():
+            if entry is not None and entry["setting"] is not None:
+                said = entry["confirmation"]["status"]
+                status.setdefault(said, []).append(f"{profile} ({task})")
+    count = sum(map(len, status.values()))
+    if parted.why is not None:
+        return False, f"not confirmed: {parted.why}"
+    if set(status) <= {"not run", "nothing to hold it against"}:
+        return False, "chosen on these prompts; not confirmed on held-out prompts"
+    confirmed = len(status.get("confirmed", ()))
+    parts = [f"confirmed on held-out prompts: {confirmed} of {count} choices"]
+    parts += [f"{k}: {', '.join(v)}" for k, v in status.items() if k != "confirmed"]
+    return confirmed == count, "; ".join(parts)
 
 
 def _prompts(tasks: Mapping[str, _Task]) -> list[dict[str, Any]]:

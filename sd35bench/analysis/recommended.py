@@ -1,5 +1,6 @@
 """A recommendation for people: `recommended.yaml`, and the same on a terminal."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["print_recommendation", "write_recommended"]
+from sd35bench.analysis.entry import describe
+
+__all__ = [
+    "confirmation_text",
+    "default_cells",
+    "estimate_text",
+    "first_upper",
+    "print_confirming",
+    "print_recommendation",
+    "write_recommended",
+]
 
 _SHOWN_ALTERNATIVES = 5
 
@@ -46,8 +57,15 @@ def print_recommendation(document: dict[str, Any], console: Console) -> None:
         answers.add_row(f"[bold]{escape(profile)}[/bold]", task, headline)
     console.print(answers)
     where = sorted({f"{p['set']} ({p['split']})" for p in document["prompts"]})
-    held_out = "" if document["confirmed"] else "; not confirmed on prompts it never saw"
-    console.print(f"\nChosen on prompts: {escape(', '.join(where))}{held_out}.")
+    console.print(f"\nChosen on prompts: {escape(', '.join(where))}.", soft_wrap=True)
+    console.print(f"{escape(first_upper(document['confirmation']))}.", soft_wrap=True)
+    images = document["confirm"]["images"]
+    if images:
+        console.print(
+            f"{images} held-out images would confirm it: sd35bench recommend"
+            f" {escape(document['study'])} --confirm",
+            soft_wrap=True,
+        )
     for note in (*document["notes"], *document["warnings"]):
         console.print(f"[yellow]note[/yellow] {escape(note)}")
     for group in _by_setting(entries):
@@ -76,10 +94,125 @@ def _print_setting(group: list[tuple[str, str, Any]], console: Console) -> None:
         f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
         f" images of {evidence['n_prompts']} prompts."
     )
+    for line in _confirmed_lines(group):
+        console.print(escape(line), soft_wrap=True)
+    for line in _open_lines(group):
+        console.print(escape(line), soft_wrap=True)
     _print_alternatives(entry, console)
+    _print_defaults(entry, console)
     console.print(f"\n[dim]$[/dim] {escape(entry['command'])}", soft_wrap=True, highlight=False)
     if entry["snippet"] is not None:
         console.print(f"\n{escape(entry['snippet'])}", soft_wrap=True, highlight=False)
+    _print_api(entry["api"], console)
+
+
+def print_confirming(document: dict[str, Any], console: Console) -> None:
+    """Print the commands that make the held-out images that are not there, one a line."""
+    confirm = document["confirm"]
+    if not confirm["commands"]:
+        console.print(f"{escape(first_upper(document['confirmation']))}.", soft_wrap=True)
+        console.print("no held-out image is missing")
+        return
+    console.print(f"{confirm['images']} held-out images are missing; these commands make them:")
+    for run in confirm["commands"]:
+        console.print(escape(run["command"]), soft_wrap=True, highlight=False)
+
+
+def confirmation_text(confirmation: dict[str, Any]) -> str:
+    """One choice's confirmation in a sentence, without a full stop."""
+    status = confirmation["status"]
+    if status == "impossible":
+        return f"not confirmed: {confirmation['why']}"
+    if status == "nothing to hold it against":
+        return "not confirmed: there is nothing within the limits to hold it against"
+    if status == "not run":
+        return "not confirmed on held-out prompts: they have not been run"
+    found = estimate_text(confirmation["difference"], "+")
+    text = (
+        f"{status} on {confirmation['n_prompts']} held-out prompts"
+        f" ({confirmation['n_pairs']} images): {found} against"
+        f" {describe(confirmation['against'])}, margin {confirmation['margin']:g}"
+    )
+    more = confirmation["more"]
+    return text if more is None else f"{text}; about {more['images']} more would decide"
+
+
+def default_cells(default: dict[str, Any]) -> list[str]:
+    """A named default as cells: name, setting, quality, the choice minus it, speed, verdict."""
+    strength = default["prompt_strength"]
+    name = f"{default['steps']} steps, cfg {default['cfg']:g}"
+    name += "" if strength is None else f", prompt_strength {strength:g}"
+    name += "" if default["sampler"] == "euler" else f", {default['sampler']}"
+    name += ", skip-layer guidance" if default["skip_layer_guidance"] else ""
+    verdict = default["verdict"]
+    if default["status"] == "not in the study":
+        verdict = "not in the study"
+    elif default["on"] is not None:
+        verdict = f"on {default['on']}: {verdict}"
+    ratio = default["speed_ratio"]
+    speed = "" if ratio is None else f"{ratio['value']:.2f}x as long"
+    quality = estimate_text(default["quality"])
+    return [
+        default["name"],
+        name,
+        quality,
+        estimate_text(default["difference"], "+"),
+        speed,
+        verdict,
+    ]
+
+
+def first_upper(text: str) -> str:
+    """A sentence's beginning; the rest stays as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def _confirmed_lines(group: list[tuple[str, str, Any]]) -> list[str]:
+    """What held-out prompts say, once per claim."""
+    found: dict[str, list[str]] = {}
+    for profile, _, entry in group:
+        found.setdefault(confirmation_text(entry["confirmation"]), []).append(profile)
+    return [f"{' and '.join(names)}: {text}." for text, names in found.items()]
+
+
+def _open_lines(group: list[tuple[str, str, Any]]) -> list[str]:
+    """What more images would decide, once per question."""
+    found = [e["evidence"]["more_images"] for _, _, e in group]
+    return list(dict.fromkeys(f"{first_upper(m['text'])}." for m in found if m is not None))
+
+
+def _print_defaults(entry: dict[str, Any], console: Console) -> None:
+    if not entry["named_defaults"]:
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = (
+        "named default",
+        "setting",
+        "its quality",
+        "choice minus it",
+        "takes",
+        "the choice is",
+    )
+    for column in columns:
+        table.add_column(column)
+    for default in entry["named_defaults"]:
+        table.add_row(*map(escape, default_cells(default)))
+    console.print(table)
+    for default in entry["named_defaults"]:
+        if default["command"] is not None:
+            console.print(
+                f"[dim]add {escape(default['name'])}:[/dim] {escape(default['command'])}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def _print_api(api: dict[str, Any], console: Console) -> None:
+    if api["body"] is None:
+        console.print(f"\nNo API body: {escape(api['why_not'])}.", soft_wrap=True)
+        return
+    text = json.dumps(api["body"], ensure_ascii=False)
+    console.print(f"\nPOST /v1/prediction {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _print_alternatives(entry: dict[str, Any], console: Console) -> None:
@@ -90,7 +223,7 @@ def _print_alternatives(entry: dict[str, Any], console: Console) -> None:
     for column in ("not chosen", "quality", "minus the best", speed, "why not"):
         table.add_column(column)
     for other in entry["alternatives"][:_SHOWN_ALTERNATIVES]:
-        table.add_row(*map(escape, _cells(other)))
+        table.add_row(*map(escape, _cells(other, entry["setting"])))
     console.print(table)
     more = len(entry["alternatives"]) - _SHOWN_ALTERNATIVES
     if more > 0:
@@ -101,17 +234,15 @@ def _unit(evidence: dict[str, Any]) -> str:
     return "p50 s" if evidence["speed_basis"] == "latency_s" else "evaluations"
 
 
-def _cells(other: dict[str, Any]) -> list[str]:
-    s = other["setting"]
-    name = f"{s['steps']} steps, cfg {s['cfg']:g}"
-    if s["prompt_strength"] is not None:
-        name += f", strength {s['prompt_strength']:g}"
+def _cells(other: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     speed = "" if other["speed"] is None else f"{other['speed']:.3g}"
-    quality, difference = _estimate(other["quality"]), _estimate(other["difference_from_best"], "+")
-    return [name, quality, difference, speed, other["why_not"]]
+    quality = estimate_text(other["quality"])
+    difference = estimate_text(other["difference_from_best"], "+")
+    return [describe(other["setting"], chosen), quality, difference, speed, other["why_not"]]
 
 
-def _estimate(entry: dict[str, Any] | None, sign: str = "") -> str:
+def estimate_text(entry: dict[str, Any] | None, sign: str = "") -> str:
+    """A value with its 95 % interval; empty where there is none."""
     if entry is None:
         return ""
     value = format(entry["value"], f"{sign}.2f")

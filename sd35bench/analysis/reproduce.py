@@ -6,6 +6,7 @@ text: they reach the snippet as Python literals and never the command line.
 
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,32 @@ from sd35bench.evaluations import skip_layer_window
 from sd35bench.guidance import skip_layer_text
 from sd35bench.types import Load, ModelSpec, Record, Request, Task
 
-__all__ = ["remote_overrides", "run_command", "snippet"]
+__all__ = ["Elsewhere", "remote_overrides", "results_dir_of", "run_command", "snippet"]
 
+_DEFAULT_RESULTS = "results"
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What a run has unasked; everything else is spelled out.
 _QUIET = {"sampler": "euler", "output_format": "png", "output_quality": 90}
 
 
-def run_command(records: Sequence[Record], study: str) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """What a command is to ask for that its records do not say.
+
+    `split` and `limit`: other prompts of the same set; `skip_layers`: a preset of skip-layer
+    guidance, by the model's name for it; `results_dir` where that is not the default.
+    """
+
+    split: str | None = None
+    limit: int | None = None
+    skip_layers: str | None = None
+    results_dir: str | None = None
+
+
+def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | None = None) -> str:
     """Write the command that makes these records' images again, in a study of this name."""
     load, request = records[0].trial.load, records[0].trial.request
+    asked = Elsewhere() if elsewhere is None else elsewhere
     seeds = sorted({r.trial.request.seed for r in records})
     parts = [f"model={load.model.name}", f"backend={load.backend.name}"]
     parts += _options(load)
@@ -39,10 +56,13 @@ def run_command(records: Sequence[Record], study: str) -> str:
             parts.append(f"{name}={_text(value)}")
     if request.skip_layer_guidance is not None:
         parts.append(f"skip_layer_guidance={skip_layer_text(request.skip_layer_guidance)}")
-    parts += _prompts(records)
+    elif asked.skip_layers is not None:
+        parts.append(f"skip_layer_guidance={asked.skip_layers}")
+    parts += _prompts(records, asked)
     parts += [f"seed={','.join(map(str, seeds))}", f"batch_size={records[0].trial.batch_size}"]
     many = ["-m"] if len(seeds) > 1 else []
-    return shlex.join(["sd35bench", "run", *many, *parts, f"study={study}"])
+    where = [f"results_dir={asked.results_dir}"] if asked.results_dir is not None else []
+    return shlex.join(["sd35bench", "run", *many, *parts, f"study={study}", *where])
 
 
 def remote_overrides(loads: Iterable[Load]) -> dict[str, str]:
@@ -56,6 +76,11 @@ def remote_overrides(loads: Iterable[Load]) -> dict[str, str]:
     if any(url.startswith("http:") for url in urls):
         found["remote.allow_loopback"] = "true"
     return found
+
+
+def results_dir_of(path: Path) -> str | None:
+    """The folder of the studies, where a command has to name it."""
+    return None if path.parent == Path(_DEFAULT_RESULTS) else str(path.parent)
 
 
 def _options(load: Load) -> list[str]:
@@ -189,20 +214,25 @@ def _quality(request: Request) -> str:
     return f", quality={request.output_quality}" if lossy else ""
 
 
-def _prompts(records: Sequence[Record]) -> list[str]:
+def _prompts(records: Sequence[Record], asked: Elsewhere) -> list[str]:
     """Which prompts: nano's generated set exactly, a file by its name."""
     refs = [r.trial.prompt for r in records]
     first, request = refs[0], records[0].trial.request
-    count = len({(r.trial.request.prompt, r.trial.request.init_image) for r in records})
+    split = first.split if asked.split is None else asked.split
+    here = len({(r.trial.request.prompt, r.trial.request.init_image) for r in records})
+    count = here if asked.limit is None else asked.limit
     edit = request.task is Task.IMAGE_TO_IMAGE
     if first.set == "nano":
         kind = ["prompts.task=edit"] if edit else []
         seed = first.id.split("-")[-2:-1]  # ids are split-kind-seed-number
         kind += [f"prompts.seed={seed[0]}"] if seed not in ([], ["0"]) else []
-        return ["prompts=nano", f"prompts.split={first.split}", *kind, f"prompts.limit={count}"]
+        return ["prompts=nano", f"prompts.split={split}", *kind, f"prompts.limit={count}"]
+    if first.set == "starter.txt":
+        return ["prompts=starter", f"prompts.split={split}", f"prompts.limit={count}"]
+    part = [] if split == "all" else [f"prompts.split={split}"]
     if first.set in ("geneval", "coco"):
-        return [f"prompts={first.set}", f"prompts.path={first.set.upper()}_FILE"]
-    return ["prompts=file", f"prompts.path={first.set}", f"prompts.limit={count}"]
+        return [f"prompts={first.set}", f"prompts.path={first.set.upper()}_FILE", *part]
+    return ["prompts=file", f"prompts.path={first.set}", *part, f"prompts.limit={count}"]
 
 
 def _text(value: Any) -> str:

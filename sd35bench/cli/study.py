@@ -1,4 +1,4 @@
-"""The verbs that read a study: score, show, recommend, report. Each is a call and a print."""
+"""The verbs that read a study: score, show, recommend, claims, report: a call and a print."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -27,6 +27,13 @@ EXAMPLES = {
     "recommend": """examples:
   sd35bench recommend grid                    preview, balanced and final
   sd35bench recommend grid --profile preview
+  sd35bench recommend grid --markdown > defaults.md
+  sd35bench recommend grid --confirm          the commands that make the held-out images
+  sd35bench recommend grid --confirm --run    makes them, and says whether the choice holds there
+""",
+    "claims": """examples:
+  sd35bench run experiment=claims && sd35bench claims claims
+  sd35bench claims claims --markdown > claims.md
 """,
     "report": """examples:
   sd35bench report grid                       writes results/grid/report.html
@@ -39,6 +46,7 @@ MEANS = {
     ),
     "show": "Print a study's settings as a table; scores what is missing first.",
     "recommend": "Name steps, cfg and prompt_strength per profile, with the evidence.",
+    "claims": "Hold the vendor page's claims against a study: a verdict each, with the evidence.",
     "report": "Write one self-contained HTML file that opens offline.",
 }
 
@@ -90,16 +98,14 @@ def show(arguments: list[str], as_json: bool) -> Answer:
 
 
 def recommend(arguments: list[str], as_json: bool) -> Answer:
-    """Name a setting per profile and write recommended.yaml."""
+    """Name a setting per profile and write recommended.yaml; confirm it on held-out prompts."""
     from sd35bench.analysis.profiles import load_profiles
     from sd35bench.analysis.recommend import recommend_document
-    from sd35bench.analysis.recommended import print_recommendation, write_recommended
+    from sd35bench.analysis.recommended import write_recommended
     from sd35bench.config import config_dir
     from sd35bench.config.fields import nearest
 
-    parser = _parser("recommend")
-    parser.add_argument("--profile", help="names, comma-separated; default: all")
-    found = parser.parse_args(arguments)
+    found = _recommend_arguments(arguments)
     known = load_profiles(config_dir() / "profile")
     names = list(known) if found.profile is None else found.profile.split(",")
     for name in names:
@@ -109,23 +115,104 @@ def recommend(arguments: list[str], as_json: bool) -> Answer:
             )
     study = _open(found)
     _score(study)
-    document = recommend_document(study, {name: known[name] for name in names})
+    profiles = {name: known[name] for name in names}
+    document = recommend_document(study, profiles)
+    exit_code = 0
+    if found.run:
+        exit_code = _run_confirming(document["confirm"]["commands"])
+        study = _open(found)
+        _score(study)
+        document = recommend_document(study, profiles)
     path = write_recommended(study, document)
-    out = console(as_json)
     if not as_json:
-        print_recommendation(document, out)
-    out.print(f"written: {path}", markup=False, soft_wrap=True)
+        _print_recommended(document, found)
+    console(as_json or found.markdown).print(f"written: {path}", markup=False, soft_wrap=True)
+    return Answer(document=document, exit_code=exit_code)
+
+
+def _recommend_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser("recommend")
+    parser.add_argument("--profile", help="names, comma-separated; default: all")
+    parser.add_argument("--markdown", action="store_true", help="print it for a document")
+    parser.add_argument(
+        "--confirm", action="store_true", help="print the commands that make held-out images"
+    )
+    parser.add_argument("--run", action="store_true", help="with --confirm: make them now")
+    found = parser.parse_args(arguments)
+    if found.run and not found.confirm:
+        raise ConfigError("--run makes held-out images; give it with --confirm")
+    if found.markdown and found.confirm and not found.run:
+        raise ConfigError("--markdown prints the recommendation, --confirm commands; give one")
+    return found
+
+
+def _run_confirming(runs: Sequence[dict[str, Any]]) -> int:
+    """Run the very commands that are printed, one after the other; the first bad code ends it.
+
+    Raises: ConfigError where a hosted service would be asked, which costs money.
+    """
+    import shlex
+
+    from sd35bench.cli.run import run
+
+    hosted = next((r for r in runs if r["hosted"]), None)
+    if hosted is not None:
+        raise ConfigError(
+            f"--run does not spend money on a hosted service; run it yourself: {hosted['command']}"
+        )
+    for each in runs:
+        answer = run(shlex.split(each["command"])[2:], True)
+        if answer.exit_code != 0:
+            return answer.exit_code
+    return 0
+
+
+def _print_recommended(document: dict[str, Any], found: argparse.Namespace) -> None:
+    from sd35bench.analysis.recommended import print_confirming, print_recommendation
+
+    if found.markdown:
+        from sd35bench.analysis.recommended_markdown import recommendation_markdown
+
+        print(recommendation_markdown(document), end="")
+    elif found.confirm and not found.run:
+        print_confirming(document, console())
+    else:
+        print_recommendation(document, console())
+
+
+def claims(arguments: list[str], as_json: bool) -> Answer:
+    """Judge the vendor page's claims on a study."""
+    from sd35bench.analysis.claims import METRICS, claims_document
+
+    parser = _parser("claims")
+    parser.add_argument("--markdown", action="store_true", help="print tables for a document")
+    found = parser.parse_args(arguments)
+    study = _open(found)
+    _score(study)
+    _score_more(study, METRICS)
+    document = claims_document(study)
+    if found.markdown and not as_json:
+        from sd35bench.report.claims import claims_markdown
+
+        print(claims_markdown(document), end="")
+    elif not as_json:
+        from sd35bench.report.claims import print_claims
+
+        print_claims(document, console())
     return Answer(document=document)
 
 
 def report(arguments: list[str], as_json: bool) -> Answer:
     """Write the HTML report."""
+    from sd35bench.analysis.claims import METRICS, is_claims_study
     from sd35bench.analysis.profiles import load_profiles
     from sd35bench.config import config_dir
     from sd35bench.report.html import write_report
 
     study = _open(_parser("report").parse_args(arguments))
     _score(study)
+    if is_claims_study(study):
+        _score_more(study, METRICS)
     path = write_report(study, load_profiles(config_dir() / "profile"))
     console(as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
     return Answer(document={"study": study.name, "path": str(path)})
@@ -135,6 +222,7 @@ VERBS: dict[str, Callable[[list[str], bool], Answer]] = {
     "score": score,
     "show": show,
     "recommend": recommend,
+    "claims": claims,
     "report": report,
 }
 
@@ -182,6 +270,16 @@ def _score(
             bar.update(task, completed=done, total=total)
 
         return score_study(study, names, moved, options)
+
+
+def _score_more(study: Study, names: Sequence[str]) -> None:
+    """Score metrics that are no defaults, where there are images that they can judge."""
+    from sd35bench.errors import MetricError
+
+    try:
+        _score(study, names)
+    except MetricError:  # random weights: no claim about quality is tested on them
+        return
 
 
 def _print_refused(out: Any, counts: dict[str, Any]) -> None:

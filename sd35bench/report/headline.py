@@ -4,11 +4,13 @@ Read from `recommend`'s document. Without one (nothing scored, say) the best mea
 named as just that, and without any measurement the report says so.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sd35bench.analysis.recommended import confirmation_text, default_cells
 from sd35bench.report.figures import (
     Estimate,
     decimals_for,
@@ -32,7 +34,10 @@ class Answer:
     """One profile's answer for one task: the setting, what it gives and costs, and why.
 
     `row_id` is ``None`` where nothing could be recommended; `why` then says the reason. `others`
-    are (setting, difference from the best, why not); `more` counts those not listed.
+    are (setting, difference from the best, why not); `more` counts those not listed. `defaults`
+    are the named defaults: name, setting, its quality, the choice minus it, how long it takes, and
+    what the choice is beside it. `confirmed` is what held-out prompts say, with a mark for its
+    colour: good, bad or open. `body` is the create of the hosted protocol.
     """
 
     profile: str
@@ -43,8 +48,12 @@ class Answer:
     why: tuple[str, ...] = ()
     others: tuple[tuple[str, str, str], ...] = ()
     more: int = 0
+    defaults: tuple[tuple[str, ...], ...] = ()
+    confirmed: tuple[str, str] = ("", "")
+    adding: tuple[str, ...] = ()
     command: str = ""
     snippet: str = ""
+    body: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +153,27 @@ def _answer(
         why=tuple(_why(evidence)),
         others=tuple(_other(a, by_id, extra) for a in entry["alternatives"][:_SHOWN_OTHERS]),
         more=max(0, len(entry["alternatives"]) - _SHOWN_OTHERS),
+        defaults=tuple(tuple(default_cells(d)) for d in entry["named_defaults"]),
+        confirmed=_confirmed(entry["confirmation"]),
+        adding=tuple(d["command"] for d in entry["named_defaults"] if d["command"]),
         command=entry.get("command") or "",
         snippet=entry.get("snippet") or "",
+        body=_body(entry["api"]),
     )
+
+
+_MARKS = {"confirmed": "good", "contradicted": "bad"}
+
+
+def _confirmed(confirmation: Mapping[str, Any]) -> tuple[str, str]:
+    """The sentence of a confirmation, and its mark."""
+    text = _sentence_of(confirmation_text(dict(confirmation)))
+    return text, _MARKS.get(confirmation["status"], "open")
+
+
+def _body(api: Mapping[str, Any]) -> str:
+    """The create's JSON; empty where the protocol cannot ask for the setting."""
+    return "" if api["body"] is None else json.dumps(api["body"], indent=2, ensure_ascii=False)
 
 
 def _why(evidence: Mapping[str, Any]) -> list[str]:
@@ -154,7 +181,12 @@ def _why(evidence: Mapping[str, Any]) -> list[str]:
     difference = evidence.get("difference_from_best")
     if difference is not None:
         objective = metric_label(evidence["quality"]["metric"])
-        lines.append(f"Against the best in {objective}: {_signed(difference)}, paired.")
+        held = evidence.get("reference", "best")
+        held = "the best" if held == "best" else f"the default of {held}"
+        lines.append(f"Against {held} in {objective}: {_signed(difference)}, paired.")
+    more = evidence.get("more_images")
+    if more is not None:
+        lines.append(_sentence_of(more["text"]))
     lines.append(
         f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
         f" images of {evidence['n_prompts']} prompts each."

@@ -62,13 +62,14 @@ def record(number: int = 0, *, load: Load = LOAD, **fields: Any) -> Record:
     taken = {k: fields.pop(k, v) for k, v in own.items()}
     batch_size = fields.pop("batch_size", 1)
     level, ref_set = fields.pop("level", None), fields.pop("prompt_set", "nano")
+    split = fields.pop("split", "tune")
     asked = {"steps": 8, "cfg": 4.0, "seed": 0, "width": 64, "height": 64, **fields}
     asked.setdefault("prompt", f"prompt {number}")
     trial = make_trial(
         load=load,
         request=Request(**asked),
         batch_size=batch_size,
-        prompt=PromptRef(id=f"tune-t2i-0-{number:04d}", set=ref_set, split="tune", level=level),
+        prompt=PromptRef(id=f"{split}-t2i-0-{number:04d}", set=ref_set, split=split, level=level),
     )
     if taken["image"] == "auto":
         taken["image"] = trial.key.ljust(64, "0") if taken["status"] is Status.OK else None
@@ -137,13 +138,14 @@ def planted(
     seeds: int = 2,
     rng_seed: int = 0,
     difficulty: float = 0.0,
+    first: int = 0,
     **fields: Any,
 ) -> MemoryStudy:
     """A text-to-image study: (steps, cfg) → (accuracy, latency in s), paired over settings.
 
     One uniform number per (prompt, seed) decides all settings, so that of two settings the better
     one is right wherever the worse one is: pairs carry almost all the information. `difficulty`
-    spreads the prompts.
+    spreads the prompts; `first` is the first prompt's number.
     """
     rng = np.random.default_rng(rng_seed)
     study = MemoryStudy(path)
@@ -153,6 +155,6 @@ def planted(
         for p in range(prompts):
             for s in range(seeds):
                 timings = Timings(generate_s=latency * rng.uniform(0.95, 1.05), encode_s=0.0)
-                row = record(p, steps=steps, cfg=cfg, seed=s, timings=timings, **fields)
+                row = record(first + p, steps=steps, cfg=cfg, seed=s, timings=timings, **fields)
                 study.add(row, prompt_accuracy=float(luck[p, s] < accuracy + ease[p]))
     return study.touch_images()

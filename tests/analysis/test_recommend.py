@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sd35bench.analysis import pairs
-from sd35bench.analysis.intervals import mean_interval
+from sd35bench.analysis.clustered import mean_t
 from sd35bench.analysis.pairs import EDIT_QUALITY
 from sd35bench.analysis.profiles import Profile
 from sd35bench.analysis.recommend import recommend_document
@@ -82,12 +82,13 @@ def test_pairs_are_respected_where_an_unpaired_shortcut_would_differ(tmp_path, m
     margins = {"prompt_accuracy": 0.12}
     assert _chosen(study, margins=margins) == (12, 4.0)
 
-    def unpaired(self, index, base):
+    def unpaired(self, index):
         rng = np.random.default_rng(0)
-        a, b = self.quality[index], rng.permutation(self.quality[base])
-        return mean_interval(a - b, np.arange(len(a)), bounds=(-1.0, 1.0))
+        a = self.quality[index]
+        other = [rng.permutation(b) for b in self.quality]
+        return [mean_t(a - b, np.arange(len(a)), bounds=(-1.0, 1.0)) for b in other]
 
-    monkeypatch.setattr(pairs.Comparison, "difference", unpaired)
+    monkeypatch.setattr(pairs.Comparison, "differences", unpaired)
     assert _chosen(study, margins=margins) == (28, 4.0)
 
 

@@ -54,7 +54,8 @@ def test_print_has_the_answers_first_then_why_and_how(document):
         name in text[: text.index("compared on the same")]
         for name in ("preview", "balanced", "final")
     )
-    assert "not confirmed on prompts it never saw" in text
+    assert "not confirmed on held-out prompts" in text
+    assert "sd35bench recommend synthetic --confirm" in text
     assert "from_pretrained" in text
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd35bench.analysis.reproduce import run_command, snippet
+from sd35bench.analysis.reproduce import Elsewhere, run_command, snippet
 from sd35bench.backends.base import load_backend
 from sd35bench.types import BackendSpec, SkipLayerGuidance
 from tests.analysis.synthetic import LOAD, record
@@ -99,3 +99,20 @@ def test_noise_has_a_command_and_no_snippet(load):
     row = record(0, load=replace(load, model=noise))
     assert snippet(row, None) is None
     assert " model.weights=random model.layers=4 " in run_command([row], "again")
+
+
+def test_command_can_ask_for_other_prompts_of_the_same_set():
+    row = record(0)
+    asked = Elsewhere(split="heldout", limit=96, results_dir="elsewhere", skip_layers="stability")
+    command = run_command([row], "again", asked)
+    for part in (
+        "prompts.split=heldout",
+        "prompts.limit=96",
+        "results_dir=elsewhere",
+        "skip_layer_guidance=stability",
+    ):
+        assert f" {part}" in command
+    mine = run_command([record(0, prompt_set="mine.txt")], "again", asked)
+    assert " prompts=file prompts.path=mine.txt prompts.split=heldout prompts.limit=96 " in mine
+    starter = run_command([record(0, prompt_set="starter.txt", split="all")], "again")
+    assert " prompts=starter prompts.split=all prompts.limit=1 " in starter

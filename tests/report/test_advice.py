@@ -1,0 +1,73 @@
+"""The report's answer: confirmed or not, beside named defaults, and how to ask for it."""
+
+import json
+from html import unescape
+
+import pytest
+
+from sd35bench.analysis.profiles import as_profiles
+from sd35bench.analysis.recommend import recommend_document
+from sd35bench.report.document import build_document
+from sd35bench.report.headline import read_headline
+from sd35bench.report.html import render_report
+from tests.report.synthetic import PROFILES, Synthetic
+
+
+def _answer(recommend, rows, profile: str = "final", task: str = "text-to-image"):
+    groups = dict(read_headline(rows, recommend, ()).answers)
+    return next(a for a in groups[task] if a.profile == profile)
+
+
+@pytest.fixture(scope="module")
+def rows(demo: Synthetic):
+    from sd35bench.report.rows import read_rows
+
+    return tuple(read_rows(demo.show))
+
+
+def test_answer_says_that_it_was_not_confirmed_and_how_many_images_would_decide(demo, rows):
+    answer = _answer(demo.recommend, rows)
+    assert answer.confirmed == (
+        "Not confirmed on held-out prompts: they have not been run.",
+        "open",
+    )
+    entry = demo.recommend["profiles"]["final"]["text-to-image"]
+    more = entry["evidence"]["more_images"]
+    assert more is None or any(more["text"][1:] in line for line in answer.why)
+    assert json.loads(answer.body) == entry["api"]["body"]
+
+
+@pytest.mark.parametrize(
+    ("status", "mark"), [("confirmed", "good"), ("contradicted", "bad"), ("undecided", "open")]
+)
+def test_confirmation_is_told_with_its_interval_and_margin(demo, rows, status, mark):
+    document = json.loads(json.dumps(demo.recommend))
+    entry = document["profiles"]["final"]["text-to-image"]
+    entry["confirmation"] |= {
+        "status": status,
+        "difference": {"value": -0.012, "ci95": [-0.03, 0.01]},
+        "n_pairs": 200,
+        "n_prompts": 100,
+        "more": None,
+    }
+    text, found = _answer(document, rows).confirmed
+    assert found == mark
+    assert text.startswith(
+        f"{status.capitalize()} on 100 held-out prompts (200 images): -0.01 [-0.03"
+    )
+    assert f"margin {entry['confirmation']['margin']:g}" in text
+
+
+def test_report_shows_defaults_commands_and_body(demo: Synthetic):
+    page = unescape(render_report(build_document(demo.study, demo.show, demo.recommend)))
+    entry = demo.recommend["profiles"]["final"]["text-to-image"]
+    adding = [d["command"] for d in entry["named_defaults"] if d["command"]]
+    assert len(adding) == 3
+    assert all(command in page for command in adding)
+    assert page.count("Stability") + page.count("stability") >= 2
+    assert json.dumps(entry["api"]["body"], indent=2) in page
+
+
+def test_every_profile_of_the_tests_is_one(demo: Synthetic):
+    assert [p.name for p in as_profiles(PROFILES)] == list(demo.recommend["profiles"])
+    assert recommend_document(demo.study, PROFILES) == demo.recommend

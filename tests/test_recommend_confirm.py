@@ -1,0 +1,92 @@
+"""`recommend --confirm --run`: held-out images through the run itself, then what they say."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sd35bench.cli import main
+from sd35bench.store import Study
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+GRID = ["-m", "backend=fake", "prompts.limit=6", "study=t", "steps=4,40", "cfg=5", "seed=0,1"]
+
+
+def _splits() -> dict[str, set[int]]:
+    """Which steps were run on which split."""
+    found: dict[str, set[int]] = {}
+    for record in Study.open(Path("results"), "t").records():
+        found.setdefault(record.trial.prompt.split, set()).add(record.trial.request.steps)
+    return found
+
+
+def _unwrapped(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_confirm_run_makes_the_held_out_images_and_says_what_they_say(call, capsys):
+    call("run", *GRID)
+    code, before = call("recommend", "t", "--confirm", "--profile", "balanced")
+    commands = [c["command"] for c in before["confirm"]["commands"]]
+    assert code == 0
+    assert len(commands) >= 2
+    assert main(["recommend", "t", "--confirm", "--profile", "balanced"]) == 0
+    assert [line for line in _unwrapped(capsys) if line.startswith("sd35bench run")] == commands
+    assert set(_splits()) == {"tune"}  # printed, not run
+    code, document = call("recommend", "t", "--confirm", "--run", "--profile", "balanced")
+    assert code == 0
+    entries = [d["profiles"]["balanced"]["text-to-image"] for d in (before, document)]
+    assert entries[0]["confirmation"]["status"] == "not run"
+    assert entries[1]["confirmation"]["status"] in ("confirmed", "undecided", "contradicted")
+    assert entries[1]["confirmation"]["n_prompts"] >= 6
+    assert entries[1]["setting"] == entries[0]["setting"]
+    assert document["confirm"] == {"commands": [], "images": 0}
+    asked = [c["setting"]["steps"] for c in before["confirm"]["commands"]]
+    assert _splits() == {"tune": {4, 40}, "heldout": set(asked)}
+    written = yaml.safe_load(Path("results/t/recommended.yaml").read_text())
+    assert written == document
+
+
+@pytest.mark.slow
+def test_command_of_the_recommendation_runs_as_it_is_printed(call):
+    call("run", *GRID)
+    _, document = call("recommend", "t", "--profile", "balanced")
+    entry = document["profiles"]["balanced"]["text-to-image"]
+    code, answer = call(*shlex.split(entry["command"])[1:])
+    assert (code, answer["study"], answer["done"]) == (0, "recommended-balanced", 12)
+    made = Study.open(Path("results"), "recommended-balanced").records()
+    assert {r.trial.request.steps for r in made} == {entry["setting"]["steps"]}
+    # The command of a default that is not in the study adds it to the study.
+    add = next(d for d in entry["named_defaults"] if d["name"] == "diffusers")["command"]
+    assert call(*shlex.split(add)[1:])[0] == 0
+    _, document = call("recommend", "t", "--profile", "balanced")
+    entry = document["profiles"]["balanced"]["text-to-image"]
+    named = {d["name"]: d["status"] for d in entry["named_defaults"]}
+    assert named["diffusers"] in ("in the study", "chosen")
+
+
+def test_markdown_is_all_that_stdout_gets(call, capsys):
+    call("run", *GRID)
+    capsys.readouterr()
+    assert main(["recommend", "t", "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("## Recommended settings from study t\n")
+    assert "written:" not in out
+
+
+@pytest.mark.parametrize(
+    "flags", [["--run"], ["--markdown", "--confirm"]], ids=["run-alone", "two-outputs"]
+)
+def test_flags_that_do_not_go_together_are_the_users_error(call, flags):
+    code, document = call("recommend", "t", *flags)
+    assert (code, document["error"]["type"]) == (2, "ConfigError")
+
+
+def test_run_of_hosted_settings_is_refused_before_anything_is_spent():
+    from sd35bench.cli.study import _run_confirming
+    from sd35bench.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="does not spend money"):
+        _run_confirming([{"hosted": True, "command": "sd35bench run backend=eachlabs"}])
