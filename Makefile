@@ -16,6 +16,7 @@ help:
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the long tests"
 	@echo "make validity   how often the intervals and verdicts are right; prints docs/validity.md's tables"
+	@echo "make reliability  kills, malformed replies, SSRF, limits, load; writes docs/reliability.md"
 	@echo "make check      format, lint, types, import contracts, fast tests"
 	@echo "make format     apply the formatter and the linter's fixes"
 	@echo "make clean      remove $(VENV) and caches (results/ is kept)"
@@ -60,6 +61,9 @@ test-slow: setup
 
 validity: setup
 	@$(BIN)/python -m tests.validity
+
+reliability: setup
+	$(BIN)/python -m tests.reliability
 
 check: setup
 	$(BIN)/ruff format --check .

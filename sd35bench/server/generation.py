@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -29,6 +30,7 @@ from sd35bench.worker import Answer, Failed, Job
 __all__ = ["Generator", "InitFiles"]
 
 RETRY_S = 1.0
+ENDING_S = 0.1
 """How long to wait before asking a disk again that failed."""
 
 
@@ -101,14 +103,16 @@ class Generator:
         if self._thread.ident is None:
             return  # never started
         self._thread.join(wait_s if self._ready.done() else 0.0)
-        if self._thread.is_alive():
+        until, ended = time.monotonic() + wait_s, None
+        while self._thread.is_alive() and time.monotonic() < until:
             self._abandoned = True
-            worker = self._worker
-            if worker is not None:
+            worker = self._worker  # which the thread may be about to start
+            if worker is not None and worker is not ended:
                 # The thread waits on the worker and alone may close it: end the process only.
+                ended = worker
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
-            self._thread.join(wait_s)
+            self._thread.join(ENDING_S)
 
     def _run(self) -> None:
         try:

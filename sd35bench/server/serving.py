@@ -37,6 +37,9 @@ MOST_UPLOAD_BYTES = 16 * 2**20
 FINISH_S = 10.0
 """How long an image that is being made may hold up the end."""
 CONNECTIONS_S = 5
+KEEP_ALIVE_S = 75
+"""Longer than clients keep an idle connection: uvicorn's own 5 s is httpx's as well, and a request
+that is sent in the moment in which the server hangs up has no answer."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -113,6 +116,7 @@ class Server(uvicorn.Server):
                 proxy_headers=True,  # from this machine only: https in URLs behind a TLS proxy
                 server_header=False,
                 timeout_graceful_shutdown=CONNECTIONS_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 ws="none",
             )
         )
