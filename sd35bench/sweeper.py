@@ -35,7 +35,13 @@ from sd35bench.config.schema import SWEEPER_MODULE
 from sd35bench.errors import ConfigError
 from sd35bench.plan import PAIR_AXES, SETTING_AXES
 
-__all__ = ["GroupingSweeper", "job_overrides", "noise_overrides", "sweep"]
+__all__ = [
+    "GroupingSweeper",
+    "companion_overrides",
+    "job_overrides",
+    "noise_overrides",
+    "sweep",
+]
 
 NOISE_BATCH = 8
 
@@ -121,6 +127,7 @@ class GroupingSweeper(Sweeper):
         assert self.launcher is not None
         jobs = job_overrides(arguments, self.config)
         jobs += noise_overrides(jobs, _noise_floor(arguments, self.config))
+        jobs += companion_overrides(arguments, self.config)
         loader = self.hydra_context.config_loader
         configs = [_own(loader.load_sweep_config(self.config, list(job))) for job in jobs]
         prepare = getattr(self._task, "prepare", None)
@@ -163,6 +170,26 @@ def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str
             if values:
                 loads.append([f"{name}={value}" for value in values])
     return [[*load, *shared] for load in itertools.product(*loads)]
+
+
+def companion_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str]]:
+    """Jobs of the experiments that an experiment names as its companions.
+
+    One grid cannot hold every question of a study; companions are more grids, in the same study,
+    under the same command line. `nano_companions` need what only nano's prompts have.
+    """
+    names = list(config.companions)
+    if config.prompts.kind == "nano":
+        names += config.nano_companions
+    found = []
+    for name in names:
+        own = [f"experiment={name}" if _names_experiment(a) else a for a in arguments]
+        found += job_overrides(own, config)
+    return found
+
+
+def _names_experiment(argument: str) -> bool:
+    return parse(argument).get_key_element() == "experiment"
 
 
 def _installed(backend: str) -> bool:

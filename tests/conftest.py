@@ -23,6 +23,7 @@ MODEL = (
     "test_cli.py",
     "test_cli_verbs.py",
     "test_compare.py",
+    "test_validity_runs.py",
     "test_tune_cli.py",
     "test_demo.py",
 )

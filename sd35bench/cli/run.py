@@ -24,6 +24,7 @@ from sd35bench.remote.settings import RemoteSettings
 from sd35bench.run import shares
 from sd35bench.store import Study
 from sd35bench.sweeper import sweep
+from sd35bench.types import content_hash
 
 __all__ = ["RunTask", "run"]
 
@@ -151,7 +152,8 @@ def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> Estimate:
     """What is still to do and what it takes; hosted jobs that plan the same trials count once."""
     plans: dict[str, tuple[Plan, float]] = {}
     for number, (job, plan) in enumerate(prepared):
-        name = f"{number}" if job.remote is None else plan.load.key
+        alike = None if job.remote is None else [trial.key for trial in plan.trials]
+        name = f"{number}" if alike is None else content_hash(alike)
         plans[name] = (plan, job.usd_per_image)
     job, _ = prepared[0]
     again = any(j.remote is not None and j.remote.on_ambiguous == "resubmit" for j, _ in prepared)

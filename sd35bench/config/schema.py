@@ -209,6 +209,8 @@ class RunConf:
     keep_latents: bool = False
     noise_floor: str | None = None
     optional_backends: list[str] = field(default_factory=list)
+    companions: list[str] = field(default_factory=list)
+    nano_companions: list[str] = field(default_factory=list)
 
 
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"

@@ -17,6 +17,7 @@ from sd35bench.report.charts import (
     throughput_figures,
     tradeoff_figures,
 )
+from sd35bench.report.claims import ClaimsSection, claims_section
 from sd35bench.report.figures import format_estimate
 from sd35bench.report.headline import Headline, objective_estimates, read_headline
 from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences
@@ -67,6 +68,7 @@ class Document:
     study: str
     facts: tuple[tuple[str, str], ...]
     headline: Headline
+    claims: ClaimsSection | None
     tasks: tuple[TaskSection, ...]
     speed: tuple[Figure, ...]
     speed_note: str
@@ -84,9 +86,12 @@ class Document:
 
 
 def build_document(
-    study: Study, show: Mapping[str, Any], recommendation: Mapping[str, Any] | str | None
+    study: Study,
+    show: Mapping[str, Any],
+    recommendation: Mapping[str, Any] | str | None,
+    claims: Mapping[str, Any] | None = None,
 ) -> Document:
-    """Gather the report on `study` from its `show` document and, where there is one, `recommend`.
+    """Gather the report on `study` from its `show` document and, where there are, the two others.
 
     A text instead of a recommendation says why there is none.
     """
@@ -103,6 +108,7 @@ def build_document(
         study=study.name,
         facts=tuple(_facts(rows, records, sessions)),
         headline=headline,
+        claims=None if claims is None else claims_section(claims),
         tasks=tuple(_tasks(rows, headline, extra, _target(records))),
         speed=tuple(speed),
         speed_note=speed_note,

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from sd35bench.analysis.claims import claims_document, is_claims_study
 from sd35bench.analysis.recommend import recommend_document
 from sd35bench.analysis.summary import show_document
 from sd35bench.errors import ConfigError, StoreError
@@ -45,7 +46,8 @@ def write_report(study: Study, profiles: Mapping[str, Any] | None = None) -> Pat
     Raises: StoreError if it cannot be written.
     """
     show = show_document(study)
-    document = build_document(study, show, _recommend(study, profiles))
+    claims = claims_document(study) if is_claims_study(study) else None
+    document = build_document(study, show, _recommend(study, profiles), claims)
     path = study.path / "report.html"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -111,6 +113,7 @@ def _environment() -> jinja2.Environment:
     for name, decimals in (("", decimals_for), ("latency_", latency_decimals)):
         environment.filters[name + "value"] = _value_filter(decimals)
         environment.filters[name + "interval"] = _interval_filter(decimals)
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["beside"] = lambda text: split_interval(text)[0]
     environment.filters["interval_of"] = lambda text: split_interval(text)[1]
     return environment

@@ -9,7 +9,7 @@ from sd35bench.report.provenance import list_warnings
 from sd35bench.report.rows import Row, read_rows, varying_fields
 from sd35bench.report.tables import setting_columns
 
-__all__ = ["escape_cell", "settings_markdown"]
+__all__ = ["environment_lines", "escape_cell", "settings_markdown"]
 
 _FACTS = (
     *("sd35bench", "commit", "dirty", "torch", "diffusers", "cpu_model", "gpu_name", "threads"),
@@ -33,13 +33,18 @@ def settings_markdown(document: Mapping[str, Any]) -> str:
         lines += [note, ""]
     for block in (*hosted_blocks(rows), *comparison_blocks(document, rows)):
         lines += _block(block)
-    facts = [
-        ", ".join(f"{name} {environment[name]}" for name in _FACTS if environment.get(name))
-        for environment in document.get("environments", {}).values()
-    ]
-    lines += [f"Environment: {text}." for text in dict.fromkeys(facts)]
+    lines += environment_lines(document.get("environments", {}))
     lines += [f"Warning: {escape_cell(text)}" for text in list_warnings(document, rows, extra)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def environment_lines(environments: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What ran a document's images: a line for each unlike environment."""
+    facts = [
+        ", ".join(f"{name} {environment[name]}" for name in _FACTS if environment.get(name))
+        for environment in environments.values()
+    ]
+    return [f"Environment: {text}." for text in dict.fromkeys(facts)]
 
 
 def _about(rows: tuple[Row, ...]) -> str:
