@@ -1,0 +1,212 @@
+"""The page's tables from the kept results; nothing in them is typed.
+
+`write` puts them between two marks of docs/validity.md and leaves the rest of the page alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd35bench.analysis.equivalence import Verdict
+from sd35bench.disk import write_atomic
+from tests.validity_runs.defects import CONTROL, DEFECTS, Defect
+from tests.validity_runs.kept import read
+from tests.validity_runs.matrix import POLICIES, caught_by, figures_of, images_needed
+
+__all__ = ["PAGE", "alarm_table", "matrix_table", "sections", "write", "written"]
+
+PAGE = Path(__file__).parents[2] / "docs" / "validity.md"
+BEGIN = "<!-- made by python -m tests.validity_runs page -->"
+END = "<!-- end of what python -m tests.validity_runs page makes -->"
+_WORDS = {Verdict.FAIL: "**fail**", Verdict.NOT_APPLICABLE: "–"}
+_SHOWN = ("prompt_accuracy", "clip_score", "mean_abs", "failed", "p50", "peak_rss_bytes")
+_UNITS = {"prompt_accuracy": "accuracy", "clip_score": "CLIP", "mean_abs": "levels"}
+_UNITS |= {"failed": "failures", "p50": "p50", "peak_rss_bytes": "memory"}
+
+
+def matrix_table(cells: dict[str, Any]) -> str:
+    """One row per defect: each policy's verdict, and what its figures were."""
+    head = ["planted", "how", *POLICIES, "effect and 95 % interval, candidate against baseline"]
+    rows = [_matrix_row(defect, cells[defect.name]) for defect in _known(cells)]
+    return _table(head, rows)
+
+
+def _known(cells: dict[str, Any]) -> list[Defect]:
+    return [d for d in (CONTROL, *DEFECTS.values()) if d.name in cells]
+
+
+def _matrix_row(defect: Defect, cell: dict[str, Any]) -> list[str]:
+    verdicts = [_word(cell["policies"][p]["verdict"]) for p in POLICIES]
+    effects = "; ".join(_effect(f) for f in figures_of(cell, _told(defect)))
+    return [defect.title, defect.how, *verdicts, effects]
+
+
+def _told(defect: Defect) -> Sequence[str]:
+    """Seconds of one couple of starts tell nothing, so they are shown where they were planted."""
+    if defect.paired_starts:
+        return ("p50", "peak_rss_bytes")
+    if defect.name == "memory":
+        return ("peak_rss_bytes", "prompt_accuracy")
+    return ("prompt_accuracy", "clip_score", "mean_abs", "failed")
+
+
+def _word(verdict: str) -> str:
+    return _WORDS.get(Verdict(verdict), str(verdict))
+
+
+def _effect(figure: dict[str, Any]) -> str:
+    name = next(n for n in _SHOWN if figure["name"].startswith(n))
+    low, high = figure["ci95"] if figure["ci95"] is not None else (None, None)
+    if figure["kind"] == "ratio":
+        value, ends = f"x {figure['effect']:.3f}", f"{low:.3f} to {high:.3f}"
+    else:
+        value, ends = f"{figure['effect']:+.3g}", f"{low:+.3g} to {high:+.3g}"
+    mark = {"fail": "**", "pass": "", "undecided": "*"}[figure["verdict"]]
+    return f"{mark}{_UNITS[name]} {value} ({ends}){mark}"
+
+
+def blind_text(cells: dict[str, Any]) -> str:
+    """Which defects the policy `quality` lets pass, which no policy catches, and what n would."""
+    planted = [d for d in _known(cells) if d is not CONTROL]
+    unseen = [d for d in planted if "quality" not in caught_by(cells[d.name])]
+    missed = [d for d in unseen if not caught_by(cells[d.name])]
+    lines = [
+        f"{len(planted) - len(missed)} of {len(planted)} are caught by at least one policy."
+        f" Quality alone does not see: {_titles(unseen)}."
+    ]
+    if diluted := [d for d in planted if d not in missed and "all" not in caught_by(cells[d.name])]:
+        lines.append(
+            f"Caught by a policy of its own but undecided under `all`, where Holm's correction is"
+            f" over more figures: {_titles(diluted)}."
+        )
+    for defect in missed:
+        cell = cells[defect.name]
+        needed = [
+            f"{_effect(f)}: about {n:,} images at the noise seen, on a machine shared with others"
+            for f in cell["policies"]["all"]["figures"]
+            if f["verdict"] == Verdict.UNDECIDED
+            and f["ci95"] is not None
+            and f["name"].startswith(_SHOWN)
+            and (n := images_needed(f, cell["images"], defect.ratio)) is not None
+        ]
+        why = "; ".join(needed) if needed else "its effect is within every margin"
+        lines.append(f"Not caught with {cell['images']} images: {defect.title}; {why}.")
+    return "\n\n".join(lines)
+
+
+def _titles(defects: Sequence[Defect]) -> str:
+    return ", ".join(d.title for d in defects) if defects else "none"
+
+
+def alarm_table(rows: dict[str, Any]) -> str:
+    """Verdicts of one backend's starts against each other, by policy."""
+    head = ["policy", "pairs of starts", "fail", "undecided", "pass", "disjoint pairs", "fail"]
+    found = rows["starts"]["policies"]
+    return _table(head, [_alarm_row(name, found[name]) for name in POLICIES if name in found])
+
+
+def _alarm_row(name: str, counts: dict[str, Any]) -> list[str]:
+    every, apart = counts["verdicts"], counts["neighbours"]
+    shown = [str(every[v]) for v in (Verdict.FAIL, Verdict.UNDECIDED, Verdict.PASS)]
+    ends = [str(sum(apart.values())), str(apart[Verdict.FAIL])]
+    return [name, str(sum(every.values())), *shown, *ends]
+
+
+def choice_table(rows: dict[str, Any]) -> str:
+    """How small budgets chose, by profile."""
+    head = [
+        "profile",
+        "margin",
+        "true best",
+        "within the margin",
+        "regret beyond it",
+        "mean regret",
+    ]
+    found = rows["grid"]["profiles"]
+    return _table([*head, "chosen"], [_choice_row(name, found[name]) for name in found])
+
+
+def _choice_row(name: str, held: dict[str, Any]) -> list[str]:
+    missed = held["missed"]
+    beyond = "–" if not missed else f"{missed[0]:.3f} to {missed[-1]:.3f} ({len(missed)} times)"
+    chosen = ", ".join(f"{title} ({times})" for title, times in list(held["chosen"].items())[:4])
+    mean = "–" if held["mean_regret"] is None else f"{held['mean_regret']:.3f}"
+    best = f"{held['best']}: {held['best_value']:.3f}"
+    return [name, f"{held['margin']:g}", best, f"{held['within']:.0%}", beyond, mean, chosen]
+
+
+def sections() -> str:
+    """The Markdown between the marks."""
+    made = {"defects": _defects_section, "alarms": _alarms_section, "recommend": _choice_section}
+    parts = [make(rows) for name, make in made.items() if (rows := read(name))]
+    return "\n\n".join(parts)
+
+
+def _defects_section(cells: dict[str, Any]) -> str:
+    seeds = sorted({c["seed"] for c in cells.values()})
+    most = max(c["images"] for c in cells.values())
+    started = next((c for c in cells.values() if c["starts"] > 1), None)
+    speed = "" if started is None else f"; 10 % slower from {started['starts']} couples of starts"
+    return (
+        "**Planted defects,** on nano: 8 steps, cfg 4, requests alike on both sides, at most"
+        f" {most} images a side{speed}; seed {', '.join(map(str, seeds))}. Bold figures fail,"
+        " slanted ones are undecided; an undecided gate passes with a warning. One of them from a"
+        " fresh seed: `python -m tests.validity_runs defects --defect guidance --seed 7`.\n\n"
+        f"{matrix_table(cells)}\n\n{blind_text(cells)}\n\n{_made(cells)}"
+    )
+
+
+def _alarms_section(rows: dict[str, Any]) -> str:
+    found = rows["starts"]
+    apart = found["largest"]
+    return (
+        f"**A/A, truly rerun:** {found['starts']} starts of one backend, {found['images']} images"
+        " made alone in each, every pair of starts compared"
+        " (`python -m tests.validity_runs alarms --seed 7`).\n\n"
+        f"{alarm_table(rows)}\n\nFurthest apart: {_apart(apart)}.\n\n{_made(rows)}"
+    )
+
+
+def _choice_section(rows: dict[str, Any]) -> str:
+    found = rows["grid"]
+    return (
+        f"**Recommendations:** {found['settings']} settings on {found['prompts']} prompts once,"
+        f" whose means are the truth; then `recommend` on {found['small']} random prompts of"
+        f" them, {found['repetitions']} times"
+        " (`python -m tests.validity_runs recommend --seed 7`).\n\n"
+        f"{choice_table(rows)}\n\n{_made(rows)}"
+    )
+
+
+def _apart(largest: dict[str, float]) -> str:
+    names = [n for n in _SHOWN if any(k.startswith(n) for k in largest)]
+    found = {n: next(v for k, v in largest.items() if k.startswith(n)) for n in names}
+    return ", ".join(f"{_UNITS[n]} {v:.3g}" for n, v in found.items())
+
+
+def _made(rows: dict[str, Any]) -> str:
+    made = [row["made"] for row in rows.values()]
+    commits = sorted({str(m["commit"])[:10] + (" and edits" if m["dirty"] else "") for m in made})
+    days = sorted({m["at"] for m in made})
+    machines = sorted({str(m.get("cpu_model")) for m in made})
+    return (
+        f"Made {', '.join(days)}, commit {', '.join(commits)}, on {', '.join(machines)}, 1 thread."
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def written() -> str:
+    """The page as it should be: its own text, and the sections between the marks."""
+    text = PAGE.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before.rstrip()}\n\n{BEGIN}\n\n{sections()}\n\n{END}\n{after.lstrip()}"
+
+
+def write() -> None:
+    """Put the sections into the page."""
+    write_atomic(PAGE, written().encode())

@@ -1,0 +1,164 @@
+"""Defects inside a backend: what somebody could commit by mistake, behind unchanged requests.
+
+A `Plant` sees every batch on its way in and every generation on its way out. The worker that the
+harness starts picks the one that `SD35BENCH_PLANT` names (`site/sitecustomize.py`); a backend says
+nothing of it in `in_force`.
+"""
+
+import io
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sd35bench.backends.base import Generation
+from sd35bench.backends.fake import FakeBackend
+from sd35bench.types import Load, Request
+
+SLOWER = 0.1
+LARGER = 0.2
+EVERY = 20
+"""One image of so many is black: 5 %."""
+JPEG_QUALITY = 10
+
+
+class Plant:
+    """No defect: the control, which shows that planting itself changes nothing."""
+
+    def loaded(self, backend: Any) -> None:
+        """Change the loaded backend once it has proven itself."""
+
+    def asked(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Change what the backend makes instead of what was asked for."""
+        return requests
+
+    def made(self, generation: Generation, elapsed_s: float) -> Generation:
+        """Change what was made in `elapsed_s`, or spend something on the way."""
+        return generation
+
+
+class Guidance(Plant):
+    """`cond + s (cond - uncond)` for `uncond + s (cond - uncond)`: the same as a scale of s + 1."""
+
+    def asked(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return [replace(r, cfg=r.cfg + 1.0 if r.cfg > 1 else r.cfg) for r in requests]
+
+
+class StepLess(Plant):
+    """A loop that ends before its last step."""
+
+    def asked(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return [replace(r, steps=r.steps - 1) for r in requests]
+
+
+class SeedsIgnored(Plant):
+    """One generator seed for everybody."""
+
+    def asked(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return [replace(r, seed=0) for r in requests]
+
+
+class Shuffled(Plant):
+    """Every second image is made for the prompt before its own: an off-by-one in a batch."""
+
+    def __init__(self) -> None:
+        self._before: str | None = None
+        self._count = 0
+
+    def asked(self, requests: Sequence[Request]) -> Sequence[Request]:
+        changed = []
+        for request in requests:
+            self._count += 1
+            wrong = self._before if self._count % 2 == 0 else None
+            changed.append(request if wrong is None else replace(request, prompt=wrong))
+            self._before = request.prompt
+        return changed
+
+
+class Jpeg(Plant):
+    """Images that went through JPEG at quality 10 on their way to a PNG."""
+
+    def made(self, generation: Generation, elapsed_s: float) -> Generation:
+        return replace(generation, images=[_through_jpeg(image) for image in generation.images])
+
+
+class Slower(Plant):
+    """Every call takes a tenth longer."""
+
+    def made(self, generation: Generation, elapsed_s: float) -> Generation:
+        time.sleep(SLOWER * elapsed_s)
+        return generation
+
+
+class Larger(Plant):
+    """A buffer that nobody frees: a fifth of what the process needs without it."""
+
+    def __init__(self) -> None:
+        self._held = np.empty(0, np.uint8)
+
+    def made(self, generation: Generation, elapsed_s: float) -> Generation:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        wanted = int(LARGER * (peak - len(self._held)))
+        if wanted > len(self._held):
+            self._held = np.empty(0, np.uint8)  # the old one first, or both count
+            self._held = np.ones(wanted, np.uint8)
+        return generation
+
+
+class Failures(Plant):
+    """One image of 20 is black, as half precision makes them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def made(self, generation: Generation, elapsed_s: float) -> Generation:
+        images = []
+        for image in generation.images:
+            self._count += 1
+            images.append(np.zeros_like(image) if self._count % EVERY == 0 else image)
+        return replace(generation, images=images)
+
+
+PLANTS: dict[str, type[Plant]] = {
+    "control": Plant,
+    "guidance": Guidance,
+    "step": StepLess,
+    "seeds": SeedsIgnored,
+    "shuffled": Shuffled,
+    "jpeg": Jpeg,
+    "slower": Slower,
+    "memory": Larger,
+    "failures": Failures,
+}
+
+
+class Planted:
+    """Mixed into a backend class, it puts the plant between the worker and the backend."""
+
+    def __init__(self, load: Load) -> None:
+        self._plant: Plant = Plant()  # calibration and proofs run without the defect
+        super().__init__(load)  # type: ignore[call-arg]
+        self._plant = PLANTS[os.environ["SD35BENCH_PLANT"]]()
+        self._plant.loaded(self)
+
+    def generate(
+        self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
+    ) -> Generation:
+        started = time.perf_counter()
+        made = super().generate(self._plant.asked(requests), inits)  # type: ignore[misc]
+        return self._plant.made(made, time.perf_counter() - started)
+
+
+class PlantedFake(Planted, FakeBackend):
+    """The backend without a model, with a defect in it."""
+
+
+def _through_jpeg(image: np.ndarray) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return np.asarray(Image.open(buffer))
