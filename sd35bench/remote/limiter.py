@@ -160,10 +160,8 @@ class Limiter:
                     return row
                 await self._freed_or(random.uniform(0.5, 1.5) * LOOK_S)
             except asyncio.CancelledError:
-                (
-                    row,
-                    _,
-                ) = await entry  # a thread goes on when its caller does not, and so would its row
+                # A thread goes on when its caller does not, and so would its row.
+                row, _ = await entry
                 await self._leave(row)
                 raise
 
@@ -217,8 +215,10 @@ class SharedCount:
         found = file.execute(
             "SELECT at FROM requests ORDER BY at DESC LIMIT 1 OFFSET ?", (self.per_minute - 1,)
         ).fetchone()
-        if found is not None:
-            return found[0] + self.span_s - now
+        # Rounding can leave a row that is due to the last digit: that is no wait, but it does count.
+        wait_s = 0.0 if found is None else found[0] + self.span_s - now
+        if wait_s > 0:
+            return wait_s
         file.execute("INSERT INTO requests (at) VALUES (?)", (now,))
         return 0.0
 

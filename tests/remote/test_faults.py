@@ -36,7 +36,7 @@ QUICK = Patience(
     missing=2,
     downloads=2,
 )
-TIMEOUT_S = 0.6
+TIMEOUT_S = 1.5
 """A trial's budget. Nothing may take longer than this, one request and one download."""
 REQUEST_S = 0.25
 OK, ERROR, TIMED_OUT = Status.OK, Status.ERROR, Status.TIMED_OUT

@@ -20,6 +20,12 @@ from sd35bench.store import decode_rgb
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 
+@pytest.fixture(autouse=True)
+def own_pixel_cap(monkeypatch):
+    """The decoder sets Pillow's cap for its process, which here is every test's."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
 def picture(width: int = 40, height: int = 24, mode: str = "RGB") -> Image.Image:
     ramp = np.add.outer(np.arange(height) * 5, np.arange(width) * 3) % 256
     channels = np.stack([ramp, ramp[::-1], 255 - ramp], axis=-1).astype(np.uint8)
