@@ -215,7 +215,7 @@ class SharedCount:
         found = file.execute(
             "SELECT at FROM requests ORDER BY at DESC LIMIT 1 OFFSET ?", (self.per_minute - 1,)
         ).fetchone()
-        # Rounding can leave a row that is due to the last digit: that is no wait, but it does count.
+        # Rounding can leave a row that is due to the last digit: no wait, but the request counts.
         wait_s = 0.0 if found is None else found[0] + self.span_s - now
         if wait_s > 0:
             return wait_s
