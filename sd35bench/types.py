@@ -54,10 +54,7 @@ class Task(StrEnum):
 
 
 class Status(StrEnum):
-    """How a trial ended. Only `OK` carries timings and an image.
-
-    `AMBIGUOUS`: a hosted service may have made, and billed, what it gave no answer about.
-    """
+    """How a trial ended. Only `OK` has timings and an image; `AMBIGUOUS` may have been billed."""
 
     OK = "ok"
     ERROR = "error"
@@ -201,9 +198,9 @@ class Trial:
 class Timings:
     """Wall seconds between synchronisations, for one image (batch 1) or one batch.
 
-    `generate_s` runs from the request to pixels on the host and contains `text_s`, `denoise_s`
-    and `decode_s`; `encode_s` is the image file's encoding. `step_s` has one entry per
-    denoising step. A stage that a backend cannot see is ``None``.
+    `generate_s` runs from the request to pixels on the host (to the file, of a hosted service) and
+    contains `text_s`, `denoise_s` and `decode_s`; `encode_s` is the image file's encoding. `step_s`
+    has one entry per denoising step. A stage that a backend cannot see is ``None``.
     """
 
     generate_s: float
@@ -261,16 +258,13 @@ class Memory:
 class RemoteCall:
     """One prediction of a hosted service: where its seconds went, and what it cost.
 
-    `submit_s` is the create's round trip (waits for our own rate limit lie before it and are no
-    part of any time here), `queue_s` what the service took beyond `predict_s`, its own inference
-    time; `download_s` the image file's. The prediction was seen finished at most `poll_bound_s`
-    after it had finished, so `queue_s` and the trial's latency are too long by that at most.
-    `in_flight` is the most predictions that this run had open while this one was, itself
-    included: at 1 the latency is single-stream. `resumed`: found again after a crash or a lost
-    answer, so that its times are not measurements. `cost_reported` says whether `cost_usd` came
-    from the service or is the listed price; `prediction_id` is ``None`` where none was made known.
-    `unsent` names the request's fields that the protocol cannot carry; `attempts` counts creates,
-    those refused with 429 included.
+    `submit_s` is the create's round trip, after our own waits for the rate limit; `queue_s` what
+    the service took beyond `predict_s`, its own inference time; `download_s` the image file's. Its
+    end was seen `poll_bound_s` late at most, by which `queue_s` and the latency may be too long.
+    `in_flight` is the most predictions that the run had open meanwhile (1: single-stream).
+    `resumed` ones were found again after a crash or a lost answer: their times are no measurements.
+    `cost_reported`: by the service; else it is the listed price. `unsent` names request fields that
+    the protocol cannot carry; `attempts` counts creates, refused ones included.
     """
 
     provider: str
@@ -319,8 +313,8 @@ class Record:
     `image` is the SHA-256 of the image file. `evaluations` counts the denoiser's calls per image,
     guidance's second half of the batch not counted. `truncated_tokens` counts prompt tokens that
     the CLIP encoders did not see. `batch_actual` is how many images ran together. `latents` is the
-    SHA-256 of the kept latents (see `store.Study.read_latents`), where they were asked for.
-    `remote` is there only where a hosted service made the image, or failed to.
+    SHA-256 of the kept latents (`store.Study.read_latents`), where they were asked for; `remote`
+    is there where a hosted service was asked.
     """
 
     trial: Trial

@@ -102,6 +102,7 @@ def _toy_member(run: Run) -> None:
     toy_flow(run)
 
 
+@pytest.mark.slow
 def test_team_of_two_trains_and_checkpoints(tmp_path: Path):
     toy_flow(Run(tmp_path, 0, TOY_BATCH, 1e-3))  # encodes the set, which the team then shares
     run = Run(tmp_path, steps=2, batch=TOY_BATCH, lr=1e-3, save_every=2)
