@@ -230,7 +230,7 @@ def test_a_wrong_key_ends_the_run_at_once(tmp_path, route):
 
 def test_a_storm_of_429s_creates_each_prediction_once(tmp_path):
     with serving(in_flight_limit=2, seconds=0.05) as server:
-        client = Client(tmp_path, server, "eachlabs", timeout_s=20.0, single_stream=0)
+        client = Client(tmp_path, server, "eachlabs", timeout_s=120.0, single_stream=0)
         for _ in range(6):
             server.script("create", "429-soon", None, "429")
         assert client.run(8).done == 8
