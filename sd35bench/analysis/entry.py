@@ -22,28 +22,14 @@ from sd35bench.analysis.pairs import Comparison
 from sd35bench.analysis.profiles import Profile
 from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.reproduce import Elsewhere, results_dir_of, run_command, snippet
+from sd35bench.analysis.sides import REQUEST_FIELDS
 from sd35bench.analysis.summary import latency_summary
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.types import Task
 
 __all__ = ["Entry", "describe", "setting_of"]
 
-_SETTING = (
-    "model",
-    "backend",
-    "steps",
-    "cfg",
-    "prompt_strength",
-    "sampler",
-    "shift",
-    "skip_layer_guidance",
-    "max_sequence_length",
-    "width",
-    "height",
-    "output_format",
-    "output_quality",
-    "threads",
-)
+_SETTING = ("model", "backend", *(f for f in REQUEST_FIELDS if f != "task"), "threads")
 
 
 def setting_of(row: Row) -> dict[str, Any]:
