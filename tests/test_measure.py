@@ -60,7 +60,7 @@ def test_device_clock_on_the_cpu_is_monotonic_seconds() -> None:
     clock = DeviceClock("cpu")
     start = clock.stamp()
     time.sleep(0.02)
-    assert 0.02 <= clock.seconds(start, clock.stamp()) < 2
+    assert 0.02 <= clock.seconds(start, clock.stamp()) < 60
 
 
 def test_device_clock_on_cuda_reads_events_after_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

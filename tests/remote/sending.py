@@ -18,7 +18,7 @@ CREATE = Call(method="POST", path="/v1/prediction/", json={"prompt": "a cat", "s
 
 
 def transport(base_url: str, **options) -> Transport:
-    options = {"timeout_s": 2.0, "headers": lambda: {"X-API-Key": KEY}, **options}
+    options = {"timeout_s": 30.0, "headers": lambda: {"X-API-Key": KEY}, **options}
     return Transport(base_url, allow_loopback=True, **options)
 
 

@@ -36,9 +36,14 @@ QUICK = Patience(
     missing=2,
     downloads=2,
 )
-TIMEOUT_S = 1.5
-"""A trial's budget. Nothing may take longer than this, one request and one download."""
-REQUEST_S = 0.25
+TIMEOUT_S, REQUEST_S = 20.0, 10.0
+"""A trial's budget and a request's. Nothing may take longer than a trial's, a request and a
+download; a busy machine may take long over what is answered at once."""
+SHORT_S = 1.0
+"""The budget where only its end ends the trial."""
+HANGS_S = 0.4
+"""A request's, where a fault never answers."""
+HANGING = ("silence", "slow-headers", "slow-body")
 OK, ERROR, TIMED_OUT = Status.OK, Status.ERROR, Status.TIMED_OUT
 INVALID, UNSUPPORTED, AMBIGUOUS = Status.INVALID_IMAGE, Status.UNSUPPORTED, Status.AMBIGUOUS
 MODEL = ModelSpec(name="nano", path="", weights_digest="none", max_sequence_length=16)
@@ -69,9 +74,10 @@ class Client:
         self.study = Study.open(folder, "faults", create=True)
         self.server = server
 
-    def run(self, count: int = 1) -> RunSummary:
+    def run(self, count: int = 1, **changes: Any) -> RunSummary:
         plan = make_plan(self.settings.provider, self.settings.base_url, count)
-        return drive.run_remote(plan, self.study, self.settings, patience=QUICK)
+        asked = replace(self.settings, **changes)
+        return drive.run_remote(plan, self.study, asked, patience=QUICK)
 
     @property
     def records(self) -> list[Record]:
@@ -83,11 +89,14 @@ class Client:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """Short deadlines, limits of this test's own, and no key."""
-    monkeypatch.setattr(drive, "Transport", partial(Transport, timeout_s=REQUEST_S))
+def quick(request, monkeypatch, tmp_path):
+    """Deadlines as short as the fault allows, limits of this test's own, and no key."""
+    called = getattr(request.node, "callspec", None)
+    hangs = called is not None and called.params.get("fault") in HANGING
+    request_s = HANGS_S if hangs else REQUEST_S
+    monkeypatch.setattr(drive, "Transport", partial(Transport, timeout_s=request_s))
     monkeypatch.setattr(
-        "sd35bench.remote.prediction.download", partial(download, deadline_s=REQUEST_S)
+        "sd35bench.remote.prediction.download", partial(download, deadline_s=request_s)
     )
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     for variable in ("EACHLABS_API_KEY", "REPLICATE_API_TOKEN"):
@@ -134,14 +143,15 @@ CASES = [
 )
 def test_one_fault_is_survived_or_becomes_a_status(tmp_path, route, fault, statuses, paid):
     with serving() as server:
-        client = Client(tmp_path, server, "eachlabs")
+        timeout_s = SHORT_S if statuses == {TIMED_OUT} else TIMEOUT_S
+        client = Client(tmp_path, server, "eachlabs", timeout_s=timeout_s)
         if route == "image":
             server.always(route, fault)
         else:
             server.script(route, fault)
         start = time.monotonic()
         client.run()
-        assert time.monotonic() - start < TIMEOUT_S + 2 * REQUEST_S + 2.5  # decoding is a process
+        assert time.monotonic() - start < timeout_s + 2 * REQUEST_S + 10  # decoding is a process
         assert [record.status in statuses for record in client.records] == [True], client.records
         assert client.most_paid == paid
 
@@ -152,23 +162,23 @@ def test_a_service_that_never_says_how_it_stands_ends_in_time_and_is_not_paid_ag
     tmp_path, provider, fault
 ):
     with serving() as server:
-        client = Client(tmp_path, server, provider)
+        client = Client(tmp_path, server, provider, timeout_s=SHORT_S)
         server.always("poll", fault)
         client.run()
         assert client.records[0].status in (TIMED_OUT, ERROR)
         server.always("poll", None)
-        client.run()
+        client.run(timeout_s=TIMEOUT_S)
         assert client.records[-1].status is OK
         assert client.most_paid == 1
 
 
 def test_endless_processing_times_out_and_is_found_when_it_ends(tmp_path):
     with serving(never_ends=True) as server:
-        client = Client(tmp_path, server, "eachlabs")
+        client = Client(tmp_path, server, "eachlabs", timeout_s=SHORT_S)
         client.run()
         assert client.records[0].status is TIMED_OUT
         server.never_ends = False
-        client.run()
+        client.run(timeout_s=TIMEOUT_S)
         assert client.records[-1].status is OK
         assert client.records[-1].remote is not None
         assert client.records[-1].remote.resumed
@@ -188,7 +198,7 @@ def test_one_id_for_two_predictions_never_gives_one_image_to_two_trials(tmp_path
 @pytest.mark.parametrize("provider", ["eachlabs", "replicate"])
 def test_a_lost_create_is_found_among_strangers(tmp_path, provider):
     with serving(strangers=7) as server:
-        client = Client(tmp_path, server, provider, timeout_s=3.0)
+        client = Client(tmp_path, server, provider)
         server.script("create", "lost-answer")
         client.run()
         assert client.records[0].status is OK
@@ -204,7 +214,7 @@ def test_a_service_with_a_wrong_clock_changes_no_measurement(tmp_path, days):
         assert client.records[0].status is OK
         assert call is not None
         assert call.queue_s is not None
-        assert 0 <= call.queue_s < 1
+        assert 0 <= call.queue_s < 60
 
 
 def test_402_pauses_and_the_same_command_goes_on(tmp_path):
@@ -273,6 +283,7 @@ class Loop:
     """One event loop and one server for many replies; counts what they came to."""
 
     DEADLINE_S = 0.25
+    PATIENCE_S = 10.0  # the machine may be busy with other tests; what hangs, hangs longer
 
     def __init__(self) -> None:
         self.runner = asyncio.Runner()
@@ -299,12 +310,12 @@ class Loop:
         # What is said not to have been sent may be sent again: the server must not have seen it.
         assert result != "NotSent" or len(self.server.seen) == requests
         self.server.forget(route)
-        assert self.slowest_s < 5 * self.DEADLINE_S  # the machine may be busy with other tests
+        assert self.slowest_s < self.PATIENCE_S
 
     async def _result(self, route: str, provider_name: str) -> str:
         provider = make_provider(provider_name, self.server.url)
         try:
-            async with asyncio.timeout(4 * self.DEADLINE_S):
+            async with asyncio.timeout(self.PATIENCE_S):
                 if route == "image":
                     await download(
                         f"{self.server.url}/outputs/p-1.png",

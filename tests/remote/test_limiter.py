@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from sd35bench.errors import StoreError
 from sd35bench.remote.limiter import Limiter, SharedCount, boot_clock, limiter_path
 
 SPAWN = multiprocessing.get_context("spawn")
+PATIENCE_S = 60.0
+"""For what a busy machine may be slow at; nothing waits that long where it works."""
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -157,13 +160,32 @@ def test_a_lease_from_before_a_reboot_ends(tmp_path):
     assert granted
 
 
+async def until(true: Callable[[], bool]) -> None:
+    """Wait as long as a busy machine takes."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def rows(path: Path) -> list[float]:
+    """When each flight's lease ends, in their order."""
+    if not path.exists():
+        return []
+    with sqlite3.connect(path) as file:
+        return [end for (end,) in file.execute("SELECT until FROM flights ORDER BY id")]
+
+
 def test_a_live_flight_outlasts_its_lease(tmp_path):
+    """It is renewed every half a lease; the clock says when the lease would have ended."""
+    path, clock = tmp_path / "l", Clock()
+
     async def main() -> None:
-        mine = Limiter(tmp_path / "l", per_minute=10, in_flight=1, lease_s=0.2)
-        other = SharedCount(tmp_path / "l", 10, 1, 0.2, 61.0)
+        mine = Limiter(path, per_minute=10, in_flight=1, lease_s=0.2, clock=clock)
         async with mine.flight():
-            await asyncio.sleep(0.3)
-            assert not other.enter(boot_clock, None, None)[1]
+            for _ in range(3):
+                clock.now += 0.15
+                await until(lambda: rows(path)[0] == clock.now + 0.2)
+                assert not count(path, in_flight=1).enter(clock, None, None)[1]
 
     asyncio.run(main())
 
@@ -175,7 +197,7 @@ def test_an_abandoned_flight_counts_until_its_lease_ends(tmp_path):
         async with mine.flight() as flight:
             flight.abandon()
         async with mine.flight():
-            assert 0.2 < time.monotonic() - start < 5
+            assert 0.2 < time.monotonic() - start < PATIENCE_S
 
     asyncio.run(main())
 
@@ -184,20 +206,23 @@ def test_an_abandoned_flight_counts_until_its_lease_ends(tmp_path):
 def test_a_cancelled_task_leaves_its_slot(tmp_path, at):
     async def main() -> None:
         mine = Limiter(tmp_path / "l", per_minute=10, in_flight=1)
-        release = asyncio.Event()
+        flying, release = asyncio.Event(), asyncio.Event()
 
         async def fly() -> None:
             async with mine.flight():
+                flying.set()
                 await release.wait()
 
         first = asyncio.create_task(fly())
-        await asyncio.sleep(0.05)
+        await flying.wait()
         cancelled = first if at == "flying" else asyncio.create_task(fly())
-        await asyncio.sleep(0 if at == "entering" else 0.05)
+        if at == "waiting":
+            await until(lambda: len(rows(tmp_path / "l")) == 2)
+        await asyncio.sleep(0)
         cancelled.cancel()
         await asyncio.gather(cancelled, return_exceptions=True)
         release.set()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PATIENCE_S):
             async with mine.flight():
                 pass
         await asyncio.gather(first, return_exceptions=True)
@@ -289,11 +314,23 @@ WINDOW_S, MARGIN_S, PER_WINDOW, IN_FLIGHT, EACH = 0.5, 0.1, 12, 3, 14
 def hammer(path: str, out, ready) -> None:
     """As many requests and flights as the limits let through; says when each was."""
 
-    async def one(mine: Limiter, spans: list[tuple[float, float]], times: list[float]) -> None:
+    times: list[float] = []
+    take = SharedCount.take
+
+    def kept(self: SharedCount, clock: Clock) -> float:
+        """What the file was told, however much later this process comes to run again."""
+        seen: list[float] = []
+        wait_s = take(self, lambda: seen.append(clock()) or seen[-1])
+        if wait_s <= 0:
+            times.append(seen[-1])
+        return wait_s
+
+    SharedCount.take = kept
+
+    async def one(mine: Limiter, spans: list[tuple[float, float]]) -> None:
         async with mine.flight():
             start = time.monotonic()
             await mine.request()
-            times.append(time.monotonic())
             await asyncio.sleep(0.01)
             spans.append((start, time.monotonic()))
 
@@ -306,8 +343,7 @@ def hammer(path: str, out, ready) -> None:
             margin_s=MARGIN_S,
         )
         spans: list[tuple[float, float]] = []
-        times: list[float] = []
-        await asyncio.gather(*(one(mine, spans, times) for _ in range(EACH)))
+        await asyncio.gather(*(one(mine, spans) for _ in range(EACH)))
         return times, spans
 
     ready.wait()
@@ -328,20 +364,20 @@ def test_three_processes_together_keep_both_limits_and_use_them(tmp_path):
     times = sorted(time for found, _ in results for time in found)
     spans = [span for _, found in results for span in found]
     assert len(times) == 3 * EACH
-    assert most_in(times, WINDOW_S) <= PER_WINDOW
+    assert most_in(times, WINDOW_S + MARGIN_S - 1e-6) <= PER_WINDOW
     assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) <= IN_FLIGHT
-    # 42 requests need 3 full windows and some; what is far above that would be a limit not used.
-    assert times[-1] - times[0] < 6 * (WINDOW_S + MARGIN_S)
+    # 42 requests need 3 full windows and some; one a window would take 42.
+    assert times[-1] - times[0] < 30 * (WINDOW_S + MARGIN_S)
 
 
-LEASE_S = 5.0
+LEASE_S = 600.0
 
 
 def hold(path: str, entered) -> None:
     async def main() -> None:
         async with Limiter(Path(path), per_minute=9, in_flight=1, lease_s=LEASE_S).flight("held"):
             entered.set()
-            await asyncio.sleep(60)
+            await asyncio.sleep(3600)
 
     asyncio.run(main())
 
@@ -350,21 +386,27 @@ def test_the_slot_of_a_killed_process_comes_back_by_name_at_once_and_else_with_i
     path, entered = tmp_path / "l.sqlite", SPAWN.Event()
     worker = SPAWN.Process(target=hold, args=(str(path), entered))
     worker.start()
-    assert entered.wait(60)
+    assert entered.wait(PATIENCE_S)
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join(10)
 
+    later = 0.0
+
     async def main() -> None:
-        mine = Limiter(path, per_minute=9, in_flight=1, lease_s=LEASE_S)
-        asked_at = time.monotonic()
+        nonlocal later
+        clock = lambda: boot_clock() + later  # noqa: E731
+        mine = Limiter(path, per_minute=9, in_flight=1, lease_s=LEASE_S, clock=clock)
         waiting = asyncio.create_task(mine.flight().__aenter__())
+        await until(lambda: len(rows(path)) == 2)
         # Who waits by another name was first, and must see the lease end; the name need not.
-        async with asyncio.timeout(60), mine.flight("held") as flight:
+        async with asyncio.timeout(PATIENCE_S), mine.flight("held") as flight:
             assert not waiting.done()
             flight.abandon()
-        await waiting
-        assert LEASE_S <= time.monotonic() - asked_at < LEASE_S + 60
+        assert not waiting.done()
+        later = LEASE_S
+        async with asyncio.timeout(PATIENCE_S):
+            await waiting
 
     asyncio.run(main())
 

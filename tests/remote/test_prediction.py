@@ -43,7 +43,7 @@ def test_a_deadline_starts_late_and_ends():
         await asyncio.sleep(0.06)  # waiting for a turn is no part of it
         started = time.perf_counter()
         await deadline.wait(10.0, "first")  # cut to what is left
-        assert time.perf_counter() - started < 1.0
+        assert time.perf_counter() - started < 9.0
         with pytest.raises(Ended, match=r"not done after remote\.timeout_s=0\.05: why") as caught:
             await deadline.wait(0.0, "why")
         assert caught.value.status is Status.TIMED_OUT

@@ -28,18 +28,18 @@ from tests.remote.sending import (
 
 
 async def says_nothing(asked: Asked, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(5)
+    await asyncio.sleep(3600)
 
 
 async def drips(asked: Asked, writer: asyncio.StreamWriter) -> None:
-    for byte in http(200, "{}", x_long="y" * 500):
+    for byte in http(200, "{}", x_long="y" * 5000):
         writer.write(bytes([byte]))
         await asyncio.sleep(0.01)
 
 
 async def drips_body(asked: Asked, writer: asyncio.StreamWriter) -> None:
-    writer.write(http(200, content_length="500"))
-    for _ in range(500):
+    writer.write(http(200, content_length="5000"))
+    for _ in range(5000):
         writer.write(b" ")
         await asyncio.sleep(0.01)
 
@@ -64,7 +64,7 @@ HANGS = [says_nothing, drips, drips_body, informs_for_ever]
 def test_deadline_is_total(handler: Handler):
     start = time.perf_counter()
     error = failure(handler, timeout_s=0.25)
-    assert 0.2 < time.perf_counter() - start < 1.0
+    assert 0.2 < time.perf_counter() - start < 30
     assert isinstance(error, LostAnswer)
     assert "no complete answer in 0.25 s" in str(error)
 
@@ -141,7 +141,7 @@ def test_depth_at_the_limit_and_lone_surrogates_are_taken():
 @given(st.one_of(st.binary(max_size=300), st.binary(max_size=200).map(lambda b: http(200, b))))
 def test_any_bytes_become_a_reply_or_a_typed_error(answer: bytes):
     with contextlib.suppress(Refused, LostAnswer):
-        send(answering(answer), timeout_s=1.0)
+        send(answering(answer))
 
 
 # The key

@@ -50,7 +50,7 @@ def visit(browser) -> Iterator[Callable]:
 
     def go(server: Served, width: int = 1280, *, refusals: bool = False, **options):
         page = browser.new_page(viewport={"width": width, "height": 900}, **options)
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
 
         def heard(message) -> None:
             if not (refusals and message.text.startswith("Failed to load resource")):
