@@ -68,8 +68,8 @@ def score_study(
         options: by metric family, what its module's `load` takes (``{"fid": {"reference": …}}``).
 
     Returns: ``{"study", "images", "scored": {metric: new}, "embedded": {extractor: new},
-    "excluded": {reason: count}, "refused": {metric: why}, "total"}``; `total` counts new scores
-    and features, 0 when nothing was missing.
+    "excluded": {reason: count}, "refused": {metric: why}, "notes": {metric: what it leaves out},
+    "total"}``; `total` counts new scores and features, 0 when nothing was missing.
 
     Raises: MetricError where a metric that was asked for by name cannot be had, or is one of
     quality and all there is was made with random weights; a default like that is in `refused`.
@@ -366,6 +366,7 @@ class _Job:
             "embedded": dict(self.embedded),
             "excluded": dict(excluded),
             "refused": self.refused,
+            "notes": {name: m.note for name, m in self.metrics.items() if m.note},
             "total": sum(scored.values()) + sum(self.embedded.values()),
         }
 

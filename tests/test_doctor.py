@@ -14,6 +14,7 @@ from sd35bench.cli import doctor as module
 from sd35bench.cli.doctor import Check, doctor
 from sd35bench.config import choices
 from sd35bench.errors import ConfigError
+from sd35bench.metrics.lpips import cached_weights
 from sd35bench.types import Request, Scalar
 
 HOSTED = [("eachlabs", "EACHLABS_API_KEY"), ("replicate", "REPLICATE_API_TOKEN")]
@@ -145,3 +146,27 @@ def test_doctor_prints_state_and_each_remedy_once(width: int) -> None:
     assert "1 of 4 backends run here. Broken: d." in text
     module._print(out, CHECKS[-1:], in_full=True)
     assert out.export_text().count("\n    1. step") == 40
+
+
+def test_doctor_says_how_to_get_what_metrics_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    remedies = {
+        "inception": "torch-fidelity",
+        "clip": "hf download",
+        "dinov2": "hf download facebook/dinov2-large config.json model.safetensors",
+        "lpips": "alexnet-owt-7be5be79.pth",
+    }
+    for name, remedy in remedies.items():
+        check = found(f"metric {name}")
+        assert check["ok"] is None
+        assert remedy in str(check["remedy"])
+    weights = cached_weights()
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"x")
+    assert found("metric lpips")["ok"] is True
+    assert "alexnet-2d711642b726" in str(found("metric lpips")["detail"])

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -36,6 +36,7 @@ PACKAGES = (
     "torchmetrics",
     "hydra-core",
 )
+METRICS = ("inception", "clip", "dinov2", "lpips")
 MOST_GPUS = 16
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LONG_REMEDY = 160
@@ -90,6 +91,7 @@ def doctor(arguments: list[str], as_json: bool) -> Answer:
         raise ConfigError(f"doctor takes one NAME, not {' '.join(arguments)!r}; see doctor --help")
     _refuse_unknown(wanted)
     tried = [*_machine(), *_packages(), *_devices(), *_backends(wanted), *_models(wanted)]
+    tried += _metrics(wanted)
     checks = [c for c in (*tried, _browser()) if wanted in c.name]
     if not as_json:
         _print(out, checks, in_full=bool(wanted))
@@ -104,6 +106,7 @@ def _refuse_unknown(wanted: str) -> None:
 
     devices = ("cpu", "cuda", *(f"cuda:{index}" for index in range(MOST_GPUS)))
     named = [f"{group} {name}" for group in ("backend", "model") for name in choices(group)]
+    named += [f"metric {name}" for name in METRICS]
     names = ("machine", "disk", *PACKAGES, *devices, "chromium", *named)
     if not any(wanted in name for name in names):
         raise ConfigError(f"doctor {wanted}: nothing is named so; see sd35bench doctor")
@@ -233,6 +236,35 @@ def _weights(model: Any) -> tuple[bool | None, str, str | None]:
         remedy = str(exc).removeprefix(f"model={model.name}: ")
         return (False if model.hub_id is None else None), "no weights here", remedy
     return True, f"{_short(folder)}, digest {digest[:12]}", None
+
+
+def _metrics(wanted: str) -> Iterator[Check]:
+    """Look for the weights of what judges images; nano's own come with the package."""
+    from sd35bench.errors import MetricError
+    from sd35bench.metrics.clip_score import DEFAULT_LABEL
+    from sd35bench.metrics.dinov2 import FAMILY, Dinov2
+    from sd35bench.metrics.extractors import Inception, clip_extractor
+    from sd35bench.metrics.lpips import LPIPS_REMEDY, find_lpips
+
+    def lpips() -> str:
+        found = find_lpips(None)
+        if found is None:
+            raise MetricError(LPIPS_REMEDY)
+        return f"alexnet-{found.digest}"
+
+    named: dict[str, tuple[str, Callable[[], str]]] = {
+        "inception": ("FID and KID of the literature", lambda: Inception().name),
+        "clip": ("CLIP-score", lambda: clip_extractor(DEFAULT_LABEL, None, None).name),
+        FAMILY: ("FID and KID on DINOv2 features", lambda: Dinov2().name),
+        "lpips": ("LPIPS in drift", lpips),
+    }
+    for name in (n for n in METRICS if wanted in f"metric {n}"):
+        use, find = named[name]
+        try:
+            ok, detail, remedy = True, f"{use}: {find()}", None
+        except MetricError as exc:
+            ok, detail, remedy = None, f"{use}: no weights here", str(exc)
+        yield Check(group="metrics", name=f"metric {name}", ok=ok, detail=detail, remedy=remedy)
 
 
 def _browser() -> Check:

@@ -10,6 +10,7 @@ from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.config.fields import nearest
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.metrics.base import Extractor, is_nano
+from sd35bench.metrics.dinov2 import FAMILY
 from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.make_reference import Choice, from_folder, from_study
 from sd35bench.store import Study
@@ -30,8 +31,10 @@ where they came from (images' digest, extractor with its weights' digest, resizi
 Options:
   images=DIR        a folder of images, and the folders in it
   study=NAME        the images of a study's setting; setting=ID where it has several
-  extractor=        inception, nano or clip; default: nano for a study of nano, else inception
-  model=            of extractor=clip: an open_clip name or local-dir:PATH
+  extractor=        inception, nano, clip or dinov2; default: nano for a study of nano, else
+                    inception
+  model=            of clip: an open_clip name; of dinov2: a Hub id (default
+                    facebook/dinov2-large); or local-dir:PATH of either
   pretrained=       its tag or checkpoint's path
   weights=          of extractor=inception: torch-fidelity's checkpoint; default: torch's cache
   limit=N           take N of the images, drawn with seed=
@@ -177,9 +180,9 @@ def _extractor(asked: _Asked, study: Study | None) -> tuple[Extractor, str]:
         models = {r.trial.load.model.name for r in study.records()}
         name = "nano" if models and all(map(is_nano, models)) else None
     name = "inception" if name is None else name
-    if name not in ("inception", "nano", "clip"):
-        raise ConfigError(f"extractor={name}: must be one of inception, nano, clip")
-    if (name == "clip") != ("model" in given):
+    if name not in ("inception", "nano", "clip", FAMILY):
+        raise ConfigError(f"extractor={name}: must be one of inception, nano, clip, {FAMILY}")
+    if name != FAMILY and (name == "clip") != ("model" in given):
         raise ConfigError("extractor=clip and model=NAME|local-dir:PATH belong together")
     backbone = Backbone(name, given.get("model"), given.get("pretrained"), given.get("weights"))
     return choose_extractor(name, backbone)

@@ -105,11 +105,13 @@ class Extractor(ABC):
 class Metric(ABC):
     """A named number about images. `tasks` are those that it can judge.
 
-    `remedy` says what to do where it applies to no image of a study. `quality` says that the
-    number is about how good an image is: then it means nothing for a model of random weights.
+    `remedy` says what to do where it applies to no image of a study, `note` which part of it is
+    left out on this machine and how to get it. `quality` says that the number is about how good an
+    image is: then it means nothing for a model of random weights.
     """
 
     name: str
+    note: str = ""
     quality: bool = True
     tasks: frozenset[Task] = frozenset(Task)
     remedy: str = "choose another metric"

@@ -17,9 +17,9 @@ from sd35bench.metrics.base import FeatureMetric, Value, is_nano
 from sd35bench.metrics.extractors import ClipExtractor, NanoEvaluator, clip_extractor
 from sd35bench.types import Record
 
-__all__ = ["ClipScore", "load"]
+__all__ = ["DEFAULT_LABEL", "ClipScore", "load"]
 
-_DEFAULT_LABEL = "ViT-L-14_openai"
+DEFAULT_LABEL = "ViT-L-14_openai"
 
 
 class ClipScore(FeatureMetric):
@@ -68,7 +68,7 @@ def load(name: str, *, model: str | None = None, pretrained: str | None = None) 
     Raises: MetricError for an unknown backbone.
     """
     label = name.removeprefix("clip_score").removeprefix("_")
-    return ClipScore(clip_extractor(label if label else _DEFAULT_LABEL, model, pretrained))
+    return ClipScore(clip_extractor(label if label else DEFAULT_LABEL, model, pretrained))
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:

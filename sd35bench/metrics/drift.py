@@ -26,7 +26,7 @@ from sd35bench.analysis.settings import is_hosted
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, Pair, PairMetric, Value, require_uint8_rgb
 from sd35bench.metrics.flip import PIXELS_PER_DEGREE, flip
-from sd35bench.metrics.lpips import Lpips, find_lpips
+from sd35bench.metrics.lpips import LPIPS_REMEDY, Lpips, find_lpips
 from sd35bench.types import BackendSpec, Record, Request
 
 __all__ = [
@@ -56,6 +56,7 @@ class Drift(PairMetric):
     ) -> None:
         self.reference = reference
         self.lpips = lpips
+        self.note = "" if lpips is not None else f"without LPIPS; {LPIPS_REMEDY}"
         self.pixels_per_degree = pixels_per_degree
         self.name = "drift" if reference == STANDARD_REFERENCE else f"drift_{reference}"
         self.remedy = (

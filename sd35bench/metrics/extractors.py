@@ -1,8 +1,8 @@
 """Feature extractors: open_clip models, nano's evaluator, Inception. Weights are never downloaded.
 
-An extractor resizes with antialiasing from uint8 images, as its own training did, and is loaded
-when first asked for features. Its name holds the weights' digest, because features of other
-weights must not be mixed with it.
+DINOv2 has a module of its own and is chosen here, too. An extractor resizes with antialiasing from
+uint8 images, as its own training did, and is loaded when first asked for features. Its name holds
+the weights' digest, because features of other weights must not be mixed with it.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Extractor, Image, require_uint8_rgb
+from sd35bench.metrics.dinov2 import FAMILY, Dinov2, dinov2_model
 
 __all__ = [
     "Backbone",
@@ -38,8 +39,9 @@ _INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 class Backbone:
     """A set metric's options that choose its extractor instead of its name.
 
-    `extractor` is ``inception``, ``nano`` or ``clip`` (with `model`, an open_clip name or
-    ``local-dir:PATH``, and its `pretrained` tag or checkpoint); `weights` is Inception's file.
+    `extractor` is ``inception``, ``nano``, ``clip`` (with `model`, an open_clip name or
+    ``local-dir:PATH``, and its `pretrained` tag or checkpoint) or ``dinov2`` (with `model`, a Hub
+    id or ``local-dir:PATH``); `weights` is Inception's file.
     """
 
     extractor: str | None = None
@@ -277,7 +279,8 @@ def choose_extractor(label: str, backbone: Backbone) -> tuple[Extractor, str]:
     """Return the extractor of a set metric's options or of its name's end, and its label.
 
     Args:
-        label: what follows the family in the metric's name: `inception`, `nano`, `ViT-B-32_openai`.
+        label: what follows the family in the metric's name: `inception`, `nano`, `dinov2-base`,
+            `ViT-B-32_openai`.
         backbone: the options; `extractor` goes before the label.
 
     Raises: MetricError for a backbone that nobody knows.
@@ -286,6 +289,9 @@ def choose_extractor(label: str, backbone: Backbone) -> tuple[Extractor, str]:
         label = backbone.extractor
     if label == "inception":
         return Inception(backbone.weights), label
+    if label == FAMILY or label.startswith(f"{FAMILY}-"):
+        found = Dinov2(dinov2_model(label, backbone.model))
+        return found, found.label
     model = None if label == "nano" else backbone.model
     clip = clip_extractor(label, model, backbone.pretrained)
     return clip, clip.label

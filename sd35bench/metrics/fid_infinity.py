@@ -37,9 +37,10 @@ def load(
 
     Args:
         name: the metric's name; the bare family is Inception.
-        extractor: instead of the name's: ``inception``, ``nano`` or ``clip`` (with `model`).
+        extractor: instead of the name's: ``inception``, ``nano``, ``clip`` (with `model`) or
+            ``dinov2``.
         reference: ``prompts``, a folder of images, or an .npz with `mean`, `cov` and `n`.
-        model: for ``clip``: an open_clip model, or ``local-dir:PATH``.
+        model: for ``clip``: an open_clip model; for ``dinov2``: a Hub id; or ``local-dir:PATH``.
         pretrained: its pretrained tag or checkpoint path.
         weights: for ``inception``: its checkpoint's path.
         min_images: fewest images for a value instead of twice FID's.

@@ -22,9 +22,14 @@ import numpy as np
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, require_uint8_rgb
 
-__all__ = ["Lpips", "cached_weights", "find_lpips"]
+__all__ = ["LPIPS_REMEDY", "Lpips", "cached_weights", "find_lpips"]
 
 _WEIGHTS = "alexnet-owt-7be5be79.pth"
+LPIPS_REMEDY = (
+    f"for it put torchvision's https://download.pytorch.org/models/{_WEIGHTS} (244 MB) into"
+    " ~/.cache/torch/hub/checkpoints, or give metric.drift.lpips=FILE"
+)
+"""How to get it: torch's cache is elsewhere where TORCH_HOME or XDG_CACHE_HOME say so."""
 _LEAST_PX = 32
 
 

@@ -35,7 +35,10 @@ __all__ = ["Choice", "Progress", "from_folder", "from_study"]
 Progress = Callable[[int, int], None]
 """Called with images done and images to do."""
 
-_VERSIONS = ("sd35bench", "numpy", "pillow", "torch", "torchmetrics", "open-clip-torch")
+_VERSIONS = (
+    *("sd35bench", "numpy", "pillow", "torch", "torchmetrics", "open-clip-torch"),
+    "transformers",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

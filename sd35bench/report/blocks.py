@@ -42,6 +42,7 @@ _DRIFT = (
     ("max_abs", "max abs Δ"),
     ("ssim", "SSIM"),
     ("flip", "FLIP"),
+    ("lpips", "LPIPS"),
     ("latent_rel_last", "latent end"),
     ("latent_rel_first", "latent 1st"),
 )

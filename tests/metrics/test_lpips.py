@@ -129,3 +129,19 @@ def test_lpips_of_a_study_is_in_its_drift_table(tmp_path, weights):
     expected = np.mean([Lpips(weights)(nudge(i), i) for i in images])
     assert row["lpips"]["value"] == pytest.approx(expected)
     assert row["lpips"]["n"] == 3
+
+
+def test_score_says_how_to_get_lpips_where_it_is_left_out(tmp_path, monkeypatch, capsys, weights):
+    from sd35bench.cli import main
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    study = Study.open(tmp_path, "s", create=True)
+    put(study, pictures(1), load("eager"))
+    put(study, [nudge(i) for i in pictures(1)], load("compile"))
+    words = ["score", "s", "--metric", "drift", "--results-dir", str(tmp_path)]
+    assert main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "drift: without LPIPS; for it put torchvision's" in said
+    assert "download.pytorch.org/models/alexnet-owt-7be5be79.pth" in said
+    assert main([*words, f"metric.drift.lpips={weights}"]) == 0
+    assert "without LPIPS" not in capsys.readouterr().out

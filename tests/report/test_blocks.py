@@ -108,6 +108,23 @@ def test_drift_too_small_for_decimals_is_not_shown_as_zero(backends: Synthetic):
     assert table(blocks_of(document)[TITLES[2]])[0]["mean abs Δ"] == "3.2e-05"
 
 
+def test_lpips_has_a_column_where_it_was_measured_and_else_none(backends: Synthetic):
+    document = copy.deepcopy(backends.show)
+    rows = [*document["drift"]["rows"], *document["drift"]["noise_floor"]]
+    for i, row in enumerate(rows):
+        row["lpips"] = {"value": 0.1 + i / 100, "ci95": [0.05, 0.95], "n": 12}
+    found = blocks_of(document)
+    assert table(found[TITLES[2]])[0]["LPIPS"] == "0.10 [0.05, 0.95]"
+    last = table(found[TITLES[3]])[-1]["LPIPS"]
+    assert value(last) == pytest.approx(0.1 + (len(rows) - 1) / 100)
+    page = render_report(build_document(backends.study, document, None))
+    for text in (printed(document, 300), settings_markdown(document), page):
+        assert text.count("LPIPS") == 2
+    page = render_report(build_document(backends.study, backends.show, None))
+    for text in (printed(backends.show, 300), settings_markdown(backends.show), page):
+        assert "LPIPS" not in text
+
+
 def test_drift_warnings_are_said_with_the_table(backends: Synthetic):
     document = copy.deepcopy(backends.show)
     document["drift"]["warnings"] = ["no noise floor: run it"]
