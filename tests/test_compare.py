@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 import pytest
 
 from sd35bench.alternate import reruns_of
-from sd35bench.cli import main
+from sd35bench.cli import baseline, compare, main
 from sd35bench.store import Study
+from sd35bench.types import Status
 
 POLICY = """
 dimensions:
@@ -20,19 +21,25 @@ dimensions:
 
 
 def _run(root, study, *more):
-    asked = ["prompts.limit=24", "steps=2", f"study={study}", f"results_dir={root}", *more]
+    limit = [] if any(word.startswith("prompts.limit") for word in more) else ["prompts.limit=24"]
+    asked = [*limit, "steps=2", f"study={study}", f"results_dir={root}", *more]
     return main(["run", "backend=fake", *asked])
 
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """`a` and `b` alike, `bad` with every other image failing, `other` with another seed."""
+    """`a` and `b` alike, `bad` with every other image failing, `other` with another seed.
+
+    `late` died twice, so that the rest was given up; `few` was asked for half of the prompts.
+    """
     root = tmp_path_factory.mktemp("results")
     for name, more in (
         ("a", []),
         ("b", []),
         ("bad", ["backend.fail_every=2"]),
         ("other", ["seed=9"]),
+        ("late", ["backend.fault=exit", "backend.fault_every=6", "max_failures=2"]),
+        ("few", ["prompts.limit=12"]),
         ("empty", ["backend.fail_every=1"]),
     ):
         assert _run(root, name, *more) in (0, 3)
@@ -53,11 +60,41 @@ def test_alike_studies_pass(studies, capsys):
     assert document["dimensions"]["drift"]["verdict"] == "pass"
 
 
-@pytest.mark.parametrize(("candidate", "code"), [("bad", 1), ("empty", 1), ("other", 2), ("no", 2)])
+@pytest.mark.parametrize(
+    ("candidate", "code"),
+    [("bad", 1), ("empty", 1), ("late", 1), ("few", 1), ("other", 2), ("no", 2)],
+)
 def test_exit_codes(studies, capsys, candidate, code):
     found, document = _compare(studies, capsys, "a", candidate)
     assert found == code
     assert ("error" in document) == (code == 2)
+
+
+def test_policy_may_ask_for_a_part_and_what_was_given_up_has_failed(studies, capsys, tmp_path):
+    path, where = tmp_path / "half.yaml", ["--results-dir", str(studies), "--json"]
+    path.write_text("coverage: 0.5\ndimensions:\n  failures: {margins: {failed: 0.2}}\n")
+    assert main(["compare", "a", "few", "--policy", str(path), *where]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["gate"]["coverage"]["share"] == 0.5
+    assert main(["compare", "a", "late", "--policy", str(path), *where]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["gate"]["coverage"]["share"] == 1.0
+    (figure,) = document["comparisons"][0]["dimensions"]["failures"]["figures"]
+    kept = Study.open(studies, "late").records()
+    assert sum(r.status is Status.SKIPPED for r in kept) > 6
+    assert figure["candidate"] == sum(r.status is not Status.OK for r in kept) / 24
+
+
+def test_what_could_not_be_scored_is_said(studies, capsys, monkeypatch, tmp_path):
+    refused = {"refused": {"prompt_accuracy": "no evaluator here"}}
+    monkeypatch.setattr(compare, "score_missing", lambda _: refused)
+    monkeypatch.setattr(baseline, "score_missing", lambda _: refused)
+    _, document = _compare(studies, capsys, "a", "b")
+    said = [f"{n}: prompt_accuracy was not scored: no evaluator here" for n in "ab"]
+    assert document["warnings"][-2:] == said
+    arguments = ["baseline", "make", "a", str(tmp_path / "a.json"), "--results-dir", str(studies)]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == said[:1]
 
 
 def test_every_form_is_written(studies, capsys, tmp_path):
@@ -90,7 +127,7 @@ def test_baseline_file_stands_in_for_the_study(studies, capsys, tmp_path):
     assert document["comparisons"][0]["differs"] == {"cfg": [4.0, 2.0]}
 
 
-def test_rerun_starts_both_sides_in_turn_and_is_counted(studies, capsys):
+def test_rerun_starts_both_sides_in_turn_and_is_counted(studies, capsys, tmp_path):
     code, document = _compare(studies, capsys, "a", "b", "--rerun", "2")
     assert code == 0
     figure = document["comparisons"][0]["dimensions"]["latency"]["figures"][0]
@@ -104,6 +141,13 @@ def test_rerun_starts_both_sides_in_turn_and_is_counted(studies, capsys):
         for s in again.sessions().values()
     )
     assert [name for _, name in starts] == ["a", "b", "b", "a"]
+    path = tmp_path / "with-reruns.json"
+    assert main(["baseline", "make", "a", str(path), "--results-dir", str(studies)]) == 0
+    capsys.readouterr()
+    _, again = _compare(studies, capsys, str(path), "b")
+    kept = again["comparisons"][0]["dimensions"]["latency"]["figures"][0]
+    assert (kept["note"], kept["n"]) == (figure["note"], 72)
+    assert kept["ci95"] == pytest.approx(figure["ci95"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

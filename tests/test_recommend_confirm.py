@@ -11,7 +11,11 @@ from sd35bench.store import Study
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
-GRID = ["-m", "backend=fake", "prompts.limit=6", "study=t", "steps=4,40", "cfg=5", "seed=0,1"]
+NEGATIVE = "blurry, low quality"
+GRID = [
+    *("-m", "backend=fake", "prompts.limit=6", "study=t", "steps=4,40", "cfg=5", "seed=0,1"),
+    f'negative_prompt="{NEGATIVE}"',
+]
 
 
 def _splits() -> dict[str, set[int]]:
@@ -45,6 +49,8 @@ def test_confirm_run_makes_the_held_out_images_and_says_what_they_say(call, caps
     assert document["confirm"] == {"commands": [], "images": 0}
     asked = [c["setting"]["steps"] for c in before["confirm"]["commands"]]
     assert _splits() == {"tune": {4, 40}, "heldout": set(asked)}
+    made = Study.open(Path("results"), "t").records()
+    assert {r.trial.request.negative_prompt for r in made} == {NEGATIVE}
     written = yaml.safe_load(Path("results/t/recommended.yaml").read_text())
     assert written == document
 
@@ -58,6 +64,8 @@ def test_command_of_the_recommendation_runs_as_it_is_printed(call):
     assert (code, answer["study"], answer["done"]) == (0, "recommended-balanced", 12)
     made = Study.open(Path("results"), "recommended-balanced").records()
     assert {r.trial.request.steps for r in made} == {entry["setting"]["steps"]}
+    there = {r.trial.key for r in Study.open(Path("results"), "t").records()}
+    assert {r.trial.key for r in made} <= there  # the very same prompts, seeds and negatives
     # The command of a default that is not in the study adds it to the study.
     add = next(d for d in entry["named_defaults"] if d["name"] == "diffusers")["command"]
     assert call(*shlex.split(add)[1:])[0] == 0
@@ -76,6 +84,21 @@ def test_markdown_is_all_that_stdout_gets(call, capsys):
     assert "written:" not in out
 
 
+def test_profile_of_ones_own_is_a_file(call):
+    call("run", *GRID)
+    mine = Path("mine.yaml")
+    mine.write_text("latency_limit_s: 0.000001\n")
+    code, document = call("recommend", "t", "--profile", "final,mine.yaml")
+    assert (code, list(document["profiles"])) == (0, ["final", "mine"])
+    found = document["profiles"]["mine"]["text-to-image"]
+    assert found["setting"] is None
+    assert "no setting is within 1e-06 s" in found["evidence"]["reason"]
+    mine.write_text("name: final\n")
+    code, document = call("recommend", "t", "--profile", "final,mine.yaml")
+    assert (code, document["error"]["type"]) == (2, "ConfigError")
+    assert "two profiles are called 'final'" in document["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "flags", [["--run"], ["--markdown", "--confirm"]], ids=["run-alone", "two-outputs"]
 )
@@ -85,8 +108,8 @@ def test_flags_that_do_not_go_together_are_the_users_error(call, flags):
 
 
 def test_run_of_hosted_settings_is_refused_before_anything_is_spent():
-    from sd35bench.cli.study import _run_confirming
+    from sd35bench.cli.confirm import run_confirming
     from sd35bench.errors import ConfigError
 
     with pytest.raises(ConfigError, match="does not spend money"):
-        _run_confirming([{"hosted": True, "command": "sd35bench run backend=eachlabs"}])
+        run_confirming([{"hosted": True, "command": "sd35bench run backend=eachlabs"}])

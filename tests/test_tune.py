@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,11 +8,14 @@ import pytest
 
 from sd35bench.analysis.profiles import Profile
 from sd35bench.errors import ConfigError
-from sd35bench.tune.race import Evidence, decided, judge, look, pick, promise
+from sd35bench.tune.confirm import rival
+from sd35bench.tune.final import Final, decide, settled
+from sd35bench.tune.race import Evidence, Out, judge, look, promise
 from sd35bench.tune.search import Search
 from sd35bench.tune.session import SHARE, Budget, Outcome, default_images, tune
 from sd35bench.tune.space import Axis, Point, Space, spread
-from tests.tune_surface import GRID, RANGES, Surface
+from tests.tune_surface import GRID, RANGES, Surface, side_by_side
+from tests.validity.races import Edge
 
 BALANCED = Profile(name="balanced", margins={"prompt_accuracy": 0.08})
 PREVIEW = Profile(name="preview", latency_limit_frac=0.4)
@@ -176,17 +180,24 @@ def test_judge_wrongly_drops_an_equal_setting_seldom():
     assert wrong / 300 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 300)
 
 
-def test_pick_takes_the_fastest_within_the_margin_and_decided_says_so():
+def decision(seen: dict[Point, Evidence], profile: Profile, **said) -> Final:
+    found = decide(list(seen), side_by_side(list(seen.values())), profile, **said)
+    assert isinstance(found, Final)
+    return found
+
+
+def test_decide_takes_the_fastest_within_the_margin_and_says_when_more_would_change_nothing():
     almost = [1.0] * 31 + [0.0]
     seen: dict[Point, Evidence] = {
         ("slow",): evidence([1.0] * 32, 1.0),
         ("fast",): evidence(almost, 0.5),
     }
-    found = look(seen, BOUNDS)
-    assert found.points[pick(found, [0, 1], 0.3)] == ("fast",)
-    assert decided(found, [0, 1], 0.3)
-    assert found.points[pick(found, [0, 1], 0.01)] == ("slow",)
-    assert not decided(found, [0, 1], 0.01)
+    wide, narrow = (Profile(name="p", margins={"prompt_accuracy": m}) for m in (0.3, 0.01))
+    found = decision(seen, wide)
+    assert (found.chosen, found.shown, settled(found, wide)) == (("fast",), True, True)
+    found = decision(seen, narrow, beaten=True)
+    assert (found.chosen, found.shown) == (("slow",), False)
+    assert not settled(found, narrow), "the fast one might still be as good"
 
 
 def test_promise_ranks_the_contenders_first():
@@ -198,6 +209,33 @@ def test_promise_ranks_the_contenders_first():
     chances = promise(seen, 0.05)
     assert chances["good",] > 1.5
     assert chances["hopeless",] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("racing", "winner", "expected"),
+    [([0, 1, 2], 1, 0), ([0, 1, 2], 0, 1), ([0], 0, 1), ([0, 1], 0, 1)],
+    ids=["the best mean", "the runner-up", "who was beaten", "who still races"],
+)
+def test_rival_is_what_the_choice_has_to_stand_against(racing, winner, expected):
+    means = {("best",): 16, ("second",): 14, ("third",): 4, ("slow",): 15}
+    seen: dict[Point, Evidence] = {
+        p: evidence([1.0] * k + [0.0] * (16 - k), 1.0) for p, k in means.items()
+    }
+    out = {p: Out(kind="dominated", why="") for i, p in enumerate(means) if i not in racing}
+    out["slow",] = Out(kind="too slow", why="")
+    outcome = Outcome(
+        seen=seen,
+        depth=dict.fromkeys(means, 16),
+        out=out,
+        aside={},
+        found=look(seen, BOUNDS),
+        racing=racing,
+        winner=winner,
+        stopped="",
+        images=0,
+        history=[],
+    )
+    assert rival(outcome) == expected
 
 
 # The loop -------------------------------------------------------------------------------------
@@ -318,3 +356,126 @@ def test_space_numbers_every_point_once():
     points = [GRID.point(i) for i in range(GRID.size)]
     assert len(set(points)) == GRID.size == 25
     assert GRID.nearest({"steps": 15, "cfg": 5.0}) == (16, 4.0)
+
+
+# The whole profile ----------------------------------------------------------------------------
+
+
+TRUTH = {1: (0.55, 0.1), 2: (0.90, 0.2), 4: (0.94, 0.39), 8: (0.99, 1.0)}
+"""Accuracy and seconds by steps."""
+
+
+class Few(Surface):
+    """A handful of settings."""
+
+    space = Space((Axis(name="steps", values=(1, 2, 4, 8), ordered=True),))
+
+    def accuracy(self, point: Point) -> float:
+        return TRUTH[int(str(point[0]))][0]
+
+    def latency_s(self, point: Point) -> float:
+        return TRUTH[int(str(point[0]))][1]
+
+
+def raced(profile: Profile, prompts: int, default: Point | None = None) -> Outcome:
+    lab = Few(Few.space, prompts, 0)
+    lab.default = default
+    return searched(Few.space, 0, profile=profile, images=4 * prompts, lab=lab)[1]
+
+
+def test_tune_takes_the_best_quality_where_the_profile_wants_it():
+    # As `preview`: the fast one is within the margin of the best, and must not win for that.
+    margins = {"prompt_accuracy": 0.08}
+    limited = {"latency_limit_frac": 0.5, "margins": margins}
+    wanted = Profile(name="p", objective="best-quality", **limited)
+    assert winner_of(raced(wanted, 1000)) == (4,)
+    assert winner_of(raced(Profile(name="p", **limited), 1000)) == (2,)
+
+
+def test_tune_keeps_limits_of_money():
+    # 0.39 s at 3600 USD an hour are 0.39 USD; the slowest is out after the first look.
+    paid = Profile(
+        name="p", objective="best-quality", usd_per_hour=3600.0, cost_limit_usd=0.3, margins={}
+    )
+    outcome = raced(paid, 128)
+    assert winner_of(outcome) == (2,)
+    assert outcome.out[8,].kind == outcome.out[4,].kind == "too dear"
+    assert outcome.depth[8,] == 8
+
+
+def test_tune_holds_all_against_a_named_default_that_goes_on_over_the_limit():
+    profile = Profile(
+        name="p", reference="vendor", latency_limit_s=0.5, margins={"prompt_accuracy": 0.2}
+    )
+    outcome = raced(profile, 256, default=(8,))
+    assert outcome.out[8,].kind == "too slow"
+    assert outcome.final is not None
+    assert winner_of(outcome) == (2,)
+    assert outcome.final.points[outcome.final.choice.reference] == (8,)
+    assert outcome.final.shown
+    assert outcome.depth[8,] == outcome.depth[2,]
+    assert rival(outcome) == outcome.found.points.index((8,))
+
+
+def test_tune_says_no_setting_where_the_named_default_gave_no_image():
+    class Gone(Few):
+        def _evidence(self, point: Point) -> Evidence:
+            found = super()._evidence(point)
+            return found.first(0) if point == (8,) else found
+
+    lab = Gone(Few.space, PROMPTS, 0)
+    lab.default = (8,)
+    profile = Profile(name="p", reference="vendor")
+    _, outcome = searched(Few.space, 0, profile=profile, images=4 * PROMPTS, lab=lab)
+    assert outcome.winner is None
+    assert "no image to hold others against" in outcome.stopped
+
+
+@pytest.mark.parametrize(
+    ("profile", "changed", "kind"),
+    [
+        (Profile(name="p", memory_limit_bytes=2e9), {"peak_bytes": 3 * 10**9}, "too large"),
+        (Profile(name="p", cost_limit_usd=0.01), {"usd": 0.02}, "too dear"),
+        (Profile(name="p"), {"failed": np.array([1.0] + [0.0] * 15)}, "failed"),
+    ],
+    ids=["memory", "a service's price", "failures"],
+)
+def test_judge_drops_what_is_over_a_limit_for_good(profile, changed, kind):
+    over = dataclasses.replace(evidence(GOOD, 1.0), **changed)
+    out = verdicts({("over",): over, ("within",): evidence(POOR, 1.0)}, profile=profile)
+    assert {p: o.kind for p, o in out.items()} == {("over",): kind}, "and it beats nobody"
+
+
+def test_judge_lets_an_unsure_latency_go_on():
+    # The median is over the limit; half of the images were not.
+    unsure = Evidence(quality=np.array(GOOD), latency_s=np.array([0.9, 1.02] * 8))
+    limited = Profile(name="p", latency_limit_s=0.95)
+    assert verdicts({("a",): unsure, ("b",): evidence(POOR, 0.1)}, profile=limited) == {}
+
+
+def test_decide_corrects_for_the_number_of_settings():
+    # 0.02 +- 0.05 worse, margin 0.08: shown (p 0.01) alone, but not as one of nine.
+    best = np.full(64, 0.5)
+    almost = best - 0.02 + 0.2 * np.tile([1.0, -1.0], 32)
+    profile = Profile(name="p", margins={"prompt_accuracy": 0.08})
+    two: dict[Point, Evidence] = {
+        ("best",): evidence(best.tolist(), 1.0),
+        ("fast",): evidence(almost.tolist(), 0.1),
+    }
+    assert decision(two, profile, beaten=True).chosen == ("fast",)
+    rest = {(str(i),): evidence(almost.tolist(), 0.5 + i / 20) for i in range(7)}
+    found = decision(two | rest, profile, beaten=True)
+    assert found.chosen == ("best",)
+    assert found.choice.tests[1].p < 0.025 < found.choice.tests[1].p_holm
+
+
+def test_tune_does_not_say_shown_while_one_that_left_early_may_be_better():
+    # The truly best of 25 was dropped on 16 prompts, and those left agree with each other.
+    lab = Edge(GRID, 256, 19)
+    _, outcome = searched(GRID, 19, lab=lab)
+    best = max((GRID.point(i) for i in range(GRID.size)), key=lab.accuracy)
+    assert outcome.final is not None
+    assert outcome.final.shown
+    assert regret(lab, outcome) > 0.08
+    assert best in outcome.unshown
+    assert not outcome.shown

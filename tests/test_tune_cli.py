@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 import sd35bench.cli.tune as verb
-from sd35bench.analysis.profiles import load_profiles
+from sd35bench.analysis.profiles import load_profile, load_profiles
 from sd35bench.analysis.recommend import recommend_document
 from sd35bench.analysis.summary import show_document
+from sd35bench.cli import main
 from sd35bench.config import config_dir
 from sd35bench.config.tune import read_tuning
 from sd35bench.errors import ConfigError
 from sd35bench.store import Study
 from sd35bench.types import Status
-from tests import tune_truth
 from tests.tune_driver import score
 
 FAKE = ["backend=fake", "study=t", "prompts.limit=16"]
@@ -48,6 +48,7 @@ def test_tune_writes_what_it_found_and_other_verbs_read_the_study(call):
     assert best["quality"]["n"] == 16
     assert best["latency_s"]["n"] == 16
     assert document["confirmed"] is False
+    assert best["confirmation"]["status"] == "not run"
     assert "held-out" in document["confirmation"]
     used = document["images"]["used"]
     assert document["images"] == {"used": used, "budget": 72, "exhaustive": 96, "share": used / 96}
@@ -64,6 +65,32 @@ def test_tune_writes_what_it_found_and_other_verbs_read_the_study(call):
     code, again = call("tune", *GRID, "images=72")
     assert again == document
     assert len(records()) == used, "nothing is done twice"
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_confirms_its_choice_on_prompts_that_no_search_sees(call, capsys):
+    asked = [*FAKE, "steps=1,8", "cfg=2", "images=32"]
+    bill = call("tune", *asked, "--confirm", "--dry-run")[1]
+    assert bill["held_out_images"] == 2 * 2 * 16, "at most two settings on twice the prompts"
+    before = call("tune", *asked)[1]
+    code, document = call("tune", *asked, "--confirm")
+    assert code == 0
+    entry = document["recommended"]["confirmation"]
+    assert (entry["status"], document["confirmed"]) == ("confirmed", True)
+    assert document["confirm"] == {"commands": [], "images": 0}
+    assert [c["setting"]["steps"] for c in before["confirm"]["commands"]] == [8, 1]
+    assert entry["against"]["steps"] == 1, "the runner-up, though it was beaten"
+    assert entry["n_prompts"] == before["confirm"]["commands"][0]["prompts"] >= 16
+    held = [r for r in records() if r.trial.prompt.split == "heldout"]
+    assert len(held) == before["confirm"]["images"]
+    assert document["images"] == before["images"], "they are not the search's"
+    assert json.loads(Path("results/t/tune.json").read_text()) == document
+    capsys.readouterr()
+    assert main(["tune", *asked, "--markdown"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("## Tuned setting from study t\n")
+    assert f"Confirmed on {entry['n_prompts']} held-out prompts" in out
+    assert len(records()) == document["images"]["used"] + len(held)
 
 
 @pytest.mark.usefixtures("ruled")
@@ -110,6 +137,7 @@ def test_tune_dry_run_makes_nothing(call):
     assert not Path("results").exists()
 
 
+HOSTED = ["study=t", "model=sd35-medium", "prompts=starter", "backend=eachlabs", "steps=20,40"]
 REFUSED = {
     "nothing to search": (["study=t"], "nothing to search"),
     "no study": (["steps=2,4"], "study"),
@@ -135,6 +163,11 @@ REFUSED = {
         "two studies",
     ),
     "no flag": (["study=t", "steps=2,4", "--dryrun"], "--dry-run"),
+    "money for a confirmation": (
+        [*HOSTED, "first=4", "--confirm"],
+        "does not spend money",
+    ),
+    "two outputs": (["study=t", "steps=2,4", "--markdown", "--dry-run"], "give one"),
 }
 
 
@@ -158,7 +191,7 @@ def test_tune_refuses_to_mix_two_searches_in_one_study(call):
 
 def test_tune_asks_before_it_spends(call, monkeypatch):
     monkeypatch.setenv("EACHLABS_API_KEY", "not-a-key")
-    asked = ["study=t", "model=sd35-medium", "prompts=starter", "backend=eachlabs", "steps=20,40"]
+    asked = HOSTED
     code, bill = call("tune", *asked, "first=4", "--dry-run")
     assert code == 0
     assert bill["usd"] == pytest.approx(bill["images"] * 0.035, rel=0.9)
@@ -183,17 +216,6 @@ def test_tuning_asks_for_the_models_own_shift_as_none():
         read_tuning(["study=t", "shift=0:3"])
     tuning = read_tuning(["study=t", "shift=1:4:1"])
     assert tuning.space.size == 4
-
-
-def test_truth_is_held_against_a_study_of_the_whole_grid(call, capsys, monkeypatch):
-    assert call("run", "-m", *FAKE, *GRID[3:])[0] == 0
-    score(Study.open(Path("results"), "t"))
-    monkeypatch.setattr(tune_truth, "score_missing", score)
-    assert tune_truth.main([*GRID, "images=72"], seeds=3) == 0
-    assert "3 of 3" in capsys.readouterr().out
-    assert len(records()) == 96
-    with pytest.raises(ConfigError, match="lacks"):
-        tune_truth.measure([*FAKE, "steps=1,2,4", "images=72"], 0)
 
 
 # Several processes ----------------------------------------------------------------------------
@@ -249,3 +271,92 @@ def _wait_for(condition, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+# The whole profile ----------------------------------------------------------------------------
+
+
+def profile_file(**fields) -> str:
+    Path("own.yaml").write_text(json.dumps(fields))  # JSON is YAML
+    return "own.yaml"
+
+
+PROFILES = {
+    "the fastest": {"margins": {"prompt_accuracy": 0.3}},
+    "the best quality in time": {"objective": "best-quality", "latency_limit_s": 9.0},
+    "a price": {"cost_limit_usd": 1.0, "usd_per_hour": 3600.0, "objective": "best-quality"},
+}
+
+
+@pytest.mark.usefixtures("ruled")
+@pytest.mark.parametrize("case", PROFILES)
+def test_tune_chooses_what_recommend_chooses_of_the_same_images(case, call):
+    file = profile_file(**PROFILES[case])
+    asked = [*FAKE, "steps=1,2,4,8", "cfg=2", "first=16", f"profile={file}", "images=96"]
+    code, document = call("tune", *asked)
+    assert code == 0
+    assert document["images"]["used"] == 64, "all settings have all prompts"
+    best, study = document["recommended"], Study.open(Path("results"), "t")
+    profile = load_profile(file, Path())
+    entry = recommend_document(study, {"own": profile})["profiles"]["own"]["text-to-image"]
+    assert entry["setting_id"].partition("@")[0] == best["setting_key"]
+    assert best["wanted"] == profile.objective
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_recommends_no_setting_whose_trials_fail(call):
+    code, document = call("tune", *FAKE, "steps=1,8", "cfg=2", "backend.fail_every=3")
+    assert code == 0
+    assert document["recommended"] is None
+    assert {row["status"] for row in document["tried"]} == {"failed"}
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_holds_settings_against_a_named_default(call):
+    file = profile_file(reference="vendor", objective="best-quality")
+    code, document = call("tune", *FAKE, "steps=1,40", "cfg=2,5", f"profile={file}")
+    assert code == 0
+    best, vendor = document["recommended"], {"steps": 40, "cfg": 5}
+    assert (best["reference"], best["setting"]) == ("vendor", {"steps": 40, "cfg": 2})
+    assert best["non_inferiority"]["rival"] == best["difference_from_best"]["best"] == vendor
+    assert best["confirmation"]["against"]["cfg"] == 5
+    row = next(row for row in document["tried"] if row["setting"] == vendor)
+    assert row["prompts"] == 16, "what others are held against goes on to the end"
+
+
+UNANSWERABLE = {
+    "a default that is not searched": ({"reference": "vendor"}, "steps=40, cfg=5"),
+    "a default that nobody has": ({"reference": "mine"}, "expected best, or one of vendor"),
+    "a price that is unknown": ({"cost_limit_usd": 0.01}, "usd_per_hour"),
+    "a field that is none": ({"objektive": "fastest"}, "objektive"),
+}
+
+
+@pytest.mark.parametrize("case", UNANSWERABLE)
+def test_tune_refuses_a_profile_that_a_search_cannot_honour(case, call):
+    fields, says = UNANSWERABLE[case]
+    code, document = call("tune", *GRID, f"profile={profile_file(**fields)}")
+    assert code == 2
+    assert says in document["error"]["message"]
+    assert not Path("results").exists()
+
+
+ANOTHER = {
+    "seeds": ["seed=5"],
+    "prompts": ["prompts.seed=9"],
+    "negative prompts": ["negative_prompt=blurry"],
+    "size": ["width=72"],
+}
+
+
+@pytest.mark.usefixtures("ruled")
+def test_tune_refuses_to_go_on_with_another_sweep_in_the_same_study(call):
+    asked = ["backend=fake", "study=t", "prompts.limit=8", "first=4", "steps=1,2"]
+    assert call("tune", *asked)[0] == 0
+    made = len(records())
+    for case, changed in ANOTHER.items():
+        code, document = call("tune", *asked, *changed)
+        assert (case, code) == (case, 2)
+        assert "another study name" in document["error"]["message"]
+    assert len(records()) == made
+    assert call("tune", *asked)[0] == 0

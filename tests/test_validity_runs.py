@@ -8,19 +8,20 @@ from math import log
 import numpy as np
 import pytest
 
-from sd35bench.analysis.profiles import Profile
 from sd35bench.backends.base import load_backend
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.nano import WEIGHTS
+from sd35bench.store import Study
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
-from tests.validity_runs import kept, page, plants
-from tests.validity_runs import truth as truths
+from tests.validity_runs import alarms, kept, page, plants
 from tests.validity_runs.defects import CONTROL, DEFECTS
 from tests.validity_runs.matrix import POLICIES, caught_by, images_needed, run_cell
 from tests.validity_runs.planted_models import PLANTS, PlantedEager, to_four_bits
-from tests.validity_runs.sides import Amount, planted
+from tests.validity_runs.sides import Amount, planted, run_side
 
 FEW = Amount(prompts=12, seeds=2, batch=8, alone=6)
+FEW_ALONE = Amount(prompts=16, seeds=1, batch=1)
+FEW_MORE = Amount(prompts=20, seeds=1, batch=1)
 REQUEST = Request(prompt="a red circle on white", steps=2, cfg=4.0, seed=3, width=64, height=64)
 
 
@@ -117,25 +118,6 @@ def test_every_defect_of_code_has_a_plant():
     assert {d.name for d in DEFECTS.values() if d.patch is None} == PLANTS.keys() - {"control"}
 
 
-# Choices against the truth ----------------------------------------------------------------------
-
-
-def test_regret_is_held_against_the_best_that_the_limits_allow():
-    truth = {
-        "a": ("28 steps, cfg 4", 0.90, 56.0, "prompt_accuracy"),
-        "b": ("8 steps, cfg 4", 0.85, 16.0, "prompt_accuracy"),
-        "c": ("4 steps, cfg 4", 0.60, 8.0, "prompt_accuracy"),
-    }
-    entries = [{"setting": {}, "setting_id": f"{i}@1234"} for i in "bbbc"]
-    entries.append({"setting": None, "setting_id": None})
-    margins = {"prompt_accuracy": 0.05}
-    held = truths.held_against(Profile(name="x", margins=margins), truth, entries)
-    assert (held["best"], held["within"], held["none"]) == ("28 steps, cfg 4", 0.6, 1)
-    assert held["missed"] == [pytest.approx(0.3)]
-    quick = Profile(name="y", margins=margins, latency_limit_frac=0.4)
-    assert truths.held_against(quick, truth, entries)["best"] == "8 steps, cfg 4"
-
-
 # The page ---------------------------------------------------------------------------------------
 
 
@@ -180,3 +162,22 @@ def test_cell_from_another_seed(tmp_path_factory, name):
         assert cell["policies"]["speed"]["verdict"] != "pass", cell
     else:
         assert bool(caught_by(cell)) == (name != CONTROL.name), cell
+
+
+@pytest.mark.slow
+def test_starts_of_one_backend_raise_no_alarm(tmp_path):
+    """Without a model: six starts, all pairs, couples; a start that was cut off is made anew."""
+    found = alarms.measure(tmp_path, 5, starts=6, amount=FEW_ALONE, backend="fake")
+    assert {sum(p["verdicts"].values()) for p in found["policies"].values()} == {15}
+    assert {sum(p["neighbours"].values()) for p in found["policies"].values()} == {3}
+    assert found["couples"]["couples"] == 3
+    assert sum(found["couples"]["verdicts"].values()) == 8
+    assert found["policies"]["drift"]["verdicts"]["fail"] == 0
+    assert found["largest"]["mean_abs"] == 0.0
+    study = Study.open(tmp_path, "5-again-2")
+    before = len(study.sessions())
+    run_side(tmp_path, "5-again-2", FEW_MORE, 5, defect=None, backend="fake")
+    assert len(Study.open(tmp_path, "5-again-2").sessions()) == before + 1
+    again = alarms.measure(tmp_path, 5, starts=6, amount=FEW_ALONE, backend="fake")
+    assert len(Study.open(tmp_path, "5-again-2").sessions()) == 1
+    assert again["couples"]["couples"] == 3

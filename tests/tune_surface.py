@@ -9,7 +9,10 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from scipy import special
 
+from sd35bench.analysis.pairs import Candidate, Comparison, compare
 from sd35bench.analysis.profiles import Profile
+from sd35bench.analysis.settings import PairKey
+from sd35bench.analysis.table import Row
 from sd35bench.tune.race import Evidence
 from sd35bench.tune.space import Axis, Point, Space, spread
 
@@ -51,12 +54,23 @@ RANGES = Space(
 )
 
 
+class _Local(Row):
+    """A row of this machine, of which no record tells so."""
+
+    @property
+    def hosted(self) -> bool:
+        return False
+
+
 class Surface:
     """A lab whose settings have the demo's truth; counts what is bought."""
 
     objectives = 2
     bounds = (0.0, 1.0)
     images_per_prompt = 1
+
+    default: Point | None = None
+    """The setting that a profile with a named reference means."""
 
     def __init__(self, space: Space, prompts: int, seed: int) -> None:
         self.space, self.prompts = space, prompts
@@ -71,6 +85,9 @@ class Surface:
 
     def margin(self, profile: Profile) -> float:
         return profile.margin("prompt_accuracy")
+
+    def reference(self, profile: Profile) -> Point | None:
+        return None if profile.reference == "best" else self.default
 
     def accuracy(self, point: Point) -> float:
         return _between(ACCURACY, self.space, point)
@@ -87,6 +104,10 @@ class Surface:
     def seen(self, points: Sequence[Point]) -> dict[Point, Evidence]:
         return {p: self._evidence(p) for p in points}
 
+    def compared(self, points: Sequence[Point], prompts: int) -> tuple[list[Point], Comparison]:
+        seen = {p: e.first(prompts) for p, e in self.seen(points).items()}
+        return list(seen), side_by_side(list(seen.values()))
+
     def _evidence(self, point: Point) -> Evidence:
         number = [axis.values.index(v) for axis, v in zip(self.space.axes, point, strict=True)]
         rng = np.random.default_rng([self._seed, *number])
@@ -97,6 +118,28 @@ class Surface:
         missing = [i for i in range(self.prompts) if i not in self._made.get(point, set())]
         quality[missing] = latency_s[missing] = np.nan
         return Evidence(quality=quality, latency_s=latency_s)
+
+
+def side_by_side(seen: Sequence[Evidence]) -> Comparison:
+    """Settings as `recommend` would compare them, each image's prompt being its number."""
+    found = [
+        Candidate(
+            row=_Local(setting={"setting": str(i)}, environment_id=None),
+            quality=_by_key(evidence.quality),
+            latency_s=_by_key(evidence.latency_s),
+            work=1.0,
+        )
+        for i, evidence in enumerate(seen)
+    ]
+    if len(found) > 1:
+        return compare("prompt_accuracy", found)
+    keys, values = list(found[0].quality), list(found[0].quality.values())
+    return Comparison("prompt_accuracy", found, np.array([values]), keys, np.arange(len(keys)), [])
+
+
+def _by_key(values: np.ndarray) -> dict[PairKey, float]:
+    known = np.flatnonzero(~np.isnan(values)).tolist()
+    return {(str(i), "", 0, 64, 64, None): float(values[i]) for i in known}
 
 
 def _between(table: np.ndarray, space: Space, point: Point) -> float:

@@ -19,11 +19,10 @@ from sd35bench.analysis.constraints import Limits, Speeds, amount, check_limits,
 from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.noninferiority import TAIL, Tested, against_all, images_between
 from sd35bench.analysis.pairs import Comparison
+from sd35bench.analysis.pareto import SAME_COST
 from sd35bench.analysis.profiles import Profile
 
 __all__ = ["Choice", "Speeds", "choose", "speeds"]
-
-_SAME_SPEED = 0.02
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,11 +55,18 @@ class Choice:
 
 
 def choose(
-    comparison: Comparison, speed: Speeds, profile: Profile, named: int | None = None
+    comparison: Comparison,
+    speed: Speeds,
+    profile: Profile,
+    named: int | None = None,
+    *,
+    worse_elsewhere: bool = False,
 ) -> Choice | str:
     """Choose for a profile; a text says why nothing can be chosen.
 
     `named` is the candidate that is the profile's reference, where that is a named default.
+    `worse_elsewhere`: settings that are not compared here any more were found to be worse, so that
+    the data do tell settings apart, though perhaps not these.
     """
     limits = check_limits(comparison, speed, profile)
     if isinstance(limits, str):
@@ -73,7 +79,7 @@ def choose(
     best = max(feasible, key=lambda i: (means[i], -speed.values[i]))
     from_best = {i: comparison.differences(i) for i in feasible}
     worse = [i for i in feasible if i != best and _high(from_best[i][best]) < 0.0]
-    decided = bool(worse) or len(feasible) == 1
+    decided = bool(worse) or worse_elsewhere or len(feasible) == 1
     reference = best if named is None else named
     rivals = feasible if named is None else [named]
     pairwise = {i: {j: from_best[i][j] for j in rivals if j != i} for i in feasible}
@@ -122,14 +128,14 @@ def _fastest(comparison: Comparison, speed: Speeds, allowed: list[int]) -> int:
 
 
 def _same_speed(comparison: Comparison, speed: Speeds, i: int, first: int) -> bool:
-    if speed.values[i] <= speed.values[first] * (1.0 + _SAME_SPEED):
+    if speed.values[i] <= speed.values[first] * (1.0 + SAME_COST):
         return True
     if speed.basis != "latency_s":
         return False
     ratio = comparison.log_speed_ratio(i, first)
     if ratio is None or ratio.low is None:
         return False
-    return ratio.low <= 0.0 or exp(ratio.value) <= 1.0 + _SAME_SPEED
+    return ratio.low <= 0.0 or exp(ratio.value) <= 1.0 + SAME_COST
 
 
 def _open_question(
@@ -171,11 +177,11 @@ def _verdict(choice: Choice, speed: Speeds, i: int) -> str:
             return f"worse than {what}; not shown to be within the margin"
         if i != choice.best:
             return f"not shown to be within the margin of {what}"
-    if speed.values[i] > speed.values[choice.chosen] * (1.0 + _SAME_SPEED):
+    if speed.values[i] > speed.values[choice.chosen] * (1.0 + SAME_COST):
         if i == choice.best:
             return "the best mean quality, but slower"
         return "as good within the margin, but slower" if choice.as_good(i) else "slower"
-    if speed.values[i] < speed.values[choice.chosen] * (1.0 - _SAME_SPEED):
+    if speed.values[i] < speed.values[choice.chosen] * (1.0 - SAME_COST):
         return "faster, with lower mean quality"
     return "as fast, with lower mean quality"
 
@@ -195,7 +201,8 @@ def _reason(choice: Choice, comparison: Comparison, profile: Profile) -> str:
         told = f"; {alike} others cannot be told apart from it with n={n} pairs" if alike else ""
         return f"the best quality within the limits{told}"
     if choice.chosen == choice.reference:
-        return f"{_first(what)} quality; no faster setting is shown to be within the margin"
+        within = " within the limits" if choice.limits.broken and what == "the best" else ""
+        return f"{_first(what)} quality{within}; no faster setting is shown to be within the margin"
     if not choice.as_good(choice.chosen):
         return f"the best within the limits; none is shown to be within the margin of {what}"
     return (

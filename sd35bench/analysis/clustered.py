@@ -7,11 +7,14 @@ measured coverage (docs/adr/0010-margins-and-intervals.md): as near to 95 % on e
 tried, no resampling noise, 2,000 times less work, and tails of any depth, which Holm's correction
 needs and 2,000 resamples do not have.
 
-Where values are bounded and fewer than `FEW_TELLING` prompts tell anything, t is far too sure (72 %
-at two prompts that tell): there two more prompts are supposed, one at each bound (Bonett and Price
-2012, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
-Data"), which errs on the careful side (98 to 100 %). Single proportions have Wilson's interval with
-the number of images that the prompts are worth (Kish's design effect).
+Where values are skewed, Student's interval misses on the side of the long tail: a sample without
+one of the rare large values has a mean and a spread that are both too small. So the ends are those
+means that are t standard errors away *by the error that they would have*: the variance changes
+with the mean by the third moment over the second, which holds exactly in every exponential family
+(Morris 1982) and gives, but for a term of second order, Wilson's interval for single shares. A
+sample's third moment says nothing sure where tails are heavy, so an end only moves away from the
+mean, never nearer, except where all that tells lies on one side and the shape is known: rare
+losses, shares near a bound.
 
 The cores work on columns, so that thousands of repetitions are one call.
 """
@@ -26,20 +29,24 @@ from sd35bench.analysis.intervals import LEVEL, Interval
 
 __all__ = [
     "FEW_TELLING",
+    "SAME_SIDE",
     "Bounds",
     "mean_bounds",
     "mean_t",
-    "proportion",
-    "proportion_bounds",
     "quantile_bounds",
     "quantile_t",
+    "ratio_bounds",
     "ratio_of_sums",
     "read_quantile",
     "student",
 ]
 
-FEW_TELLING = 8
-"""Prompts whose value differs from the bulk, below which bounded values get supposed prompts."""
+FEW_TELLING = 2
+"""Prompts that tell, below which a paired difference reaches as far as what was never seen."""
+SAME_SIDE = 12
+"""Prompts that tell, all to one side, where both are open: if one in five went to the other side,
+chance would give this in 7 of 100 cases."""
+_SAME = 1e-12
 
 Floats = NDArray[np.float64]
 
@@ -74,69 +81,48 @@ def mean_bounds(
 ) -> Bounds:
     """Means of m columns from sums [k, m] and image counts [k] of at least two prompts.
 
-    Source: Cochran 1977, "Sampling Techniques", section 6.3 (ratio estimator).
+    Where `bounds` are known, prompts that do not have the value of most are those that *tell*.
+    Where none does, the ends are the exact ones for "never seen in k prompts".
+
+    Source: Cochran 1977, "Sampling Techniques", section 6.3 (ratio estimator); Morris 1982,
+    "Natural Exponential Families with Quadratic Variance Functions", section 3, for the change of
+    the variance with the mean; Clopper and Pearson 1934 for what was never seen.
     """
-    size = counts.mean()
-    plain = _t_bounds(sums, counts)
-    if bounds is None:
-        return plain
-    ends = np.broadcast_to(np.array(bounds)[:, None] * size, (2, sums.shape[1]))
-    careful = _t_bounds(np.concatenate([sums, ends]), np.append(counts, [size, size]))
-    few = _telling(sums / counts[:, None]) < FEW_TELLING
-    low, high = (
-        np.clip(np.where(few, c, p), *bounds)
-        for c, p in ((careful.low, plain.low), (careful.high, plain.high))
-    )
-    # The supposed prompts pull their interval to the middle; it always holds what was seen.
-    return Bounds(plain.value, np.minimum(low, plain.value), np.maximum(high, plain.value))
-
-
-def proportion(flags: ArrayLike, clusters: ArrayLike) -> Interval:
-    """Return the share of images [n] that have a flag, with Wilson's interval over prompts [n]."""
-    x = np.asarray(flags, np.float64)
-    sums, counts = _sums(x, clusters)
-    if len(counts) < 2:
-        return Interval(float(x.mean()), None, None, len(x), len(counts))
-    return _interval(proportion_bounds(sums[:, None], counts), len(x), len(counts))
-
-
-def proportion_bounds(sums: Floats, counts: Floats) -> Bounds:
-    """Wilson's interval of m columns from flagged counts [k, m] and image counts [k].
-
-    Source: Wilson 1927, with the effective sample size of Kish 1965; unanimous prompts are worth
-    one image each.
-    """
-    k, n = len(counts), counts.sum()
-    p = sums.sum(axis=0) / n
-    variance = p * (1.0 - p)
-    error = _errors(sums, counts, p) ** 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        worth = np.where(error > 0.0, variance / error, k)
-    worth = np.clip(worth, 1e-9, n)
-    t = student(k - 1)
-    centre = (p + t * t / (2 * worth)) / (1 + t * t / worth)
-    half = t * np.sqrt(variance / worth + t * t / (4 * worth**2)) / (1 + t * t / worth)
-    # In exact arithmetic the interval holds p; rounding must not say otherwise.
-    return Bounds(
-        p, np.minimum(centre - half, p).clip(0.0), np.maximum(centre + half, p).clip(0, 1)
-    )
+    k = len(counts)
+    value = sums.sum(axis=0) / counts.sum()
+    error, skew = _errors(sums, counts, value), _skew(sums, counts, value)
+    telling = None if bounds is None else _telling(sums / counts[:, None], bounds)
+    t = student(k - 1 if telling is None else telling.degrees)
+    inward = False if telling is None else telling.one_sided
+    down, up = _reaches(t, skew, k, inward)
+    low, high = value - down * error, value + up * error
+    if bounds is None or telling is None:
+        return Bounds(value, low, high)
+    unseen = 1.0 - ((1.0 - LEVEL) / 2) ** (1.0 / k)
+    low = np.where(telling.few, np.minimum(low, value - (value - bounds[0]) * unseen), low)
+    high = np.where(telling.few, np.maximum(high, value + (bounds[1] - value) * unseen), high)
+    return Bounds(value, low.clip(*bounds), high.clip(*bounds))
 
 
 def ratio_of_sums(above: ArrayLike, below: ArrayLike, clusters: ArrayLike) -> Interval:
     """Return the sum of `above` [n] over the sum of `below` [n], both positive and paired.
 
-    The interval is symmetric in the ratio's logarithm, so that swapped sides give its inverse.
+    The interval is made in the ratio's logarithm, so that swapped sides give its inverse.
     """
     a, b = np.asarray(above, np.float64), np.asarray(below, np.float64)
     sums, _ = _sums(a, clusters)
     bases, _ = _sums(b, clusters)
-    k, ratio = len(sums), float(a.sum() / b.sum())
-    if k < 2:
-        return Interval(ratio, None, None, len(a), k)
-    error = _errors(sums[:, None], bases, np.array([ratio]))[0] / ratio
-    half = float(student(k - 1) * error)
-    low, high = float(ratio * np.exp(-half)), float(ratio * np.exp(half))
-    return Interval(ratio, low, high, len(a), k)
+    if len(sums) < 2:
+        return Interval(float(a.sum() / b.sum()), None, None, len(a), len(sums))
+    return _interval(ratio_bounds(sums[:, None], bases[:, None]), len(a), len(sums))
+
+
+def ratio_bounds(above: Floats, below: Floats) -> Bounds:
+    """Ratios of m columns' sums from at least two prompts' sums [k, m] of either side."""
+    k, ratio = len(above), above.sum(axis=0) / below.sum(axis=0)
+    error = _errors(above, below, ratio) / ratio
+    down, up = _reaches(student(k - 1), _skew(above, below, ratio), k)
+    return Bounds(ratio, ratio * np.exp(-down * error), ratio * np.exp(up * error))
 
 
 def quantile_t(values: ArrayLike, clusters: ArrayLike, q: float) -> Interval:
@@ -194,23 +180,74 @@ def student(degrees: float | Floats, level: float = LEVEL) -> Floats:
     return special.stdtrit(degrees, 0.5 + level / 2)
 
 
-def _t_bounds(sums: Floats, counts: Floats) -> Bounds:
-    value = sums.sum(axis=0) / counts.sum()
-    half = student(len(counts) - 1) * _errors(sums, counts, value)
-    return Bounds(value, value - half, value + half)
+def _reaches(
+    t: Floats, skew: Floats, k: int, inward: NDArray[np.bool_] | bool = False
+) -> tuple[Floats, Floats]:
+    """How many standard errors [m] the ends lie below and above a mean of k prompts.
+
+    An end is nearer than `t` only where `inward`.
+    """
+    pull = t * t * skew / (2.0 * np.sqrt(k))
+    reach = np.hypot(t, pull)
+    down, up = reach - pull, reach + pull
+    return np.where(inward, down, np.maximum(down, t)), np.where(inward, up, np.maximum(up, t))
 
 
 def _errors(sums: Floats, counts: Floats, value: Floats) -> Floats:
-    """Standard errors [m] of ratios `value` [m] of sums [k, m] to counts [k]."""
+    """Standard errors [m] of ratios `value` [m] of sums [k, m] to counts [k] or [k, m]."""
     k = len(counts)
-    residuals = (sums - value * counts[:, None]) / counts.mean()
+    residuals = _residuals(sums, counts, value) / counts.mean(axis=0)
     return np.sqrt(np.square(residuals).sum(axis=0) / (k - 1) / k)
 
 
-def _telling(means: Floats) -> NDArray[np.int64]:
-    """How many prompts [m] differ from the value that most prompts have, of means [k, m]."""
+def _skew(sums: Floats, counts: Floats, value: Floats) -> Floats:
+    """Skewness [m] of the prompts' residuals; 0 where there is no spread."""
+    residuals = _residuals(sums, counts, value)
+    squares = np.square(residuals)
+    second, third = squares.mean(axis=0), (squares * residuals).mean(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(second > 0.0, third / second**1.5, 0.0)
+
+
+def _residuals(sums: Floats, counts: Floats, value: Floats) -> Floats:
+    return sums - value * (counts if counts.ndim == 2 else counts[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class _Telling:
+    """What the prompts that differ from most say of each column [m].
+
+    `few`: too few to say how far the rest may be. `one_sided`: none can be on the other side, or
+    so many are on one that chance did not put them there. `degrees` of freedom of their spread.
+    """
+
+    few: NDArray[np.bool_]
+    one_sided: NDArray[np.bool_]
+    degrees: Floats
+
+
+def _telling(means: Floats, bounds: tuple[float, float]) -> _Telling:
+    """Sort out columns of prompts' means [k, m].
+
+    Where most prompts agree, a few of unlike sizes make an uncertain spread, whose degrees of
+    freedom are twice its square over its variance (Satterthwaite 1946).
+    """
     middle = np.median(means, axis=0)
-    return (np.abs(means - middle) > 1e-12).sum(axis=0)
+    away = means - middle
+    above, below = (away > _SAME).sum(axis=0), (away < -_SAME).sum(axis=0)
+    number = above + below
+    at_bound = (middle <= bounds[0] + _SAME) | (middle >= bounds[1] - _SAME)
+    crowd = (np.minimum(above, below) == 0) & (number >= SAME_SIDE)
+    squares = np.square(away)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = np.square(squares).sum(axis=0) / squares.sum(axis=0) ** 2 - 1.0 / number
+        uncertain = (variance > _SAME) & (number < len(means) / 2)
+        degrees = np.where(uncertain, 2.0 / variance, np.inf)
+    return _Telling(
+        few=number < np.where(at_bound, 1, FEW_TELLING),
+        one_sided=at_bound | crowd,
+        degrees=np.minimum(degrees, len(means) - 1.0),
+    )
 
 
 def _sums(values: Floats, clusters: ArrayLike) -> tuple[Floats, Floats]:

@@ -3,30 +3,49 @@
 A winner looks better on the prompts that it won on than it is. So the records of a study are
 parted before anything is compared: the choice gets those of the other splits, and the held-out
 split is looked at only afterwards, for the chosen setting and what it was held against. A held-out
-image whose prompt also stands among the choice's, under whatever name or split, does not count.
+image whose prompt also stands among the choice's, under whatever name or split, does not count;
+nor does one made under a negative prompt that the choice's prompts did not have.
 
 *Confirmed* means that the 95 % interval of the paired difference on held-out prompts lies above
 minus the profile's margin, *contradicted* that it lies below, *undecided* that it holds it. Each
-choice is one claim, so nothing is corrected.
+choice is one claim, so nothing is corrected. How many prompts it takes is planned from the choice's
+own spread, and nothing is said until they have all been run: whoever could look earlier could stop
+at a look that pleases.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.noninferiority import images_between, prompts_needed, spread
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
+from sd35bench.analysis.settings import shared_negatives
 from sd35bench.analysis.table import Row, Table
 from sd35bench.errors import ConfigError
-from sd35bench.types import Record, Task
+from sd35bench.prompts import PromptSpec, load_prompts
+from sd35bench.types import Record, Status, Task
 
-__all__ = ["HELD_OUT", "HeldOut", "Parted", "part_rows", "prompts_to_confirm", "read_held_out"]
+__all__ = [
+    "HELD_OUT",
+    "MOST_TIMES",
+    "HeldOut",
+    "Parted",
+    "most_prompts",
+    "part_rows",
+    "prompts_run",
+    "prompts_to_confirm",
+    "prompts_wanted",
+    "read_held_out",
+]
 
 HELD_OUT = "heldout"
-_MOST_TIMES = 2
+MOST_TIMES = 2
 """A confirmation asks for at most so many times the prompts of the choice."""
+_SET_SIZES = {"nano": 400, "starter.txt": 14}
+"""Held-out prompts that a set has (`nano.prompts.MAX_ITEMS`; those in configs/prompts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +64,28 @@ class Parted:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """One task's candidates on held-out prompts under the choice's metric, by their setting."""
+    """One task's candidates on held-out prompts under the choice's metric, by their setting.
+
+    `run` says on how many held-out prompts each setting was run, whatever came of it.
+    """
 
     metric: str
     by_setting: dict[str, list[Candidate]]
+    run: Mapping[str, int]
 
-    def confirm(self, chosen: str, against: str, margin: float) -> dict[str, Any]:
-        """Hold the chosen setting against another on held-out prompts; both by setting hash."""
+    def prompts_of(self, one: str, other: str) -> int:
+        """On how many held-out prompts both settings were run at least; both by setting hash."""
+        return min(self.run.get(one, 0), self.run.get(other, 0))
+
+    def confirm(self, chosen: str, against: str, margin: float, wanted: int) -> dict[str, Any]:
+        """Hold the chosen setting against another on `wanted` held-out prompts; both by hash."""
         found = self.difference(chosen, against)
+        nothing = {"difference": None, "n_pairs": 0, "n_prompts": 0, "wanted": wanted, "more": None}
         if found is None:
-            return {"status": "not run", "difference": None, "n_pairs": 0, "n_prompts": 0}
+            return {"status": "not run", **nothing}
+        run = self.prompts_of(chosen, against)
+        if run < wanted:
+            return {"status": "not run enough", **nothing, "n_prompts": run}
         more = None
         status = _status(found, margin)
         if status == "undecided":
@@ -64,6 +95,7 @@ class HeldOut:
             "difference": {"value": found.value, "ci95": found.ci95},
             "n_pairs": found.n,
             "n_prompts": found.clusters,
+            "wanted": wanted,
             "more": more,
         }
 
@@ -91,13 +123,20 @@ def part_rows(rows: Iterable[Row]) -> Parted:
     if splits <= {HELD_OUT}:
         return Parted(rows, None, [], "the choice was made on the held-out split itself")
     seen = {_text(r) for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT}
+    negatives = _negatives(rows)
     leaked: Counter[str] = Counter()
+    strange: Counter[str] = Counter()
 
     def held(record: Record) -> bool:
         if record.trial.prompt.split != HELD_OUT:
             return False
         if _text(record) in seen:
             leaked[record.trial.key] += 1
+            return False
+        request = record.trial.request
+        asked = negatives[request.task]
+        if asked and request.cfg > 1 and request.negative_prompt not in asked:
+            strange[record.trial.key] += 1
             return False
         return True
 
@@ -108,6 +147,11 @@ def part_rows(rows: Iterable[Row]) -> Parted:
         notes.append(
             f"left out of the confirmation: {len(leaked)} held-out images whose prompts the choice"
             " saw too"
+        )
+    if strange:
+        notes.append(
+            f"left out of the confirmation: {len(strange)} held-out images under another negative"
+            " prompt than the choice's"
         )
     if "tune" not in splits:
         why = "the choice was made on all prompts of its set; choose on prompts.split=tune"
@@ -122,6 +166,7 @@ def read_held_out(table: Table, rows: Sequence[Row], task: Task, metric: str) ->
         r for r in rows if r.setting["task"] == task.value and r.usable and not r.random_weights
     ]
     by_setting: dict[str, list[Candidate]] = {}
+    run = prompts_run(rows, task)
     if mine:
         try:
             judged, found = candidates(table, mine, task)
@@ -129,7 +174,37 @@ def read_held_out(table: Table, rows: Sequence[Row], task: Task, metric: str) ->
             judged, found = metric, []  # nothing of it was scored
         for candidate in found if judged == metric else []:
             by_setting.setdefault(candidate.row.setting["setting"], []).append(candidate)
-    return HeldOut(metric, by_setting)
+    return HeldOut(metric, by_setting, run)
+
+
+def prompts_run(held: Iterable[Row], task: Task) -> dict[str, int]:
+    """On how many held-out prompts each setting was run, whatever came of it, by its hash.
+
+    What a stopped run skipped was not run.
+    """
+    found: dict[str, int] = {}
+    for row in held:
+        if row.setting["task"] == task.value:
+            requests = [r.trial.request for r in row.records if r.status is not Status.SKIPPED]
+            count = len({(r.prompt, r.init_image) for r in requests})
+            key = row.setting["setting"]
+            found[key] = max(count, found.get(key, 0))
+    return found
+
+
+def prompts_wanted(
+    difference: Interval | None, margin: float, chosen_on: int, prompt_set: str
+) -> int:
+    """Held-out prompts to ask for, from the choice's spread, as many as the set may have."""
+    wanted = prompts_to_confirm(difference, margin, chosen_on)
+    return min(wanted, most_prompts(chosen_on, prompt_set))
+
+
+def most_prompts(chosen_on: int, prompt_set: str) -> int:
+    """Held-out prompts that a confirmation asks for at most."""
+    most = MOST_TIMES * chosen_on
+    size = _set_size(prompt_set)
+    return most if size is None else min(most, size)
 
 
 def prompts_to_confirm(difference: Interval | None, margin: float, chosen_on: int) -> int:
@@ -142,7 +217,26 @@ def prompts_to_confirm(difference: Interval | None, margin: float, chosen_on: in
     needed = None if sd is None else prompts_needed(sd, margin)
     if needed is None:
         return chosen_on
-    return min(max(needed, chosen_on), _MOST_TIMES * chosen_on)
+    return min(max(needed, chosen_on), MOST_TIMES * chosen_on)
+
+
+def _set_size(prompt_set: str) -> int | None:
+    """Held-out prompts that a set has; ``None`` where it is a file that is not here."""
+    if prompt_set in _SET_SIZES:
+        return _SET_SIZES[prompt_set]
+    if not Path(prompt_set).is_file():
+        return None
+    try:
+        return len(load_prompts(PromptSpec(kind="file", path=prompt_set, split=HELD_OUT)))
+    except ConfigError:
+        return None  # its columns have names of their own, or it has no held-out half
+
+
+def _negatives(rows: Iterable[Row]) -> dict[Task, tuple[str, ...] | None]:
+    """Each task's negative prompts in the choice; ``None`` where prompts bring their own."""
+    records = [r for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT]
+    by_task = {task: [r for r in records if r.trial.request.task is task] for task in Task}
+    return {task: shared_negatives(found) for task, found in by_task.items()}
 
 
 def _status(difference: Interval, margin: float) -> str:

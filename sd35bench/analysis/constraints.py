@@ -1,4 +1,4 @@
-"""What settings cost, in seconds, bytes and dollars, held against a profile's limits."""
+"""What settings cost, in seconds, bytes, dollars and failures, held against a profile's limits."""
 
 from dataclasses import dataclass
 
@@ -58,6 +58,7 @@ def check_limits(comparison: Comparison, speed: Speeds, profile: Profile) -> Lim
             _slow(speed, i, limit),
             _large(candidate, profile),
             _dear(candidate, time_s, profile),
+            _unreliable(candidate, profile),
         ]
         why = [text for text in found if text is not None]
         if why:
@@ -136,6 +137,14 @@ def _dear(candidate: Candidate, latency_s: float | None, profile: Profile) -> st
     if price <= profile.cost_limit_usd:
         return None
     return f"too dear: {price:.4g} USD an image, limit {profile.cost_limit_usd:.4g} USD"
+
+
+def _unreliable(candidate: Candidate, profile: Profile) -> str | None:
+    """More failures than allowed; running the study again retries them."""
+    failed, tried = len(candidate.failed), len(candidate.tried)
+    if not failed or failed <= profile.failures_limit * tried:
+        return None
+    return f"failed {failed} of {tried} trials, limit {100 * profile.failures_limit:g} %"
 
 
 def _gib(count: float) -> str:

@@ -6,17 +6,19 @@ lack it, it does not apply. Nothing is judged here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.clustered import mean_t, student
+from sd35bench.analysis.figure import Figure, difference, missing, ratio
 from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.latency import Spread, couple_starts, log_ratio, run_drift
 from sd35bench.analysis.policy import Dimension, MetricMargin
 from sd35bench.analysis.quality import facts
+from sd35bench.analysis.set_figures import set_figure
 from sd35bench.analysis.sides import Matched, Side, match_pairs
 
 __all__ = ["Distances", "Figure", "figures", "start_drifts"]
@@ -30,32 +32,6 @@ _QUANTILES = {"p50": 0.5, "p95": 0.95}
 _LEAST_PER_START = {"p50": 5, "p95": 40}
 """Lone images that a start needs for a quantile to say anything about it."""
 _LEAST_MEMORY_STARTS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One number of both sides; ``None`` is unknown.
-
-    `kind` is "difference" or "ratio"; the effect of a ratio is its logarithm. `allowed` is the
-    margin on the effect's scale. `note` says what the reader must know, or why there is no effect;
-    `unmeasured` that one side lacks it.
-    """
-
-    name: str
-    unit: str
-    kind: str
-    margin: MetricMargin
-    allowed: float
-    baseline: float | None = None
-    candidate: float | None = None
-    effect: Interval | None = None
-    unmeasured: bool = False
-    note: str | None = None
-
-    @property
-    def absent(self) -> bool:
-        """Whether neither side has it."""
-        return self.effect is None and not self.unmeasured
 
 
 def figures(
@@ -108,11 +84,11 @@ def _quantile(name: str, margin: MetricMargin, spread: Spread, a: Side, b: Side)
         for which, side in zip(usable, (a, b), strict=True)
     ]
     values = [float(np.quantile(x, q, method="hazen")) if len(x) else None for x in pooled]
-    asked = _ratio(name, "s", margin)
+    asked = ratio(name, "s", margin)
     if not usable[0] or not usable[1]:
         least = _LEAST_PER_START[name]
         why = f"no process start with {least} images made alone on the {{}}"
-        return _missing(asked, values, why)
+        return missing(asked, values, why)
     couples = couple_starts(
         [a.starts[i].started_at for i in usable[0]], [b.starts[i].started_at for i in usable[1]]
     )
@@ -155,9 +131,9 @@ def _peak(name: str, margin: MetricMargin, noise: float, a: Side, b: Side) -> Fi
         for side in (a, b)
     ]
     values = [float(np.median(x)) if len(x) else None for x in peaks]
-    asked = _ratio(name, "bytes", margin)
+    asked = ratio(name, "bytes", margin)
     if values[0] is None or values[1] is None:
-        return _missing(asked, values, f"{name} is not known on the {{}}")
+        return missing(asked, values, f"{name} is not known on the {{}}")
     value, n = float(np.log(values[1] / values[0])), min(map(len, peaks))
     half, degrees, note = float(np.log(noise)), n, f"noise between starts: ratio {noise:g}"
     if n >= _LEAST_MEMORY_STARTS:
@@ -190,7 +166,7 @@ def _failures(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
     effect = mean_t(lost, matched.clusters, bounds=(-1.0, 1.0))
     shares = [float(f.mean()) for f in flags]
     (name, margin), *_ = wanted.margins.items()
-    asked = _difference(name, "share of trials", margin)
+    asked = difference(name, "share of trials", margin)
     return [asked(baseline=shares[0], candidate=shares[1], effect=effect)]
 
 
@@ -208,17 +184,34 @@ def _any_failed(side: Side) -> NDArray[np.bool_]:
 def _quality(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
     if a.random_weights or b.random_weights:
         return []
-    names = sorted({*a.metrics, *b.metrics})
-    judged = [(name, m) for name in names if (m := wanted.margin(name)) is not None]
-    return [_metric(name, margin, a, b) for name, margin in judged]
+    found = []
+    for measure, names in (
+        (_metric, {*a.metrics, *b.metrics}),
+        (set_figure, {*a.sets, *b.sets}),
+    ):
+        judged = [(name, m) for name in sorted(names) if (m := wanted.margin(name)) is not None]
+        found += [measure(name, margin, a, b) for name, margin in judged]
+    return [one for name in wanted.margins for one in _of_name(name, wanted, found, b)]
+
+
+def _of_name(name: str, wanted: Dimension, found: list[Figure], b: Side) -> list[Figure]:
+    """Figures of one metric that the policy names; one without an effect where there is none."""
+    own = [figure for figure in found if wanted.named(figure.name) == name]
+    if not own:
+        absent = difference(name, "metric", wanted.margins[name])
+        own = [absent(note=f"{name} was scored on neither side")]
+    if any(figure.effect is not None for figure in own):
+        return own
+    needed = wanted.needs(name, b.setting["task"])
+    return [replace(figure, needed=needed) for figure in own]
 
 
 def _metric(name: str, margin: MetricMargin, a: Side, b: Side) -> Figure:
-    asked = _difference(name, "metric", margin)
+    asked = difference(name, "metric", margin)
     columns = [side.metrics.get(name) for side in (a, b)]
     means = [None if c is None else float(np.nanmean(c)) for c in columns]
     if columns[0] is None or columns[1] is None:
-        return _missing(asked, means, f"{name} was not scored on the {{}}")
+        return missing(asked, means, f"{name} was not scored on the {{}}")
     matched = match_pairs(a, b, (np.isfinite(columns[0]), np.isfinite(columns[1])))
     if not len(matched.clusters):
         return asked(unmeasured=True, note=f"no pair has {name} on both sides")
@@ -237,7 +230,7 @@ def _drift(wanted: Dimension, a: Side, b: Side, distances: Distances) -> list[Fi
     (name, margin), *_ = wanted.margins.items()
     floor, said = _floor(wanted, a, b)
     allowed = MetricMargin(floor + margin.margin, margin.direction)
-    asked = _difference(name, "levels of 255", allowed)
+    asked = difference(name, "levels of 255", allowed)
     if not len(matched.clusters):
         return [asked(unmeasured=True, note="no pair has an image on both sides")]
     levels = distances(a, b, matched)
@@ -256,38 +249,18 @@ def _has_image(side: Side) -> NDArray[np.bool_]:
 
 
 def _floor(wanted: Dimension, a: Side, b: Side) -> tuple[float, str]:
-    """The noise floor that drift must be beyond: measured if it was, else the policy's, else 0."""
-    measured = [f for f in (a.floor_levels, b.floor_levels) if f is not None]
-    if measured:
-        return max(measured), f"noise floor {max(measured):.3g} levels, measured"
-    if wanted.floor_levels is not None:
-        return wanted.floor_levels, f"noise floor {wanted.floor_levels:g} levels, from the policy"
-    return 0.0, "no noise floor was measured: taken as 0 (run with noise_floor=BACKEND to have one)"
+    """The noise floor that drift must be beyond: the baseline's, else the policy's, else 0.
 
-
-# Shared ----------------------------------------------------------------------------------------
-
-
-def _ratio(name: str, unit: str, margin: MetricMargin) -> Callable[..., Figure]:
-    def make(**found: Any) -> Figure:
-        allowed = float(np.log(margin.margin))
-        return Figure(name=name, unit=unit, kind="ratio", margin=margin, allowed=allowed, **found)
-
-    return make
-
-
-def _difference(name: str, unit: str, margin: MetricMargin) -> Callable[..., Figure]:
-    def make(**found: Any) -> Figure:
-        return Figure(
-            name=name, unit=unit, kind="difference", margin=margin, allowed=margin.margin, **found
-        )
-
-    return make
-
-
-def _missing(make: Callable[..., Figure], values: list[float | None], why: str) -> Figure:
-    """A figure that one side lacks, or both; `why` has a place for the side's name."""
-    lacking = [n for n, v in zip(("baseline", "candidate"), values, strict=True) if v is None]
-    both = len(lacking) != 1
-    note = why.format("baseline and the candidate" if both else lacking[0])
-    return make(baseline=values[0], candidate=values[1], unmeasured=not both, note=note)
+    Never the candidate's: one that became noisy would be excused by its own noise.
+    """
+    if a.floor_levels is not None:
+        floor, said = a.floor_levels, f"noise floor {a.floor_levels:.3g} levels, of the baseline"
+    elif wanted.floor_levels is not None:
+        floor = wanted.floor_levels
+        said = f"noise floor {floor:g} levels, from the policy"
+    else:
+        floor, said = 0.0, "the baseline measured no noise floor: taken as 0"
+        said += " (run it with noise_floor=BACKEND to have one)"
+    if b.floor_levels is not None and b.floor_levels > floor:
+        said += f"; the candidate's own is larger, {b.floor_levels:.3g}, and excuses nothing"
+    return floor, said

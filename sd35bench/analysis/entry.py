@@ -1,12 +1,13 @@
 """What a choice rests on, as the parts of a recommendation's entry."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp
 from typing import Any
 
 from sd35bench.analysis.api_body import api_body
 from sd35bench.analysis.choice import Choice, Speeds
-from sd35bench.analysis.confirm import HeldOut
+from sd35bench.analysis.confirm import HeldOut, prompts_wanted
 from sd35bench.analysis.constraints import peak_bytes, usd
 from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.named_defaults import (
@@ -16,9 +17,11 @@ from sd35bench.analysis.named_defaults import (
     find_default,
     not_applicable,
     records_with,
+    verdict_beside,
 )
-from sd35bench.analysis.noninferiority import POWER, images_between
+from sd35bench.analysis.noninferiority import POWER, TAIL, p_within
 from sd35bench.analysis.pairs import Comparison
+from sd35bench.analysis.pareto import RESAMPLES, Front
 from sd35bench.analysis.profiles import Profile
 from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.reproduce import Elsewhere, results_dir_of, run_command, snippet
@@ -27,8 +30,12 @@ from sd35bench.analysis.summary import latency_summary
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.types import Task
 
-__all__ = ["Entry", "describe", "setting_of"]
+__all__ = ["FRONT", "Claim", "Entry", "describe", "setting_of"]
 
+Claim = tuple[str, str]
+"""The chosen setting and a default, by their hashes: that the first is better."""
+
+FRONT = ("on_front", "p_dominated")
 _SETTING = ("model", "backend", *(f for f in REQUEST_FIELDS if f != "task"), "threads")
 
 
@@ -62,6 +69,7 @@ class Entry:
     table: Table
     comparison: Comparison
     speed: Speeds
+    front: Front
     held_out: HeldOut
     profile: Profile
     choice: Choice
@@ -86,6 +94,15 @@ class Entry:
             return self.choice.reference
         return self.choice.rival
 
+    @property
+    def wanted(self) -> int:
+        """Held-out prompts that a confirmation takes: planned from the choice's own spread."""
+        difference = None
+        if self.against is not None:
+            difference = self.comparison.differences(self.choice.chosen)[self.against]
+        prompt_set = self.row.quality_records()[0].trial.prompt.set
+        return prompts_wanted(difference, self.choice.margin, self.n_prompts, prompt_set)
+
     def document(self) -> dict[str, Any]:
         """The entry's `evidence`."""
         choice, i = self.choice, self.choice.chosen
@@ -105,6 +122,8 @@ class Entry:
             "latency_s": latency,
             "speed_basis": self.speed.basis,
             "speed": self.speed.values[i],
+            **self._front(i),
+            "resamples": RESAMPLES,
             "peak_bytes": peak_bytes(self.comparison.candidates[i]),
             "usd_per_image": self._usd(i),
             "limit": choice.limits.latency,
@@ -118,6 +137,8 @@ class Entry:
             "n_pairs": self.comparison.quality.shape[1],
             "n_prompts": self.n_prompts,
             "settings_compared": len(self.comparison.candidates),
+            **self._failures(i),
+            "failures_limit": self.profile.failures_limit,
         }
 
     def alternatives(self) -> list[dict[str, Any]]:
@@ -132,16 +153,20 @@ class Entry:
                 "difference_from_best": self._difference(i),
                 "non_inferiority": self._test(i),
                 "speed": self.speed.values[i],
+                **self._front(i),
+                **self._failures(i),
                 "why_not": verdicts[i],
             }
             for i in sorted(verdicts, key=lambda i: -means[i])
         ]
-        missing = ("quality", "difference_from_best", "non_inferiority", "speed")
+        missing = ("quality", "difference_from_best", "non_inferiority", "speed", *FRONT)
         found += [
             {
                 "setting": setting_of(c.row),
                 "setting_id": c.row.id,
                 **dict.fromkeys(missing),
+                "failed": len(c.failed),
+                "n_trials": len(c.tried),
                 "why_not": f"too few pairs: {len(c.quality)}",
             }
             for c in compared.left_out
@@ -156,7 +181,7 @@ class Entry:
         if against is None:
             return {"status": "nothing to hold it against"}
         settings = [self._row(j).setting["setting"] for j in (self.choice.chosen, against)]
-        found = self.held_out.confirm(settings[0], settings[1], self.choice.margin)
+        found = self.held_out.confirm(settings[0], settings[1], self.choice.margin, self.wanted)
         return {
             **found,
             "against": setting_of(self._row(against)),
@@ -171,9 +196,18 @@ class Entry:
         found = [find_default(d, rows, self.row) for d in NAMED if d.task is task]
         return [i for i, row in enumerate(rows) if any(row is f for f in found)]
 
-    def named_defaults(self, task: Task) -> list[dict[str, Any]]:
-        """The choice beside each default that others ship for the task."""
-        return [self._beside(d) for d in NAMED if d.task is task]
+    def claims(self, task: Task) -> dict[Claim, float]:
+        """p-values of "no better than this default", of those that held-out prompts can judge."""
+        others = [i for i in self.default_indices(task) if i != self.choice.chosen]
+        found = {self._claim(i): self._held_difference(i) for i in others}
+        return {claim: p_within(d, 0.0) for claim, d in found.items() if d is not None}
+
+    def named_defaults(self, task: Task, p_holm: Mapping[Claim, float]) -> list[dict[str, Any]]:
+        """The choice beside each default that others ship for the task.
+
+        `p_holm` are the p-values of all profiles' claims together, corrected for their number.
+        """
+        return [self._beside(d, p_holm) for d in NAMED if d.task is task]
 
     def command(self) -> str:
         """The command that makes the chosen setting's images again."""
@@ -209,6 +243,25 @@ class Entry:
         names = sorted(name for name in self.table.scores if name != GUARD)
         found = {name: row_metric(self.study, self.table, self.row, name) for name in names}
         return {name: entry for name, entry in found.items() if entry["value"] is not None}
+
+    def _front(self, i: int) -> dict[str, Any]:
+        """Whether a candidate is on the front, and its probability of being dominated."""
+        share = self.front.dominated
+        values = bool(self.front.on_front[i]), None if share is None else float(share[i])
+        return dict(zip(FRONT, values, strict=True))
+
+    def _failures(self, i: int) -> dict[str, int]:
+        candidate = self.comparison.candidates[i]
+        return {"failed": len(candidate.failed), "n_trials": len(candidate.tried)}
+
+    def _claim(self, i: int) -> Claim:
+        return self.row.setting["setting"], self._row(i).setting["setting"]
+
+    def _held_difference(self, i: int) -> Interval | None:
+        """The choice minus candidate `i` on held-out prompts, once the planned number was run."""
+        if self.held_out.prompts_of(*self._claim(i)) < self.wanted:
+            return None
+        return self.held_out.difference(*self._claim(i))
 
     def _usd(self, i: int) -> float | None:
         time_s = self.speed.values[i] if self.speed.basis == "latency_s" else None
@@ -259,7 +312,7 @@ class Entry:
             figures.append(f"{latency['p50']:.3g} s an image")
         return f"{name} ({', '.join(figures)})"
 
-    def _beside(self, default: NamedDefault) -> dict[str, Any]:
+    def _beside(self, default: NamedDefault, p_holm: Mapping[Claim, float]) -> dict[str, Any]:
         """One named default beside the choice: in the study, or with the command that adds it."""
         wanted = {
             "name": default.name,
@@ -282,23 +335,23 @@ class Entry:
             command = self._adding(default)
             return {**wanted, **blank, "status": "not in the study", "command": command}
         i = next(i for i, r in enumerate(rows) if r is row)
-        return {**wanted, **blank, **self._against_default(i), "setting_id": row.id}
+        return {**wanted, **blank, **self._against_default(i, p_holm), "setting_id": row.id}
 
-    def _against_default(self, i: int) -> dict[str, Any]:
-        """The choice minus candidate `i`: on held-out prompts where there are any."""
+    def _against_default(self, i: int, p_holm: Mapping[Claim, float]) -> dict[str, Any]:
+        """The choice minus candidate `i`: on held-out prompts where there are enough."""
         quality = self._quality(i)
         if i == self.choice.chosen:
             return {"status": "chosen", "quality": quality, "verdict": "this is the choice"}
-        chosen, other = self.row.setting["setting"], self._row(i).setting["setting"]
-        held = self.held_out.difference(chosen, other)
+        held = self._held_difference(i)
         found = self.comparison.differences(self.choice.chosen)[i] if held is None else held
+        above = None if held is None else p_holm[self._claim(i)] < TAIL
         return {
             "status": "in the study",
             "quality": quality,
             "difference": _interval(found),
             "on": "the choice's prompts" if held is None else "held-out prompts",
             "speed_ratio": self._speed_ratio(i),
-            "verdict": _verdict(found, self.choice.margin),
+            "verdict": verdict_beside(found, self.choice.margin, above),
         }
 
     def _speed_ratio(self, i: int) -> dict[str, Any]:
@@ -316,23 +369,6 @@ class Entry:
         preset = PRESET if default.skips_layers else None
         asked = Elsewhere(skip_layers=preset, results_dir=results_dir_of(self.study.path))
         return run_command(records, self.study.name, asked)
-
-
-def _verdict(difference: Interval, margin: float) -> str:
-    """What the choice's quality is beside a default's, in words; more is better."""
-    if difference.low is None or difference.high is None:
-        return "not distinguishable: one prompt says nothing"
-    if difference.low > 0.0:
-        return "better"
-    if difference.low > -margin:
-        return "as good within the margin"
-    if difference.high < -margin:
-        return "worse by more than the margin"
-    if difference.high < 0.0:
-        return "worse; whether by more than the margin is not decided"
-    needed = images_between(difference, margin)
-    told = "no practicable number of images" if needed is None else f"about {needed['images']} more"
-    return f"not distinguishable with n={difference.n}; {told} would decide"
 
 
 def _interval(d: Interval) -> dict[str, Any]:

@@ -47,11 +47,13 @@ class Direction(StrEnum):
 class Judgement:
     """One figure's test: whether it passes, and how improbable its harm is within the margin.
 
-    `p_fail` is the one-sided p-value of "no more harm than the margin"; 1 without an interval.
+    `p_fail` is the one-sided p-value of "no more harm than the margin"; 1 without an interval's
+    end on the side of harm, where `can_fail` is False: no data of that kind would show any.
     """
 
     passes: bool
     p_fail: float
+    can_fail: bool = True
 
 
 def harm_of(effect: Interval, direction: Direction) -> list[Interval]:
@@ -75,7 +77,7 @@ def judge(effect: Interval, margin: float, direction: Direction) -> Judgement:
     harms = harm_of(effect, direction)
     passes = all(h.high is not None and h.high <= margin for h in harms)
     p = min(1.0, len(harms) * min(_p_above(h, margin) for h in harms))
-    return Judgement(passes, p)
+    return Judgement(passes, p, can_fail=any(h.low is not None for h in harms))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

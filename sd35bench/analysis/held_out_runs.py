@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sd35bench.analysis.confirm import HELD_OUT, prompts_to_confirm
+from sd35bench.analysis.confirm import HELD_OUT
 from sd35bench.analysis.entry import Entry, setting_of
 from sd35bench.analysis.pairs import Candidate
 from sd35bench.analysis.reproduce import Elsewhere, results_dir_of, run_command
@@ -17,9 +17,6 @@ from sd35bench.analysis.settings import is_hosted
 from sd35bench.types import Record, Task
 
 __all__ = ["Run", "add_run", "confirming_runs", "runs_document"]
-
-_MOST_NANO = 400
-"""As many prompts as the embedded model's world has in a set (`nano.prompts.MAX_ITEMS`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +40,6 @@ def confirming_runs(found: Entry, task: Task, planned: Mapping[str, int]) -> lis
     """What the confirmation of one choice needs; `planned` counts prompts run, by setting."""
     if found.against is None:
         return []
-    difference = found.comparison.differences(found.choice.chosen)[found.against]
-    wanted = prompts_to_confirm(difference, found.choice.margin, found.n_prompts)
-    first = found.row.quality_records()[0]
-    wanted = min(wanted, _MOST_NANO) if first.trial.prompt.set == "nano" else wanted
     indices = dict.fromkeys([found.choice.chosen, found.against, *found.default_indices(task)])
     candidates = [found.comparison.candidates[i] for i in indices]
     return [
@@ -55,7 +48,7 @@ def confirming_runs(found: Entry, task: Task, planned: Mapping[str, int]) -> lis
             task=task,
             study=found.study.name,
             results_dir=results_dir_of(found.study.path),
-            prompts=wanted,
+            prompts=found.wanted,
             there=planned.get(c.row.setting["setting"], 0),
         )
         for c in candidates

@@ -57,18 +57,16 @@ def mean_interval(
     values: ArrayLike,
     clusters: ArrayLike,
     *,
-    bounds: tuple[float, float] | None = None,
     resamples: int = RESAMPLES,
     seed: int = _SEED,
 ) -> Interval:
-    """Return the mean over images with an interval over prompts.
+    """Return the mean over images with an interval over prompts; a point where prompts agree.
+
+    Values with bounds have `clustered.mean_t`: near a bound this one covers too little.
 
     Args:
         values: [n] floats, at least one, no NaN.
         clusters: [n] integers, the prompt of each image.
-        bounds: what a value can be at least and at most, where that is known. If every prompt
-            agreed, resampling sees no spread at all; with bounds the interval then is the exact
-            one for "never seen in k prompts" (Clopper and Pearson), otherwise a point.
         resamples: how many resamples, at least 1000.
         seed: of the resampling.
     """
@@ -79,8 +77,7 @@ def mean_interval(
         return Interval(value, None, None, len(x), k)
     means = sums / counts
     if np.ptp(means) <= 1e-12 * max(1.0, abs(value)):
-        low, high = _unseen(value, k, bounds)
-        return Interval(value, low, high, len(x), k)
+        return Interval(value, value, value, len(x), k)
     draws = resampled_means(sums[:, None], counts, resamples=resamples, seed=seed)[:, 0]
     # Rounding in single precision must not put a proportion's end below 0.
     low, high = np.clip(percentile_bounds(draws, k), means.min(), means.max())
@@ -189,11 +186,3 @@ def _cluster_sums(
     _, labels = np.unique(clusters, return_inverse=True)
     sums = np.bincount(labels, weights=values).astype(np.float64)
     return sums, np.bincount(labels).astype(np.float64)
-
-
-def _unseen(value: float, k: int, bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """Return the ends of the interval where k prompts all gave `value`."""
-    if bounds is None:
-        return value, value
-    share = 1.0 - ((1.0 - LEVEL) / 2) ** (1.0 / k)
-    return value - (value - bounds[0]) * share, value + (bounds[1] - value) * share

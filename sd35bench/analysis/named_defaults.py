@@ -10,15 +10,26 @@ Stability AI's sd3.5 repository, `sd3_infer.py`, CONFIGS["sd3.5_medium"] (DPM++ 
 skip-layer guidance at cfg 4. All of them leave the shift to the checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sd35bench.analysis.intervals import Interval
+from sd35bench.analysis.noninferiority import images_between
 from sd35bench.analysis.table import Row
 from sd35bench.errors import ConfigError
-from sd35bench.types import Record, Request, Task
+from sd35bench.types import Record, Request, Task, to_json
 
-__all__ = ["NAMED", "NamedDefault", "check_name", "find_default", "not_applicable", "records_with"]
+__all__ = [
+    "NAMED",
+    "NamedDefault",
+    "asks_for",
+    "check_name",
+    "find_default",
+    "not_applicable",
+    "records_with",
+    "verdict_beside",
+]
 
 _SKIP = {"scale": 2.5, "start": 0.01, "stop": 0.2}
 PRESET = "stability"
@@ -96,9 +107,15 @@ def check_name(name: str, task: Task) -> NamedDefault | None:
     return next((d for d in NAMED if d.name == name and d.task is task), None)
 
 
+def asks_for(default: NamedDefault, request: Request) -> bool:
+    """Whether a request asks for what a default does, prompt and size aside."""
+    fields = ("task", "steps", "cfg", "prompt_strength", "sampler", "shift", "skip_layer_guidance")
+    return _has(default, {name: to_json(getattr(request, name)) for name in fields})
+
+
 def find_default(default: NamedDefault, rows: Sequence[Row], like: Row) -> Row | None:
     """Return the row of a named default on the backend of the row `like`; ``None`` without one."""
-    found = [r for r in rows if _same_place(r, like) and _is(default, r)]
+    found = [r for r in rows if _same_place(r, like) and _has(default, r.setting)]
     rest = ("max_sequence_length", "output_format", "output_quality")
     found.sort(key=lambda r: sum(r.setting[n] != like.setting[n] for n in rest))
     return found[0] if found else None
@@ -120,6 +137,29 @@ def records_with(default: NamedDefault, records: Sequence[Record]) -> list[Recor
     ]
 
 
+def verdict_beside(difference: Interval, margin: float, above: bool | None) -> str:
+    """What the choice's quality is beside a default's, in words; more is better.
+
+    `above`: whether held-out prompts show it to be better; ``None``: the difference is of the very
+    prompts that it was chosen on, where the winner of many looks better than it is.
+    """
+    if difference.low is None or difference.high is None:
+        return "not distinguishable: one prompt says nothing"
+    if above:
+        return "better"
+    if above is None and difference.low > 0.0:
+        return "higher here; held-out prompts would tell"
+    if difference.low > -margin:
+        return "as good within the margin"
+    if difference.high < -margin:
+        return "worse by more than the margin"
+    if difference.high < 0.0:
+        return "worse; whether by more than the margin is not decided"
+    needed = images_between(difference, margin)
+    told = "no practicable number of images" if needed is None else f"about {needed['images']} more"
+    return f"not distinguishable with n={difference.n}; {told} would decide"
+
+
 def _with(default: NamedDefault, request: Request) -> Request:
     return replace(
         request,
@@ -139,8 +179,7 @@ def _same_place(row: Row, like: Row) -> bool:
     )
 
 
-def _is(default: NamedDefault, row: Row) -> bool:
-    s = row.setting
+def _has(default: NamedDefault, s: Mapping[str, Any]) -> bool:
     wanted = (default.task.value, default.steps, default.cfg, default.prompt_strength)
     has = (s["task"], s["steps"], float(s["cfg"]), s["prompt_strength"])
     if has != wanted or s["sampler"] != default.sampler or s["shift"] not in _OWN_SHIFT:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.intervals import Interval, mean_interval, percentile_bounds
+from sd35bench.analysis.clustered import mean_t
+from sd35bench.analysis.intervals import Interval, percentile_bounds
 
 __all__ = ["MOST", "NEIGHBOURS", "covered", "precision_interval", "recall_interval"]
 
@@ -52,7 +53,7 @@ def precision_interval(
     """Share of images [n, d] inside the reference's manifold, with an interval over prompts."""
     x, labels = _most(features, clusters)
     inside = covered(x, _cut(reference, len(x)), k)
-    return mean_interval(inside.astype(np.float64), labels, bounds=(0.0, 1.0))
+    return mean_t(inside.astype(np.float64), labels, bounds=(0.0, 1.0))
 
 
 def recall_interval(
@@ -78,7 +79,7 @@ def recall_interval(
         chosen = np.isin(labels, rng.choice(prompts, half, replace=False))
         draws[i] = _recall(pool, np.flatnonzero(chosen), k)
     if np.ptp(draws) == 0.0 and value in (0.0, 1.0):  # "never seen in so many prompts"
-        exact = mean_interval(np.full(prompts, value), np.arange(prompts), bounds=(0.0, 1.0))
+        exact = mean_t(np.full(prompts, value), np.arange(prompts), bounds=(0.0, 1.0))
         return Interval(value, exact.low, exact.high, len(x), prompts)
     spread = (draws - draws.mean()) * np.sqrt(half / (prompts - half))
     low, high = np.clip(percentile_bounds(value + spread, prompts), 0.0, 1.0)

@@ -4,23 +4,26 @@ Quality is one number per image. For text-to-image it is the first of prompt acc
 CLIP-score that was scored. For image-to-image it is the harmonic mean of prompt followed and init
 kept, per image: an edit must do both, and a mean that either part can pull to 0 has its optimum
 inside, where an arithmetic mean would be content with an untouched init image (0 and 1 give 0.5).
+
+A trial that failed made nothing, which is worth 0: left out, it would spare its own setting, and
+take the prompt away from all others.
 """
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.clustered import mean_bounds, mean_t
-from sd35bench.analysis.intervals import Interval, mean_interval
+from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import PairKey, pair_key
-from sd35bench.analysis.table import Row, Table
+from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.errors import ConfigError
-from sd35bench.types import Record, Task
+from sd35bench.types import Record, Status, Task
 
 __all__ = [
     "EDIT_QUALITY",
@@ -35,39 +38,64 @@ __all__ = [
 EDIT_QUALITY = "edit_quality"
 _ENOUGH_PAIRS = 0.5
 """A setting with fewer than this share of the largest one's pairs is not compared."""
+_NO_IMAGE = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One row with its quality and its lone latency per pair; `work` is evaluations per image.
 
-    `work` counts guidance's second half, which doubles an evaluation's cost.
+    `work` counts guidance's second half, which doubles an evaluation's cost. `refused` are the keys
+    of trials whose images are black, constant or of a wrong size.
     """
 
     row: Row
     quality: dict[PairKey, float]
     latency_s: dict[PairKey, float]
     work: float
+    refused: frozenset[str] = frozenset()
+
+    @property
+    def tried(self) -> list[Record]:
+        """Trials of the batch sizes that made images, but for those that a stopped run skipped."""
+        sizes = {r.trial.batch_size for r in self.row.usable}
+        return [
+            r
+            for r in self.row.records
+            if r.trial.batch_size in sizes and r.status is not Status.SKIPPED
+        ]
+
+    @property
+    def failed(self) -> list[Record]:
+        """Those of `tried` that made no image, or one that is refused."""
+        return [r for r in self.tried if r.status is not Status.OK or r.trial.key in self.refused]
+
+    def outcomes(self) -> dict[PairKey, float]:
+        """Quality per pair, 0 where the trial failed."""
+        size = self.row.quality_batch_size
+        lost = [r.trial for r in self.failed if r.trial.batch_size == size]
+        return {pair_key(trial): _NO_IMAGE for trial in lost} | self.quality
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Candidates on the pairs that all of them have.
 
-    `quality`: [S, n]; `clusters`: [n], the prompt of each pair; `left_out` are rows with too few
-    pairs. `better` is +1 where more is better.
+    `quality`: [S, n]; `keys`: [n], what each pair is; `clusters`: [n], the prompt of each;
+    `left_out` are rows with too few pairs.
     """
 
     metric: str
     candidates: list[Candidate]
     quality: NDArray[np.float64]
+    keys: list[PairKey]
     clusters: NDArray[np.int64]
     left_out: list[Candidate]
 
     def mean(self, index: int) -> Interval:
         """One candidate's mean quality."""
         bounds = (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
-        return mean_interval(self.quality[index], self.clusters, bounds=bounds)
+        return mean_t(self.quality[index], self.clusters, bounds=bounds)
 
     def differences(self, index: int) -> list[Interval]:
         """Mean paired differences of quality: `index` minus every candidate, itself included."""
@@ -89,15 +117,16 @@ class Comparison:
         if not shared:
             return None
         ratios = [float(np.log(a[key] / b[key])) for key in shared]
-        return mean_interval(ratios, _clusters(shared))
+        return mean_t(ratios, _clusters(shared))
 
 
 def paired_difference(metric: str, a: Candidate, b: Candidate) -> Interval | None:
     """Mean of a's quality minus b's over the pairs that both have; ``None`` without any."""
-    common = [key for key in a.quality if key in b.quality]
+    mine, theirs = a.outcomes(), b.outcomes()
+    common = [key for key in mine if key in theirs]
     if not common:
         return None
-    paired = [a.quality[key] - b.quality[key] for key in common]
+    paired = [mine[key] - theirs[key] for key in common]
     return mean_t(paired, _clusters(common), bounds=_span(metric))
 
 
@@ -141,8 +170,11 @@ def candidates(table: Table, rows: list[Row], task: Task) -> tuple[str, list[Can
     Raises: ConfigError where no metric that can judge this task was scored.
     """
     metric, names = _objective(table, rows, task)
-    found = [Candidate(row, _quality(table, row, names), _latency(row), _work(row)) for row in rows]
-    return metric, [c for c in found if c.quality]
+    found = [
+        Candidate(row, _quality(table, row, names), _latency(row), _work(row), _refused(table, row))
+        for row in rows
+    ]
+    return metric, _under_every_negative([c for c in found if c.quality])
 
 
 def compare(metric: str, found: list[Candidate]) -> Comparison:
@@ -150,23 +182,25 @@ def compare(metric: str, found: list[Candidate]) -> Comparison:
 
     Raises: ConfigError with fewer than two candidates, or where they share no pair.
     """
-    most = max((len(c.quality) for c in found), default=0)
-    kept = [c for c in found if len(c.quality) >= _ENOUGH_PAIRS * most]
-    left_out = [c for c in found if len(c.quality) < _ENOUGH_PAIRS * most]
+    outcomes = [c.outcomes() for c in found]
+    enough = _ENOUGH_PAIRS * max(map(len, outcomes), default=0)
+    kept = [c for c, o in zip(found, outcomes, strict=True) if len(o) >= enough]
+    left_out = [c for c, o in zip(found, outcomes, strict=True) if len(o) < enough]
+    outcomes = [o for o in outcomes if len(o) >= enough]
     if len(kept) < 2:
         raise ConfigError(
             f"nothing to compare: {len(kept)} setting with {metric}; sweep at least two, for"
             " example `sd35bench run -m steps=4,16 cfg=1,4`"
         )
-    tally = Counter(key for c in kept for key in c.quality)
-    common = [key for key in kept[0].quality if tally[key] == len(kept)]
+    tally = Counter(key for o in outcomes for key in o)
+    common = [key for key in outcomes[0] if tally[key] == len(kept)]
     if not common:
         raise ConfigError(
             "nothing to compare: the settings share no pair of prompt, seed, size and init image;"
             " sweep them over the same prompts and seeds"
         )
-    quality = np.array([[c.quality[key] for key in common] for c in kept])
-    return Comparison(metric, kept, quality, _clusters(common), left_out)
+    quality = np.array([[o[key] for key in common] for o in outcomes])
+    return Comparison(metric, kept, quality, common, _clusters(common), left_out)
 
 
 def _objective(table: Table, rows: list[Row], task: Task) -> tuple[str, list[str]]:
@@ -196,6 +230,35 @@ def _quality(table: Table, row: Row, names: list[str]) -> dict[PairKey, float]:
         if len(values) == len(names):
             found[pair_key(record.trial)] = _harmonic(values)
     return found
+
+
+def _refused(table: Table, row: Row) -> frozenset[str]:
+    """Keys of the trials that ended OK with an image that the guards refused."""
+    ok = [r for r in row.records if r.status is Status.OK]
+    guarded = ((r, table.score(GUARD, r)) for r in ok)
+    return frozenset(r.trial.key for r, s in guarded if s is not None and not s.value)
+
+
+def _under_every_negative(found: list[Candidate]) -> list[Candidate]:
+    """Pair settings without guidance with others under whatever negative prompt these have.
+
+    At cfg <= 1 a negative prompt does nothing, so a plan has its image once, and a command that
+    asks for it again may not even name the negative prompt.
+    """
+    guided = dict.fromkeys(key for c in found if c.row.setting["cfg"] > 1 for key in c.quality)
+    if len({key[1] for c in found for key in c.quality}) == 1 or not guided:
+        return found
+    return [c if c.row.setting["cfg"] > 1 else _spread_out(c, guided) for c in found]
+
+
+def _spread_out(candidate: Candidate, keys: Iterable[PairKey]) -> Candidate:
+    def spread(values: dict[PairKey, float]) -> dict[PairKey, float]:
+        by_image = {(key[0], *key[2:]): value for key, value in values.items()}
+        found = {key: by_image.get((key[0], *key[2:])) for key in keys}
+        return values | {key: value for key, value in found.items() if value is not None}
+
+    quality, latency_s = spread(candidate.quality), spread(candidate.latency_s)
+    return replace(candidate, quality=quality, latency_s=latency_s)
 
 
 def _harmonic(values: list[float]) -> float:

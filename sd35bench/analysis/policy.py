@@ -1,11 +1,13 @@
 """Policies: which dimensions a gate judges, which it requires, and how much worse is allowed.
 
 A dimension that a policy does not name is not judged. One that it requires and that could not be
-measured fails: a gate that cannot see must not let everything through. What was measured and
-remains undecided passes with a warning, unless the policy says `undecided: fail`.
+measured fails: a gate that cannot see must not let everything through. So does a metric that it
+names there, unless `optional` lists it or it cannot judge the task. What was measured and remains
+undecided passes with a warning, unless the policy says `undecided: fail`. What the baseline made
+and the candidate did not is outside of every figure: `coverage` says how much of it must be there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -15,7 +17,7 @@ import yaml
 
 from sd35bench.analysis.equivalence import Direction
 from sd35bench.analysis.latency import Spread
-from sd35bench.analysis.quality import facts
+from sd35bench.analysis.quality import facts, known_metrics
 from sd35bench.errors import ConfigError
 
 __all__ = ["DIMENSIONS", "Dimension", "MetricMargin", "Policy", "as_policy", "load_policy"]
@@ -33,7 +35,7 @@ _KEYS = {
     "latency": {"required", "margins", "start_spread", "start_spread_degrees"},
     "memory": {"required", "margins", "noise"},
     "failures": {"required", "margins"},
-    "quality": {"required", "margins"},
+    "quality": {"required", "margins", "optional"},
     "drift": {"required", "margins", "floor_levels"},
 }
 
@@ -54,7 +56,8 @@ class Dimension:
     """What a policy wants of one dimension.
 
     `spread` is that of latency between runs, `noise` the ratio of memory peaks between process
-    starts, `floor_levels` the noise floor of drift where no study measured one.
+    starts, `floor_levels` the noise floor of drift where the baseline measured none, `optional` the
+    metrics that are judged where there is a score and do not apply where there is none.
     """
 
     required: bool
@@ -62,19 +65,34 @@ class Dimension:
     spread: Spread | None = None
     noise: float | None = None
     floor_levels: float | None = None
+    optional: frozenset[str] = frozenset()
+
+    def named(self, figure: str) -> str | None:
+        """Return the longest beginning of a figure's name that has a margin; ``None`` for none."""
+        return max((n for n in self.margins if figure.startswith(n)), key=len, default=None)
 
     def margin(self, figure: str) -> MetricMargin | None:
-        """Return a figure's margin by the longest beginning that is named; ``None`` for none."""
-        known = [name for name in self.margins if figure.startswith(name)]
-        return self.margins[max(known, key=len)] if known else None
+        """Return a figure's margin, by the longest beginning that is named; ``None`` for none."""
+        name = self.named(figure)
+        return None if name is None else self.margins[name]
+
+    def needs(self, name: str, task: str) -> bool:
+        """Whether a metric that the margins name must have been scored for images of a task."""
+        judges = facts(name).task in (None, task)
+        return self.required and name not in self.optional and judges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """A gate's rules; `undecided_fails` says what an undecided dimension does."""
+    """A gate's rules; `undecided_fails` says what an undecided dimension does.
+
+    `coverage` is the share of the baseline's settings, and of each one's pairs, that the candidate
+    must have recorded, from 0 to 1.
+    """
 
     name: str
     undecided_fails: bool = False
+    coverage: float = 1.0
     dimensions: Mapping[str, Dimension] = field(default_factory=dict)
 
 
@@ -98,7 +116,7 @@ def load_policy(name: str, folder: Path) -> Policy:
 def as_policy(name: str, raw: Any) -> Policy:
     """Check a policy and freeze it. Raises: ConfigError, naming the field."""
     given = _mapping("policy", raw)
-    _known("policy", given, {"name", "undecided", "dimensions"})
+    _known("policy", given, {"name", "undecided", "coverage", "dimensions"})
     undecided = given.get("undecided", "pass")
     if undecided not in ("pass", "fail"):
         raise ConfigError(f"policy.undecided={undecided!r}: must be pass or fail")
@@ -109,6 +127,7 @@ def as_policy(name: str, raw: Any) -> Policy:
     return Policy(
         name=str(given.get("name", name)),
         undecided_fails=undecided == "fail",
+        coverage=_share("policy.coverage", given.get("coverage", 1.0)),
         dimensions={k: _dimension(k, dimensions[k]) for k in DIMENSIONS if k in dimensions},
     )
 
@@ -125,24 +144,31 @@ def _dimension(name: str, raw: Any) -> Dimension:
         raise ConfigError(f"{where}.margins: name at least one figure")
     if name in _MARGINS:
         _known(f"{where}.margins", margins, set(_MARGINS[name]))
-    least = 1.0 if name in _RATIOS else 0.0
-    frozen = {k: _margin(f"{where}.margins.{k}", k, v, least) for k, v in margins.items()}
+    else:
+        _require_metrics(f"{where}.margins", margins)
     return Dimension(
         required=required,
-        margins={k: _directed(name, k, v) for k, v in frozen.items()},
+        margins={k: _margin(f"{where}.margins.{k}", name, k, v) for k, v in margins.items()},
         spread=_spread(where, given) if name == "latency" else None,
         noise=_number(f"{where}.noise", given.get("noise", 1.02), 1.0)
         if name == "memory"
         else None,
         floor_levels=_floor(where, given),
+        optional=_optional(where, given, margins),
     )
 
 
-def _margin(where: str, figure: str, raw: Any, least: float) -> MetricMargin:
-    """A number, or a mapping with `margin` and `direction`."""
-    worse = Direction.LESS if facts(figure).higher_is_better else Direction.MORE
+def _margin(where: str, dimension: str, figure: str, raw: Any) -> MetricMargin:
+    """A number, or a mapping with `margin` and, for a metric of quality, `direction`."""
+    least = 1.0 if dimension in _RATIOS else 0.0
+    worse = _worse(dimension, figure)
     if not isinstance(raw, Mapping):
         return MetricMargin(_number(where, raw, least), worse)
+    if dimension != "quality" and "direction" in raw:
+        raise ConfigError(
+            f"{where}.direction={raw['direction']!r}: more {dimension} is always worse; leave it"
+            " out (a direction belongs to a metric of quality)"
+        )
     _known(where, raw, {"margin", "direction"})
     direction = raw.get("direction", worse)
     if direction not in tuple(Direction):
@@ -150,9 +176,37 @@ def _margin(where: str, figure: str, raw: Any, least: float) -> MetricMargin:
     return MetricMargin(_number(f"{where}.margin", raw.get("margin"), least), Direction(direction))
 
 
-def _directed(dimension: str, figure: str, margin: MetricMargin) -> MetricMargin:
-    """Outside of quality, more is worse: seconds, bytes, failures, differences."""
-    return margin if dimension == "quality" else MetricMargin(margin.margin, Direction.MORE)
+def _worse(dimension: str, figure: str) -> Direction:
+    """Which way is worse: outside of quality more of it (seconds, bytes, failures, differences).
+
+    Of what only describes an image (sharpness) neither is better, so any change is meant.
+    """
+    if dimension != "quality":
+        return Direction.MORE
+    known = facts(figure)
+    if not known.ranks:
+        return Direction.BOTH
+    return Direction.LESS if known.higher_is_better else Direction.MORE
+
+
+def _require_metrics(where: str, margins: Mapping[str, Any]) -> None:
+    """Refuse what is no metric's name or its continuation: a misspelt one would never be judged."""
+    known = [name for name in known_metrics() if name != "drift"]
+    for name in margins:
+        if name.startswith("drift"):
+            raise ConfigError(f"{where}.{name}: drift is a dimension of its own; name it there")
+        if not name.startswith(tuple(known)):
+            raise ConfigError(f"{where}.{name}: no metric; known: {', '.join(known)}")
+
+
+def _optional(where: str, given: Mapping[str, Any], margins: Mapping[str, Any]) -> frozenset[str]:
+    names = given.get("optional", [])
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        raise ConfigError(f"{where}.optional={names!r}: expected a list of names with a margin")
+    for name in names:
+        if name not in margins:
+            raise ConfigError(f"{where}.optional={name!r}: has no margin; give it one or leave it")
+    return frozenset(names)
 
 
 def _spread(where: str, given: Mapping[str, Any]) -> Spread:
@@ -168,6 +222,13 @@ def _spread(where: str, given: Mapping[str, Any]) -> Spread:
 def _floor(where: str, given: Mapping[str, Any]) -> float | None:
     floor = given.get("floor_levels")
     return None if floor is None else _number(f"{where}.floor_levels", floor, 0.0)
+
+
+def _share(where: str, value: Any) -> float:
+    share = _number(where, value, 0.0)
+    if share > 1.0:
+        raise ConfigError(f"{where}={value!r}: a share, from 0 to 1")
+    return share
 
 
 def _mapping(where: str, raw: Any) -> Mapping[str, Any]:

@@ -1,7 +1,11 @@
-"""Profiles: what a setting is wanted for, as limits, an objective and margins of quality."""
+"""Profiles: what a setting is wanted for, as limits, an objective and margins of quality.
+
+Those of the package are in a folder, by name; anybody's own is a YAML file with the same fields.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -10,13 +14,17 @@ import yaml
 
 from sd35bench.errors import ConfigError
 
-__all__ = ["BEST", "OBJECTIVES", "Profile", "as_profiles", "load_profiles"]
+__all__ = ["BEST", "OBJECTIVES", "Profile", "as_profiles", "load_profile", "load_profiles"]
 
 OBJECTIVES = ("fastest", "best-quality")
 """The fastest setting that is shown to be as good within the margin, or the best quality."""
 
 BEST = "best"
 """The reference that stands for whichever setting within the limits is best."""
+
+_FAILURES_LIMIT = 0.01
+_QUALITIES = ("prompt_accuracy", "edit_quality", "clip_score")
+"""What a choice can be made by (`pairs`), or what such a metric's name begins with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +33,10 @@ class Profile:
 
     Latency is limited in seconds, or as a share of the slowest setting's; memory in bytes (of the
     GPU where there is one); `cost_limit_usd` is per image, and `usd_per_hour` what an hour of this
-    machine costs, without which only hosted services have a cost. `reference` is what "as good"
-    means: `BEST`, or the name of a default (see `named_defaults`). `margins` maps metric names or
-    their beginnings to what may be lost of them; a metric without a margin has 0: nothing may be.
+    machine costs, without which only hosted services have a cost. `failures_limit` is the share of
+    trials that may fail. `reference` is what "as good" means: `BEST`, or the name of a default (see
+    `named_defaults`). `margins` maps metric names or their beginnings to what may be lost of them;
+    a metric without a margin has 0: nothing may be.
     """
 
     name: str
@@ -38,6 +47,7 @@ class Profile:
     memory_limit_bytes: float | None = None
     cost_limit_usd: float | None = None
     usd_per_hour: float | None = None
+    failures_limit: float = _FAILURES_LIMIT
     margins: Mapping[str, float] = field(default_factory=dict)
 
     def margin(self, metric: str) -> float:
@@ -61,8 +71,39 @@ def load_profiles(folder: Path) -> dict[str, Profile]:
     names = [n for n in order if n in paths] + [n for n in paths if n not in order]
     if not names:
         raise ConfigError(f"profile: no YAML file in {folder}")
-    read = {name: yaml.safe_load(paths[name].read_text()) for name in names}
-    return {p.name: p for p in as_profiles(read)}
+    return {p.name: p for p in (_read(paths[name]) for name in names)}
+
+
+def load_profile(name: str, folder: Path, option: str = "--profile") -> Profile:
+    """Read a profile by its name in `folder`, or from a YAML file; `option` opens a complaint.
+
+    Raises: ConfigError where there is none, or it is none.
+    """
+    own = Path(name).expanduser()
+    if own.suffix not in (".yaml", ".yml"):
+        known = load_profiles(folder)
+        if name in known:
+            return known[name]
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"{option}={name}: must be one of {', '.join(known)}, or a YAML file's path{hint}"
+        )
+    if not own.is_file():
+        raise ConfigError(f"{option}={name}: there is no such file")
+    return _read(own)
+
+
+def _read(path: Path) -> Profile:
+    """Read one YAML file; a complaint about a field says which file it is in."""
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ConfigError(f"profile: cannot read {path}: {exc}") from exc
+    try:
+        return _freeze(path.stem, raw)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
 
 
 def _freeze(name: str, raw: Any) -> Profile:
@@ -77,8 +118,9 @@ def _freeze(name: str, raw: Any) -> Profile:
     if not isinstance(given, Mapping):
         raise ConfigError(f"profile.margins={given!r}: expected metric names with their margins")
     checked = {str(k): _number(f"margins.{k}", v, 0.0) for k, v in given.items()}
+    _refuse_unknown(checked)
     return Profile(
-        name=str(raw.get("name", name)),
+        name=_word("name", raw, name, None),
         objective=_word("objective", raw, "fastest", OBJECTIVES),
         reference=_word("reference", raw, BEST, None),
         latency_limit_s=_limit("latency_limit_s", raw),
@@ -86,6 +128,7 @@ def _freeze(name: str, raw: Any) -> Profile:
         memory_limit_bytes=_limit("memory_limit_bytes", raw),
         cost_limit_usd=_limit("cost_limit_usd", raw),
         usd_per_hour=_limit("usd_per_hour", raw),
+        failures_limit=_share("failures_limit", raw, _FAILURES_LIMIT),
         margins=checked,
     )
 
@@ -101,6 +144,26 @@ def _word(
         of = "a name" if known is None else f"one of {', '.join(known)}"
         raise ConfigError(f"profile.{field_name}={value!r}: expected {of}")
     return value
+
+
+def _refuse_unknown(margins: Mapping[str, float]) -> None:
+    """Refuse margins of what no choice is made by: misspelt, one would leave its metric with 0."""
+    for name in margins:
+        if not any(name.startswith(q) or q.startswith(name) for q in _QUALITIES):
+            raise ConfigError(
+                f"profile.margins.{name}: no choice is made by it; known: {', '.join(_QUALITIES)}"
+                " (or a name that begins so)"
+            )
+
+
+def _share(field_name: str, raw: Mapping[str, Any], default: float) -> float:
+    value = raw.get(field_name)
+    if value is None:
+        return default
+    share = _number(field_name, value, 0.0)
+    if share > 1.0:
+        raise ConfigError(f"profile.{field_name}={value!r}: expected a share, from 0 to 1")
+    return share
 
 
 def _limit(field_name: str, raw: Mapping[str, Any]) -> float | None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.intervals import Interval, mean_interval
+from sd35bench.analysis.clustered import mean_t
+from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.kernel_distance import Sample
 from sd35bench.analysis.reference import (
     Reference,
@@ -23,13 +24,14 @@ from sd35bench.analysis.set_metrics import FRECHET, compute
 from sd35bench.analysis.settings import cluster_key
 from sd35bench.analysis.table import Row, ScoreLike, Table
 from sd35bench.errors import MetricError
-from sd35bench.types import Record
+from sd35bench.types import Record, Task
 
 __all__ = [
     "MetricFacts",
     "Reference",
     "cluster_labels",
     "facts",
+    "known_metrics",
     "read_reference",
     "reference_path",
     "row_metric",
@@ -41,28 +43,35 @@ __all__ = [
 class MetricFacts:
     """Whether more is better, and what a value can be at least and at most where that is known.
 
-    `ranks` is False for a description (sharpness), of which neither more nor less is better.
+    `ranks` is False for a description (sharpness), of which neither more nor less is better;
+    `task` is the only task that it can judge, ``None`` for any.
     """
 
     higher_is_better: bool
     bounds: tuple[float, float] | None = None
     ranks: bool = True
+    task: str | None = None
 
 
 _FACTS = {
     "prompt_accuracy": MetricFacts(True, (0.0, 1.0)),
-    "init_kept": MetricFacts(True, (0.0, 1.0)),
+    "init_kept": MetricFacts(True, (0.0, 1.0), task=Task.IMAGE_TO_IMAGE),
     "clip_score": MetricFacts(True, (-100.0, 100.0)),
-    "fid": MetricFacts(False),
-    "kid": MetricFacts(False),
-    "cmmd": MetricFacts(False),
-    "precision": MetricFacts(True, (0.0, 1.0)),
-    "recall": MetricFacts(True, (0.0, 1.0)),
+    "fid": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
+    "kid": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
+    "cmmd": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
+    "precision": MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE),
+    "recall": MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE),
     "sharpness": MetricFacts(True, ranks=False),
     "contrast": MetricFacts(True, ranks=False),
     # No bounds: where all are identical the interval is a point, not "never seen in k prompts".
     "drift": MetricFacts(False),
 }
+
+
+def known_metrics() -> tuple[str, ...]:
+    """Families of metrics of which anything is known, in the order of the alphabet."""
+    return tuple(sorted(_FACTS))
 
 
 def facts(metric: str) -> MetricFacts:
@@ -98,7 +107,7 @@ def cluster_labels(records: list[Record]) -> NDArray[np.int64]:
 
 def _mean(metric: str, valued: list[tuple[Record, float]]) -> Interval:
     labels = cluster_labels([r for r, _ in valued])
-    return mean_interval([v for _, v in valued], labels, bounds=facts(metric).bounds)
+    return mean_t([v for _, v in valued], labels, bounds=facts(metric).bounds)
 
 
 def _levels(metric: str, valued: list[tuple[Record, float]]) -> dict[str, Any] | None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from sd35bench.analysis.choice import Choice, Speeds, choose, speeds
 from sd35bench.analysis.confirm import Parted, part_rows, read_held_out
-from sd35bench.analysis.entry import Entry, setting_of
+from sd35bench.analysis.entry import Claim, Entry, setting_of
+from sd35bench.analysis.equivalence import holm
 from sd35bench.analysis.held_out_runs import add_run, confirming_runs, runs_document
 from sd35bench.analysis.named_defaults import check_name, find_default
 from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_family
+from sd35bench.analysis.pareto import Front, front_of
 from sd35bench.analysis.profiles import BEST, Profile, as_profiles
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.errors import ConfigError
@@ -42,8 +44,10 @@ def recommend_document(
     {"text-to-image": entry or None, "image-to-image": entry or None}}, "confirm", "notes",
     "warnings"}``. An entry has `setting`, `setting_id`, `evidence`, `alternatives`,
     `named_defaults`, `confirmation`, `command`, `snippet` and `api`, or, where no setting meets
-    the profile, `setting` ``None`` and the evidence's `reason`. `confirm` lists the commands that
-    make the held-out images that are not there.
+    the profile, `setting` ``None`` and the evidence's `reason`. Evidence and alternatives say
+    whether a setting is on the Pareto front (`on_front`) and its probability of being dominated
+    (`p_dominated`, ``None`` with one prompt; see `sd35bench.analysis.pareto`). `confirm` lists the
+    commands that make the held-out images that are not there.
 
     Raises: ConfigError where neither task has two settings to compare, or for a bad profile.
     """
@@ -63,8 +67,9 @@ def recommend_document(
                 problems.append(str(exc))
     if not tasks:
         raise ConfigError(_nothing(study, table.rows, problems))
+    entries = {task: each.entries(checked) for task, each in tasks.items()}
     found = {
-        p.name: {t.value: tasks[t.value].entry(p) if t.value in tasks else None for t in Task}
+        p.name: {t.value: entries[t.value][p.name] if t.value in tasks else None for t in Task}
         for p in checked
     }
     confirmed, said = _confirmation(found, parted)
@@ -90,37 +95,53 @@ class _Task:
         metric, found = candidates(table, rows, task)
         self.comparison: Comparison = compare(metric, found)
         self.speed: Speeds = speeds(self.comparison)
+        self.front: Front = front_of(self.comparison, self.speed)
         held = [] if parted.held_out is None else parted.held_out
         self.held_out = read_held_out(table, held, task, metric)
-        self.planned = _planned(held, task)
         self.runs: dict[str, Any] = {}
         self.records = [r for c in self.comparison.candidates for r in c.row.quality_records()]
 
-    def entry(self, profile: Profile) -> dict[str, Any]:
-        """Choose for one profile and say why."""
+    def entries(self, profiles: Sequence[Profile]) -> dict[str, dict[str, Any]]:
+        """Choose for each profile and say why.
+
+        What all choices together claim to be better than is corrected for the number of claims.
+        """
+        found = {profile.name: self._entry(profile) for profile in profiles}
+        chosen = [entry for entry in found.values() if isinstance(entry, Entry)]
+        claims = {c: p for entry in chosen for c, p in entry.claims(self.task).items()}
+        p_holm = dict(zip(claims, holm(list(claims.values())), strict=True))
+        return {name: self._document(entry, p_holm) for name, entry in found.items()}
+
+    def _entry(self, profile: Profile) -> Entry | str:
+        """One profile's choice; a text says why there is none."""
         named = self._named(profile)
         choice = named if isinstance(named, str) else self._choose(profile, named)
         if isinstance(choice, str):
-            evidence = {"headline": f"no setting: {choice}", "reason": choice}
-            return {**_NOTHING, "evidence": evidence}
-        found = Entry(
+            return choice
+        return Entry(
             study=self.study,
             table=self.table,
             comparison=self.comparison,
             speed=self.speed,
+            front=self.front,
             held_out=self.held_out,
             profile=profile,
             choice=choice,
         )
+
+    def _document(self, found: Entry | str, p_holm: Mapping[Claim, float]) -> dict[str, Any]:
+        if isinstance(found, str):
+            evidence = {"headline": f"no setting: {found}", "reason": found}
+            return {**_NOTHING, "evidence": evidence}
         if self.parted.held_out is not None:
-            for run in confirming_runs(found, self.task, self.planned):
+            for run in confirming_runs(found, self.task, self.held_out.run):
                 add_run(self.runs, run)
         return {
             "setting": setting_of(found.row),
             "setting_id": found.row.id,
             "evidence": found.document(),
             "alternatives": found.alternatives(),
-            "named_defaults": found.named_defaults(self.task),
+            "named_defaults": found.named_defaults(self.task, p_holm),
             "confirmation": found.confirmation(self.parted.why),
             "command": found.command(),
             "snippet": found.snippet(),
@@ -148,18 +169,6 @@ class _Task:
             f"the study has no setting like {profile.reference}'s ({default.steps} steps, cfg"
             f" {default.cfg:g}) to hold others against"
         )
-
-
-def _planned(held: Sequence[Row], task: Task) -> dict[str, int]:
-    """On how many held-out prompts each setting was run, whatever came of it."""
-    found: dict[str, int] = {}
-    for row in held:
-        if row.setting["task"] == task.value:
-            requests = [r.trial.request for r in row.records]
-            count = len({(r.prompt, r.init_image) for r in requests})
-            key = row.setting["setting"]
-            found[key] = max(count, found.get(key, 0))
-    return found
 
 
 def _confirmation(found: Mapping[str, Mapping[str, Any]], parted: Parted) -> tuple[bool, str]:

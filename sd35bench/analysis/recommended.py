@@ -1,7 +1,6 @@
 """A recommendation for people: `recommended.yaml`, and the same on a terminal."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from sd35bench.analysis.entry import describe
+from sd35bench.analysis.pareto import SAME_COST
+from sd35bench.disk import write_atomic
 
 __all__ = [
     "confirmation_text",
     "default_cells",
     "estimate_text",
+    "failures_text",
     "first_upper",
+    "front_cell",
+    "front_note",
+    "front_sentence",
     "print_confirming",
     "print_recommendation",
+    "share_text",
     "write_recommended",
 ]
 
@@ -27,18 +33,16 @@ _SHOWN_ALTERNATIVES = 5
 
 
 def write_recommended(study: Any, document: dict[str, Any]) -> Path:
-    """Write the study's recommended.yaml, whole or not at all, and return its path."""
+    """Write the study's recommended.yaml, whole or not at all, and return its path.
+
+    Raises: DiskFull, StoreError.
+    """
     path = study.path / "recommended.yaml"
-    part = path.with_name(f".recommended.{os.getpid()}.tmp")
     header = "# Written by `sd35bench recommend`. Settings per profile, with their evidence.\n"
     text = yaml.dump(
         document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
     )
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(header + text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomic(path, (header + text).encode())
     return path
 
 
@@ -92,8 +96,9 @@ def _print_setting(group: list[tuple[str, str, Any]], console: Console) -> None:
     evidence = entry["evidence"]
     console.print(
         f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
-        f" images of {evidence['n_prompts']} prompts."
+        f" images of {evidence['n_prompts']} prompts.{failures_text(evidence)}"
     )
+    console.print(front_sentence(evidence), soft_wrap=True)
     for line in _confirmed_lines(group):
         console.print(escape(line), soft_wrap=True)
     for line in _open_lines(group):
@@ -127,6 +132,9 @@ def confirmation_text(confirmation: dict[str, Any]) -> str:
         return "not confirmed: there is nothing within the limits to hold it against"
     if status == "not run":
         return "not confirmed on held-out prompts: they have not been run"
+    if status == "not run enough":
+        run, wanted = confirmation["n_prompts"], confirmation["wanted"]
+        return f"not confirmed: held-out prompts not run enough, {run} of the planned {wanted}"
     found = estimate_text(confirmation["difference"], "+")
     text = (
         f"{status} on {confirmation['n_prompts']} held-out prompts"
@@ -134,7 +142,12 @@ def confirmation_text(confirmation: dict[str, Any]) -> str:
         f" {describe(confirmation['against'])}, margin {confirmation['margin']:g}"
     )
     more = confirmation["more"]
-    return text if more is None else f"{text}; about {more['images']} more would decide"
+    if more is None:
+        return text
+    return (
+        f"{text}; about {more['images']} more images would decide, in a new plan on other prompts:"
+        " adding to these would be looking twice"
+    )
 
 
 def default_cells(default: dict[str, Any]) -> list[str]:
@@ -148,7 +161,7 @@ def default_cells(default: dict[str, Any]) -> list[str]:
     if default["status"] == "not in the study":
         verdict = "not in the study"
     elif default["on"] is not None:
-        verdict = f"on {default['on']}: {verdict}"
+        verdict = f"{verdict} (on {default['on']})"
     ratio = default["speed_ratio"]
     speed = "" if ratio is None else f"{ratio['value']:.2f}x as long"
     quality = estimate_text(default["quality"])
@@ -220,7 +233,7 @@ def _print_alternatives(entry: dict[str, Any], console: Console) -> None:
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     speed = _unit(entry["evidence"])
-    for column in ("not chosen", "quality", "minus the best", speed, "why not"):
+    for column in ("not chosen", "quality", "minus the best", speed, "dominated", "why not"):
         table.add_column(column)
     for other in entry["alternatives"][:_SHOWN_ALTERNATIVES]:
         table.add_row(*map(escape, _cells(other, entry["setting"])))
@@ -228,6 +241,7 @@ def _print_alternatives(entry: dict[str, Any], console: Console) -> None:
     more = len(entry["alternatives"]) - _SHOWN_ALTERNATIVES
     if more > 0:
         console.print(f"… and {more} more in recommended.yaml")
+    console.print(f"[dim]{front_note(entry['evidence'])}[/dim]", soft_wrap=True)
 
 
 def _unit(evidence: dict[str, Any]) -> str:
@@ -238,7 +252,8 @@ def _cells(other: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     speed = "" if other["speed"] is None else f"{other['speed']:.3g}"
     quality = estimate_text(other["quality"])
     difference = estimate_text(other["difference_from_best"], "+")
-    return [describe(other["setting"], chosen), quality, difference, speed, other["why_not"]]
+    name = describe(other["setting"], chosen)
+    return [name, quality, difference, speed, front_cell(other), other["why_not"]]
 
 
 def estimate_text(entry: dict[str, Any] | None, sign: str = "") -> str:
@@ -250,6 +265,54 @@ def estimate_text(entry: dict[str, Any] | None, sign: str = "") -> str:
         return value
     low, high = (format(end, f"{sign}.2f") for end in entry["ci95"])
     return f"{value} [{low}, {high}]"
+
+
+def failures_text(evidence: dict[str, Any]) -> str:
+    """What of the choice's trials failed, as one more sentence; empty where none did."""
+    failed = evidence["failed"]
+    if not failed:
+        return ""
+    return f" {failed} of its {evidence['n_trials']} trials failed, which count as 0."
+
+
+def front_cell(entry: dict[str, Any]) -> str:
+    """Its probability of being dominated, and whether it is on the front; empty if not compared."""
+    if entry["on_front"] is None:
+        return ""
+    share = entry["p_dominated"]
+    said = "" if share is None else share_text(share)
+    return f"{said} (front)".strip() if entry["on_front"] else said
+
+
+def front_sentence(evidence: dict[str, Any]) -> str:
+    """Where the choice lies beside the front."""
+    where = "on" if evidence["on_front"] else "not on"
+    share = evidence["p_dominated"]
+    sure = "" if share is None else f"; dominated in {share_text(share)} of resamples"
+    return f"The choice is {where} the Pareto front of quality and {_cost_word(evidence)}{sure}."
+
+
+def front_note(evidence: dict[str, Any]) -> str:
+    """What the column about the front means."""
+    return (
+        "dominated: in how many of"
+        f" {evidence['resamples']} resamples of the prompts another setting is no worse and no"
+        " slower, and better in one of the two; front: in what was measured, none is."
+        f" {100 * SAME_COST:.0f} % of {_cost_word(evidence)} is no difference"
+    )
+
+
+def share_text(share: float) -> str:
+    """A share of resamples in percent; never 0 or 100, which no number of them shows."""
+    if share < 0.001:
+        return "< 0.1 %"
+    if share > 0.999:
+        return "> 99.9 %"
+    return f"{100 * share:.{0 if 0.01 <= share <= 0.99 else 1}f} %"
+
+
+def _cost_word(evidence: dict[str, Any]) -> str:
+    return "latency" if evidence["speed_basis"] == "latency_s" else "evaluations"
 
 
 class _Dumper(yaml.SafeDumper):

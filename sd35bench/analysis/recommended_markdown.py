@@ -9,13 +9,17 @@ from sd35bench.analysis.recommended import (
     confirmation_text,
     default_cells,
     estimate_text,
+    failures_text,
     first_upper,
+    front_cell,
+    front_note,
+    front_sentence,
 )
 
 __all__ = ["recommendation_markdown"]
 
 _ANSWERS = ("profile", "task", "setting", "quality", "latency p50", "margin", "held-out prompts")
-_OTHERS = ("setting", "quality", "minus the reference", "p (Holm)", "why not")
+_OTHERS = ("setting", "quality", "minus the reference", "p (Holm)", "dominated", "why not")
 _DEFAULTS = ("default", "setting", "quality", "choice minus it", "takes", "the choice is")
 _SHOWN = 8
 
@@ -75,7 +79,8 @@ def _section(profile: str, task: str, entry: dict[str, Any]) -> list[str]:
         f"### {first_upper(profile)}, {task}",
         "",
         f"{first_upper(evidence['reason'])}. {evidence['settings_compared']} settings compared on"
-        f" the same {evidence['n_pairs']} images of {evidence['n_prompts']} prompts.",
+        f" the same {evidence['n_pairs']} images of {evidence['n_prompts']} prompts."
+        f"{failures_text(evidence)} {front_sentence(evidence)}",
     ]
     if evidence["more_images"] is not None:
         lines += ["", f"{first_upper(evidence['more_images']['text'])}."]
@@ -84,7 +89,7 @@ def _section(profile: str, task: str, entry: dict[str, Any]) -> list[str]:
     others = entry["alternatives"]
     if others:
         rows = [_other(o, entry["setting"]) for o in others[:_SHOWN]]
-        lines += ["", *_table(_OTHERS, rows)]
+        lines += ["", *_table(_OTHERS, rows), "", f"{first_upper(front_note(evidence))}."]
     if len(others) > _SHOWN:
         lines += ["", f"{len(others) - _SHOWN} more are in recommended.yaml."]
     lines += ["", *_fenced("sh", _commands(entry))]
@@ -112,6 +117,7 @@ def _other(other: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
         estimate_text(other["quality"]),
         estimate_text(other["difference_from_best"], "+"),
         "" if test is None else f"{test['p_holm']:.2g}",
+        front_cell(other),
         other["why_not"],
     ]
 

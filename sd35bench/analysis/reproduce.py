@@ -1,19 +1,27 @@
 """A setting as something to run: the `sd35bench run` command, and plain diffusers.
 
 Both are made from a record, so every value is the one that was in force. Prompts are untrusted
-text: they reach the snippet as Python literals and never the command line.
+text: they reach the snippet as Python literals and never the command line. Negative prompts that a
+command line gave are quoted for Hydra and for the shell.
+
+Which prompts a record had, its command can only say as the first so many of a set. So it asks for
+as many as reach the highest of the records' numbers: where a search took some of a set, or some
+failed, these and what lies between them, and never others in their place.
 """
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.settings import is_hosted
+from sd35bench.analysis.settings import is_hosted, shared_negatives
+from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.guidance import skip_layer_text
-from sd35bench.types import Load, ModelSpec, Record, Request, Task
+from sd35bench.types import Load, ModelSpec, PromptRef, Record, Request, Task
 
 __all__ = ["Elsewhere", "remote_overrides", "results_dir_of", "run_command", "snippet"]
 
@@ -21,6 +29,9 @@ _DEFAULT_RESULTS = "results"
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What a run has unasked; everything else is spelled out.
 _QUIET = {"sampler": "euler", "output_format": "png", "output_quality": 90}
+
+_PLAIN = re.compile(r"[A-Za-z/.][\w./-]*")
+_WORDS = ("null", "true", "false", "nan", "inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +70,10 @@ def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | No
     elif asked.skip_layers is not None:
         parts.append(f"skip_layer_guidance={asked.skip_layers}")
     parts += _prompts(records, asked)
+    negatives = _negatives(records)
+    parts += [f"negative_prompt={','.join(map(_quoted, negatives))}"] if negatives else []
     parts += [f"seed={','.join(map(str, seeds))}", f"batch_size={records[0].trial.batch_size}"]
-    many = ["-m"] if len(seeds) > 1 else []
+    many = ["-m"] if len(seeds) > 1 or len(negatives) > 1 else []
     where = [f"results_dir={asked.results_dir}"] if asked.results_dir is not None else []
     return shlex.join(["sd35bench", "run", *many, *parts, f"study={study}", *where])
 
@@ -201,12 +214,42 @@ def _arguments(record: Record, init_path: Path | None) -> list[tuple[str, str]]:
 
 
 def _weights(model: ModelSpec) -> list[str]:
-    """Overrides that say which weights, where they are not a checkpoint's."""
+    """Overrides that say which weights, where a run would not find them unasked.
+
+    The path of what lies in the Hub's cache names its revision.
+    """
     if model.weights == "checkpoint":
-        return []
+        if model.path in ("", str(NANO_WEIGHTS)) or model.weights_digest == _packaged():
+            return []
+        components = [] if model.components is None else [model.components]
+        return [
+            f"model.path={_quoted(model.path)}",
+            *(f"model.components={_quoted(path)}" for path in components),
+        ]
     layers = [] if model.layers is None else [f"model.layers={model.layers}"]
     encoders = ["model.text_encoders=true"] if model.text_encoders else []
     return [f"model.weights={model.weights}", *layers, *encoders]
+
+
+@lru_cache(maxsize=1)
+def _packaged() -> str | None:
+    """Digest of the weights in the package; ``None`` where they were not installed."""
+    return weights_digest(NANO_WEIGHTS) if NANO_WEIGHTS.is_dir() else None
+
+
+def _negatives(records: Sequence[Record]) -> tuple[str, ...]:
+    """Negative prompts to ask for; none where there are none, or where the prompts bring them."""
+    found = shared_negatives(records)
+    return () if found is None or found == ("",) else found
+
+
+def _quoted(text: str) -> str:
+    """A text as an override's value: as it is where it is plain, else in Hydra's quotes."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    # Hydra takes a backslash for itself only before a quotation mark.
+    escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), text)
+    return f'"{escaped}"'
 
 
 def _quality(request: Request) -> str:
@@ -216,23 +259,44 @@ def _quality(request: Request) -> str:
 
 def _prompts(records: Sequence[Record], asked: Elsewhere) -> list[str]:
     """Which prompts: nano's generated set exactly, a file by its name."""
-    refs = [r.trial.prompt for r in records]
-    first, request = refs[0], records[0].trial.request
+    first = records[0].trial.prompt
     split = first.split if asked.split is None else asked.split
-    here = len({(r.trial.request.prompt, r.trial.request.init_image) for r in records})
-    count = here if asked.limit is None else asked.limit
-    edit = request.task is Task.IMAGE_TO_IMAGE
+    count = _reach(records) if asked.limit is None else asked.limit
+    limit = [] if count is None else [f"prompts.limit={count}"]
     if first.set == "nano":
-        kind = ["prompts.task=edit"] if edit else []
-        seed = first.id.split("-")[-2:-1]  # ids are split-kind-seed-number
-        kind += [f"prompts.seed={seed[0]}"] if seed not in ([], ["0"]) else []
-        return ["prompts=nano", f"prompts.split={split}", *kind, f"prompts.limit={count}"]
+        task = _nano_set(first)
+        if records[0].trial.request.init_image is not None and "prompts.task=edit" not in task:
+            task.append("init_image=INIT_FILE")  # one for all; a record has its digest only
+        return ["prompts=nano", f"prompts.split={split}", *task, *limit]
     if first.set == "starter.txt":
-        return ["prompts=starter", f"prompts.split={split}", f"prompts.limit={count}"]
+        return ["prompts=starter", f"prompts.split={split}", *limit]
     part = [] if split == "all" else [f"prompts.split={split}"]
     if first.set in ("geneval", "coco"):
-        return [f"prompts={first.set}", f"prompts.path={first.set.upper()}_FILE", *part]
-    return ["prompts=file", f"prompts.path={first.set}", *part, f"prompts.limit={count}"]
+        return [f"prompts={first.set}", f"prompts.path={first.set.upper()}_FILE", *part, *limit]
+    return ["prompts=file", f"prompts.path={_quoted(first.set)}", *part, *limit]
+
+
+def _nano_set(ref: PromptRef) -> list[str]:
+    """Which of nano's sets, where it is not the usual one; ids are split-kind-seed-number."""
+    _, kind, seed, _ = ref.id.split("-")
+    task = [] if kind == "t2i" else [f"prompts.task={kind}"]
+    return task if seed == "0" else [*task, f"prompts.seed={seed}"]
+
+
+def _reach(records: Sequence[Record]) -> int | None:
+    """How many of a set's first prompts hold all of the records'; ``None``: only the whole does.
+
+    A prompt's number is its place in the set or, of a file, in all splits together, so that of one
+    split the same number of prompts reaches as far or farther. COCO and files with identifiers of
+    their own do not tell the place.
+    """
+    asked = {(r.trial.request.prompt, r.trial.request.init_image) for r in records}
+    refs = [r.trial.prompt for r in records]
+    numbers = [ref.id.rpartition("-")[2] if ref.set == "nano" else ref.id for ref in refs]
+    width = 4 if refs[0].set == "nano" else 5
+    if refs[0].set == "coco" or not all(n.isdecimal() and len(n) >= width for n in numbers):
+        return None
+    return max(len(asked), 1 + max(map(int, numbers)))
 
 
 def _text(value: Any) -> str:

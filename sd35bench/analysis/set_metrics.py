@@ -25,7 +25,15 @@ from sd35bench.analysis.neighbours import precision_interval, recall_interval
 from sd35bench.analysis.reference import Reference
 from sd35bench.errors import MetricError
 
-__all__ = ["FRECHET", "STATISTICS", "Outcome", "compute"]
+__all__ = [
+    "CMMD_SCALE",
+    "CMMD_SIGMA",
+    "FRECHET",
+    "STATISTICS",
+    "Outcome",
+    "at_length",
+    "compute",
+]
 
 FRECHET = "frechet"
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
@@ -81,12 +89,12 @@ def _kid(images: Sample, reference: Reference, parameters: Mapping[str, Any]) ->
     mine, theirs = images, reference.sample
     if parameters.get("normalise"):  # the kernel divides by d: a·b / d is the cosine then
         length = float(np.sqrt(images.features.shape[1]))
-        mine, theirs = _at_length(mine, length), _at_length(theirs, length)
+        mine, theirs = at_length(mine, length), at_length(theirs, length)
     return kernel_interval(mine, theirs, polynomial_kernel, subsets=subsets), {}
 
 
 def _cmmd(images: Sample, reference: Reference, _: Mapping[str, Any]) -> Outcome:
-    mine, theirs = _at_length(images, 1.0), _at_length(reference.sample, 1.0)
+    mine, theirs = at_length(images, 1.0), at_length(reference.sample, 1.0)
     return kernel_interval(mine, theirs, gaussian_kernel(CMMD_SIGMA), scale=CMMD_SCALE), {}
 
 
@@ -124,7 +132,7 @@ def _rows(reference: Reference, parameters: Mapping[str, Any]) -> NDArray:
     return rows
 
 
-def _at_length(sample: Sample, length: float) -> Sample:
-    """Features that differ in direction only, as CLIP compares them."""
+def at_length(sample: Sample, length: float) -> Sample:
+    """Give features one length, so that they differ in direction only, as CLIP compares them."""
     x = np.asarray(sample.features, np.float64)
     return Sample(x * (length / np.linalg.norm(x, axis=1, keepdims=True)), sample.prompts)

@@ -5,12 +5,22 @@ is what two trials must share to be compared image by image. Both are computed f
 a study, so they build plain tuples and hash a setting only once.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 from sd35bench.types import Load, Record, Request, SkipLayerGuidance, Trial, content_hash, to_json
 
-__all__ = ["PairKey", "cluster_key", "is_hosted", "pair_key", "setting_fields", "setting_key"]
+__all__ = [
+    "PairKey",
+    "cluster_key",
+    "is_hosted",
+    "pair_key",
+    "setting_fields",
+    "setting_key",
+    "shared_negatives",
+]
 
 PairKey = tuple[str, str, int, int, int, str | None]
 
@@ -34,6 +44,21 @@ def is_hosted(load: Load) -> bool:
 def cluster_key(trial: Trial) -> tuple[str, str | None]:
     """Name what resampling draws together: a prompt (with its init image) in all its seeds."""
     return (trial.request.prompt, trial.request.init_image)
+
+
+def shared_negatives(records: Iterable[Record]) -> tuple[str, ...] | None:
+    """Negative prompts that a run asked for with every prompt, in the order of the alphabet.
+
+    ``None`` where prompts bring their own: each has one, and not all the same. Without guidance
+    they have no effect and are not looked at; empty where there is no guidance anywhere.
+    """
+    by_prompt: dict[tuple[str, str | None], set[str]] = defaultdict(set)
+    for record in records:
+        if record.trial.request.cfg > 1:
+            by_prompt[cluster_key(record.trial)].add(record.trial.request.negative_prompt)
+    found = set().union(*by_prompt.values())
+    own = len(found) > 1 and all(len(each) == 1 for each in by_prompt.values())
+    return None if own else tuple(sorted(found))
 
 
 def setting_fields(record: Record) -> dict[str, Any]:

@@ -15,6 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.drift import drift_document
+from sd35bench.analysis.set_scores import (
+    FeatureReader,
+    SetScore,
+    feature_reader,
+    read_set_scores,
+)
 from sd35bench.analysis.settings import cluster_key, pair_key
 from sd35bench.analysis.table import GUARD, Row, Table, read_table, repeated_seeds
 from sd35bench.errors import ConfigError
@@ -28,6 +34,7 @@ __all__ = [
     "match_pairs",
     "match_sides",
     "merge_starts",
+    "prompt_hash",
     "read_sides",
 ]
 
@@ -62,11 +69,14 @@ class Start:
 class Side:
     """One setting's trials, in the order of time; columns are [n].
 
-    `failed` are trials without a usable image (an error, a refused image, a seed without effect).
+    `failed` are trials without a usable image: an error, a refused image, a seed without effect, or
+    a trial that was given up before it was tried, since what it was to make is not there either.
     `latency_s` is NaN where the image was not made alone, `start` an index into `starts` or -1.
-    `metrics` are NaN where a metric has no value; `images` are digests of the images that quality
-    comes from. `floor_levels` is the upper end of the noise floor (levels of 255), where the study
-    measured one; `random_weights` that quality means nothing.
+    `metrics` are NaN where a metric has no value; `sets` are set metrics; `images` are digests of
+    the images that quality comes from. `floor_levels` is the upper end of the noise floor (levels
+    of 255), where the study measured one; `random_weights` that quality means nothing. `elsewhere`
+    are the pairs of this setting that ran in another environment and are in no other column, and
+    `elsewhere_differs` the fields in which that one differs.
     """
 
     study: str
@@ -79,9 +89,12 @@ class Side:
     start: NDArray[np.int64]
     starts: tuple[Start, ...]
     metrics: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    sets: dict[str, SetScore] = field(default_factory=dict)
     images: tuple[str | None, ...] = ()
     floor_levels: float | None = None
     random_weights: bool = False
+    elsewhere: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    elsewhere_differs: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -128,8 +141,8 @@ def match_pairs(
 
 def match_sides(
     baselines: Sequence[Side], candidates: Sequence[Side]
-) -> tuple[list[tuple[Side, Side]], list[str]]:
-    """Say which setting is held against which, and name those that have no counterpart.
+) -> tuple[list[tuple[Side, Side]], list[Side]]:
+    """Say which setting is held against which, and which ones of either have no counterpart.
 
     One baseline is held against every candidate. Of several, each candidate against the one that
     was asked the same, on the same backend where more than one was.
@@ -153,28 +166,42 @@ def match_sides(
             f" was; baseline: {_listed(baselines)}; candidate: {_listed(candidates)}; compare"
             " studies with one setting each, or sweep the same settings in both"
         )
-    return pairs, [f"no counterpart: {s.title} of {s.study}" for s in left]
+    return pairs, left
 
 
 def read_sides(study: Any) -> list[Side]:
     """Read a study's settings as sides (`sd35bench.store.Study`).
 
     Of a setting that ran in several environments, the one with the most trials is taken: figures
-    from unlike environments are never pooled.
+    from unlike environments are never pooled. Which pairs the others have is kept beside.
     """
     table = read_table(study)
-    floors = _floors(study, table)
-    largest: dict[str, Row] = {}
+    floors, reader = _floors(study, table), feature_reader(study)
+    by_setting: dict[str, list[Row]] = {}
     for row in table.rows:
-        known = largest.get(row.setting["setting"])
-        if known is None or len(row.records) > len(known.records):
-            largest[row.setting["setting"]] = row
-    return [_side(study, table, row, floors) for row in largest.values()]
+        by_setting.setdefault(row.setting["setting"], []).append(row)
+    sides = []
+    for rows in by_setting.values():
+        row = max(rows, key=lambda r: len(r.records))
+        others = [other for other in rows if other is not row]
+        side = _with_elsewhere(_side(study, table, row, floors), table, others)
+        sides.append(replace(side, sets=_sets(study, table, row, reader)))
+    return sides
 
 
 def merge_starts(side: Side, others: Sequence[Side]) -> Side:
-    """Add other runs of the same setting in the same environment: their times, not their images."""
-    kept = [o for o in others if o.id == side.id and o.environment == side.environment]
+    """Add other runs of the same setting in the same environment: their times, not their images.
+
+    What ran in another environment is kept in mind as what a study has elsewhere is.
+    """
+    alike = [o for o in others if o.id == side.id]
+    kept = [o for o in alike if o.environment == side.environment]
+    apart = [o for o in alike if o.environment != side.environment]
+    if apart:
+        pairs = np.concatenate([side.elsewhere, *(o.pairs for o in apart)])
+        differs = (*side.elsewhere_differs, *_unlike(side, [o.environment for o in apart]))
+        names = tuple(dict.fromkeys(differs))
+        side = replace(side, elsewhere=np.unique(pairs), elsewhere_differs=names)
     if not kept:
         return side
     parts = [side, *kept]
@@ -190,14 +217,32 @@ def merge_starts(side: Side, others: Sequence[Side]) -> Side:
         start=np.concatenate(start),
         starts=tuple(s for p in parts for s in p.starts),
         metrics={n: np.append(v, np.full(more, np.nan)) for n, v in side.metrics.items()},
+        sets={
+            n: replace(v, rows=np.append(v.rows, np.zeros(more, bool)))
+            for n, v in side.sets.items()
+        },
         images=(*side.images, *(None for _ in range(more))),
     )
 
 
+def _with_elsewhere(side: Side, table: Table, others: Sequence[Row]) -> Side:
+    """Keep in mind what ran in other environments, which no figure of this side contains."""
+    records = [r for row in others for r in row.records]
+    ids = dict.fromkeys(r.session_id for r in records if r.session_id in table.sessions)
+    differs = _unlike(side, [table.sessions[name].environment for name in ids])
+    pairs = np.array([_hash(pair_key(r.trial)) for r in records], np.uint64)
+    return replace(side, elsewhere=np.unique(pairs), elsewhere_differs=differs)
+
+
+def _unlike(side: Side, places: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Names of what differs between a side's environment and others."""
+    known = dict.fromkeys(k for place in (side.environment, *places) for k in place)
+    here = side.environment
+    return tuple(k for k in known if any(p.get(k) != here.get(k) for p in places))
+
+
 def _side(study: Any, table: Table, row: Row, floors: Mapping[str, float]) -> Side:
-    records = sorted(
-        (r for r in row.records if r.status is not Status.SKIPPED), key=lambda r: r.started_at
-    )
+    records = _in_time(row)
     ids = list(dict.fromkeys(r.session_id for r in records if r.session_id in table.sessions))
     number = {name: i for i, name in enumerate(ids)}
     timed = {r.trial.key for r in row.timed}
@@ -222,6 +267,15 @@ def _side(study: Any, table: Table, row: Row, floors: Mapping[str, float]) -> Si
         floor_levels=floors.get(row.id),
         random_weights=row.random_weights,
     )
+
+
+def _in_time(row: Row) -> list[Record]:
+    return sorted(row.records, key=lambda r: r.started_at)
+
+
+def _sets(study: Any, table: Table, row: Row, reader: FeatureReader) -> dict[str, SetScore]:
+    judged = {r.trial.key for r in row.quality_records()}
+    return read_set_scores(study, table, _in_time(row), judged, reader)
 
 
 def _environment(table: Table, ids: Sequence[str]) -> dict[str, Any]:
@@ -286,6 +340,11 @@ def _floors(study: Any, table: Table) -> dict[str, float]:
         if ends:
             found[row.id] = max(ends)
     return found
+
+
+def prompt_hash(prompt: str) -> int:
+    """How a side keeps a text-to-image prompt."""
+    return _hash((prompt, None))
 
 
 def _hash(key: tuple[Any, ...]) -> int:

@@ -4,7 +4,13 @@ import argparse
 import shutil
 from pathlib import Path
 
-from sd35bench.cli.compare import Parser, open_named, score_missing
+from sd35bench.cli.compare import (
+    Parser,
+    open_named,
+    read_with_reruns,
+    refusals,
+    score_missing,
+)
 from sd35bench.cli.output import Answer, console
 from sd35bench.errors import ConfigError
 
@@ -12,7 +18,8 @@ __all__ = ["baseline"]
 
 EXAMPLES = """examples:
   sd35bench baseline make main baselines/main.json
-      scores and latencies of every trial, a few kB; commit it
+      scores and latencies of every trial, a few kB, and beside it, where a set metric was scored,
+      its images' features (main.features.npz); commit both
   sd35bench baseline make main baselines/main.json --images
       with the images in baselines/main.images/, for a gate that judges drift
 """
@@ -23,8 +30,12 @@ def baseline(arguments: list[str], as_json: bool) -> Answer:
 
     Raises: ConfigError for an unknown study, or one without an image.
     """
-    from sd35bench.analysis.baseline import baseline_text, images_folder
-    from sd35bench.analysis.sides import read_sides
+    from sd35bench.analysis.baseline import (
+        baseline_features,
+        baseline_text,
+        features_file,
+        images_folder,
+    )
     from sd35bench.disk import disk_errors, write_atomic
 
     found = _parser().parse_args(arguments)
@@ -34,9 +45,12 @@ def baseline(arguments: list[str], as_json: bool) -> Answer:
     study = open_named(found.study, found.results_dir)
     if not study.done_keys():
         raise ConfigError(f"study {study.name!r} has no image yet; run it first")
-    score_missing(study)
-    sides = read_sides(study)
+    warnings = refusals(study, score_missing(study))
+    sides = read_with_reruns(study)
     write_atomic(path, baseline_text(sides).encode())
+    features = baseline_features(sides)
+    if features is not None:
+        write_atomic(features_file(path), features)
     digests = sorted({d for side in sides for d in side.images if d is not None})
     if found.images:
         folder = images_folder(path)
@@ -46,9 +60,9 @@ def baseline(arguments: list[str], as_json: bool) -> Answer:
                 source = study.image_path(digest)
                 shutil.copyfile(source, folder / source.name)
     trials = sum(len(side.pairs) for side in sides)
-    console(as_json).print(
-        f"written: {path} ({len(sides)} settings, {trials} trials)", markup=False, soft_wrap=True
-    )
+    out = console(as_json)
+    for text in (f"written: {path} ({len(sides)} settings, {trials} trials)", *warnings):
+        out.print(text, markup=False, soft_wrap=True)
     return Answer(
         document={
             "study": study.name,
@@ -56,6 +70,8 @@ def baseline(arguments: list[str], as_json: bool) -> Answer:
             "settings": len(sides),
             "trials": trials,
             "images": len(digests) if found.images else 0,
+            "features": None if features is None else str(features_file(path)),
+            "warnings": warnings,
         }
     )
 

@@ -9,7 +9,7 @@ from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.store import Study
 
-__all__ = ["Parser", "compare", "open_named", "score_missing"]
+__all__ = ["Parser", "compare", "open_named", "read_with_reruns", "refusals", "score_missing"]
 
 REGRESSION = 1
 EXAMPLES = """examples:
@@ -21,7 +21,12 @@ EXAMPLES = """examples:
   sd35bench compare main branch --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY" --html gate.html
 
 Exit codes: 0 passed (undecided passes with a warning, unless the policy says otherwise),
-1 a regression, or a required dimension that could not be measured, 2 nothing to compare.
+1 a regression, a required dimension that could not be measured, or a candidate that lacks
+settings or pairs of the baseline, 2 nothing to compare.
+
+The candidate must have recorded everything that the baseline did; what failed or was given up
+counts as failed. For a candidate that is smaller on purpose copy the policy into a file of your
+own and set its `coverage`: 0.5 asks for half of the settings and half of each one's pairs.
 """
 MEANS = (
     "Hold a candidate study against a baseline study or file: latency, memory, failures, quality,"
@@ -58,6 +63,8 @@ def compare(arguments: list[str], as_json: bool) -> Answer:
     sides = before.sides(scored), after.sides(scored)
     distances = ImageDistances(before.find_image, after.find_image)
     document = compare_sides(*sides, policy, distances)
+    unscored = dict.fromkeys((*before.unscored, *after.unscored))
+    document["warnings"] += list(unscored)
     out = console(as_json)
     if not as_json:
         print_comparison(document, out)
@@ -75,20 +82,18 @@ class _Source:
         self.file = Path(name) if name.endswith(".json") else None
         self.study = None if self.file is not None else open_named(name, results_dir)
         self.images = None if self.file is None else images_folder(self.file)
+        self.unscored: list[str] = []
 
     def sides(self, scored: bool) -> list[Side]:
         """Its settings; `scored` says whether what has no score yet gets one first."""
-        from sd35bench.alternate import reruns_of
         from sd35bench.analysis.baseline import read_baseline
-        from sd35bench.analysis.sides import merge_starts, read_sides
 
         if self.file is not None:
             return read_baseline(self.file)
         assert self.study is not None
         if scored:
-            score_missing(self.study)
-        more = [side for study in reruns_of(self.study) for side in read_sides(study)]
-        sides = [merge_starts(side, more) for side in read_sides(self.study)]
+            self.unscored = refusals(self.study, score_missing(self.study))
+        sides = read_with_reruns(self.study)
         if not sides:
             raise ConfigError(f"study {self.study.name!r} has no record yet; run it first")
         return sides
@@ -118,15 +123,32 @@ def open_named(name: str, results_dir: str) -> Study:
         raise ConfigError(str(exc)) from exc
 
 
-def score_missing(study: Study) -> None:
-    """Score what is missing: the model's default metrics, where there is an image at all."""
+def read_with_reruns(study: Study) -> list[Side]:
+    """A study's settings, with the further process starts of its reruns."""
+    from sd35bench.alternate import reruns_of
+    from sd35bench.analysis.sides import merge_starts, read_sides
+
+    more = [side for again in reruns_of(study) for side in read_sides(again)]
+    return [merge_starts(side, more) for side in read_sides(study)]
+
+
+def refusals(study: Study, scored: dict[str, Any]) -> list[str]:
+    """Say why metrics of a study could not be scored; `scored` is what `score_missing` returned."""
+    return [f"{study.name}: {m} was not scored: {why}" for m, why in scored["refused"].items()]
+
+
+def score_missing(study: Study) -> dict[str, Any]:
+    """Score what is missing: the model's default metrics, where there is an image at all.
+
+    Returns: what `score_study` does; at least ``{"refused": {metric: why}}``.
+    """
     from sd35bench.score import score_study
 
     if not study.done_keys():
-        return
+        return {"refused": {}}
     with show_progress() as bar:
         task = bar.add_task(f"scoring {study.name}", total=None)
-        score_study(
+        return score_study(
             study, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
 

@@ -3,11 +3,14 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.store import Study
+
+if TYPE_CHECKING:
+    from sd35bench.analysis.profiles import Profile
 
 __all__ = ["VERBS"]
 
@@ -27,6 +30,8 @@ EXAMPLES = {
     "recommend": """examples:
   sd35bench recommend grid                    preview, balanced and final
   sd35bench recommend grid --profile preview
+  sd35bench recommend grid --profile final,mine.yaml
+                                              your own limits: the fields of configs/profile/*.yaml
   sd35bench recommend grid --markdown > defaults.md
   sd35bench recommend grid --confirm          the commands that make the held-out images
   sd35bench recommend grid --confirm --run    makes them, and says whether the choice holds there
@@ -71,6 +76,8 @@ def score(arguments: list[str], as_json: bool) -> Answer:
         out.print(f"{name}: {count} new scores", markup=False)
     if counts["total"] == 0:
         out.print("nothing was missing")
+    for name, note in counts["notes"].items():
+        out.print(f"{name}: {note}", markup=False, soft_wrap=True)
     _print_refused(out, counts)
     return Answer(document=counts)
 
@@ -99,27 +106,18 @@ def show(arguments: list[str], as_json: bool) -> Answer:
 
 def recommend(arguments: list[str], as_json: bool) -> Answer:
     """Name a setting per profile and write recommended.yaml; confirm it on held-out prompts."""
-    from sd35bench.analysis.profiles import load_profiles
     from sd35bench.analysis.recommend import recommend_document
     from sd35bench.analysis.recommended import write_recommended
-    from sd35bench.config import config_dir
-    from sd35bench.config.fields import nearest
+    from sd35bench.cli.confirm import run_confirming
 
     found = _recommend_arguments(arguments)
-    known = load_profiles(config_dir() / "profile")
-    names = list(known) if found.profile is None else found.profile.split(",")
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"--profile={name}: must be one of {', '.join(known)}{nearest(name, known)}"
-            )
+    profiles = _profiles(found.profile)
     study = _open(found)
     _score(study)
-    profiles = {name: known[name] for name in names}
     document = recommend_document(study, profiles)
     exit_code = 0
     if found.run:
-        exit_code = _run_confirming(document["confirm"]["commands"])
+        exit_code = run_confirming(document["confirm"]["commands"])
         study = _open(found)
         _score(study)
         document = recommend_document(study, profiles)
@@ -130,9 +128,34 @@ def recommend(arguments: list[str], as_json: bool) -> Answer:
     return Answer(document=document, exit_code=exit_code)
 
 
+def _profiles(names: str | None) -> dict[str, "Profile"]:
+    """Read the profiles that `--profile` names, all of the package's by default.
+
+    Raises: ConfigError for a name or a file that is none, or for two of one name.
+    """
+    from sd35bench.analysis.profiles import load_profile, load_profiles
+    from sd35bench.config import config_dir
+
+    folder = config_dir() / "profile"
+    if names is None:
+        return load_profiles(folder)
+    found: dict[str, Profile] = {}
+    for word in dict.fromkeys(names.split(",")):
+        profile = load_profile(word, folder)
+        if profile.name in found:
+            raise ConfigError(
+                f"--profile={names}: two profiles are called {profile.name!r}; give one of them"
+                " another `name` in its file"
+            )
+        found[profile.name] = profile
+    return found
+
+
 def _recommend_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = _parser("recommend")
-    parser.add_argument("--profile", help="names, comma-separated; default: all")
+    parser.add_argument(
+        "--profile", help="names, or YAML files of your own, comma-separated; default: all"
+    )
     parser.add_argument("--markdown", action="store_true", help="print it for a document")
     parser.add_argument(
         "--confirm", action="store_true", help="print the commands that make held-out images"
@@ -144,27 +167,6 @@ def _recommend_arguments(arguments: list[str]) -> argparse.Namespace:
     if found.markdown and found.confirm and not found.run:
         raise ConfigError("--markdown prints the recommendation, --confirm commands; give one")
     return found
-
-
-def _run_confirming(runs: Sequence[dict[str, Any]]) -> int:
-    """Run the very commands that are printed, one after the other; the first bad code ends it.
-
-    Raises: ConfigError where a hosted service would be asked, which costs money.
-    """
-    import shlex
-
-    from sd35bench.cli.run import run
-
-    hosted = next((r for r in runs if r["hosted"]), None)
-    if hosted is not None:
-        raise ConfigError(
-            f"--run does not spend money on a hosted service; run it yourself: {hosted['command']}"
-        )
-    for each in runs:
-        answer = run(shlex.split(each["command"])[2:], True)
-        if answer.exit_code != 0:
-            return answer.exit_code
-    return 0
 
 
 def _print_recommended(document: dict[str, Any], found: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sd35bench.cli.confirm import run_confirming
 from sd35bench.cli.output import Answer, RemoteProgress, TrialProgress, console, show_progress
 from sd35bench.config import Job
 from sd35bench.config.fields import nearest
@@ -13,9 +14,10 @@ from sd35bench.errors import ConfigError, Paused
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan
 from sd35bench.store import Study
+from sd35bench.tune.confirm import confirm_choice, held_out_at_most
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.search import WAVE
-from sd35bench.tune.session import Budget
+from sd35bench.tune.session import Budget, Outcome
 from sd35bench.types import Scalar
 
 __all__ = ["tune"]
@@ -33,6 +35,8 @@ Examples:
       a larger space; Optuna chooses the 40 settings that are tried
   sd35bench tune study=edits prompts.task=edit steps=8:28 prompt_strength=0.3:0.95
       image-to-image: following the prompt and keeping the init image, both
+  sd35bench tune study=tuned steps=4,8,16,28 cfg=1,2,4,7 prompts.limit=64 --confirm
+      the same search, and whether its choice holds on prompts that it never saw
   sd35bench tune study=slg skip_layer_guidance=none,stability skip_layer_scale=1:4 cfg=3:6
 
 Axes: LOW:HIGH, LOW:HIGH:STEP, or a list A,B,C
@@ -42,7 +46,8 @@ Axes: LOW:HIGH, LOW:HIGH:STEP, or a list A,B,C
                    lists of names
 
 The search:
-  profile=NAME     what a setting is wanted for: preview, balanced, final; default: balanced
+  profile=NAME     what a setting is wanted for: preview, balanced, final, or a YAML file of your
+                   own with limits, objective and margins; default: balanced
   trials=N         settings that may be tried; default: the grid, at most 32
   images=N         images that may be made; default: 40 % of all prompts for every one of trials
   first=N          prompts that every setting gets before the first are dropped; default: 8
@@ -54,6 +59,9 @@ The same command goes on where it was, and makes nothing twice; a larger trials=
 further. Several processes may share one study: they take turns where they need the same backend.
 
 Flags:
+  --confirm        make held-out images of the chosen setting and of what it was held against, and
+                   say whether the choice holds there
+  --markdown       print the answer for a document
   --dry-run        print settings, images, time, disk and money; write and load nothing
   --json           one JSON document on stdout, everything else on stderr
   --config-dir DIR a folder with YAML files of your own
@@ -76,18 +84,17 @@ def tune(arguments: list[str], as_json: bool) -> Answer:
         console().print(HELP, markup=False, soft_wrap=True)
         return Answer()
     tuning = read_tuning(overrides, extra)
+    _check_flags(flags, tuning)
     _check_remote(tuning, key="--dry-run" not in flags)
-    bill = _bill(tuning)
+    bill = _bill(tuning, "--confirm" in flags)
     if "--dry-run" in flags:
         _print_bill(console(as_json), bill)
         return Answer(document=bill)
     _agree(tuning, bill, "--yes" in flags)
-    document = _tune(tuning)
-    out = console(as_json)
+    document, exit_code = _tune(tuning, "--confirm" in flags, extra)
     if not as_json:
-        from sd35bench.tune.document import print_tuning
-
-        print_tuning(document, out)
+        _print_found(document, "--markdown" in flags)
+    out = console(as_json or "--markdown" in flags)
     path = tuning.job.results_dir / tuning.job.study / "tune.json"
     out.print(f"written: {path}", markup=False, soft_wrap=True)
     name = tuning.job.study
@@ -97,18 +104,32 @@ def tune(arguments: list[str], as_json: bool) -> Answer:
         markup=False,
         soft_wrap=True,
     )
-    return Answer(document=document)
+    return Answer(document=document, exit_code=exit_code)
 
 
-def _tune(tuning: Tuning) -> dict[str, Any]:
-    """Search, and write down what was found."""
+def _tune(tuning: Tuning, confirm: bool, extra: Path | None) -> tuple[dict[str, Any], int]:
+    """Search, confirm the choice where asked, write down what was found; the exit code too."""
     from sd35bench.tune.document import tune_document, write_tuning
+
+    study = Study.open(tuning.job.results_dir, tuning.job.study, create=True)
+    lab = _lab(tuning, study)
+    found = _search(tuning, study, lab)
+    held = confirm_choice(study, lab, found, tuning.profile)
+    exit_code = 0
+    if confirm and held.confirm["commands"]:
+        exit_code = run_confirming(held.confirm["commands"], extra, patient=True)
+        lab.score()
+        held = confirm_choice(study, lab, found, tuning.profile)
+    document = tune_document(study.name, lab, tuning.budget, tuning.profile, found, held)
+    write_tuning(study, document)
+    return document, exit_code
+
+
+def _search(tuning: Tuning, study: Study, lab: StudyLab) -> Outcome:
     from sd35bench.tune.journal import Worker, open_journal
     from sd35bench.tune.search import Search
     from sd35bench.tune.session import tune as search_and_race
 
-    study = Study.open(tuning.job.results_dir, tuning.job.study, create=True)
-    lab = _lab(tuning, study)
     worker = Worker(study.path)
     try:
         search = Search(
@@ -122,12 +143,20 @@ def _tune(tuning: Tuning) -> dict[str, Any]:
         )
         search.agree(tuning.about)
         told = functools.partial(console(True).print, markup=False, soft_wrap=True)
-        found = search_and_race(lab, search, worker.bury, tuning.budget, tuning.profile, told)
+        return search_and_race(lab, search, worker.bury, tuning.budget, tuning.profile, told)
     finally:
         worker.close()
-    document = tune_document(study.name, tuning.space, lab, tuning.budget, tuning.profile, found)
-    write_tuning(study, document)
-    return document
+
+
+def _print_found(document: dict[str, Any], markdown: bool) -> None:
+    if markdown:
+        from sd35bench.report.tuning import tuning_markdown
+
+        print(tuning_markdown(document), end="")
+        return
+    from sd35bench.tune.document import print_tuning
+
+    print_tuning(document, console())
 
 
 def _lab(tuning: Tuning, study: Study) -> StudyLab:
@@ -168,6 +197,20 @@ def _score(study: Study) -> None:
     score_missing(study)
 
 
+def _check_flags(flags: set[str], tuning: Tuning) -> None:
+    """Refuse flags that do not go together, or with this backend.
+
+    Raises: ConfigError.
+    """
+    if "--confirm" in flags and tuning.job.remote is not None:
+        raise ConfigError(
+            "--confirm does not spend money on a hosted service; leave it out, and the answer has"
+            " the commands that make the held-out images"
+        )
+    if "--markdown" in flags and "--dry-run" in flags:
+        raise ConfigError("--markdown prints what was found, and --dry-run finds nothing; give one")
+
+
 def _check_remote(tuning: Tuning, key: bool) -> None:
     """Refuse what a hosted service cannot do, before anything is asked of it.
 
@@ -185,8 +228,8 @@ def _check_remote(tuning: Tuning, key: bool) -> None:
         prepare_remote(plan, remote, key=key)
 
 
-def _bill(tuning: Tuning) -> dict[str, Any]:
-    """What the search may take at most, from what a sample of the grid takes.
+def _bill(tuning: Tuning, confirm: bool) -> dict[str, Any]:
+    """What the search, and its confirmation, may take at most, from what a sample takes.
 
     Time and disk of one image are the slope between one and two prompts of the sample, a load's
     time what is left of one; each wave and each round loads every backend once.
@@ -195,23 +238,26 @@ def _bill(tuning: Tuning) -> dict[str, Any]:
     points, budget = _sample(tuning), tuning.budget
     one, two = (_estimate(tuning, lab.plans(points, range(n))) for n in (1, 2))
     more = two.trials - one.trials
-    loads = one.loads * _purchases(tuning.space.size, budget, lab.prompts)
+    loads = one.loads * _purchases(tuning.space.size, budget, lab.prompts) + (2 if confirm else 0)
+    held_out = held_out_at_most(lab) if confirm else 0
+    images = budget.images + held_out
     seconds = None
     if one.seconds is not None and two.seconds is not None:
         image_s = (two.seconds - one.seconds) / more
         load_s = max(0.0, one.seconds - image_s * one.trials) / max(one.loads, 1)
-        seconds = image_s * budget.images + load_s * loads
+        seconds = image_s * images + load_s * loads
     return {
         "study": tuning.job.study,
         "dry_run": True,
         "grid": tuning.space.size,
         "trials": budget.trials,
         "images": budget.images,
+        "held_out_images": held_out,
         "exhaustive": tuning.space.size * lab.prompts * lab.images_per_prompt,
         "prompts": lab.prompts,
         "loads": loads,
         "estimated_s": seconds,
-        "disk_bytes": round((two.disk_bytes - one.disk_bytes) / more * budget.images),
+        "disk_bytes": round((two.disk_bytes - one.disk_bytes) / more * images),
         "usd": max(s.usd_per_image for s in tuning.sources.values()) * budget.images,
     }
 
@@ -252,7 +298,7 @@ def _agree(tuning: Tuning, bill: dict[str, Any], yes: bool) -> None:
 
 
 def _print_bill(out: Any, bill: dict[str, Any]) -> None:
-    seconds = bill["estimated_s"]
+    seconds, held_out = bill["estimated_s"], bill["held_out_images"]
     time_text = "unknown (nothing like it has run here yet)"
     if seconds is not None:
         time_text = f"at most about {seconds / 60:.1f} min"
@@ -261,6 +307,7 @@ def _print_bill(out: Any, bill: dict[str, Any]) -> None:
         f" {bill['prompts']} prompts",
         f"at most {bill['images']} images; the full grid would take {bill['exhaustive']}"
         f" ({100 * bill['images'] / bill['exhaustive']:.3g} %)",
+        *([f"at most {held_out} held-out images to confirm the choice"] if held_out else []),
         f"about {bill['loads']} loads, each with a warm-up per kind of setting",
         f"time: {time_text}",
         f"disk: about {bill['disk_bytes'] / 1e6:.1f} MB",
@@ -286,7 +333,8 @@ def _split(arguments: Sequence[str]) -> tuple[set[str], list[str], Path | None]:
     overrides: list[str] = []
     extra: Path | None = None
     rest = iter(arguments)
-    known = ["--dry-run", "--yes", "--help", "-h", "--config-dir", "--json"]
+    known = ["--dry-run", "--confirm", "--markdown", "--yes"]
+    known += ["--help", "-h", "--config-dir", "--json"]
     for text in rest:
         if text == "--config-dir" or text.startswith("--config-dir="):
             value = text.partition("=")[2] if "=" in text else next(rest, "")

@@ -5,12 +5,12 @@ and preset: a setting that could not be asked for is refused here, not after an 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.profiles import Profile, load_profiles
+from sd35bench.analysis.profiles import Profile, load_profile
 from sd35bench.config.compose import compose
 from sd35bench.config.fields import FIELDS, check_field, nearest
 from sd35bench.config.files import choices, config_dir
@@ -19,10 +19,11 @@ from sd35bench.config.overrides import check_overrides, expand_short_names
 from sd35bench.config.takes import Number
 from sd35bench.errors import ConfigError
 from sd35bench.plan import SETTING_AXES
-from sd35bench.tune.lab import Source, shuffled
+from sd35bench.store import Study
+from sd35bench.tune.lab import Source, StudyLab, shuffled
 from sd35bench.tune.session import Budget, default_images
 from sd35bench.tune.space import GRIDS, Axis, Space, spread
-from sd35bench.types import Scalar
+from sd35bench.types import Scalar, content_hash, to_json
 
 __all__ = ["CATEGORIES", "Tuning", "read_tuning"]
 
@@ -66,10 +67,11 @@ def read_tuning(overrides: Sequence[str], extra: Path | None = None) -> Tuning:
             " cfg=1:9 or sampler=euler,heun"
         )
     check_overrides(fixed, False, extra)
-    profile = _profile(own["profile"])
+    profile = _profile(own["profile"], extra)
     jobs, sources = _frozen(space, fixed, extra)
     job = next(iter(jobs.values()))
     _check_jobs(jobs)
+    _check_cost(profile, sources)
     first = _whole("first", own["first"], FEWEST_FIRST)
     prompts = len(next(iter(sources.values())).sweep.prompts)
     if prompts < first:
@@ -87,10 +89,30 @@ def read_tuning(overrides: Sequence[str], extra: Path | None = None) -> Tuning:
         "first": first,
         "order_seed": job.sweep.order_seed,
         "loads": sorted(j.sweep.load.key for j in jobs.values()),
+        **_held(profile, sources),
     }
-    return Tuning(
+    tuning = Tuning(
         space=space, profile=profile, budget=budget, jobs=jobs, sources=sources, about=about
     )
+    _check_reference(tuning)
+    return tuning
+
+
+def _held(profile: Profile, sources: Mapping[tuple[Scalar, Scalar], Source]) -> dict[str, Any]:
+    """What a study was tuned with besides its axes, so that going on cannot change it."""
+    sweeps = [source.sweep for source in sources.values()]
+    items = sweeps[0].prompts
+    inits = [None if i.init_image is None else i.init_image.hex() for i in items]
+    texts = [[i.prompt, i.negative_prompt, init] for i, init in zip(items, inits, strict=True)]
+    rest = [[sorted(s.axes.items()), s.sizes, s.load.key] for s in sweeps]
+    return {
+        "profile asks": to_json(profile),
+        "seeds": list(sweeps[0].axes.get("seed", (0,))),
+        "negative prompts": list(sweeps[0].axes.get("negative_prompt", ("",))),
+        "sizes": [list(size) for size in sweeps[0].sizes],
+        "digest of the prompts": content_hash(texts)[:12],
+        "digest of all settings": content_hash(to_json(rest))[:12],
+    }
 
 
 def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, str], list[Axis], list[str]]:
@@ -161,13 +183,12 @@ def _words(name: str, value: str) -> Axis:
     return Axis(name=name, values=words, ordered=False)
 
 
-def _profile(name: str) -> Profile:
-    known = load_profiles(config_dir() / "profile")
-    if name not in known:
-        raise ConfigError(
-            f"profile={name}: must be one of {', '.join(known)}{nearest(name, known)}"
-        )
-    return known[name]
+def _profile(name: str, extra: Path | None) -> Profile:
+    """A profile from a YAML file, of the user's own folder, or of the package."""
+    own = None if extra is None else extra / "profile" / f"{name}.yaml"
+    if own is not None and own.is_file():
+        name = str(own)
+    return load_profile(name, config_dir() / "profile", "profile")
 
 
 def _budget(own: dict[str, str], space: Space, prompts: int, per_prompt: int, first: int) -> Budget:
@@ -265,3 +286,37 @@ def _check_jobs(jobs: dict[tuple[Scalar, Scalar], Job]) -> None:
     tasks = {item.init_image is None for sweep in sweeps for item in sweep.prompts}
     if len(tasks) > 1:
         raise ConfigError("prompts: some have an init image and some have none; tune one task")
+
+
+def _check_cost(profile: Profile, sources: Mapping[tuple[Scalar, Scalar], Source]) -> None:
+    """Refuse a limit that no image could be held against.
+
+    Raises: ConfigError.
+    """
+    if profile.cost_limit_usd is None or profile.usd_per_hour is not None:
+        return
+    if any(source.usd_per_image <= 0 for source in sources.values()):
+        raise ConfigError(
+            f"profile {profile.name}: cost_limit_usd={profile.cost_limit_usd:g}, and what an image"
+            " costs here is unknown; give the profile usd_per_hour, what an hour of this machine"
+            " costs"
+        )
+
+
+def _check_reference(tuning: Tuning) -> None:
+    """Refuse a profile whose named default is not among what is searched.
+
+    Raises: ConfigError.
+    """
+    lab = StudyLab(
+        Study(tuning.job.results_dir / tuning.job.study),
+        tuning.space,
+        tuning.sources,
+        _nothing_runs,
+        _nothing_runs,
+    )
+    lab.reference(tuning.profile)
+
+
+def _nothing_runs(*_: Any) -> None:
+    raise AssertionError("nothing is made before a search starts")

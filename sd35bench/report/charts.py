@@ -40,8 +40,12 @@ def front_figures(
     badges: Mapping[str, tuple[str, ...]],
     extra: Sequence[str],
     target_s: float | None,
+    shares: Mapping[str, Mapping[str, float]],
 ) -> list[Figure]:
-    """Quality over latency, one chart per metric that was measured."""
+    """Quality over latency, one chart per metric that was measured.
+
+    `shares` is metric → row id → in which share of resamples the row is dominated.
+    """
     figures = []
     for metric in metric_names(rows):
         known = [r for r in rows if _known(r, metric) and r.latency is not None]
@@ -59,6 +63,7 @@ def front_figures(
                 label=_short_name(r, extra),
                 on_front=r.id in front,
                 badge=", ".join(badges.get(r.id, ())),
+                dominated=shares.get(metric, {}).get(r.id),
             )
             for r in known
             if r.latency is not None
@@ -78,7 +83,7 @@ def quality_figures(document: Mapping[str, Any]) -> list[Figure]:
     extra = varying_fields(rows)
     figures = []
     for task in dict.fromkeys(r.task for r in rows):
-        figures += front_figures([r for r in rows if r.task == task], {}, extra, None)
+        figures += front_figures([r for r in rows if r.task == task], {}, extra, None, {})
     return figures
 
 

@@ -24,20 +24,20 @@ _COLOURS = {
     "not measured": "dim",
 }
 _RULES = (
-    "An effect is written so that the claim says: more than this. Supported: the intervals' test"
-    " shows every effect of the claim above what counts; refuted: one is shown below it; one-sided"
-    " at 2.5 % each, corrected over the claims by Holm's method. Brackets are 95 % intervals,"
-    " clustered by prompt and not corrected."
+    "An effect is written so that the claim says: more than what it must exceed. Supported: the"
+    " intervals' test shows every effect of the claim above that; refuted: one is shown below it;"
+    " one-sided at 2.5 % each, corrected over the claims by Holm's method. Brackets are 95 %"
+    " intervals, clustered by prompt and not corrected."
 )
 _WIDE = 110
 """Columns of a terminal from which on an interval stands beside its value."""
 _CONTRASTS = (
     ("effect", False),
-    ("sides", False),
     ("found", True),
-    ("counts from", True),
+    ("must exceed", True),
     ("images", True),
     ("prompts", True),
+    ("sides", False),
 )
 
 
@@ -78,8 +78,8 @@ def print_claims(document: Mapping[str, Any], console: Console) -> None:
     """Print one row per claim, with the effect that its verdict hangs on; then what is missing."""
     console.print(f"[bold]{escape(str(document['study']))}[/bold]  {escape(_lead(document))}")
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("verdict", "claim", "effect, 95 %", "counts from", "images"):
-        right = name in ("counts from", "images")
+    for name in ("verdict", "claim", "effect, 95 %", "must exceed", "images"):
+        right = name in ("must exceed", "images")
         table.add_column(name, no_wrap=name != "claim", justify="right" if right else "left")
     for claim in document["claims"]:
         verdict = claim["verdict"]
@@ -111,7 +111,7 @@ def claims_markdown(document: Mapping[str, Any]) -> str:
         "claim",
         "hangs on",
         "effect",
-        "counts from",
+        "must exceed",
         "images",
         "prompts",
         "p (Holm)",
@@ -151,7 +151,7 @@ def _detail(claim: Mapping[str, Any]) -> list[str]:
 def _view(claim: Mapping[str, Any]) -> ClaimView:
     verdict, one = claim["verdict"], _deciding(claim)
     found, least, _ = _figures(one)
-    effect = "" if one is None else f"{one['name']}: {found}, counts from {least}"
+    effect = "" if one is None else f"{one['name']}: {found}, must exceed {least}"
     return ClaimView(
         verdict=verdict,
         mark=verdict.replace(" ", "-"),
@@ -176,7 +176,7 @@ def _contrasts(claim: Mapping[str, Any]) -> Block | None:
             for side in one["sides"]
         )
         prompts = str(one["clusters"]) if one["paired"] else f"{one['clusters']} in the smaller"
-        rows.append((one["name"], sides if sides else MISSING, found, least, images, prompts))
+        rows.append((one["name"], found, least, images, prompts, sides if sides else MISSING))
     return Block(title=claim["says"], columns=_CONTRASTS, rows=tuple(rows))
 
 

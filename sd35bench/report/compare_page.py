@@ -17,7 +17,7 @@ from PIL import Image
 
 from sd35bench.report.html import content_policy
 from sd35bench.report.style import read_asset
-from sd35bench.report.verdicts import about, figure_cells
+from sd35bench.report.verdicts import about, failed_gates, figure_cells
 
 __all__ = ["compare_page"]
 
@@ -62,7 +62,7 @@ def compare_page(
         lstrip_blocks=True,
     )
     return environment.get_template("compare.html.j2").render(
-        d={**document, "comparisons": comparisons},
+        d={**document, "comparisons": comparisons, "failed_gates": failed_gates(document)},
         policy=content_policy(script, style),
         script=script,
         style=style,

@@ -19,7 +19,12 @@ from sd35bench.report.charts import (
 )
 from sd35bench.report.claims import ClaimsSection, claims_section
 from sd35bench.report.figures import format_estimate
-from sd35bench.report.headline import Headline, objective_estimates, read_headline
+from sd35bench.report.headline import (
+    Headline,
+    dominated_shares,
+    objective_estimates,
+    read_headline,
+)
 from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences
 from sd35bench.report.leaderboard import Leaderboard, build_leaderboard
 from sd35bench.report.plots import Figure
@@ -103,13 +108,14 @@ def build_document(
     matched = match_records(rows, records, sessions)
     extra = varying_fields(rows)
     headline = read_headline(rows, recommendation, extra)
+    shares = dominated_shares(recommendation)
     speed, speed_note = speed_figures(rows, matched, headline.badges, extra)
     return Document(
         study=study.name,
         facts=tuple(_facts(rows, records, sessions)),
         headline=headline,
         claims=None if claims is None else claims_section(claims),
-        tasks=tuple(_tasks(rows, headline, extra, _target(records))),
+        tasks=tuple(_tasks(rows, headline, extra, _target(records), shares)),
         speed=tuple(speed),
         speed_note=speed_note,
         loads=tuple(list_loads(sessions, records)),
@@ -168,7 +174,11 @@ def _target(records: Sequence[Record]) -> float | None:
 
 
 def _tasks(
-    rows: Sequence[Row], headline: Headline, extra: Sequence[str], target_s: float | None
+    rows: Sequence[Row],
+    headline: Headline,
+    extra: Sequence[str],
+    target_s: float | None,
+    shares: Mapping[str, Mapping[str, float]],
 ) -> list[TaskSection]:
     sections = []
     for task in dict.fromkeys(r.task for r in rows):
@@ -179,8 +189,8 @@ def _tasks(
             TaskSection(
                 task=task,
                 anchor=task,
-                leaderboard=build_leaderboard(members, headline.badges, extra),
-                fronts=tuple(front_figures(members, headline.badges, extra, target_s)),
+                leaderboard=build_leaderboard(members, headline.badges, extra, shares),
+                fronts=tuple(front_figures(members, headline.badges, extra, target_s, shares)),
                 tradeoffs=tuple(tradeoff_figures(members, pinned)),
                 lines=tuple(lines),
                 lines_note=note,

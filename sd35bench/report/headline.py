@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sd35bench.analysis.recommended import confirmation_text, default_cells
+from sd35bench.analysis.recommended import (
+    confirmation_text,
+    default_cells,
+    front_cell,
+    front_note,
+    front_sentence,
+)
 from sd35bench.report.figures import (
     Estimate,
     decimals_for,
@@ -23,7 +29,7 @@ from sd35bench.report.figures import (
 from sd35bench.report.leaderboard import best_first, primary_metric
 from sd35bench.report.rows import Row, metric_label, metric_names
 
-__all__ = ["Answer", "Headline", "objective_estimates", "read_headline"]
+__all__ = ["Answer", "Headline", "dominated_shares", "objective_estimates", "read_headline"]
 
 _MAIN_PROFILE = "balanced"
 _SHOWN_OTHERS = 12
@@ -34,10 +40,11 @@ class Answer:
     """One profile's answer for one task: the setting, what it gives and costs, and why.
 
     `row_id` is ``None`` where nothing could be recommended; `why` then says the reason. `others`
-    are (setting, difference from the best, why not); `more` counts those not listed. `defaults`
-    are the named defaults: name, setting, its quality, the choice minus it, how long it takes, and
-    what the choice is beside it. `confirmed` is what held-out prompts say, with a mark for its
-    colour: good, bad or open. `body` is the create of the hosted protocol.
+    are (setting, difference from the best, dominated, why not); `more` counts those not listed,
+    and `others_note` says what "dominated" means. `defaults` are the named defaults: name, setting,
+    its quality, the choice minus it, how long it takes, and what the choice is beside it.
+    `confirmed` is what held-out prompts say, with a mark for its colour: good, bad or open. `body`
+    is the create of the hosted protocol.
     """
 
     profile: str
@@ -46,7 +53,8 @@ class Answer:
     values: tuple[tuple[str, str], ...]
     gives: tuple[tuple[str, str, str], ...]
     why: tuple[str, ...] = ()
-    others: tuple[tuple[str, str, str], ...] = ()
+    others: tuple[tuple[str, str, str, str], ...] = ()
+    others_note: str = ""
     more: int = 0
     defaults: tuple[tuple[str, ...], ...] = ()
     confirmed: tuple[str, str] = ("", "")
@@ -127,6 +135,25 @@ def objective_estimates(recommendation: Mapping[str, Any] | str | None) -> dict[
     return found
 
 
+def dominated_shares(
+    recommendation: Mapping[str, Any] | str | None,
+) -> dict[str, dict[str, float]]:
+    """Metric → row id → in which share of resamples it is dominated, as `recommend` judged."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    if not isinstance(recommendation, Mapping):
+        return found
+    entries = (e for tasks in recommendation["profiles"].values() for e in tasks.values() if e)
+    for entry in entries:
+        if entry["setting"] is None:
+            continue
+        evidence = entry["evidence"]
+        judged = [(entry["setting_id"], evidence["p_dominated"])]
+        judged += [(a["setting_id"], a["p_dominated"]) for a in entry["alternatives"]]
+        known = {row_id: share for row_id, share in judged if share is not None}
+        found[evidence["quality"]["metric"]] |= known
+    return found
+
+
 def _estimate(raw: Mapping[str, Any]) -> Estimate:
     low, high = raw.get("ci95") or (None, None)
     return Estimate(value=raw["value"], low=low, high=high, n=raw.get("n"))
@@ -152,6 +179,7 @@ def _answer(
         gives=gives(row),
         why=tuple(_why(evidence)),
         others=tuple(_other(a, by_id, extra) for a in entry["alternatives"][:_SHOWN_OTHERS]),
+        others_note=_sentence_of(front_note(dict(evidence))),
         more=max(0, len(entry["alternatives"]) - _SHOWN_OTHERS),
         defaults=tuple(tuple(default_cells(d)) for d in entry["named_defaults"]),
         confirmed=_confirmed(entry["confirmation"]),
@@ -189,7 +217,7 @@ def _why(evidence: Mapping[str, Any]) -> list[str]:
         lines.append(_sentence_of(more["text"]))
     lines.append(
         f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
-        f" images of {evidence['n_prompts']} prompts each."
+        f" images of {evidence['n_prompts']} prompts each. {front_sentence(dict(evidence))}"
     )
     return lines
 
@@ -209,11 +237,12 @@ def _signed(raw: Mapping[str, Any]) -> str:
 
 def _other(
     raw: Mapping[str, Any], by_id: Mapping[str, Row], extra: Sequence[str]
-) -> tuple[str, str, str]:
+) -> tuple[str, str, str, str]:
     row = by_id.get(raw["setting_id"])
     name = "a setting without a row" if row is None else row.name(extra)
     difference = raw.get("difference_from_best")
-    return name, "" if difference is None else _signed(difference), raw["why_not"]
+    signed = "" if difference is None else _signed(difference)
+    return name, signed, front_cell(dict(raw)), raw["why_not"]
 
 
 def _lead(

@@ -1,4 +1,8 @@
-"""A comparison as JUnit XML: one test per setting and dimension, as CI systems read it."""
+"""A comparison as JUnit XML: one test per setting and dimension, as CI systems read it.
+
+What is asked of the comparison as a whole is a suite of its own, so that a gate that failed always
+has a failing test.
+"""
 
 from typing import Any
 from xml.etree import ElementTree
@@ -16,22 +20,26 @@ def junit_xml(document: dict[str, Any]) -> str:
     """
     root = ElementTree.Element("testsuites", name="sd35bench compare")
     for comparison in document["comparisons"]:
-        _suite(root, document, comparison)
+        name = f"{document['candidate']} against {document['baseline']}: {comparison['title']}"
+        _suite(root, document, name, comparison["dimensions"])
+    _suite(root, document, "the gate as a whole", document["gate"])
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _suite(root: ElementTree.Element, document: dict[str, Any], comparison: dict[str, Any]) -> None:
-    name = f"{document['candidate']} against {document['baseline']}: {comparison['title']}"
+def _suite(
+    root: ElementTree.Element, document: dict[str, Any], name: str, judged: dict[str, Any]
+) -> None:
     suite = ElementTree.SubElement(root, "testsuite", name=_clean(name))
     outcomes = []
-    for dimension, found in comparison["dimensions"].items():
+    for dimension, found in judged.items():
         outcome = _outcome(found["verdict"], document["undecided_fails"])
         outcomes.append(outcome)
         case = ElementTree.SubElement(
             suite, "testcase", classname=_clean(f"compare.{document['policy']}"), name=dimension
         )
-        text = "\n".join(figure_text(figure) for figure in found["figures"])
+        figures = found.get("figures")
+        text = found["reason"] if figures is None else "\n".join(map(figure_text, figures))
         if outcome is not None:
             message = _clean(f"{found['verdict']}: {found['reason']}")
             ElementTree.SubElement(case, outcome, message=message).text = _clean(text)

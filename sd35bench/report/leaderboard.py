@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
+from sd35bench.analysis.pareto import pareto_front
+from sd35bench.analysis.recommended import share_text
 from sd35bench.report.figures import (
     MISSING,
     Estimate,
@@ -67,23 +70,21 @@ def _value(row: Row, metric: str) -> float | None:
 
 
 def front_ids(rows: Sequence[Row], metric: str | None) -> set[str]:
-    """Rows that no other row beats in both p50 latency and `metric` (point estimates)."""
+    """Rows that no other row dominates in p50 latency and `metric` (point estimates)."""
     if metric is None:
         return set()
     sign = -1.0 if lower_is_better(metric) else 1.0
     known = [
-        (r.latency.value, -sign * value, r.id)
+        (r.id, sign * value, r.latency.value)
         for r in rows
         if r.latency is not None and r.latency.value is not None
         for value in [_value(r, metric)]
         if value is not None
     ]
-    front, best = set(), float("inf")
-    for _, cost, row_id in sorted(known):
-        if cost < best:
-            front.add(row_id)
-            best = cost
-    return front
+    quality, cost = (np.array([k[i] for k in known], np.float64) for i in (1, 2))
+    return {
+        row_id for (row_id, _, _), on in zip(known, pareto_front(quality, cost), strict=True) if on
+    }
 
 
 def best_first(rows: Sequence[Row], metric: str | None) -> list[Row]:
@@ -102,9 +103,15 @@ def best_first(rows: Sequence[Row], metric: str | None) -> list[Row]:
 
 
 def build_leaderboard(
-    rows: Sequence[Row], badges: Mapping[str, tuple[str, ...]], extra: Sequence[str]
+    rows: Sequence[Row],
+    badges: Mapping[str, tuple[str, ...]],
+    extra: Sequence[str],
+    shares: Mapping[str, Mapping[str, float]],
 ) -> Leaderboard:
-    """Leaderboard of one task's `rows`; `extra` are further setting fields that vary."""
+    """Leaderboard of one task's `rows`; `extra` are further setting fields that vary.
+
+    `shares` is metric → row id → in which share of resamples the row is dominated.
+    """
     metric = primary_metric(rows)
     ordered = best_first(rows, metric)
     front = front_ids(rows, metric)
@@ -115,6 +122,7 @@ def build_leaderboard(
         _count_column("n", "images that the quality figures rest on", [r.n for r in ordered]),
         *(_metric_column(name, ordered) for name in measured),
         *_cost_columns(ordered),
+        *_dominated_column(ordered, shares),
     ]
     return Leaderboard(
         columns=tuple((title, hint) for title, hint, _ in columns),
@@ -178,6 +186,23 @@ def _metric_column(name: str, rows: Sequence[Row]) -> _Column:
     hint = "lower is better" if lower_is_better(name) else "higher is better"
     cells = _estimate_cells(estimates, "glyph " + ("down" if lower_is_better(name) else "up"))
     return metric_label(name), f"{hint}; 95 % interval", cells
+
+
+def _dominated_column(
+    rows: Sequence[Row], shares: Mapping[str, Mapping[str, float]]
+) -> list[_Column]:
+    """How surely a row is off the front, by the metric that these rows were judged by."""
+    ids = {r.id for r in rows}
+    judged = next((m for m in shares if ids & shares[m].keys()), None)
+    if judged is None:
+        return []
+    known = [shares[judged].get(r.id) for r in rows]
+    hint = (
+        f"resamples of the prompts in which another setting has no lower {metric_label(judged)} and"
+        " takes no longer, and is better in one of the two"
+    )
+    cells = [Cell(text=MISSING if p is None else share_text(p), sort=p) for p in known]
+    return [("dominated", hint, cells)]
 
 
 def _cost_columns(rows: Sequence[Row]) -> list[_Column]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from sd35bench.analysis.recommended import share_text
 from sd35bench.report.figures import Estimate, format_estimate, format_latency
 from sd35bench.report.style import read_asset
 from sd35bench.report.svg import Box, Label, Scale, axes, element, mark, place_labels, spread
@@ -63,7 +64,10 @@ def _alone(figure: Figure) -> Markup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One setting in a plane of two estimates; `badge` names the profiles that chose it."""
+    """One setting in a plane of two estimates; `badge` names the profiles that chose it.
+
+    `dominated` is the share of resamples in which another setting is better and no slower.
+    """
 
     x: Estimate
     y: Estimate
@@ -72,6 +76,7 @@ class Point:
     label: str
     on_front: bool = False
     badge: str = ""
+    dominated: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +164,7 @@ def _draw_point(point: Point, x: Scale, y: Scale, metric: str) -> Markup:
     title = (
         f"{point.label}\n{metric}: {_with_n(point.y)}\nlatency p50: {format_latency(point.x)}"
         + ("\non the Pareto front" if point.on_front else "")
+        + ("" if point.dominated is None else f"\n{_dominated(point.dominated)}")
         + (f"\nrecommended: {point.badge}" if point.badge else "")
     )
     parts = [element("title", title)]
@@ -168,6 +174,10 @@ def _draw_point(point: Point, x: Scale, y: Scale, metric: str) -> Markup:
         parts.append(element("circle", class_="ring", cx=px, cy=py, r=10))
     parts.append(mark(point.marker, px, py, 5.0 if point.on_front else 4.0, class_))
     return element("g", *parts)
+
+
+def _dominated(share: float) -> str:
+    return f"dominated in {share_text(share)} of resampled prompts"
 
 
 def _whisker(

@@ -1,5 +1,6 @@
 """A comparison in words: for the terminal, for a Markdown step summary, for JUnit's messages."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from sd35bench.report.markdown import escape_cell
 
-__all__ = ["compare_markdown", "figure_cells", "figure_text", "print_comparison"]
+__all__ = ["compare_markdown", "failed_gates", "figure_cells", "figure_text", "print_comparison"]
 
 _COLUMNS = ("dimension", "figure", "baseline", "candidate", "effect", "95 %", "margin", "n")
 _COLOURS = {"pass": "green", "fail": "red", "undecided": "yellow", "not applicable": "dim"}
@@ -25,6 +26,7 @@ def compare_markdown(document: dict[str, Any]) -> str:
         f"Policy `{document['policy']}`, {document['n_pairs']} pairs. {_meaning(document)}",
         "",
     ]
+    lines += [f"**{escape_cell(text)}**\n" for text in failed_gates(document)]
     for comparison in document["comparisons"]:
         lines += [f"## {escape_cell(comparison['title'])}", "", about(comparison), ""]
         head = ["verdict", *_COLUMNS]
@@ -46,6 +48,8 @@ def print_comparison(document: dict[str, Any], console: Console) -> None:
         f" {escape(document['baseline'])}, policy {escape(document['policy'])},"
         f" {document['n_pairs']} pairs"
     )
+    for text in failed_gates(document):
+        console.print(f"[{_COLOURS['fail']}]{escape(text)}[/]", soft_wrap=True)
     for comparison in document["comparisons"]:
         console.print(f"\n[bold]{escape(comparison['title'])}[/bold]")
         console.print(escape(about(comparison)), soft_wrap=True)
@@ -54,6 +58,12 @@ def print_comparison(document: dict[str, Any], console: Console) -> None:
             console.print(escape(reason.removeprefix("- ")), soft_wrap=True)
     for text in document["warnings"]:
         console.print(f"[yellow]warning[/yellow] {escape(text)}", soft_wrap=True)
+
+
+def failed_gates(document: Mapping[str, Any]) -> list[str]:
+    """What failed the comparison as a whole, beside its dimensions."""
+    failed = (item for item in document["gate"].items() if item[1]["verdict"] == "fail")
+    return [f"{name}: fail: {found['reason']}" for name, found in failed]
 
 
 def _table(comparison: dict[str, Any]) -> Table:
@@ -118,9 +128,22 @@ def _reasons(comparison: dict[str, Any]) -> list[str]:
         if dimension["verdict"] in ("fail", "not applicable"):
             needed = ", required" if dimension["required"] else ""
             found.append(f"- {name}{needed}: {dimension['verdict']}: {dimension['reason']}")
-        notes = [f["note"] for f in dimension["figures"] if f["note"] and f["effect"] is not None]
+        notes = [f["note"] for f in dimension["figures"] if f["note"] and _worth_saying(f)]
         found += [f"- {name}: {note}" for note in dict.fromkeys(notes)]
+        absent = [f["name"] for f in dimension["figures"] if _unscored(f)]
+        if absent:
+            found.append(f"- {name}: scored on neither side: {', '.join(absent)}")
     return found
+
+
+def _worth_saying(figure: dict[str, Any]) -> bool:
+    """Whether a note is about a measured number, or says why a set metric was refused."""
+    return figure["effect"] is not None or figure["unit"] == "set metric"
+
+
+def _unscored(figure: dict[str, Any]) -> bool:
+    """Whether a metric that the policy names is on neither side."""
+    return figure["verdict"] == "not applicable" and figure["unit"] == "metric"
 
 
 def _meaning(document: dict[str, Any]) -> str:

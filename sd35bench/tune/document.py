@@ -1,6 +1,7 @@
 """What a search found, as one JSON document and as text for a terminal."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,41 +12,52 @@ from rich.table import Table
 
 from sd35bench.analysis.clustered import mean_t, quantile_t
 from sd35bench.analysis.intervals import Interval
-from sd35bench.analysis.profiles import Profile
+from sd35bench.analysis.profiles import BEST, Profile
+from sd35bench.analysis.recommended import first_upper
 from sd35bench.analysis.settings import setting_key
 from sd35bench.disk import write_atomic
 from sd35bench.store import Study
+from sd35bench.tune.confirm import Confirmation
+from sd35bench.tune.final import Final
 from sd35bench.tune.lab import StudyLab
-from sd35bench.tune.race import Evidence, as_good
+from sd35bench.tune.race import OVER_LIMITS, Evidence
 from sd35bench.tune.session import Budget, Outcome
 from sd35bench.tune.space import Point, Space
 
-__all__ = ["print_tuning", "tune_document", "write_tuning"]
+__all__ = ["print_tuning", "setting_text", "tune_document", "with_interval", "write_tuning"]
 
-NOT_CONFIRMED = (
-    "chosen on prompts of the tune split; not confirmed on held-out prompts, none of which was used"
-)
 _SHOWN = 8
-_ORDER = ("winner", "racing", "set aside", "dominated", "out of reach", "too slow", "failed")
+_ORDER = ("winner", "racing", "set aside", "dominated", "out of reach", *OVER_LIMITS, "failed")
 
 
 def tune_document(
-    study: str, space: Space, lab: StudyLab, budget: Budget, profile: Profile, found: Outcome
+    study: str,
+    lab: StudyLab,
+    budget: Budget,
+    profile: Profile,
+    found: Outcome,
+    held: Confirmation,
 ) -> dict[str, Any]:
-    """Put a search's outcome into words and figures, ready for JSON; unknown is ``None``."""
+    """Put a search's outcome into words and figures, ready for JSON; unknown is ``None``.
+
+    `confirmed`, `confirmation` and `confirm` are as in `recommend`'s document, and so is the
+    recommended setting's own `confirmation`.
+    """
+    space = lab.space
     exhaustive = space.size * lab.prompts * lab.images_per_prompt
     margin = lab.margin(profile)
     winner = None if found.winner is None else found.found.points[found.winner]
-    rows = [_row(space, lab, found, point, winner) for point in found.found.points]
+    rows = [_row(lab, found, point, winner) for point in found.found.points]
     rows.sort(key=lambda row: (_ORDER.index(row["status"]), -_number(row["quality"]["value"])))
     return {
         "study": study,
         "profile": profile.name,
         "objective": lab.metric,
         "margin": margin,
-        "recommended": None if winner is None else _recommended(space, lab, found, winner, margin),
-        "confirmed": False,
-        "confirmation": NOT_CONFIRMED,
+        "recommended": None if winner is None else _recommended(lab, found, winner, profile, held),
+        "confirmed": held.confirmed,
+        "confirmation": held.said,
+        "confirm": held.confirm,
         "stopped": found.stopped,
         "images": {
             "used": found.images,
@@ -82,15 +94,25 @@ def print_tuning(document: dict[str, Any], out: Console) -> None:
         soft_wrap=True,
     )
     out.print(f"stopped: {escape(document['stopped'])}", soft_wrap=True)
-    out.print(escape(document["confirmation"]), soft_wrap=True)
+    out.print(f"{escape(first_upper(document['confirmation']))}.", soft_wrap=True)
+    images = document["confirm"]["images"]
+    if images:
+        out.print(
+            f"{images} held-out images would confirm it: the same command with --confirm",
+            soft_wrap=True,
+        )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("setting", document["objective"].replace("_", " "), "n", "p50 s", "in the race"):
         table.add_column(column)
     for row in document["tried"][:_SHOWN]:
         why = row["status"] if row["why"] is None else f"{row['status']}: {row['why']}"
-        quality, latency = _with_interval(row["quality"], 2), _with_interval(row["latency_s"], 3)
+        quality, latency = with_interval(row["quality"], 2), with_interval(row["latency_s"], 3)
         table.add_row(
-            escape(_text(row["setting"])), quality, str(row["quality"]["n"]), latency, escape(why)
+            escape(setting_text(row["setting"])),
+            quality,
+            str(row["quality"]["n"]),
+            latency,
+            escape(why),
         )
     out.print(table)
     more = len(document["tried"]) - _SHOWN
@@ -99,54 +121,75 @@ def print_tuning(document: dict[str, Any], out: Console) -> None:
 
 
 def _recommended(
-    space: Space, lab: StudyLab, found: Outcome, winner: Point, margin: float
+    lab: StudyLab, found: Outcome, winner: Point, profile: Profile, held: Confirmation
 ) -> dict[str, Any]:
-    assert found.winner is not None
-    best, good = as_good(found.found, found.racing, margin)
+    space = lab.space
+    assert found.final is not None
     evidence = found.seen[winner]
     quality, latency = _quality(lab, evidence), _latency(evidence)
     setting = space.named(winner)
-    difference = None
-    if best != found.winner:
-        low = float(found.found.low[found.winner, best])
-        high = float(found.found.high[found.winner, best])
-        difference = {
-            "best": space.named(found.found.points[best]),
-            "value": evidence.mean - found.seen[found.found.points[best]].mean,
-            "ci95": [low, high],
-        }
     metric = lab.metric.replace("_", " ")
-    figures = f"{metric} {_with_interval(quality, 2)}, {_with_interval(latency, 3)} s an image"
+    figures = f"{metric} {with_interval(quality, 2)}, {with_interval(latency, 3)} s an image"
     return {
         "setting": setting,
         "setting_key": setting_key(lab.trial(winner)),
-        "headline": f"{_text(setting)} ({figures}, n={quality['n']})",
-        "reason": _reason(found, best, good, margin),
+        "headline": f"{setting_text(setting)} ({figures}, n={quality['n']})",
+        "reason": _reason(found, found.final, profile),
         "quality": quality,
         "latency_s": latency,
         "usd_per_image": evidence.usd,
-        "difference_from_best": difference,
+        "wanted": profile.objective,
+        "reference": profile.reference,
+        "difference_from_best": _difference(space, found.final),
+        "non_inferiority": _test(space, found, found.final),
+        "confirmation": held.entry,
     }
 
 
-def _reason(found: Outcome, best: int, good: list[int], margin: float) -> str:
-    finalists = len(found.racing)
-    if finalists == 1:
-        return "the only setting left in the race"
-    if found.winner == best and len(good) == 1:
-        return (
-            f"the best mean of {finalists} settings left; no faster one is shown to be within"
-            f" {margin:g} of it, which more images might"
-        )
-    if found.winner == best:
-        return f"the best mean of {finalists} settings left, and the fastest shown to be as good"
-    left = f"the fastest of {finalists} settings left"
-    return f"{left} that is shown to be within {margin:g} of the best"
+def _difference(space: Space, final: Final) -> dict[str, Any] | None:
+    """From the best of those left, or the named default that the profile holds it against."""
+    choice = final.choice
+    if choice.chosen == choice.reference:
+        return None
+    found = choice.differences[choice.chosen]
+    best = space.named(final.points[choice.reference])
+    return {"best": best, "value": found.value, "ci95": found.ci95}
 
 
-def _row(
-    space: Space, lab: StudyLab, found: Outcome, point: Point, winner: Point | None
-) -> dict[str, Any]:
+def _test(space: Space, found: Outcome, final: Final) -> dict[str, Any] | None:
+    """Whether the choice is shown to be as good, as in `recommend`'s document.
+
+    `unshown` counts the settings that left the race early, of which that is not shown; `p` and
+    `p_holm` are about those left.
+    """
+    test = final.choice.tests.get(final.choice.chosen)
+    if test is None:
+        return None
+    rival = space.named(final.points[test.rival])
+    said = {"shown": found.shown, "p": test.p, "p_holm": test.p_holm}
+    left_early = {"settings": len(final.choice.tests), "unshown": len(found.unshown)}
+    ends = {"value": test.difference.value, "ci95": test.difference.ci95}
+    return {**said, **left_early, "rival": rival, "difference": ends}
+
+
+def _reason(found: Outcome, final: Final, profile: Profile) -> str:
+    """`recommend`'s reason, and what it cannot know here: who never got as far."""
+    choice, left = final.choice, len(final.choice.differences)
+    reason = "the only setting left in the race" if left == 1 else choice.reason
+    if not final.shown and choice.chosen in choice.tests:
+        whom = "every other" if profile.reference == BEST else profile.reference
+        reason += f"; that it is within {choice.margin:g} of {whom} is not shown"
+    elif found.unshown:
+        reason += f"; of {len(found.unshown)} that left the race early that is not shown"
+    if left > 1:
+        reason += f"; {left} settings were left in the race"
+    if found.aside:
+        reason += f"; {len(found.aside)} were set aside undecided, as the images did not reach"
+    return reason
+
+
+def _row(lab: StudyLab, found: Outcome, point: Point, winner: Point | None) -> dict[str, Any]:
+    space = lab.space
     status, why, by = "racing", None, None
     if point == winner:
         status = "winner"
@@ -193,14 +236,16 @@ def _entry(interval: Interval, images: int) -> dict[str, Any]:
     }
 
 
-def _text(setting: dict[str, Any]) -> str:
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """A point of the space in a few words."""
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in setting.items()
     )
 
 
-def _with_interval(entry: dict[str, Any], digits: int) -> str:
+def with_interval(entry: Mapping[str, Any], digits: int) -> str:
+    """A figure with the ends of its interval; `digits` after the point."""
     if entry["value"] is None:
         return "unknown"
     text = f"{entry['value']:.{digits}f}"

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.pairs import EDIT_QUALITY, Candidate, candidates
+from sd35bench.analysis.constraints import peak_bytes
+from sd35bench.analysis.pairs import EDIT_QUALITY, Candidate, Comparison, candidates, compare
 from sd35bench.analysis.profiles import Profile
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import PairKey, setting_key
@@ -26,14 +27,15 @@ from sd35bench.plan import AxisValue, Batch, Plan, Sweep, expand
 from sd35bench.prompts import PromptItem
 from sd35bench.store import Study
 from sd35bench.tune.race import Evidence
+from sd35bench.tune.reference import reference_point
 from sd35bench.tune.space import Point, Space
-from sd35bench.types import Scalar, SkipLayerGuidance, Task, Trial, content_hash
+from sd35bench.types import Record, Scalar, SkipLayerGuidance, Task, Trial, content_hash
 
 __all__ = ["Source", "StudyLab", "shuffled"]
 
 _WAIT_S = 0.5
 _MOSTLY = 0.5
-"""A setting of whose images fewer than this share count is one that failed."""
+"""A setting of whose images fewer than this share may be judged is one that failed."""
 
 SourceKey = tuple[Scalar, Scalar]
 
@@ -52,7 +54,7 @@ class Source:
 
 
 class StudyLab:
-    """Buys images in a study; see `session.Lab`."""
+    """Buys images in a study; see `buying.Lab`."""
 
     def __init__(
         self,
@@ -71,14 +73,31 @@ class StudyLab:
         self._numbers: dict[Any, int] = {}
         self._metric: str | None = None
         self._scored = False
+        self._found: dict[str, Candidate] = {}
         for number, trial in enumerate(self._first_trials()):
             key = (trial.request.prompt, trial.request.init_image)
             self._numbers.setdefault(key, number)
 
     @property
+    def space(self) -> Space:
+        """What is searched."""
+        return self._space
+
+    @property
     def prompts(self) -> int:
         """How many prompts there are."""
         return len(self._items)
+
+    @property
+    def prompt_set(self) -> str:
+        """Name of the set that the prompts are of."""
+        return self._items[0].ref.set
+
+    @property
+    def task(self) -> Task:
+        """Image-to-image where the prompts have init images."""
+        edit = self._items[0].init_image is not None
+        return Task.IMAGE_TO_IMAGE if edit else Task.TEXT_TO_IMAGE
 
     @property
     def images_per_prompt(self) -> int:
@@ -105,6 +124,13 @@ class StudyLab:
     def margin(self, profile: Profile) -> float:
         """The profile's margin for the objective."""
         return profile.margin(self.metric)
+
+    def reference(self, profile: Profile) -> Point | None:
+        """The named default that the profile holds settings against; ``None``: the best.
+
+        Raises: ConfigError where it is not in the space.
+        """
+        return reference_point(profile, self._space, self.task, lambda p: self.trial(p).request)
 
     def identity(self, point: Point) -> Hashable:
         """Equal for points that ask for the same images: a strength counts as its steps."""
@@ -138,6 +164,10 @@ class StudyLab:
             plans = plans[turn:] + plans[:turn]
         for plan in plans:
             self._patiently(plan)
+        self.score()
+
+    def score(self) -> None:
+        """Score what is missing; waits where another worker does."""
         with open_lock(self._study.path / ".lock-score") as handle:
             while not try_flock(handle, fcntl.LOCK_EX):
                 time.sleep(_WAIT_S)
@@ -163,24 +193,61 @@ class StudyLab:
                     " other code): their figures are not comparable; use another study name"
                 )
             rows[name] = row
-        found: dict[str, Candidate] = {}
-        if rows:
-            found = self._judged(table, list(rows.values()))
-        return {p: self._evidence(p, found.get(name)) for name, p in wanted.items()}
+        self._found = self._judged(table, list(rows.values())) if rows else {}
+        return {p: self._evidence(p, self._found.get(name)) for name, p in wanted.items()}
+
+    def compared(self, points: Sequence[Point], prompts: int) -> tuple[list[Point], Comparison]:
+        """What `seen` saw last of these settings, as `recommend` compares them.
+
+        On the first prompts alone, whatever else the study has. Settings with too few images are
+        left out. Returns: the points of the comparison's candidates, and the comparison.
+        """
+        names = {setting_key(self.trial(p)): p for p in points}
+        found = [self._early(self._found[name], prompts) for name in names if name in self._found]
+        compared = compare(self.metric, found) if len(found) > 1 else self._alone(found[0])
+        return [names[c.row.setting["setting"]] for c in compared.candidates], compared
+
+    def _early(self, found: Candidate, prompts: int) -> Candidate:
+        """A candidate as if only the first so many prompts had been made."""
+
+        def is_early(prompt: str, init: str | None) -> bool:
+            return self._numbers.get((prompt, init), prompts) < prompts
+
+        def early(records: list[Record]) -> list[Record]:
+            asked = [r.trial.request for r in records]
+            kept = [is_early(request.prompt, request.init_image) for request in asked]
+            return [r for r, keep in zip(records, kept, strict=True) if keep]
+
+        row = replace(
+            found.row,
+            records=early(found.row.records),
+            timed=early(found.row.timed),
+            usable=early(found.row.usable),
+        )
+        return replace(
+            found,
+            row=row,
+            quality={k: v for k, v in found.quality.items() if is_early(k[0], k[5])},
+            latency_s={k: v for k, v in found.latency_s.items() if is_early(k[0], k[5])},
+        )
+
+    def _alone(self, found: Candidate) -> Comparison:
+        """One setting, which has nothing to be compared with."""
+        outcomes = found.outcomes()
+        keys = list(outcomes)
+        order: dict[int, int] = {}
+        prompts = [order.setdefault(self._numbers[k[0], k[5]], len(order)) for k in keys]
+        quality = np.array([list(outcomes.values())])
+        return Comparison(self.metric, [found], quality, keys, np.array(prompts, np.int64), [])
 
     def _judged(self, table: Table, rows: list[Row]) -> dict[str, Candidate]:
         try:
-            self._metric, judged = candidates(table, rows, self._task)
+            self._metric, judged = candidates(table, rows, self.task)
         except ConfigError:
             if self._scored:
                 raise
             return {}  # a killed worker, or a living one, made them and has not scored them yet
         return {c.row.setting["setting"]: c for c in judged}
-
-    @property
-    def _task(self) -> Task:
-        edit = self._items[0].init_image is not None
-        return Task.IMAGE_TO_IMAGE if edit else Task.TEXT_TO_IMAGE
 
     def _source(self, point: Point) -> Source:
         preset = self._space.value(point, "skip_layer_guidance")
@@ -235,11 +302,26 @@ class StudyLab:
         nothing = np.full(self.prompts, np.nan)
         if found is None:
             return Evidence(quality=nothing, latency_s=nothing, usd=usd)
-        lost = found.row.failed + found.row.excluded.total()
-        if len(found.quality) < _MOSTLY * (len(found.quality) + lost):
+        outcomes, lost = found.outcomes(), found.row.excluded.total()
+        if len(outcomes) < _MOSTLY * (len(outcomes) + lost):
             return Evidence(quality=nothing, latency_s=nothing, usd=usd)
-        quality, latency_s = self._by_prompt(found.quality), self._by_prompt(found.latency_s)
-        return Evidence(quality=quality, latency_s=latency_s, usd=usd)
+        return Evidence(
+            quality=self._by_prompt(outcomes),
+            latency_s=self._by_prompt(found.latency_s),
+            failed=self._failed(found),
+            usd=usd,
+            peak_bytes=peak_bytes(found),
+        )
+
+    def _failed(self, found: Candidate) -> np.ndarray:
+        """Share of a prompt's images that failed [P]."""
+        counts = np.zeros(self.prompts)
+        for record in found.failed:
+            request = record.trial.request
+            number = self._numbers.get((request.prompt, request.init_image))
+            if number is not None:
+                counts[number] += 1
+        return counts / self.images_per_prompt
 
     def _by_prompt(self, values: Mapping[PairKey, float]) -> np.ndarray:
         """Means over a prompt's images [P]; NaN without any."""

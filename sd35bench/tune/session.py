@@ -13,12 +13,23 @@ already costs nothing, and workers that share a study come to the same answer.
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from math import isnan
 
-from sd35bench.analysis.profiles import Profile
+from sd35bench.analysis.profiles import BEST, Profile
 from sd35bench.errors import ConfigError
-from sd35bench.tune.race import Evidence, Look, Out, decided, judge, look, pick, promise
+from sd35bench.tune.buying import Lab
+from sd35bench.tune.final import Final, decide, settled
+from sd35bench.tune.race import (
+    OVER_LIMITS,
+    Evidence,
+    Look,
+    Out,
+    judge,
+    look,
+    promise,
+    seconds_limit,
+)
 from sd35bench.tune.search import Found, Search
 from sd35bench.tune.space import Point, Space
 
@@ -36,46 +47,6 @@ Bury = Callable[[str], AbstractContextManager[bool]]
 """Says whether a worker of the same search, by name, is dead; while inside, no one else is told."""
 
 
-class Lab(Protocol):
-    """Makes images of settings on prompts, and says what they gave."""
-
-    @property
-    def prompts(self) -> int:
-        """How many prompts there are."""
-        ...
-
-    @property
-    def images_per_prompt(self) -> int:
-        """Images of one setting and prompt: the seeds."""
-        ...
-
-    @property
-    def objectives(self) -> int:
-        """3 where a backend costs money, else 2: quality and latency."""
-        ...
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """What quality can be at least and at most."""
-        ...
-
-    def identity(self, point: Point) -> Hashable:
-        """Equal for points that ask for the same images."""
-        ...
-
-    def buy(self, points: Sequence[Point], prompts: range) -> None:
-        """Make and score what is missing of these settings on these prompts."""
-        ...
-
-    def seen(self, points: Sequence[Point]) -> dict[Point, Evidence]:
-        """What is known of these settings, on all prompts."""
-        ...
-
-    def margin(self, profile: Profile) -> float:
-        """The profile's margin in units of quality."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """How much may be tried: settings, images, and the prompts that every setting gets first."""
@@ -90,7 +61,11 @@ class Outcome:
     """What a search came to.
 
     `depth` is the prompts that each setting got, `out` why a setting stopped, `aside` those for
-    which the images did not reach, `racing` the indices into `found` of those still in at the end.
+    which the images did not reach, `racing` the indices into `found` of those still in at the end,
+    of which `final` has the choice; `winner` is its index. `reference` is the named default that
+    the profile holds settings against, which goes on even where it is out itself. `unshown` are
+    settings that left the race early, and that on the prompts which they have the winner is not
+    shown to be within the margin of.
     """
 
     seen: dict[Point, Evidence]
@@ -103,6 +78,14 @@ class Outcome:
     stopped: str
     images: int
     history: list[dict[str, int]]
+    final: Final | None = None
+    reference: Point | None = None
+    unshown: tuple[Point, ...] = ()
+
+    @property
+    def shown(self) -> bool:
+        """Whether the winner is shown to be as good as everything it has to be as good as."""
+        return self.final is not None and self.final.shown and not self.unshown
 
 
 def default_images(space: Space, prompts: int, per_prompt: int, trials: int) -> int:
@@ -122,6 +105,9 @@ def tune(
 
     Raises: ConfigError where nothing can be compared; what the lab raises.
     """
+    reference = lab.reference(profile)
+    if reference is not None:
+        search.enqueue(reference)
     _explore(lab, search, bury, budget, told)
     points = search.tried()
     if not points:
@@ -211,11 +197,13 @@ class _Race:
     def __init__(self, lab: Lab, points: list[Point], budget: Budget, profile: Profile) -> None:
         self._lab, self._points, self._budget, self._profile = lab, points, budget, profile
         self._margin = lab.margin(profile)
+        self._reference = _same(lab, points, lab.reference(profile))
         self._reached = dict.fromkeys(points, budget.first)
         self._out: dict[Point, Out] = {}
         self._aside: dict[Point, str] = {}
         self._history: list[dict[str, int]] = []
         self._stopped: str | None = None
+        self._final: Final | str = ""
         self.depth = budget.first
         self.images = len(points) * budget.first * lab.images_per_prompt
 
@@ -224,26 +212,34 @@ class _Race:
         seen = self._lab.seen(self._points)
         self._seen = {p: seen[p].first(self._reached[p]) for p in self._points}
         self._found = look(self._seen, self._lab.bounds)
-        for point, verdict in judge(self._found, self._profile, self._margin).items():
+        verdicts = judge(self._found, self._profile, self._margin, self._reference)
+        for point, verdict in verdicts.items():
             self._out.setdefault(point, verdict)
-        left = [p not in self._out and p not in self._aside for p in self._points]
-        self._racing = [i for i, races in enumerate(left) if races]
+        self._racing = [i for i, p in enumerate(self._points) if self._races(p)]
         self._history.append(
             {"prompts": self.depth, "settings": len(self._racing), "images": self.images}
         )
+        self._final = self._decide()
         self._stopped = self._stop()
         return self._stopped
 
     def next(self) -> tuple[list[Point], int]:
         """Who goes on, and to how many prompts; the rest is set aside."""
         alive = [self._points[i] for i in self._racing]
-        keep = self._affordable()
+        rulers = self._rulers()
+        keep = self._affordable() - len(rulers)
         if keep < len(alive):
-            chances = promise({p: self._seen[p] for p in alive}, self._margin)
-            alive.sort(key=lambda p: -chances[p])
+            ruler = None if self._reference is None else self._seen[self._reference]
+            chances = promise(
+                {p: self._seen[p] for p in alive},
+                self._margin,
+                objective=self._profile.objective,
+                reference=ruler,
+            )
+            alive.sort(key=lambda p: (p != self._reference, -chances[p]))
             why = f"the images did not reach for it beyond {self.depth} prompts"
             self._aside |= dict.fromkeys(alive[keep:], why)
-        return alive[:keep], min(2 * self.depth, self._lab.prompts)
+        return alive[:keep] + rulers, min(2 * self.depth, self._lab.prompts)
 
     def bought(self, alive: Sequence[Point], depth: int) -> None:
         """Take in that these settings have so many prompts now."""
@@ -254,18 +250,73 @@ class _Race:
     def outcome(self) -> Outcome:
         """What the race came to; after `look` said that it is over."""
         assert self._stopped is not None
-        winner = pick(self._found, self._racing, self._margin) if self._racing else None
+        final = None if isinstance(self._final, str) else self._final
+        if final is not None:
+            for i, why in final.choice.limits.broken.items():
+                self._out.setdefault(final.points[i], Out(kind=_kind(why), why=why))
         return Outcome(
             seen=self._seen,
             depth=self._reached,
             out=self._out,
             aside=self._aside,
             found=self._found,
-            racing=self._racing,
-            winner=winner,
+            racing=[i for i, p in enumerate(self._points) if self._races(p)],
+            winner=None if final is None else self._points.index(final.chosen),
             stopped=self._stopped,
             images=self.images,
             history=self._history,
+            final=final,
+            reference=self._reference,
+            unshown=() if final is None else self._unshown(self._points.index(final.chosen)),
+        )
+
+    def _unshown(self, winner: int) -> tuple[Point, ...]:
+        """Those not left that might still be better than the winner by more than the margin.
+
+        A race may drop the best one by bad luck on few prompts, so without these it would be said
+        too often that something is as good as the best (docs/adr/0011).
+        """
+        if self._reference is not None:
+            return ()
+        gone = [i for i, p in enumerate(self._points) if not self._races(p)]
+        rivals = [i for i in gone if self._kind_of(i) not in (*OVER_LIMITS, "failed")]
+        low = self._found.low[winner]
+        return tuple(self._points[i] for i in rivals if not low[i] > -self._margin)
+
+    def _kind_of(self, i: int) -> str | None:
+        out = self._out.get(self._points[i])
+        return None if out is None else out.kind
+
+    def _races(self, point: Point) -> bool:
+        return point not in self._out and point not in self._aside
+
+    def _rulers(self) -> list[Point]:
+        """The named default where it is out itself: others are still held against it."""
+        ruler = self._reference
+        return [ruler] if ruler is not None and ruler in self._out and not self._lost() else []
+
+    def _lost(self) -> bool:
+        """Whether the profile's named default gave nothing that others could be held against."""
+        if self._profile.reference == BEST:
+            return False
+        seen = None if self._reference is None else self._seen[self._reference]
+        return seen is None or isnan(seen.mean) or isnan(seen.p50_s)
+
+    def _decide(self) -> Final | str:
+        """What `recommend` would say of those left; the limit is a share of all that were seen."""
+        if not self._racing:
+            return "no setting meets the profile"
+        if self._lost():
+            return f"{self._profile.reference}'s setting gave no image to hold others against"
+        asked = [self._points[i] for i in self._racing] + self._rulers()
+        points, comparison = self._lab.compared(asked, self.depth)
+        limit = seconds_limit(self._found, self._profile)
+        return decide(
+            points,
+            comparison,
+            replace(self._profile, latency_limit_frac=None, latency_limit_s=limit),
+            reference=self._reference,
+            beaten=any(o.kind not in (*OVER_LIMITS, "failed") for o in self._out.values()),
         )
 
     @property
@@ -280,17 +331,37 @@ class _Race:
         while self.depth * 2**doublings < self._lab.prompts:
             doublings += 1
         left = self._budget.images - self.images
-        return max(2, int(left / doublings) // self._price)
+        return max(self._fewest, int(left / doublings) // self._price)
+
+    @property
+    def _fewest(self) -> int:
+        """Two settings, and the named default where it does not race."""
+        return 2 + len(self._rulers())
 
     def _stop(self) -> str | None:
+        final = self._final
         if not self._racing:
             return "no setting meets the profile"
-        if len(self._racing) == 1:
-            return "one setting is left"
-        if decided(self._found, self._racing, self._margin):
-            return "decided: within the margin of every other, and none that is faster is left"
+        if len(self._racing) == 1 or self._lost():
+            return final if isinstance(final, str) else "one setting is left"
+        if isinstance(final, Final) and settled(final, self._profile):
+            return "decided: shown to be as good, and none that could replace it is left"
         if self.depth >= self._lab.prompts:
-            return "all prompts are used"
-        if self._budget.images - self.images < 2 * self._price:
-            return f"the images are used up: two settings more would take {2 * self._price}"
+            return final if isinstance(final, str) else "all prompts are used"
+        price = self._fewest * self._price
+        if self._budget.images - self.images < price:
+            return f"the images are used up: to go on would take {price} at least"
         return None
+
+
+def _same(lab: Lab, points: Sequence[Point], wanted: Point | None) -> Point | None:
+    """The point that was tried and asks for the same images as the wanted one."""
+    if wanted is None:
+        return None
+    name = lab.identity(wanted)
+    return next((p for p in points if lab.identity(p) == name), None)
+
+
+def _kind(why: str) -> str:
+    """The first of the limits that `recommend` found broken."""
+    return next((kind for kind in OVER_LIMITS if why.startswith(kind)), "failed")

@@ -63,13 +63,15 @@ def record(number: int = 0, *, load: Load = LOAD, **fields: Any) -> Record:
     batch_size = fields.pop("batch_size", 1)
     level, ref_set = fields.pop("level", None), fields.pop("prompt_set", "nano")
     split = fields.pop("split", "tune")
+    kind = "t2i" if fields.get("init_image") is None else "edit"
+    ref_id = f"{split}-{kind}-0-{number:04d}" if ref_set == "nano" else f"{number:05d}"
     asked = {"steps": 8, "cfg": 4.0, "seed": 0, "width": 64, "height": 64, **fields}
     asked.setdefault("prompt", f"prompt {number}")
     trial = make_trial(
         load=load,
         request=Request(**asked),
         batch_size=batch_size,
-        prompt=PromptRef(id=f"{split}-t2i-0-{number:04d}", set=ref_set, split=split, level=level),
+        prompt=PromptRef(id=ref_id, set=ref_set, split=split, level=level),
     )
     if taken["image"] == "auto":
         taken["image"] = trial.key.ljust(64, "0") if taken["status"] is Status.OK else None

@@ -273,6 +273,7 @@ def test_reruns_add_times_and_nothing_else(same):
     (side,) = read_sides(same)
     merged = merge_starts(side, [side, replace(side, environment={"device": "cuda"})])
     assert len(merged.starts) == 2
+    assert (len(merged.elsewhere), merged.elsewhere_differs) == (PROMPTS * SEEDS, ("device",))
     assert np.isfinite(merged.metrics["prompt_accuracy"]).sum() == len(side.pairs)
     assert len(merged.of_start(1)) == len(side.of_start(0))
 
@@ -296,7 +297,7 @@ def test_ready_policies_load(path):
         ({"dimensions": {"drift": {"margins": {"psnr": 1}}}}, "margins.psnr"),
         ({"dimensions": _quality()["dimensions"], "undecided": "maybe"}, "undecided='maybe'"),
         (_quality(required="yes"), "required='yes'"),
-        (_quality(margins={"x": {"margin": 1, "direction": "up"}}), "direction='up'"),
+        (_quality(margins={"fid": {"margin": 1, "direction": "up"}}), "direction='up'"),
     ],
 )
 def test_policy_that_cannot_be_is_refused_by_field(raw, field):

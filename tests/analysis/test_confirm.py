@@ -2,15 +2,20 @@
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sd35bench.analysis import confirm, recommend
-from sd35bench.analysis.confirm import part_rows, prompts_to_confirm
+from sd35bench.analysis.confirm import most_prompts, part_rows, prompts_to_confirm
 from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.recommend import recommend_document
+from sd35bench.analysis.recommended import confirmation_text
 from sd35bench.analysis.table import read_table
+from sd35bench.nano.prompts import MAX_ITEMS
+from sd35bench.prompts import PromptSpec, load_prompts
+from sd35bench.types import Status
 from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
 
 T2I = "text-to-image"
@@ -59,13 +64,63 @@ def test_choice_that_fails_on_held_out_prompts_is_contradicted(tmp_path):
     assert "contradicted: p (text-to-image)" in document["confirmation"]
 
 
-def test_too_few_held_out_prompts_leave_it_undecided_and_say_how_many_would_do(tmp_path):
+def test_nothing_is_said_before_the_planned_number_of_held_out_prompts_was_run(tmp_path):
+    """Whoever could look at 79 prompts, and go on where they displease, would err more often."""
     study = _study(tmp_path, None)
-    more = planted(tmp_path, TUNE, prompts=12, seeds=1, first=1000, split="heldout", rng_seed=9)
+    more = planted(tmp_path, TUNE, prompts=79, seeds=1, first=1000, split="heldout", rng_seed=9)
     study.kept, study.score_rows = study.kept + more.kept, study.score_rows + more.score_rows
+    document = recommend_document(study, MARGIN)
+    found = document["profiles"]["p"][T2I]["confirmation"]
+    assert (found["status"], found["n_prompts"], found["wanted"]) == ("not run enough", 79, 80)
+    assert found["difference"] is None
+    assert confirmation_text(found).endswith("not run enough, 79 of the planned 80")
+    assert document["confirmed"] is False
+    assert {c["there"] for c in document["confirm"]["commands"]} == {79}
+
+
+def test_undecided_says_how_many_more_images_a_new_plan_takes(tmp_path):
+    study = _study(tmp_path, TUNE | {(12, 4.0): (0.80, 0.3)})
     found = _entry(study)["confirmation"]
     assert found["status"] == "undecided"
     assert found["more"]["images"] >= 2
+    assert "in a new plan on other prompts" in confirmation_text(found)
+
+
+def test_failed_held_out_trials_count_as_run_and_as_nothing(tmp_path):
+    study = _study(tmp_path, TUNE)
+    lost = [r for r in study.kept if r.trial.prompt.split == "heldout"]
+    lost = [r for r in lost if r.trial.request.steps == 12][:30]
+    for r in lost:
+        study.kept.remove(r)
+        study.kept.append(replace(r, status=Status.ERROR, image=None, timings=None, error="x"))
+    found = _entry(study)["confirmation"]
+    assert (found["status"], found["n_prompts"]) == ("contradicted", 80)
+    failed = [r for r in study.kept if r.status is Status.ERROR]
+    study.kept = [r for r in study.kept if r not in failed[:1]]
+    study.kept.append(replace(failed[0], status=Status.SKIPPED))  # a run that was given up
+    assert _entry(study)["confirmation"]["status"] == "not run enough"
+
+
+def test_held_out_images_under_another_negative_prompt_confirm_nothing(tmp_path):
+    study = planted(tmp_path, TUNE, prompts=80, seeds=1, negative_prompt="blurry")
+    more = planted(tmp_path, TUNE, prompts=80, seeds=1, first=1000, split="heldout", rng_seed=9)
+    study.kept, study.score_rows = study.kept + more.kept, study.score_rows + more.score_rows
+    document = recommend_document(study, MARGIN)
+    assert document["profiles"]["p"][T2I]["confirmation"]["status"] == "not run"
+    # At cfg 1, where it has no effect, any will do.
+    assert any("160 held-out images under another negative" in n for n in document["notes"])
+    assert all(" negative_prompt=blurry " in c["command"] for c in document["confirm"]["commands"])
+
+
+def test_a_set_is_asked_for_no_more_held_out_prompts_than_it_has(tmp_path, monkeypatch):
+    assert most_prompts(300, "nano") == 400 == MAX_ITEMS
+    starter = Path(__file__).parents[2] / "configs" / "prompts" / "starter.txt"
+    held = load_prompts(PromptSpec(kind="file", path=str(starter), split="heldout"))
+    assert most_prompts(10, "starter.txt") == len(held)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text(starter.read_text())
+    assert most_prompts(10, "mine.txt") == len(held)
+    assert most_prompts(10, "elsewhere.txt") == 20
 
 
 def test_flipped_margin_would_confirm_nothing(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sd35bench.analysis.recommend import recommend_document
-from sd35bench.types import Memory
+from sd35bench.analysis.table import GUARD
+from sd35bench.types import Memory, Status
 from tests.analysis.synthetic import MemoryStudy, planted, record
 
 T2I = "text-to-image"
@@ -51,6 +53,49 @@ def test_cost_limit_prices_this_machines_hours(tmp_path):
     assert entry["setting"]["steps"] == 12
     assert entry["evidence"]["usd_per_image"] == pytest.approx(0.003, rel=0.1)
     assert _why(entry, 28).startswith("too dear: 0.007")
+
+
+def _failing(tmp_path) -> MemoryStudy:
+    """As above; the best setting fails on every third prompt."""
+    study = _study(tmp_path)
+    for row in [r for r in study.kept if r.trial.request.steps == 28][::3]:
+        study.kept.remove(row)
+        study.kept.append(replace(row, status=Status.ERROR, image=None, timings=None, error="x"))
+    return study
+
+
+def test_setting_that_fails_is_not_recommended_and_its_evidence_says_so(tmp_path):
+    study = _failing(tmp_path)
+    entry = _entry(study)
+    assert entry["setting"]["steps"] == 12
+    assert _why(entry, 28) == "failed 20 of 60 trials, limit 1 %"
+    found = {a["setting"]["steps"]: (a["failed"], a["n_trials"]) for a in entry["alternatives"]}
+    assert found[28] == (20, 60)
+    evidence = entry["evidence"]
+    assert (evidence["failed"], evidence["n_trials"], evidence["failures_limit"]) == (0, 60, 0.01)
+    # It takes no prompt away from the others.
+    assert evidence["n_pairs"] == 60
+    allowed = _entry(study, failures_limit=0.5, objective="best-quality")
+    assert allowed["setting"]["steps"] == 12  # a failed image is worth 0: 0.95 of two thirds
+    slower = next(a for a in allowed["alternatives"] if a["setting"]["steps"] == 28)
+    assert slower["quality"]["value"] == pytest.approx(0.95 * 2 / 3, abs=0.08)
+
+
+def test_trials_that_a_stopped_run_skipped_are_no_failures(tmp_path):
+    study = _study(tmp_path)
+    for row in [r for r in study.kept if r.trial.request.steps == 28][::10]:
+        study.kept.remove(row)
+        study.kept.append(replace(row, status=Status.SKIPPED, image=None, timings=None))
+    entry = _entry(study)
+    assert (entry["setting"]["steps"], entry["evidence"]["n_trials"]) == (28, 54)
+    assert entry["evidence"]["n_pairs"] == 54
+
+
+def test_image_that_the_guards_refused_is_a_failure(tmp_path):
+    study = _study(tmp_path)
+    for row in [r for r in study.kept if r.trial.request.steps == 28][:6]:
+        study.score(row, GUARD, 0.0, reason="black")
+    assert _why(_entry(study), 28) == "failed 6 of 60 trials, limit 1 %"
 
 
 def test_unknown_cost_and_memory_are_no_pass(tmp_path):

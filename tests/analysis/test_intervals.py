@@ -52,14 +52,8 @@ def test_mean_interval_of_one_prompt_has_no_ends():
     assert (found.value, found.ci95, found.clusters) == (0.5, None, 1)
 
 
-@pytest.mark.parametrize(
-    ("value", "bounds"), [(1.0, (0.0, 1.0)), (0.0, (0.0, 1.0)), (0.0, (-1.0, 1.0))]
-)
-def test_mean_interval_of_unanimous_prompts_is_exact_not_a_point(value, bounds):
-    found = mean_interval([value] * 20, np.arange(20), bounds=bounds)
-    share = 1 - 0.025 ** (1 / 20)
-    assert found.low == pytest.approx(value - (value - bounds[0]) * share)
-    assert found.high == pytest.approx(value + (bounds[1] - value) * share)
+def test_mean_interval_of_unanimous_prompts_is_a_point():
+    assert mean_interval([0.1] * 20, np.arange(20)).ci95 == pytest.approx([0.1, 0.1])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -68,13 +62,6 @@ def test_quantile_interval_contains_its_value_in_small_samples(seed):
     x = np.round(rng.normal(1.0, 0.02, size=12), 3)
     found = quantile_interval(x, np.arange(12) // 2, 0.5)
     assert found.low <= found.value <= found.high
-
-
-def test_mean_interval_of_a_rare_event_does_not_go_below_0():
-    x = np.zeros(48)
-    x[:2] = 1.0
-    found = mean_interval(x, np.arange(48) // 2, bounds=(0.0, 1.0))
-    assert found.low >= 0.0
 
 
 def test_quantile_interval_holds_the_median():

@@ -43,9 +43,20 @@ def test_median_mutant_that_forgets_time_undercovers():
 
 
 def test_block_error_of_unrelated_values_is_the_standard_error():
-    x = np.random.default_rng(1).normal(size=4000)
-    error, _ = block_error(x)
-    assert error == pytest.approx(x.std() / np.sqrt(4000), rel=0.1)
+    x = np.random.default_rng(1).normal(size=(200, 400))
+    squares = [block_error(row)[0] ** 2 for row in x]
+    assert np.sqrt(np.mean(squares)) == pytest.approx(1 / np.sqrt(400), rel=0.1)
+
+
+def test_series_whose_neighbours_are_too_alike_has_no_interval():
+    """128 images at a correlation of 0.9 are worth 7 unrelated ones; 24 unrelated ones are 24."""
+    rng = np.random.default_rng(7)
+    refused = [block_quantile(_times(rng, 128, 0.9), 0.5).ci95 is None for _ in range(100)]
+    assert np.mean(refused) > 0.85
+    told = [block_quantile(_times(rng, 24), 0.5).ci95 is not None for _ in range(100)]
+    assert np.mean(told) > 0.9
+    assert block_quantile(_times(rng, 512, 0.6), 0.5).ci95 is not None
+    assert block_quantile(_times(rng, 128, 0.6), 0.95).ci95 is None
 
 
 def test_quantile_is_in_its_interval_and_needs_enough_images():
@@ -99,7 +110,7 @@ def test_couples_share_the_machine_s_state():
 
 
 def test_swapped_sides_turn_the_ratio_round():
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(6)
     a, b = [_times(rng, 40) for _ in range(3)], [_times(rng, 40) for _ in range(3)]
     for n in (1, 3):
         there, back = log_ratio(a[:n], b[:n], 0.5, SPREAD), log_ratio(b[:n], a[:n], 0.5, SPREAD)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sd35bench.analysis.named_defaults import NAMED
+from sd35bench.analysis.intervals import Interval
+from sd35bench.analysis.named_defaults import NAMED, verdict_beside
 from sd35bench.analysis.recommend import recommend_document
 from sd35bench.errors import ConfigError
 from sd35bench.types import SkipLayerGuidance, Task, Timings
@@ -59,7 +60,8 @@ def _call_defaults(path: Path) -> dict[str, Any]:
 def test_default_in_the_study_is_held_against_the_choice(tmp_path):
     found = _defaults(planted(tmp_path, GRID, prompts=150))
     vendor, diffusers = found["vendor"], found["diffusers"]
-    assert (vendor["status"], vendor["verdict"]) == ("in the study", "better")
+    assert vendor["status"] == "in the study"
+    assert vendor["verdict"] == "higher here; held-out prompts would tell"
     assert vendor["on"] == "the choice's prompts"
     assert vendor["difference"]["value"] == pytest.approx(0.4, abs=0.08)
     assert vendor["speed_ratio"]["value"] == pytest.approx(4.0, rel=0.05)
@@ -70,11 +72,30 @@ def test_default_in_the_study_is_held_against_the_choice(tmp_path):
 def test_held_out_prompts_count_where_there_are_any(tmp_path):
     study = planted(tmp_path, GRID, prompts=150)
     held = {(12, 4.0): (0.5, 0.3), (40, 5.0): (0.9, 1.2)}
-    more = planted(tmp_path, held, prompts=100, first=500, split="heldout", rng_seed=4)
+    more = planted(tmp_path, held, prompts=150, first=500, split="heldout", rng_seed=4)
     study.kept, study.score_rows = study.kept + more.kept, study.score_rows + more.score_rows
     vendor = _defaults(study)["vendor"]
     assert vendor["on"] == "held-out prompts"
     assert vendor["verdict"] == "worse by more than the margin"
+
+
+@pytest.mark.parametrize(("prompts", "verdict"), [(39, "higher here"), (80, "better")])
+def test_better_is_said_of_held_out_prompts_alone_once_all_were_run(tmp_path, prompts, verdict):
+    study = planted(tmp_path, GRID, prompts=40, seeds=1)
+    held = {(12, 4.0): (0.9, 0.3), (40, 5.0): (0.5, 1.2)}
+    fields = {"first": 500, "split": "heldout", "rng_seed": 4}
+    more = planted(tmp_path, held, prompts=prompts, seeds=1, **fields)
+    study.kept, study.score_rows = study.kept + more.kept, study.score_rows + more.score_rows
+    vendor = _defaults(study)["vendor"]
+    assert vendor["verdict"].startswith(verdict)
+    assert (vendor["on"] == "held-out prompts") == (prompts == 80)
+
+
+def test_better_is_corrected_for_the_number_of_defaults():
+    found = Interval(0.05, 0.001, 0.099, 200, 200)
+    assert verdict_beside(found, 0.1, True) == "better"
+    assert verdict_beside(found, 0.1, False) == "as good within the margin"
+    assert verdict_beside(found, 0.1, None) == "higher here; held-out prompts would tell"
 
 
 def test_default_that_is_not_there_has_the_command_that_adds_it(tmp_path):
@@ -135,7 +156,7 @@ def _edits(tmp_path) -> MemoryStudy:
 def test_edits_have_defaults_of_their_own_with_a_strength(tmp_path):
     found = _defaults(_edits(tmp_path), I2I)
     assert set(found) == {"vendor", "diffusers"}
-    assert found["vendor"]["verdict"] == "better"
+    assert found["vendor"]["verdict"] == "higher here; held-out prompts would tell"
     assert "prompt_strength=0.6" in found["diffusers"]["command"]
     assert "steps=50" in found["diffusers"]["command"]
 

@@ -106,6 +106,20 @@ def test_only_common_pairs_are_compared(tmp_path):
     assert entry["evidence"]["quality"]["value"] == 1.0
 
 
+def test_setting_without_guidance_pairs_with_others_under_any_negative_prompt(tmp_path):
+    # A plan has its image once, under the first of the negative prompts.
+    study = MemoryStudy(tmp_path)
+    for p in range(40):
+        study.add(record(p, steps=4, cfg=1.0, negative_prompt="a"), prompt_accuracy=0.0)
+        for negative in ("a", "b"):
+            row = record(p, steps=28, negative_prompt=negative)
+            study.add(row, prompt_accuracy=float(negative == "a" or p % 2))
+    entry = _entry(study.touch_images())
+    assert entry["setting"]["steps"] == 28
+    assert (entry["evidence"]["n_pairs"], entry["evidence"]["n_prompts"]) == (80, 40)
+    assert entry["evidence"]["quality"]["value"] == 0.75
+
+
 def test_setting_with_few_pairs_does_not_shrink_the_rest(tmp_path):
     study = planted(tmp_path, GRID, prompts=60)
     for p in range(3):
@@ -155,6 +169,27 @@ def test_alternatives_name_every_other_setting_with_a_reason(tmp_path):
     worst = reasons[4, 1.0]
     assert worst["why_not"] == "worse than the best by more than the margin"
     assert worst["difference_from_best"]["ci95"][1] < -0.03
+
+
+def test_entry_says_what_is_on_the_front_and_how_surely_not(tmp_path):
+    study = planted(tmp_path, GRID, prompts=60)
+    study.add(record(0, steps=99), prompt_accuracy=1.0)
+    entry = _entry(study.touch_images())
+    found = {(a["setting"]["steps"], a["setting"]["cfg"]): a for a in entry["alternatives"]}
+    found[28, 4.0] = entry["evidence"]
+    on_front = {key: f["on_front"] for key, f in found.items()}
+    assert on_front == {
+        (4, 1.0): True,
+        (4, 4.0): True,
+        (12, 4.0): True,
+        (28, 4.0): True,
+        (28, 12.0): False,
+        (99, 4.0): None,
+    }
+    assert found[28, 12.0]["p_dominated"] > 0.99
+    assert max(found[key]["p_dominated"] for key in GRID if key != (28, 12.0)) < 0.15
+    assert found[99, 4.0]["p_dominated"] is None
+    assert entry["evidence"]["resamples"] == 2000
 
 
 @pytest.mark.parametrize("case", ["one-setting", "no-shared-pair", "no-metric", "no-image"])

@@ -74,3 +74,12 @@ def test_answer_without_a_setting_is_a_row(document):
     nothing = {"setting": None, "evidence": {"reason": "no setting is within 1 s"}}
     text = recommendation_markdown(document | {"profiles": {"fast": {"text-to-image": nothing}}})
     assert "| fast | text-to-image | none: no setting is within 1 s |" in text
+
+
+def test_others_say_how_surely_they_are_dominated(document):
+    text = recommendation_markdown(document)
+    assert text.count("| p (Holm) | dominated | why not |") == 3
+    assert text.count("Dominated: in how many of 2000 resamples") == 3
+    sentence = "The choice is on the Pareto front of quality and latency; dominated in "
+    assert text.count(sentence) == 3
+    assert "| &lt; 0.1 % (front) |" in text

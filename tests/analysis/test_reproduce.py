@@ -1,5 +1,6 @@
 """The printed snippet, run as it is, makes the very image that the backend made."""
 
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,8 @@ from PIL import Image
 
 from sd35bench.analysis.reproduce import Elsewhere, run_command, snippet
 from sd35bench.backends.base import load_backend
+from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
+from sd35bench.config.overrides import parse, sweep_values
 from sd35bench.types import BackendSpec, SkipLayerGuidance
 from tests.analysis.synthetic import LOAD, record
 from tests.tiny import TOKENS, write_tiny_sd3
@@ -116,3 +119,55 @@ def test_command_can_ask_for_other_prompts_of_the_same_set():
     assert " prompts=file prompts.path=mine.txt prompts.split=heldout prompts.limit=96 " in mine
     starter = run_command([record(0, prompt_set="starter.txt", split="all")], "again")
     assert " prompts=starter prompts.split=all prompts.limit=1 " in starter
+
+
+def _options(command: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
+
+
+def test_command_reaches_the_prompts_that_a_search_took_and_no_fewer():
+    taken = [record(number) for number in (5, 17, 6)]
+    assert _options(run_command(taken, "again"))["prompts.limit"] == "18"
+    mine = [record(number, prompt_set="mine.txt", split="all") for number in (5, 17)]
+    assert _options(run_command(mine, "again"))["prompts.limit"] == "18"
+    named = replace(mine[0].trial.prompt, id="fox")
+    own = [replace(mine[0], trial=replace(mine[0].trial, prompt=named)), mine[1]]
+    assert "prompts.limit" not in _options(run_command(own, "again"))
+    overlap = replace(taken[0].trial.prompt, id="tune-overlap-3-0005")
+    hard = [replace(taken[0], trial=replace(taken[0].trial, prompt=overlap))]
+    found = _options(run_command(hard, "again"))
+    assert (found["prompts.task"], found["prompts.seed"]) == ("overlap", "3")
+
+
+@pytest.mark.parametrize(
+    "negatives",
+    [("blurry",), ("blurry, low quality",), ("", 'it\'s "soft"\\'), ("null",)],
+    ids=["word", "comma", "two", "null"],
+)
+def test_command_asks_for_the_negative_prompts_that_all_prompts_had(negatives):
+    rows = [record(n, negative_prompt=text) for n in range(3) for text in negatives]
+    command = shlex.split(run_command(rows, "again"))
+    (given,) = (word for word in command if word.startswith("negative_prompt="))
+    assert tuple(sweep_values(parse(given))) == tuple(sorted(negatives))
+    assert ("-m" in command) == (len(negatives) > 1)
+
+
+def test_negative_prompts_of_a_file_come_with_the_file():
+    own = [record(n, negative_prompt=f"no {n}", prompt_set="mine.csv") for n in range(3)]
+    assert "negative_prompt" not in run_command(own, "again")
+    # Guidance is off: it has no effect, and a run refuses it.
+    assert "negative_prompt" not in run_command([record(0, cfg=1.0, negative_prompt="x")], "again")
+
+
+def test_command_names_weights_that_a_run_would_not_find_by_itself(tmp_path):
+    path = str(tmp_path / "my weights")
+    mine = replace(LOAD, model=replace(LOAD.model, path=path, components="/c"))
+    found = _options(run_command([record(0, load=mine)], "again"))
+    assert sweep_values(parse(f"model.path={found['model.path']}")) == [path]
+    assert found["model.components"] == "/c"
+    packaged = replace(LOAD.model, path=str(NANO_WEIGHTS))
+    digest = weights_digest(NANO_WEIGHTS)
+    elsewhere = replace(LOAD.model, path="/other/clone/weights", weights_digest=digest)
+    for model in (packaged, elsewhere):
+        row = record(0, load=replace(LOAD, model=model))
+        assert "model.path" not in run_command([row], "again")

@@ -141,7 +141,9 @@ def _batches(load: Load, start: int, size: int) -> list[list[Trial]]:
                 load=load,
                 request=Request(prompt=p, steps=steps, cfg=4.0, seed=0, width=64, height=64),
                 batch_size=size,
-                prompt=PromptRef(id=f"p{i}", set="nano", split="heldout", level="single"),
+                prompt=PromptRef(
+                    id=f"heldout-t2i-0-{i:04d}", set="nano", split="heldout", level="single"
+                ),
             )
             for i, p in prompts
         ]

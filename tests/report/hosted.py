@@ -108,7 +108,7 @@ def _local(study: Study, load: Load, request: Request, number: int) -> Record:
 
 
 def _record(study: Study, load: Load, request: Request, number: int, other: int = 0) -> Record:
-    ref = PromptRef(id=f"p{number}", set="nano", split="heldout", level="single")
+    ref = PromptRef(id=f"heldout-t2i-0-{number:04d}", set="nano", split="heldout", level="single")
     data = draw(request.prompt.split()[1], 1.0, number + 100 * request.steps + 10_000 * other)
     return Record(
         trial=make_trial(load=load, request=request, batch_size=1, prompt=ref),
@@ -160,7 +160,7 @@ def _other(service: str) -> int:
 
 def _call(record: Record, at_s: float, more: dict[str, Any]) -> Record:
     service, request = record.trial.load.backend.name, record.trial.request
-    number = int(record.trial.prompt.id[1:])
+    number = int(record.trial.prompt.id.rpartition("-")[2])
     planted = SECONDS[service]
     slower = 1 + 0.03 * (number % 4 - 1.5)
     scale = slower * (1.0 if request.steps == 28 else 0.5)

@@ -135,7 +135,8 @@ def _requests(prompt, seed, steps, cfgs, strengths, init):
 
 def _record(study: Study, load: Load, request: Request, index: int, failed: bool) -> Record:
     level = ("single", "relation")[index % 2]
-    ref = PromptRef(id=f"p{index}", set="nano", split="tune", level=level)
+    kind = "t2i" if request.init_image is None else "edit"
+    ref = PromptRef(id=f"tune-{kind}-0-{index:04d}", set="nano", split="tune", level=level)
     trial = make_trial(load=load, request=request, batch_size=1, prompt=ref)
     common = {"trial": trial, "session_id": "session-1", "started_at": "2026-11-22T19:00:01+00:00"}
     if failed:

@@ -71,3 +71,26 @@ def test_report_shows_defaults_commands_and_body(demo: Synthetic):
 def test_every_profile_of_the_tests_is_one(demo: Synthetic):
     assert [p.name for p in as_profiles(PROFILES)] == list(demo.recommend["profiles"])
     assert recommend_document(demo.study, PROFILES) == demo.recommend
+
+
+def test_report_says_how_surely_each_setting_is_dominated(demo: Synthetic):
+    document = build_document(demo.study, demo.show, demo.recommend)
+    for section in document.tasks:
+        entry = demo.recommend["profiles"]["final"][section.task]
+        said = {a["setting_id"]: a["p_dominated"] for a in entry["alternatives"]}
+        said[entry["setting_id"]] = entry["evidence"]["p_dominated"]
+        heads = [title for title, _ in section.leaderboard.columns]
+        cells = {row[0]: row[3][heads.index("dominated")] for row in section.leaderboard.rows}
+        assert {row_id: cell.sort for row_id, cell in cells.items()} == said
+        # Only the chart of the metric that was judged by says it.
+        titles = [str(figure.svg).count("dominated in") for figure in section.fronts]
+        assert sorted(titles) == [0] * (len(titles) - 1) + [len(said)]
+    page = unescape(render_report(document))
+    assert page.count("Dominated: in how many of 2000 resamples of the prompts") == 6
+    assert page.count("The choice is on the Pareto front of quality and latency") >= 1
+
+
+def test_report_without_a_recommendation_has_no_column_about_the_front(demo: Synthetic):
+    document = build_document(demo.study, demo.show, None)
+    for section in document.tasks:
+        assert "dominated" not in [title for title, _ in section.leaderboard.columns]

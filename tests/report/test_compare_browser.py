@@ -18,6 +18,7 @@ DOCUMENT = {
     "undecided_fails": False,
     "n_pairs": 2,
     "warnings": [],
+    "gate": {},
     "dimensions": {},
     "comparisons": [
         {
@@ -67,5 +68,5 @@ def test_pairs_are_seen_in_every_way(page):
     )
     assert pixel == [40, 0, 0, 255]  # 10 levels, times 4
     page.click("button[data-mode=blink]")
-    page.wait_for_selector(".duel.off", timeout=3000)
+    page.wait_for_selector(".duel.off", timeout=30_000)
     assert page.locator(".which").inner_text() == "baseline"

@@ -3,6 +3,7 @@
 import itertools
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,12 @@ def test_front_turns_round_for_distances():
     rows.append(row("c", 3.0, 90.0, "fid_nano"))
     assert front_ids(rows, "fid_nano") == {"a", "b"}
     assert front_ids(rows, None) == set()
+
+
+def test_front_keeps_equals_and_takes_2_percent_of_latency_for_none():
+    rows = [row("a", 1.0, 0.5), row("b", 1.0, 0.5), row("c", 1.015, 0.6), row("d", 1.1, 0.6)]
+    assert front_ids(rows, "prompt_accuracy") == {"c"}
+    assert front_ids(rows[:2], "prompt_accuracy") == {"a", "b"}
 
 
 @pytest.mark.parametrize("log", [False, True], ids=["linear", "log"])
@@ -104,6 +111,13 @@ def test_front_chart_draws_intervals_names_and_n():
     assert "final: 28 · cfg 4" in svg
     assert "target 1 s" in svg
     assert "log scale" in svg
+
+
+def test_front_chart_says_how_surely_a_setting_is_dominated():
+    said = [replace(p, dominated=share) for p, share in zip(points(), (None, 0.97), strict=True)]
+    svg = str(plot_front(said, metric="prompt accuracy", lower=False, target_s=None).svg)
+    assert svg.count("dominated in ") == 1
+    assert "dominated in 97 % of resampled prompts" in svg
 
 
 def test_front_chart_says_where_a_far_target_lies():

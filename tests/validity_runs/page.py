@@ -10,10 +10,32 @@ from typing import Any
 from sd35bench.analysis.equivalence import Verdict
 from sd35bench.disk import write_atomic
 from tests.validity_runs.defects import CONTROL, DEFECTS, Defect
+from tests.validity_runs.figure import FIGURES, regret_figure
 from tests.validity_runs.kept import read
 from tests.validity_runs.matrix import POLICIES, caught_by, figures_of, images_needed
+from tests.validity_runs.truth_page import (
+    FIGURE,
+    choice_section,
+    choice_table,
+    grid_section,
+    grid_table,
+    search_section,
+    search_table,
+    table,
+)
 
-__all__ = ["PAGE", "alarm_table", "matrix_table", "sections", "write", "written"]
+__all__ = [
+    "PAGE",
+    "alarm_table",
+    "choice_table",
+    "drawn",
+    "grid_table",
+    "matrix_table",
+    "search_table",
+    "sections",
+    "write",
+    "written",
+]
 
 PAGE = Path(__file__).parents[2] / "docs" / "validity.md"
 BEGIN = "<!-- made by python -m tests.validity_runs page -->"
@@ -28,7 +50,7 @@ def matrix_table(cells: dict[str, Any]) -> str:
     """One row per defect: each policy's verdict, and what its figures were."""
     head = ["planted", "how", *POLICIES, "effect and 95 % interval, candidate against baseline"]
     rows = [_matrix_row(defect, cells[defect.name]) for defect in _known(cells)]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _known(cells: dict[str, Any]) -> list[Defect]:
@@ -99,46 +121,29 @@ def _titles(defects: Sequence[Defect]) -> str:
 
 
 def alarm_table(rows: dict[str, Any]) -> str:
-    """Verdicts of one backend's starts against each other, by policy."""
-    head = ["policy", "pairs of starts", "fail", "undecided", "pass", "disjoint pairs", "fail"]
-    found = rows["starts"]["policies"]
-    return _table(head, [_alarm_row(name, found[name]) for name in POLICIES if name in found])
+    """Verdicts of one backend's starts against each other, by policy, and of couples of them."""
+    head = ["policy", "held against each other", "times", "fail", "undecided", "pass"]
+    found = rows["starts"]
+    lines = []
+    for name in POLICIES:
+        counts = found["policies"][name]
+        lines.append([name, "every pair of starts", *_counts(counts["verdicts"])])
+        lines.append([name, "disjoint neighbours", *_counts(counts["neighbours"])])
+    couples = found["couples"]
+    ways = f"{couples['couples']} couples of neighbours, every way to say which is the baseline"
+    return table(head, [*lines, ["speed", ways, *_counts(couples["verdicts"])]])
 
 
-def _alarm_row(name: str, counts: dict[str, Any]) -> list[str]:
-    every, apart = counts["verdicts"], counts["neighbours"]
-    shown = [str(every[v]) for v in (Verdict.FAIL, Verdict.UNDECIDED, Verdict.PASS)]
-    ends = [str(sum(apart.values())), str(apart[Verdict.FAIL])]
-    return [name, str(sum(every.values())), *shown, *ends]
-
-
-def choice_table(rows: dict[str, Any]) -> str:
-    """How small budgets chose, by profile."""
-    head = [
-        "profile",
-        "margin",
-        "true best",
-        "within the margin",
-        "regret beyond it",
-        "mean regret",
-    ]
-    found = rows["grid"]["profiles"]
-    return _table([*head, "chosen"], [_choice_row(name, found[name]) for name in found])
-
-
-def _choice_row(name: str, held: dict[str, Any]) -> list[str]:
-    missed = held["missed"]
-    beyond = "–" if not missed else f"{missed[0]:.3f} to {missed[-1]:.3f} ({len(missed)} times)"
-    chosen = ", ".join(f"{title} ({times})" for title, times in list(held["chosen"].items())[:4])
-    mean = "–" if held["mean_regret"] is None else f"{held['mean_regret']:.3f}"
-    best = f"{held['best']}: {held['best_value']:.3f}"
-    return [name, f"{held['margin']:g}", best, f"{held['within']:.0%}", beyond, mean, chosen]
+def _counts(verdicts: dict[str, int]) -> list[str]:
+    shown = [str(verdicts[v]) for v in (Verdict.FAIL, Verdict.UNDECIDED, Verdict.PASS)]
+    return [str(sum(verdicts.values())), *shown]
 
 
 def sections() -> str:
     """The Markdown between the marks."""
-    made = {"defects": _defects_section, "alarms": _alarms_section, "recommend": _choice_section}
-    parts = [make(rows) for name, make in made.items() if (rows := read(name))]
+    on_truth = {"grid": grid_section, "tune": search_section, "recommend": choice_section}
+    parts = [make(rows) for name, make in _MADE.items() if (rows := read(name))]
+    parts += [make(rows, _made(rows)) for name, make in on_truth.items() if (rows := read(name))]
     return "\n\n".join(parts)
 
 
@@ -161,21 +166,13 @@ def _alarms_section(rows: dict[str, Any]) -> str:
     apart = found["largest"]
     return (
         f"**A/A, truly rerun:** {found['starts']} starts of one backend, {found['images']} images"
-        " made alone in each, every pair of starts compared"
+        " made alone in each"
         " (`python -m tests.validity_runs alarms --seed 7`).\n\n"
-        f"{alarm_table(rows)}\n\nFurthest apart: {_apart(apart)}.\n\n{_made(rows)}"
+        f"{alarm_table(rows)}\n\nTwo starts furthest apart: {_apart(apart)}.\n\n{_made(rows)}"
     )
 
 
-def _choice_section(rows: dict[str, Any]) -> str:
-    found = rows["grid"]
-    return (
-        f"**Recommendations:** {found['settings']} settings on {found['prompts']} prompts once,"
-        f" whose means are the truth; then `recommend` on {found['small']} random prompts of"
-        f" them, {found['repetitions']} times"
-        " (`python -m tests.validity_runs recommend --seed 7`).\n\n"
-        f"{choice_table(rows)}\n\n{_made(rows)}"
-    )
+_MADE = {"defects": _defects_section, "alarms": _alarms_section}
 
 
 def _apart(largest: dict[str, float]) -> str:
@@ -194,11 +191,6 @@ def _made(rows: dict[str, Any]) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def written() -> str:
     """The page as it should be: its own text, and the sections between the marks."""
     text = PAGE.read_text("utf-8")
@@ -208,5 +200,13 @@ def written() -> str:
 
 
 def write() -> None:
-    """Put the sections into the page."""
+    """Put the sections into the page, and draw its figure."""
     write_atomic(PAGE, written().encode())
+    if rows := read("tune"):
+        FIGURES.mkdir(exist_ok=True)
+        write_atomic(PAGE.parent / FIGURE, drawn(rows).encode())
+
+
+def drawn(rows: dict[str, Any]) -> str:
+    """The figure of `tune` against the truth, as an SVG file."""
+    return regret_figure(rows)._repr_svg_() + "\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.alternate import rerun
+from sd35bench.analysis.equivalence import Verdict
 from sd35bench.cli import main
 from sd35bench.store import Study
 from tests.validity_runs.defects import Defect
@@ -95,10 +96,17 @@ def alternate(baseline: Study, candidate: Study, rounds: int, defect: Defect) ->
 
 
 def judge(root: Path, baseline: str, candidate: str, policy: str) -> tuple[dict[str, Any], int]:
-    """Compare two studies; the document and the exit code."""
-    return command(
-        "compare", baseline, candidate, "--policy", policy, "--results-dir", str(root), codes=(0, 1)
-    )
+    """Compare two studies; the document and the exit code.
+
+    Raises: RuntimeError where a side was cut off: no defect takes images away, and a gate that
+    fails for the missing ones would have caught nothing.
+    """
+    words = ("--policy", policy, "--results-dir", str(root))
+    document, code = command("compare", baseline, candidate, *words, codes=(0, 1))
+    coverage = document["gate"]["coverage"]
+    if coverage["verdict"] == Verdict.FAIL:
+        raise RuntimeError(f"{candidate} is incomplete, make it again: {coverage['reason']}")
+    return document, code
 
 
 def command(*words: str, codes: tuple[int, ...] = (0, 3)) -> tuple[dict[str, Any], int]:

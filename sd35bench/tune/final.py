@@ -1,0 +1,93 @@
+"""What is chosen of the settings that a race left: `recommend`'s own rule, on what they share.
+
+The choice is `analysis.choice.choose`'s, with all that a profile asks for. As good means shown to
+be within the margin of every rival left, or of the named default, corrected by Holm over those
+left. Where that is not shown, it is not said, and the best mean within the limits is chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sd35bench.analysis.choice import Choice, Speeds, choose
+from sd35bench.analysis.clustered import quantile_t
+from sd35bench.analysis.pairs import Candidate, Comparison
+from sd35bench.analysis.profiles import Profile
+from sd35bench.tune.race import SAME_SPEED
+from sd35bench.tune.space import Point
+
+__all__ = ["Final", "decide", "settled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Final:
+    """What `recommend` says of the settings left; the choice's indices are into `points`."""
+
+    points: list[Point]
+    comparison: Comparison
+    speed: Speeds
+    choice: Choice
+
+    @property
+    def chosen(self) -> Point:
+        """The setting that is chosen."""
+        return self.points[self.choice.chosen]
+
+    @property
+    def shown(self) -> bool:
+        """Whether the chosen one is shown, Holm over those left, to be as good as it has to be.
+
+        Within the margin of every other one left, or of the named default that it may itself be.
+        """
+        choice = self.choice
+        test = choice.tests.get(choice.chosen)
+        if test is None:  # alone, or itself what the others are held against
+            return len(self.points) > 1 and choice.chosen == choice.reference
+        return test.shown
+
+
+def decide(
+    points: Sequence[Point],
+    comparison: Comparison,
+    profile: Profile,
+    *,
+    reference: Point | None = None,
+    beaten: bool = False,
+) -> Final | str:
+    """Choose as `recommend` would; a text says why nothing can be chosen.
+
+    `points` [S] are those of the comparison's candidates; a share of the slowest one's latency
+    must be seconds by now. `beaten`: others are known to be worse than one of these.
+    """
+    speed = _speeds(comparison)
+    named = None if reference is None else list(points).index(reference)
+    choice = choose(comparison, speed, profile, named, worse_elsewhere=beaten)
+    if isinstance(choice, str):
+        return choice
+    return Final(points=list(points), comparison=comparison, speed=speed, choice=choice)
+
+
+def settled(final: Final, profile: Profile) -> bool:
+    """Whether more images could not change the answer by more than the margin allows.
+
+    That is: the choice is shown to be as good, and where the fastest is wanted, none that is
+    faster is left.
+    """
+    values, choice = final.speed.values, final.choice
+    if not final.shown or profile.objective == "best-quality":
+        return final.shown
+    left = [i for i in range(len(values)) if i not in choice.limits.broken and i != choice.chosen]
+    return not any(values[i] * (1.0 + SAME_SPEED) < values[choice.chosen] for i in left)
+
+
+def _speeds(comparison: Comparison) -> Speeds:
+    """Medians of what was timed on the comparison's prompts, with their upper ends."""
+    found = [_median(c) for c in comparison.candidates]
+    return Speeds("latency_s", [value for value, _ in found], [high for _, high in found])
+
+
+def _median(candidate: Candidate) -> tuple[float, float | None]:
+    keys = list(candidate.latency_s)
+    names: dict[tuple[str, str | None], int] = {}
+    prompts = [names.setdefault((key[0], key[5]), len(names)) for key in keys]
+    found = quantile_t([candidate.latency_s[key] for key in keys], prompts, 0.5)
+    return found.value, found.high

@@ -1,0 +1,1 @@
+"""How often the intervals and verdicts are right, measured: the upper part of docs/validity.md."""
