@@ -5,17 +5,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: help setup demo bench bench-gpu bench-gpu-rehearsal test test-slow reliability validity check format clean
+.PHONY: help setup demo decide bench bench-gpu bench-gpu-rehearsal test test-slow reliability validity check format clean
 
 help:
 	@echo "make setup      create $(VENV) with the sd35bench command (no-op when up to date)"
 	@echo "make demo       sweep the embedded model, score, recommend, write the HTML report"
+	@echo "make decide     on nano: the vendor's claims, an adaptive search, a recommendation, a gate that fails"
 	@echo "make bench      the 8-bit linear, and SD3.5-Medium's true width, on this machine"
 	@echo "make bench-gpu  the full SD3.5-Medium on a GPU, random weights; writes results/tables/gpu.md"
 	@echo "make bench-gpu-rehearsal  the same chain at one layer and 256 px, on any machine"
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the long tests"
 	@echo "make validity   how often the intervals and verdicts are right; prints docs/validity.md's tables"
+	@echo "                (nano's part of that page: python -m tests.validity_runs --help)"
 	@echo "make reliability  kills, malformed replies, SSRF, limits, load; writes docs/reliability.md"
 	@echo "make check      format, lint, types, import contracts, fast tests"
 	@echo "make format     apply the formatter and the linter's fixes"
@@ -35,6 +37,16 @@ demo: setup
 	@$(BIN)/sd35bench run experiment=demo-edit
 	@$(BIN)/sd35bench recommend demo
 	@$(BIN)/sd35bench report demo
+
+decide: setup
+	@$(BIN)/sd35bench run experiment=claims
+	@$(BIN)/sd35bench claims claims
+	@$(BIN)/sd35bench tune study=tuned steps=4,8,16,28 cfg=1,2,4,7 prompts.limit=32
+	@$(BIN)/sd35bench recommend tuned
+	@$(BIN)/sd35bench run steps=8 cfg=4 prompts.limit=64 batch_size=16 study=main
+	@$(BIN)/sd35bench run steps=4 cfg=4 prompts.limit=64 batch_size=16 study=branch
+	@# Half of the steps lost: the gate must say 1, a regression.
+	@$(BIN)/sd35bench compare main branch --policy quality --html results/branch/gate.html; test $$? = 1
 
 bench: setup
 	@$(BIN)/python kernels/bench/w8a8_linear.py
