@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.settings import HELD_OUT, setting_key
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import StoreError
 from sd35bench.metrics.base import (
@@ -307,11 +307,16 @@ class _Job:
                 self.keep(metric.name, record, Value(value.value, detail))
 
     def _place(self, metric: SetMetric) -> None:
-        """Name extractor and reference in a row per image; one reference per task and size."""
+        """Name extractor and reference in a row per image.
+
+        One reference per task and size, held-out prompts apart: settings that were not made on
+        them would lie farther from a reference that has them.
+        """
         groups: dict[Any, list[Record]] = defaultdict(list)
         for record in self.records:
             if judges(metric, record):
-                groups[record.trial.request.task, *_size(record)].append(record)
+                held_out = record.trial.prompt.split == HELD_OUT
+                groups[record.trial.request.task, held_out, *_size(record)].append(record)
         done = self.done[metric.name]
         for group in groups.values():
             detail = self._reference(metric, group)

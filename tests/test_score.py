@@ -252,6 +252,15 @@ def test_fid_reference_is_made_once_and_again_when_prompts_are_added(study, tmp_
     assert show_document(study)["settings"][0]["metrics"]["fid_nano"]["n"] == 62
 
 
+def test_held_out_prompts_do_not_move_the_reference_of_the_others(study, tmp_path):
+    _put(study, pictures(60))
+    score_study(study, [_fid(tmp_path)])
+    before = show_document(study)["settings"][0]["metrics"]["fid_nano"]
+    _put(study, pictures(2, seed=5), prompt="two blue squares on black", split="heldout")
+    assert score_study(study, [_fid(tmp_path)])["scored"] == {"fid_nano": 2}
+    assert show_document(study)["settings"][0]["metrics"]["fid_nano"] == before
+
+
 def test_edits_get_init_kept_and_text_to_image_does_not(study):
     from sd35bench.metrics.reference import true_renders
 

@@ -14,7 +14,7 @@ at a look that pleases.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from typing import Any
 from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.noninferiority import images_between, prompts_needed, spread
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.settings import shared_negatives
-from sd35bench.analysis.table import Row, Table
+from sd35bench.analysis.settings import HELD_OUT, shared_negatives
+from sd35bench.analysis.table import Row, Table, keep_records
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import PromptSpec, load_prompts
 from sd35bench.types import Record, Status, Task
@@ -41,7 +41,6 @@ __all__ = [
     "read_held_out",
 ]
 
-HELD_OUT = "heldout"
 MOST_TIMES = 2
 """A confirmation asks for at most so many times the prompts of the choice."""
 _SET_SIZES = {"nano": 400, "starter.txt": 14}
@@ -140,8 +139,8 @@ def part_rows(rows: Iterable[Row]) -> Parted:
             return False
         return True
 
-    for_choice = _only(rows, lambda r: r.trial.prompt.split != HELD_OUT)
-    held_out = _only(rows, held)
+    for_choice = keep_records(rows, lambda r: r.trial.prompt.split != HELD_OUT)
+    held_out = keep_records(rows, held)
     notes = []
     if leaked:
         notes.append(
@@ -250,16 +249,3 @@ def _status(difference: Interval, margin: float) -> str:
 def _text(record: Record) -> str:
     """A prompt as it is compared: case and spaces do not make it another."""
     return " ".join(record.trial.request.prompt.split()).casefold()
-
-
-def _only(rows: Iterable[Row], keep: Callable[[Record], bool]) -> list[Row]:
-    """Rows with the records that are kept; rows without any are gone."""
-    found = []
-    for row in rows:
-        records = [r for r in row.records if keep(r)]
-        if records:
-            part = Row(row.setting, row.environment_id, records)
-            part.timed = [r for r in row.timed if keep(r)]
-            part.usable = [r for r in row.usable if keep(r)]
-            found.append(part)
-    return found

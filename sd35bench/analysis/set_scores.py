@@ -4,6 +4,7 @@ A set metric has no value of its own for an image; what `score` keeps for each n
 extractor, the statistic and the reference. They are read when a comparison asks for them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -54,7 +55,9 @@ def read_set_scores(
         if first is None or "extractor" not in first.detail:
             continue  # a metric of single images
         details = [_detail(table, name, r) if r.trial.key in judged else None for r in records]
-        last = next(d for d in reversed(details) if d is not None)
+        # Held-out prompts have a reference of their own: the one that most images have counts.
+        common = Counter(d["reference"] for d in details if d is not None).most_common(1)[0][0]
+        last = next(d for d in reversed(details) if d is not None and d["reference"] == common)
         rows = np.array([d == last for d in details], bool)
         found[name] = _score(study, last, rows, reader)
     return found

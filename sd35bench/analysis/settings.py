@@ -13,6 +13,7 @@ from typing import Any
 from sd35bench.types import Load, Record, Request, SkipLayerGuidance, Trial, content_hash, to_json
 
 __all__ = [
+    "HELD_OUT",
     "PairKey",
     "cluster_key",
     "is_hosted",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 PairKey = tuple[str, str, int, int, int, str | None]
+HELD_OUT = "heldout"
+"""The split on which a choice is confirmed, and which no choice may see."""
 
 
 def setting_key(trial: Trial) -> str:

@@ -7,6 +7,7 @@ lone calls, and `remote` beside them. ``None`` is unknown, never 0.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,14 @@ from sd35bench.analysis.speed import (
     speed_warnings,
     speedup,
 )
-from sd35bench.analysis.table import GUARD, Row, Table, ambiguous_text, read_table
+from sd35bench.analysis.table import (
+    GUARD,
+    Row,
+    Table,
+    ambiguous_text,
+    part_held_out,
+    read_table,
+)
 from sd35bench.types import Record, Session, Status
 
 __all__ = ["latency_summary", "show_document", "summarise"]
@@ -36,6 +44,9 @@ def show_document(study: Any) -> dict[str, Any]:
 
 def summarise(study: Any, table: Table) -> dict[str, Any]:
     """Summarise a table that was read already."""
+    kept, held_out = part_held_out(table.rows)
+    table = replace(table, rows=kept)
+    notes = [_apart(held_out)] if held_out else []
     metrics = sorted(name for name in table.scores if name != GUARD)
     environments = {s.environment_id: s.environment for s in table.sessions.values()}
     rows = sorted(table.rows, key=_order)
@@ -56,8 +67,15 @@ def summarise(study: Any, table: Table) -> dict[str, Any]:
         "machine": machine_document(machine),
         "drift": drift_document(study, table),
         "environments": environments,
-        "warnings": table.warnings,
+        "warnings": [*table.warnings, *notes],
     }
+
+
+def _apart(images: int) -> str:
+    return (
+        f"{images} images on held-out prompts are in no row: they confirm a choice and are compared"
+        " with each other alone; sd35bench recommend says what came of it"
+    )
 
 
 def _order(row: Row) -> tuple[Any, ...]:

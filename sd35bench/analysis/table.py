@@ -7,11 +7,11 @@ file that another seed gave in the same setting. One pass over the records, one 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sd35bench.analysis.settings import is_hosted, setting_fields, setting_key
+from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
 from sd35bench.types import Record, Session, Status
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "ScoreLike",
     "Table",
     "ambiguous_text",
+    "keep_records",
+    "part_held_out",
     "read_table",
     "repeated_seeds",
     "why_untimed",
@@ -125,6 +127,43 @@ def read_table(study: Any) -> Table:
     for row in rows:
         _sort_out(row, refused, present)
     return Table(rows, sessions, dict(scores), _warnings(rows))
+
+
+def keep_records(rows: Iterable[Row], keep: Callable[[Record], bool]) -> list[Row]:
+    """Rows with the records that are kept; rows without any are gone."""
+    found = []
+    for row in rows:
+        records = [r for r in row.records if keep(r)]
+        if records:
+            part = Row(row.setting, row.environment_id, records)
+            part.timed = [r for r in row.timed if keep(r)]
+            part.usable = [r for r in row.usable if keep(r)]
+            found.append(part)
+    return found
+
+
+def part_held_out(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Rows without held-out images, and how many were left out, where a task has others, too.
+
+    A few settings alone are made on held-out prompts, to confirm a choice: beside settings that
+    were made on the others they would be compared by what prompts they had.
+    """
+    rows = list(rows)
+    splits: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        splits[row.setting["task"]].update(r.trial.prompt.split for r in row.records)
+    mixed = {task for task, found in splits.items() if HELD_OUT in found and len(found) > 1}
+    if not mixed:
+        return rows, 0
+
+    def keep(record: Record) -> bool:
+        held = record.trial.prompt.split == HELD_OUT
+        return not held or record.trial.request.task.value not in mixed
+
+    whole = [row for row in rows if row.setting["task"] not in mixed]
+    parts = keep_records((row for row in rows if row.setting["task"] in mixed), keep)
+    left = sum(len(r.records) for r in rows) - sum(len(r.records) for r in (*whole, *parts))
+    return [*whole, *parts], left
 
 
 def why_untimed(record: Record) -> str | None:

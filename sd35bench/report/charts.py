@@ -108,7 +108,7 @@ def _colouring(rows: Sequence[Row]) -> tuple[dict[float, str], str]:
 
 
 def _shape_value(row: Row, extra: Sequence[str]) -> str:
-    return " · ".join(str(row.setting.get(f)) for f in extra)
+    return " · ".join(row.text(f) for f in extra if row.setting.get(f) is not None)
 
 
 def _shapes(rows: Sequence[Row], extra: Sequence[str]) -> dict[str, str]:

@@ -333,7 +333,8 @@ def setting_values(row: Row, extra: Sequence[str]) -> tuple[tuple[str, str], ...
     values = [("steps", str(row.steps)), ("cfg", format_plain(row.cfg))]
     if row.prompt_strength is not None:
         values.append(("prompt_strength", format_plain(row.prompt_strength)))
-    return (*values, *((f, format_plain(row.setting.get(f))) for f in extra))
+    varying = [f for f in extra if row.setting.get(f) is not None]
+    return (*values, *((f, row.text(f)) for f in varying))
 
 
 def gives(row: Row) -> tuple[tuple[str, str, str], ...]:

@@ -166,7 +166,8 @@ def _setting_columns(rows: Sequence[Row], extra: Sequence[str]) -> list[_Column]
 
 def _setting_cell(row: Row, name: str, numeric: bool) -> Cell:
     value: Any = row.setting.get(name)
-    text = format_plain(value) if value is not None else row.text(name)
+    plain = isinstance(value, int | float | str)
+    text = format_plain(value) if plain else row.text(name)
     short = text if len(text) <= 24 else text[:10] + "…"
     return Cell(text=short, sort=_sortable(value), numeric=numeric)
 

@@ -160,7 +160,7 @@ class Row:
             parts.append(f"strength {format_plain(self.prompt_strength)}")
         shown = [f for f in extra if f in self.setting and f not in _AXES]
         shown = [f for f in shown if f not in UNTOLD or self.remote is None]
-        parts += [_in_words(f, self.setting[f]) for f in shown]
+        parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
         return " · ".join(parts)
 
 
@@ -296,6 +296,8 @@ def _in_words(field: str, value: object) -> str:
     """A varying field's value where no column title says what it is."""
     if field == "threads":
         return f"{value} thread" + "s" * (value != 1)
+    if field == "skip_layer_guidance":
+        return f"skip {setting_text(value)}"
     return setting_text(value)
 
 

@@ -231,3 +231,23 @@ def test_show_document_of_many_records_takes_seconds(tmp_path, settings, limit_s
     assert len(document["settings"]) == settings
     assert time.perf_counter() - started < limit_s
     assert document["settings"][9]["metrics"]["prompt_accuracy"]["n"] == 1000
+
+
+def test_held_out_images_of_a_few_settings_are_in_no_row_and_said(tmp_path):
+    """Beside the others a confirmed setting would be compared by what prompts it had."""
+    study = planted(tmp_path, {(4, 1.0): (0.5, 0.1), (8, 4.0): (0.9, 0.2)}, prompts=16)
+    before = show_document(study)
+    for number in range(100, 110):
+        study.add(record(number, steps=8, cfg=4.0, split="heldout"), prompt_accuracy=0.0)
+    after = show_document(study.touch_images())
+    assert [s["metrics"] for s in after["settings"]] == [s["metrics"] for s in before["settings"]]
+    assert [s["n"] for s in after["settings"]] == [s["n"] for s in before["settings"]]
+    assert any("10 images on held-out prompts" in w for w in after["warnings"])
+    assert not any("held-out" in w for w in before["warnings"])
+
+
+def test_a_study_of_held_out_prompts_alone_has_its_rows(tmp_path):
+    study = MemoryStudy(tmp_path)
+    study.add(record(0, split="heldout"), prompt_accuracy=1.0)
+    (row,) = show_document(study.touch_images())["settings"]
+    assert row["n"] == 1
