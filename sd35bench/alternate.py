@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sd35bench.errors import ConfigError
 from sd35bench.plan import Batch, Plan
-from sd35bench.run import run_plan
 from sd35bench.store import Study
+from sd35bench.trials import run_plan
 from sd35bench.types import Record, Status
 
 __all__ = ["IMAGES_PER_START", "rerun", "reruns_of"]

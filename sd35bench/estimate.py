@@ -18,8 +18,8 @@ from sd35bench.evaluations import evaluations, skip_layer_evaluations
 from sd35bench.plan import Plan
 from sd35bench.remote.ledger import Ledger
 from sd35bench.remote.providers import PROVIDERS
-from sd35bench.run import shares
 from sd35bench.store import Study
+from sd35bench.trials import shares
 from sd35bench.types import Record, Request, Session, Status, Trial, content_hash, to_json
 
 __all__ = ["Estimate", "estimate"]

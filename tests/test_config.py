@@ -111,7 +111,7 @@ def test_nanos_aspect_ratios_are_those_of_its_world():
 
 
 def test_every_profile_loads():
-    from sd35bench.analysis.profiles import load_profiles
+    from sd35bench.recommend.profiles import load_profiles
 
     assert set(load_profiles(config_dir() / "profile")) == {"preview", "balanced", "final"}
 

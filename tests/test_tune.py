@@ -6,8 +6,8 @@ import numpy as np
 import optuna
 import pytest
 
-from sd35bench.analysis.profiles import Profile
 from sd35bench.errors import ConfigError
+from sd35bench.recommend.profiles import Profile
 from sd35bench.tune.confirm import rival
 from sd35bench.tune.final import Final, decide, settled
 from sd35bench.tune.race import Evidence, Out, judge, look, promise

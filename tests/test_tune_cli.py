@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import sd35bench.cli.tune as verb
-from sd35bench.analysis.profiles import load_profile, load_profiles
-from sd35bench.analysis.recommend import recommend_document
 from sd35bench.analysis.summary import show_document
 from sd35bench.cli import main
 from sd35bench.config import config_dir
 from sd35bench.config.tune import read_tuning
 from sd35bench.errors import ConfigError
+from sd35bench.recommend.advice import recommend_document
+from sd35bench.recommend.profiles import load_profile, load_profiles
 from sd35bench.store import Study
 from sd35bench.types import Status
 from tests.tune_driver import score

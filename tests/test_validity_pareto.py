@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd35bench.analysis import pareto
+from sd35bench.recommend import pareto
 from tests.validity.pareto import reliability
 
 pytestmark = pytest.mark.slow

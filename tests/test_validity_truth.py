@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sd35bench.analysis.profiles import Profile
 from sd35bench.errors import ConfigError
+from sd35bench.recommend.profiles import Profile
 from sd35bench.store import Study
 from tests.tune_driver import accuracy, score
 from tests.validity_runs import choices, grid, kept, page, searches, truth

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.intervals import mean_interval
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.table import Row, Table
+from sd35bench.stats.intervals import mean_interval
 from sd35bench.types import Record
 
 __all__ = ["drift_document", "psnr_db"]

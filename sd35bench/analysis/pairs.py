@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.clustered import mean_bounds, mean_t
-from sd35bench.analysis.intervals import Interval
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import PairKey, pair_key
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.errors import ConfigError
+from sd35bench.stats.clustered import mean_bounds, mean_t
+from sd35bench.stats.intervals import Interval
 from sd35bench.types import Record, Status, Task
 
 __all__ = [

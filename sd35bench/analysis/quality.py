@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.clustered import mean_t
-from sd35bench.analysis.intervals import Interval
-from sd35bench.analysis.kernel_distance import Sample
 from sd35bench.analysis.reference import (
     Reference,
     read_reference,
@@ -24,6 +21,9 @@ from sd35bench.analysis.set_metrics import FRECHET, compute
 from sd35bench.analysis.settings import cluster_key
 from sd35bench.analysis.table import Row, ScoreLike, Table
 from sd35bench.errors import MetricError
+from sd35bench.stats.clustered import mean_t
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.kernel_distance import Sample
 from sd35bench.types import Record, Task
 
 __all__ = [

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.intervals import mean_interval, quantile_interval
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.settings import setting_key
 from sd35bench.analysis.table import BESIDE, RESUMED, Row, Table
+from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Record, RemoteCall, Status
 
 __all__ = ["Phase", "concurrent_phases", "remote_summary", "usd_per_image"]

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.frechet import frechet_interval
-from sd35bench.analysis.frechet_infinity import frechet_infinity_interval, least_prompts
-from sd35bench.analysis.intervals import Interval
-from sd35bench.analysis.kernel_distance import (
+from sd35bench.analysis.reference import Reference
+from sd35bench.errors import MetricError
+from sd35bench.stats.frechet import frechet_interval
+from sd35bench.stats.frechet_infinity import frechet_infinity_interval, least_prompts
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.kernel_distance import (
     Sample,
     Subsets,
     gaussian_kernel,
     kernel_interval,
     polynomial_kernel,
 )
-from sd35bench.analysis.neighbours import precision_interval, recall_interval
-from sd35bench.analysis.reference import Reference
-from sd35bench.errors import MetricError
+from sd35bench.stats.neighbours import precision_interval, recall_interval
 
 __all__ = [
     "CMMD_SCALE",

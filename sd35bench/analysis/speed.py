@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.intervals import mean_interval, quantile_interval
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.settings import cluster_key, pair_key
 from sd35bench.analysis.table import Row, Table
 from sd35bench.measure import RATE_FIELDS
+from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Flops, Record, Session, Status
 
 __all__ = [

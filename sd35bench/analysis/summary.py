@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from sd35bench.analysis.drift import drift_document
-from sd35bench.analysis.intervals import mean_interval, quantile_interval
 from sd35bench.analysis.quality import cluster_labels, row_metric
 from sd35bench.analysis.remote import concurrent_phases, remote_summary, usd_per_image
 from sd35bench.analysis.speed import (
@@ -32,6 +31,7 @@ from sd35bench.analysis.table import (
     part_held_out,
     read_table,
 )
+from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Record, Session, Status
 
 __all__ = ["latency_summary", "show_document", "summarise"]

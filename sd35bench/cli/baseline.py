@@ -30,13 +30,13 @@ def baseline(arguments: list[str], as_json: bool) -> Answer:
 
     Raises: ConfigError for an unknown study, or one without an image.
     """
-    from sd35bench.analysis.baseline import (
+    from sd35bench.disk import disk_errors, write_atomic
+    from sd35bench.gate.baseline import (
         baseline_features,
         baseline_text,
         features_file,
         images_folder,
     )
-    from sd35bench.disk import disk_errors, write_atomic
 
     found = _parser().parse_args(arguments)
     path = Path(found.file)

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sd35bench.analysis.sides import Side
 from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.errors import ConfigError, StoreError
+from sd35bench.gate.sides import Side
 from sd35bench.store import Study
 
 __all__ = ["Parser", "compare", "open_named", "read_with_reruns", "refusals", "score_missing"]
@@ -47,11 +47,11 @@ def compare(arguments: list[str], as_json: bool) -> Answer:
 
     Raises: ConfigError where nothing can be compared.
     """
-    from sd35bench.analysis.compare import compare_sides, gate_fails
-    from sd35bench.analysis.policy import load_policy
     from sd35bench.config import config_dir
-    from sd35bench.metrics.between import ImageDistances
-    from sd35bench.report.verdicts import print_comparison
+    from sd35bench.gate.distances import ImageDistances
+    from sd35bench.gate.judge import compare_sides, gate_fails
+    from sd35bench.gate.policy import load_policy
+    from sd35bench.report.gate import print_comparison
 
     found = _parser().parse_args(arguments)
     policy = load_policy(found.policy, config_dir() / "policy")
@@ -77,7 +77,7 @@ class _Source:
     """A study or a baseline file, by the name that the user gave."""
 
     def __init__(self, name: str, results_dir: str) -> None:
-        from sd35bench.analysis.baseline import images_folder
+        from sd35bench.gate.baseline import images_folder
 
         self.file = Path(name) if name.endswith(".json") else None
         self.study = None if self.file is not None else open_named(name, results_dir)
@@ -86,7 +86,7 @@ class _Source:
 
     def sides(self, scored: bool) -> list[Side]:
         """Its settings; `scored` says whether what has no score yet gets one first."""
-        from sd35bench.analysis.baseline import read_baseline
+        from sd35bench.gate.baseline import read_baseline
 
         if self.file is not None:
             return read_baseline(self.file)
@@ -126,7 +126,7 @@ def open_named(name: str, results_dir: str) -> Study:
 def read_with_reruns(study: Study) -> list[Side]:
     """A study's settings, with the further process starts of its reruns."""
     from sd35bench.alternate import reruns_of
-    from sd35bench.analysis.sides import merge_starts, read_sides
+    from sd35bench.gate.sides import merge_starts, read_sides
 
     more = [side for again in reruns_of(study) for side in read_sides(again)]
     return [merge_starts(side, more) for side in read_sides(study)]
@@ -197,8 +197,8 @@ def _write(
 ) -> list[Path]:
     """Write the files that were asked for and return their paths."""
     from sd35bench.disk import disk_errors, write_atomic
+    from sd35bench.report.gate import compare_markdown
     from sd35bench.report.junit import junit_xml
-    from sd35bench.report.verdicts import compare_markdown
 
     written = []
     if found.junit is not None:

@@ -21,9 +21,9 @@ from sd35bench.errors import ConfigError, SD35BenchError
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
 from sd35bench.remote.settings import RemoteSettings
-from sd35bench.run import shares
 from sd35bench.store import Study
 from sd35bench.sweeper import sweep
+from sd35bench.trials import shares
 from sd35bench.types import content_hash
 
 __all__ = ["RunTask", "run"]
@@ -94,7 +94,7 @@ class RunTask:
     def __call__(self, config: DictConfig) -> dict[str, Any] | SD35BenchError:
         """Run one job; our own errors are returned, so that the other jobs still run."""
         from sd35bench.machine import measure_once
-        from sd35bench.run import run_plan
+        from sd35bench.trials import run_plan
 
         try:
             job = freeze(config)

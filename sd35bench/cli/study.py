@@ -10,7 +10,7 @@ from sd35bench.errors import ConfigError, StoreError
 from sd35bench.store import Study
 
 if TYPE_CHECKING:
-    from sd35bench.analysis.profiles import Profile
+    from sd35bench.recommend.profiles import Profile
 
 __all__ = ["VERBS"]
 
@@ -106,9 +106,9 @@ def show(arguments: list[str], as_json: bool) -> Answer:
 
 def recommend(arguments: list[str], as_json: bool) -> Answer:
     """Name a setting per profile and write recommended.yaml; confirm it on held-out prompts."""
-    from sd35bench.analysis.recommend import recommend_document
-    from sd35bench.analysis.recommended import write_recommended
     from sd35bench.cli.confirm import run_confirming
+    from sd35bench.recommend.advice import recommend_document
+    from sd35bench.report.recommend import write_recommended
 
     found = _recommend_arguments(arguments)
     profiles = _profiles(found.profile)
@@ -133,8 +133,8 @@ def _profiles(names: str | None) -> dict[str, "Profile"]:
 
     Raises: ConfigError for a name or a file that is none, or for two of one name.
     """
-    from sd35bench.analysis.profiles import load_profile, load_profiles
     from sd35bench.config import config_dir
+    from sd35bench.recommend.profiles import load_profile, load_profiles
 
     folder = config_dir() / "profile"
     if names is None:
@@ -170,10 +170,10 @@ def _recommend_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def _print_recommended(document: dict[str, Any], found: argparse.Namespace) -> None:
-    from sd35bench.analysis.recommended import print_confirming, print_recommendation
+    from sd35bench.report.recommend import print_confirming, print_recommendation
 
     if found.markdown:
-        from sd35bench.analysis.recommended_markdown import recommendation_markdown
+        from sd35bench.report.recommend_markdown import recommendation_markdown
 
         print(recommendation_markdown(document), end="")
     elif found.confirm and not found.run:
@@ -184,7 +184,7 @@ def _print_recommended(document: dict[str, Any], found: argparse.Namespace) -> N
 
 def claims(arguments: list[str], as_json: bool) -> Answer:
     """Judge the vendor page's claims on a study."""
-    from sd35bench.analysis.claims import METRICS, claims_document
+    from sd35bench.claims.verdicts import METRICS, claims_document
 
     parser = _parser("claims")
     parser.add_argument("--markdown", action="store_true", help="print tables for a document")
@@ -206,9 +206,9 @@ def claims(arguments: list[str], as_json: bool) -> Answer:
 
 def report(arguments: list[str], as_json: bool) -> Answer:
     """Write the HTML report."""
-    from sd35bench.analysis.claims import METRICS, is_claims_study
-    from sd35bench.analysis.profiles import load_profiles
+    from sd35bench.claims.verdicts import METRICS, is_claims_study
     from sd35bench.config import config_dir
+    from sd35bench.recommend.profiles import load_profiles
     from sd35bench.report.html import write_report
 
     study = _open(_parser("report").parse_args(arguments))

@@ -183,7 +183,7 @@ def _run(job: Job, plan: Plan, study: Study) -> None:
             summary = run_remote(plan, study, job.remote, RemoteProgress(bar, title))
         else:
             from sd35bench.machine import measure_once
-            from sd35bench.run import run_plan
+            from sd35bench.trials import run_plan
 
             measure_once(study, plan.load)
             summary = run_plan(plan, study, TrialProgress(bar, title), job.limits)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.profiles import Profile, load_profile
 from sd35bench.config.compose import compose
 from sd35bench.config.fields import FIELDS, check_field, nearest
 from sd35bench.config.files import choices, config_dir
@@ -19,6 +18,7 @@ from sd35bench.config.overrides import check_overrides, expand_short_names
 from sd35bench.config.takes import Number
 from sd35bench.errors import ConfigError
 from sd35bench.plan import SETTING_AXES
+from sd35bench.recommend.profiles import Profile, load_profile
 from sd35bench.store import Study
 from sd35bench.tune.lab import Source, StudyLab, shuffled
 from sd35bench.tune.session import Budget, default_images

@@ -2,7 +2,7 @@
 
 `fid_inception` is the FID of the literature; `fid_nano` and `fid_<clip model>` are the same formula
 on other features and have numbers of their own. For the reference see
-`sd35bench.metrics.reference`; the distance itself is `sd35bench.analysis.frechet`, from features
+`sd35bench.metrics.reference`; the distance itself is `sd35bench.stats.frechet`, from features
 that are kept.
 """
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.frechet import Gaussian
 from sd35bench.analysis.reference import Reference
 from sd35bench.analysis.table import Row, read_table
 from sd35bench.errors import ConfigError, MetricError
@@ -28,6 +27,7 @@ from sd35bench.metrics.reference import (
     reduce_features,
     reduce_images,
 )
+from sd35bench.stats.frechet import Gaussian
 from sd35bench.types import Record, Task
 
 __all__ = ["Choice", "Progress", "from_folder", "from_study"]

@@ -1,7 +1,7 @@
 """Precision and recall of a set of images: whether they look real, and whether all is there.
 
 Shares in [0, 1] of images inside the reference's manifold, and of the reference inside the images',
-by `k` nearest neighbours among features; see `sd35bench.analysis.neighbours`. The paper's features
+by `k` nearest neighbours among features; see `sd35bench.stats.neighbours`. The paper's features
 are VGG-16's; here the extractor is part of the name, and numbers of two extractors have nothing to
 do with each other. Both numbers depend on n: compare sets of equal n.
 
@@ -10,11 +10,11 @@ Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991).
 
 from typing import Any
 
-from sd35bench.analysis.neighbours import NEIGHBOURS
 from sd35bench.errors import ConfigError
 from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.kid import MIN_IMAGES
 from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
+from sd35bench.stats.neighbours import NEIGHBOURS
 
 __all__ = ["Precision", "Recall", "load"]
 

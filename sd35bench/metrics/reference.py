@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.frechet import Gaussian
 from sd35bench.analysis.reference import (
     Reference,
     load_reference,
@@ -26,6 +25,7 @@ from sd35bench.analysis.reference import (
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Extractor, Image, ReferenceData, SetMetric, is_nano
 from sd35bench.metrics.extractors import NanoEvaluator
+from sd35bench.stats.frechet import Gaussian
 from sd35bench.store import decode_rgb
 from sd35bench.types import Record, Task, content_hash
 

@@ -23,7 +23,7 @@ import httpx2
 
 from sd35bench.errors import RemoteError, UnsafeAddress
 from sd35bench.remote.addresses import check_url, names_loopback
-from sd35bench.remote.exchange import Answer, Head, Interrupted, Network, Outgoing, exchange
+from sd35bench.remote.http import Answer, Head, Interrupted, Network, Outgoing, exchange
 from sd35bench.remote.images import sniff
 
 __all__ = ["Downloaded", "Unavailable", "download"]

@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 from sd35bench.errors import ConfigError, Paused, UnsupportedRequest
 from sd35bench.measure import environment, environment_id
 from sd35bench.plan import Plan
-from sd35bench.remote.asking import Line, Patience
 from sd35bench.remote.flights import Flights
 from sd35bench.remote.key import Key, read_key
 from sd35bench.remote.ledger import Ledger
@@ -31,12 +30,13 @@ from sd35bench.remote.poll import Latencies
 from sd35bench.remote.prediction import Life, Outcome
 from sd35bench.remote.providers import provider_class
 from sd35bench.remote.providers.base import Provider
+from sd35bench.remote.retry import Line, Patience
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.standing import Standing
 from sd35bench.remote.transport import Transport
 from sd35bench.remote.uploads import Uploads, content_type, data_uri
-from sd35bench.run import RunSummary
 from sd35bench.store import Shard, Study, new_shard_id
+from sd35bench.trials import RunSummary
 from sd35bench.types import Record, Scalar, Session, Status, Trial, content_hash, to_json
 
 __all__ = ["prepare_remote", "run_remote"]

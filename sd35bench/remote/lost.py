@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sd35bench.remote.asking import Deadline, Line, ask
 from sd35bench.remote.ledger import Intent
 from sd35bench.remote.providers.base import Prediction
+from sd35bench.remote.retry import Deadline, Line, ask
 from sd35bench.remote.transport import Refused
 
 __all__ = ["find_lost"]

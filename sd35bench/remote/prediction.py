@@ -22,7 +22,15 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sd35bench.errors import InvalidImage, LostAnswer, Paused, RemoteError, UnsafeAddress
-from sd35bench.remote.asking import (
+from sd35bench.remote.download import Downloaded, download
+from sd35bench.remote.flights import Flight
+from sd35bench.remote.http import Interrupted
+from sd35bench.remote.images import decode_image, sniff
+from sd35bench.remote.ledger import Intent
+from sd35bench.remote.lost import find_lost
+from sd35bench.remote.poll import intervals, shortest_gap_s
+from sd35bench.remote.providers.base import Phase, Prediction
+from sd35bench.remote.retry import (
     Deadline,
     Ended,
     Line,
@@ -32,14 +40,6 @@ from sd35bench.remote.asking import (
     retry_after,
     send,
 )
-from sd35bench.remote.download import Downloaded, download
-from sd35bench.remote.exchange import Interrupted
-from sd35bench.remote.flights import Flight
-from sd35bench.remote.images import decode_image, sniff
-from sd35bench.remote.ledger import Intent
-from sd35bench.remote.lost import find_lost
-from sd35bench.remote.poll import intervals, shortest_gap_s
-from sd35bench.remote.providers.base import Phase, Prediction
 from sd35bench.remote.transport import NotSent, Refused, Reply
 from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
 from sd35bench.worker import check_image

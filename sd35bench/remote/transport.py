@@ -42,7 +42,7 @@ import httpx2
 
 from sd35bench.errors import LostAnswer, RemoteError, UnsafeAddress
 from sd35bench.remote.addresses import Unresolved, check_url
-from sd35bench.remote.exchange import Answer, Interrupted, Network, Outgoing, exchange
+from sd35bench.remote.http import Answer, Interrupted, Network, Outgoing, exchange
 from sd35bench.remote.json_answers import BadJson, decode_json
 from sd35bench.remote.providers.base import Call
 from sd35bench.remote.secrets import Secrets

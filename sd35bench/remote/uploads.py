@@ -5,7 +5,7 @@ import base64
 import time
 
 from sd35bench.errors import LostAnswer, RemoteError, UnsupportedRequest
-from sd35bench.remote.asking import Deadline, Line, ask, forget_frames
+from sd35bench.remote.retry import Deadline, Line, ask, forget_frames
 from sd35bench.remote.transport import NotSent
 from sd35bench.store import Study
 

@@ -15,9 +15,9 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from sd35bench.report.gate import about, failed_gates, figure_cells
 from sd35bench.report.html import content_policy
 from sd35bench.report.style import read_asset
-from sd35bench.report.verdicts import about, failed_gates, figure_cells
 
 __all__ = ["compare_page"]
 

@@ -10,13 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sd35bench.analysis.recommended import (
-    confirmation_text,
-    default_cells,
-    front_cell,
-    front_note,
-    front_sentence,
-)
 from sd35bench.report.figures import (
     Estimate,
     decimals_for,
@@ -27,6 +20,13 @@ from sd35bench.report.figures import (
     format_usd,
 )
 from sd35bench.report.leaderboard import best_first, primary_metric
+from sd35bench.report.recommend import (
+    confirmation_text,
+    default_cells,
+    front_cell,
+    front_note,
+    front_sentence,
+)
 from sd35bench.report.rows import Row, metric_label, metric_names
 
 __all__ = ["Answer", "Headline", "dominated_shares", "objective_estimates", "read_headline"]

@@ -16,12 +16,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from sd35bench.analysis.claims import claims_document, is_claims_study
-from sd35bench.analysis.recommend import recommend_document
 from sd35bench.analysis.summary import show_document
+from sd35bench.claims.verdicts import claims_document, is_claims_study
 from sd35bench.errors import ConfigError, StoreError
+from sd35bench.recommend.advice import recommend_document
 from sd35bench.report.blocks import split_interval
-from sd35bench.report.document import Document, build_document
 from sd35bench.report.figures import (
     Estimate,
     decimals_for,
@@ -29,6 +28,7 @@ from sd35bench.report.figures import (
     format_number,
     latency_decimals,
 )
+from sd35bench.report.page import Document, build_document
 from sd35bench.report.style import read_asset
 from sd35bench.store import Study
 

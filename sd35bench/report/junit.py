@@ -7,7 +7,7 @@ has a failing test.
 from typing import Any
 from xml.etree import ElementTree
 
-from sd35bench.report.verdicts import figure_text
+from sd35bench.report.gate import figure_text
 
 __all__ = ["junit_xml"]
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from sd35bench.analysis.pareto import pareto_front
-from sd35bench.analysis.recommended import share_text
+from sd35bench.recommend.pareto import pareto_front
 from sd35bench.report.figures import (
     MISSING,
     Estimate,
@@ -19,6 +18,7 @@ from sd35bench.report.figures import (
     format_number,
     format_plain,
 )
+from sd35bench.report.recommend import share_text
 from sd35bench.report.rows import (
     Row,
     failed_text,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from sd35bench.analysis.recommended import share_text
 from sd35bench.report.figures import Estimate, format_estimate, format_latency
+from sd35bench.report.recommend import share_text
 from sd35bench.report.style import read_asset
 from sd35bench.report.svg import Box, Label, Scale, axes, element, mark, place_labels, spread
 

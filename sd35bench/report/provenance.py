@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from sd35bench.analysis.reproduce import remote_overrides
 from sd35bench.analysis.settings import is_hosted
+from sd35bench.recommend.reproduce import remote_overrides
 from sd35bench.report.figures import format_bytes, format_plain, format_seconds
 from sd35bench.report.rows import Row
 from sd35bench.types import Record, Session, Status

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sd35bench.analysis.recommended import first_upper
 from sd35bench.report.markdown import escape_cell
+from sd35bench.report.recommend import first_upper
 from sd35bench.tune.document import setting_text, with_interval
 
 __all__ = ["tuning_markdown"]

@@ -7,8 +7,8 @@ its checks, and every status that a route can answer with is listed.
 from typing import Any
 
 from sd35bench.server.predictions import Phase
+from sd35bench.server.schema import body_schema
 from sd35bench.server.settings import ServedModel
-from sd35bench.server.validation import body_schema
 
 __all__ = ["DOCUMENTS", "create_document", "error_response"]
 

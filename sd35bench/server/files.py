@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from sd35bench.server.file_store import CONTENT_TYPES, BadUpload, FileStore, Ticket, TicketRefused
 from sd35bench.server.refusals import Refusal
-from sd35bench.server.validation import parse_json
+from sd35bench.server.schema import parse_json
 
 __all__ = ["FileStore", "Ticket", "files_router", "presign_router"]
 

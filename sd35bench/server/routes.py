@@ -25,8 +25,8 @@ from sd35bench.server.documents import DOCUMENTS, create_document
 from sd35bench.server.init_images import init_image
 from sd35bench.server.predictions import Bounds, Phase, Prediction, Query
 from sd35bench.server.refusals import Refusal
+from sd35bench.server.schema import input_schema, parse_json, read_create, to_request
 from sd35bench.server.state import ServerState
-from sd35bench.server.validation import input_schema, parse_json, read_create, to_request
 
 __all__ = ["health_router", "protocol_router"]
 

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from sd35bench.analysis.pairs import Comparison
-from sd35bench.analysis.profiles import Profile
+from sd35bench.recommend.profiles import Profile
 from sd35bench.tune.race import Evidence
 from sd35bench.tune.space import Point
 

@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sd35bench.analysis.confirm import (
+from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
+from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.table import Row, read_table
+from sd35bench.recommend.confirm import (
     most_prompts,
     part_rows,
     prompts_run,
     prompts_wanted,
     read_held_out,
 )
-from sd35bench.analysis.entry import setting_of
-from sd35bench.analysis.held_out_runs import Run, runs_document
-from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.profiles import Profile
-from sd35bench.analysis.recommended import confirmation_text
-from sd35bench.analysis.reproduce import results_dir_of
-from sd35bench.analysis.settings import setting_key
-from sd35bench.analysis.table import Row, read_table
+from sd35bench.recommend.entry import setting_of
+from sd35bench.recommend.held_out_runs import Run, runs_document
+from sd35bench.recommend.profiles import Profile
+from sd35bench.recommend.reproduce import results_dir_of
+from sd35bench.report.recommend import confirmation_text
 from sd35bench.store import Study
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS

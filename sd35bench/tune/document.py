@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sd35bench.analysis.clustered import mean_t, quantile_t
-from sd35bench.analysis.intervals import Interval
-from sd35bench.analysis.profiles import BEST, Profile
-from sd35bench.analysis.recommended import first_upper
 from sd35bench.analysis.settings import setting_key
 from sd35bench.disk import write_atomic
+from sd35bench.recommend.profiles import BEST, Profile
+from sd35bench.report.recommend import first_upper
+from sd35bench.stats.clustered import mean_t, quantile_t
+from sd35bench.stats.intervals import Interval
 from sd35bench.store import Study
 from sd35bench.tune.confirm import Confirmation
 from sd35bench.tune.final import Final

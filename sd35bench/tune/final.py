@@ -1,6 +1,6 @@
 """What is chosen of the settings that a race left: `recommend`'s own rule, on what they share.
 
-The choice is `analysis.choice.choose`'s, with all that a profile asks for. As good means shown to
+The choice is `recommend.choice.choose`'s, with all that a profile asks for. As good means shown to
 be within the margin of every rival left, or of the named default, corrected by Holm over those
 left. Where that is not shown, it is not said, and the best mean within the limits is chosen.
 """
@@ -8,10 +8,10 @@ left. Where that is not shown, it is not said, and the best mean within the limi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sd35bench.analysis.choice import Choice, Speeds, choose
-from sd35bench.analysis.clustered import quantile_t
 from sd35bench.analysis.pairs import Candidate, Comparison
-from sd35bench.analysis.profiles import Profile
+from sd35bench.recommend.choice import Choice, Speeds, choose
+from sd35bench.recommend.profiles import Profile
+from sd35bench.stats.clustered import quantile_t
 from sd35bench.tune.race import SAME_SPEED
 from sd35bench.tune.space import Point
 

@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.constraints import peak_bytes
 from sd35bench.analysis.pairs import EDIT_QUALITY, Candidate, Comparison, candidates, compare
-from sd35bench.analysis.profiles import Profile
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import PairKey, setting_key
 from sd35bench.analysis.table import Row, Table, read_table
@@ -25,6 +23,8 @@ from sd35bench.errors import ConfigError, StudyLocked
 from sd35bench.guidance import acting_steps
 from sd35bench.plan import AxisValue, Batch, Plan, Sweep, expand
 from sd35bench.prompts import PromptItem
+from sd35bench.recommend.constraints import peak_bytes
+from sd35bench.recommend.profiles import Profile
 from sd35bench.store import Study
 from sd35bench.tune.race import Evidence
 from sd35bench.tune.reference import reference_point

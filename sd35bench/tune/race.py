@@ -5,7 +5,7 @@ profile any more (its latency's interval lies over the limit, its memory does, o
 images failed), or when another setting that surely is within the limits shows it, on the prompts
 that both have: it is worse than one that is no slower and no dearer (*dominated*), or worse by more
 than the profile's margin than any one (*out of reach*). "Shows" is the lower end of the paired 95 %
-interval clustered by prompt (`analysis.clustered`): 97.5 % for each such claim, uncorrected. That
+interval clustered by prompt (`stats.clustered`): 97.5 % for each such claim, uncorrected. That
 decides where images go and is no statement about any setting; what is stated is in `final`.
 Up to `SAME_SPEED` slower counts as no slower, as it does in `recommend`.
 
@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.clustered import mean_bounds, quantile_t
-from sd35bench.analysis.intervals import resampled_means
-from sd35bench.analysis.profiles import Profile
+from sd35bench.recommend.profiles import Profile
+from sd35bench.stats.clustered import mean_bounds, quantile_t
+from sd35bench.stats.intervals import resampled_means
 from sd35bench.tune.space import Point
 
 __all__ = [

@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Callable
 
-from sd35bench.analysis.named_defaults import NamedDefault, asks_for, check_name
-from sd35bench.analysis.profiles import BEST, Profile
 from sd35bench.errors import ConfigError
+from sd35bench.recommend.named_defaults import NamedDefault, asks_for, check_name
+from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.tune.space import Point, Space
 from sd35bench.types import Request, Task
 

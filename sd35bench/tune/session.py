@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import isnan
 
-from sd35bench.analysis.profiles import BEST, Profile
 from sd35bench.errors import ConfigError
+from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.tune.buying import Lab
 from sd35bench.tune.final import Final, decide, settled
 from sd35bench.tune.race import (

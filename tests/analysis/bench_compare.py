@@ -13,10 +13,10 @@ import time
 
 import numpy as np
 
-from sd35bench.analysis.compare import compare_sides
-from sd35bench.analysis.policy import as_policy
 from sd35bench.analysis.settings import setting_fields
-from sd35bench.analysis.sides import Side, Start
+from sd35bench.gate.judge import compare_sides
+from sd35bench.gate.policy import as_policy
+from sd35bench.gate.sides import Side, Start
 from tests.analysis.synthetic import record
 
 METRICS = ("prompt_accuracy", "clip_score_nano", "init_kept", "sharpness", "contrast")

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.frechet import fit
 from sd35bench.analysis.reference import Reference, write_reference
+from sd35bench.stats.frechet import fit
 from tests.analysis.synthetic import MemoryStudy, record
 from tests.validity.set_figures import World, draw
 

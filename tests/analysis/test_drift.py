@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from sd35bench.analysis.drift import drift_document, psnr_db
-from sd35bench.analysis.profiles import Profile
-from sd35bench.analysis.recommend import recommend_document
 from sd35bench.analysis.table import read_table
 from sd35bench.errors import ConfigError
+from sd35bench.recommend.advice import recommend_document
+from sd35bench.recommend.profiles import Profile
 from sd35bench.types import Load
 from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from sd35bench.analysis.frechet import fit
 from sd35bench.analysis.reference import Reference, load_reference, save_reference, write_reference
 from sd35bench.analysis.set_metrics import STATISTICS, compute
 from sd35bench.analysis.summary import show_document
 from sd35bench.errors import MetricError
+from sd35bench.stats.frechet import fit
 from tests.analysis.synthetic import MemoryStudy, record
 
 
@@ -126,7 +126,7 @@ def test_statistic_of_a_later_version_is_no_value_and_no_crash(tmp_path):
 
 
 def test_compute_refuses_features_of_other_dimensions():
-    from sd35bench.analysis.kernel_distance import Sample
+    from sd35bench.stats.kernel_distance import Sample
 
     with pytest.raises(MetricError, match="4 dimensions, the features have 3"):
         compute("frechet", Sample(np.zeros((9, 3)), np.arange(9)), _reference(), {})

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sd35bench.analysis.frechet import fit, frechet_distance
 from sd35bench.analysis.quality import Reference, write_reference
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import GUARD
+from sd35bench.stats.frechet import fit, frechet_distance
 from sd35bench.types import Memory, Status, Timings
 from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
 

@@ -111,8 +111,8 @@ def test_anything_but_uint8_rgb_is_refused(image):
 
 def test_analysis_and_metric_names_load_without_torch():
     code = (
-        "import sys, sd35bench.analysis.summary, sd35bench.analysis.recommended,"
-        " sd35bench.analysis.recommend, sd35bench.score\n"
+        "import sys, sd35bench.analysis.summary, sd35bench.report.recommend,"
+        " sd35bench.recommend.advice, sd35bench.score\n"
         "from sd35bench.metrics.base import load_metric\n"
         "[load_metric(n).name for n in ('fid_nano', 'clip_score_nano', 'init_kept')]\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd35bench.analysis.frechet import Gaussian, fit, frechet_distance
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import load_metric
 from sd35bench.metrics.extractors import Inception, NanoEvaluator
 from sd35bench.metrics.fid import Fid
 from sd35bench.metrics.reference import true_renders
 from sd35bench.nano.prompts import prompt_set, true_render
+from sd35bench.stats.frechet import Gaussian, fit, frechet_distance
 from tests.analysis.synthetic import record
 from tests.metrics.doubles import pictures, save_open_clip, save_random_evaluator
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from sd35bench.backends.fake import FakeBackend
+from sd35bench.server.schema import read_create, to_request
 from sd35bench.server.settings import ServedModel
-from sd35bench.server.validation import read_create, to_request
 from sd35bench.store import decode_rgb
 from tests.fakes import fake_load
 

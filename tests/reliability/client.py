@@ -9,8 +9,8 @@ It says "running" when it begins.
 import sys
 from pathlib import Path
 
-from sd35bench.remote.asking import Patience
 from sd35bench.remote.drive import run_remote
+from sd35bench.remote.retry import Patience
 from sd35bench.store import Study
 from tests.remote.hosted import hosted_plan, hosted_settings
 

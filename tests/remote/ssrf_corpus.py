@@ -13,7 +13,7 @@ import httpx2
 
 from sd35bench.errors import UnsafeAddress
 from sd35bench.remote.download import download
-from sd35bench.remote.exchange import Network
+from sd35bench.remote.http import Network
 
 __all__ = ["CORPUS", "GOOD", "Entry", "Wire", "fetched", "lookup_of", "refused"]
 

@@ -6,11 +6,11 @@ import socket
 import httpx2
 import pytest
 
-import sd35bench.remote.exchange as exchange
+import sd35bench.remote.http as exchange
 from sd35bench.errors import UnsafeAddress
 from sd35bench.remote.addresses import Unresolved, check_url, names_loopback, resolve
 from sd35bench.remote.download import download
-from sd35bench.remote.exchange import Network
+from sd35bench.remote.http import Network
 from sd35bench.remote.transport import NotSent, Transport
 from tests.remote.ssrf_corpus import (
     CORPUS,

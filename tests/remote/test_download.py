@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sd35bench.errors import LostAnswer, RemoteError, UnsafeAddress
 from sd35bench.remote.download import Downloaded, download
-from sd35bench.remote.exchange import Interrupted, Network
+from sd35bench.remote.http import Interrupted, Network
 from tests.remote.loopback import Asked, Handler, Served, answering, http, serving
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)

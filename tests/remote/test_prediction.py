@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sd35bench.errors import InvalidImage
-from sd35bench.remote.asking import RETRY_AFTER_LIMIT_S, Deadline, Ended, Patience, despite_cancel
 from sd35bench.remote.drive import download_hosts
 from sd35bench.remote.flights import Flights
 from sd35bench.remote.prediction import check_file
 from sd35bench.remote.providers.eachlabs import Eachlabs
+from sd35bench.remote.retry import RETRY_AFTER_LIMIT_S, Deadline, Ended, Patience, despite_cancel
 from sd35bench.remote.uploads import DATA_URI_BYTES, content_type, data_uri
 from sd35bench.types import Request, Status
 from tests.remote.faults import picture

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from sd35bench.errors import LostAnswer, RemoteError, UnsafeAddress
-from sd35bench.remote.exchange import Network
+from sd35bench.remote.http import Network
 from sd35bench.remote.providers.base import Call
 from sd35bench.remote.transport import (
     NotSent,

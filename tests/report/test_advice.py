@@ -5,11 +5,11 @@ from html import unescape
 
 import pytest
 
-from sd35bench.analysis.profiles import as_profiles
-from sd35bench.analysis.recommend import recommend_document
-from sd35bench.report.document import build_document
+from sd35bench.recommend.advice import recommend_document
+from sd35bench.recommend.profiles import as_profiles
 from sd35bench.report.headline import read_headline
 from sd35bench.report.html import render_report
+from sd35bench.report.page import build_document
 from tests.report.synthetic import PROFILES, Synthetic
 
 

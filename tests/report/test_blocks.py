@@ -9,9 +9,9 @@ from rich.console import Console
 from sd35bench.analysis.summary import show_document
 from sd35bench.report.blocks import Block, comparison_blocks, split_interval
 from sd35bench.report.charts import throughput_figures
-from sd35bench.report.document import build_document
 from sd35bench.report.html import render_report
 from sd35bench.report.markdown import settings_markdown
+from sd35bench.report.page import build_document
 from sd35bench.report.rows import read_rows
 from sd35bench.report.tables import print_settings
 from tests.report.backends import DRIFT, GAIN, NOISE, SPEED, make_backends_study, with_impossible

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from sd35bench.report.document import build_document
 from sd35bench.report.html import render_report
+from sd35bench.report.page import build_document
 from tests.report.synthetic import Synthetic
 
 CHROMIUM = shutil.which("chromium")

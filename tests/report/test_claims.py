@@ -7,10 +7,10 @@ import re
 import pytest
 from rich.console import Console
 
-from sd35bench.analysis.claims import CLAIMS, claims_document
+from sd35bench.claims.verdicts import CLAIMS, claims_document
 from sd35bench.report.claims import claims_markdown, claims_section, print_claims
-from sd35bench.report.document import build_document
 from sd35bench.report.html import render_report
+from sd35bench.report.page import build_document
 from tests.analysis.planted_claims import Truth, planted_claims
 from tests.report.synthetic import Synthetic
 

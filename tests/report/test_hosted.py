@@ -10,12 +10,12 @@ from rich.console import Console
 
 from sd35bench.report.blocks import Block, comparison_blocks, split_interval
 from sd35bench.report.charts import speed_figures
-from sd35bench.report.document import build_document
 from sd35bench.report.figures import format_usd
 from sd35bench.report.headline import gives
 from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences, network_note
 from sd35bench.report.html import render_report
 from sd35bench.report.markdown import settings_markdown
+from sd35bench.report.page import build_document
 from sd35bench.report.rows import match_records, read_rows
 from sd35bench.report.tables import print_settings
 from tests.report.hosted import AMBIGUOUS, LONE, SECONDS, UNTOLD_S, USD

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
 from sd35bench.server.auth import make_key
-from sd35bench.server.validation import input_schema
+from sd35bench.server.schema import input_schema
 from tests.server.live import MODEL, live, make_settings
 
 ROUTES = {

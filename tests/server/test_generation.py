@@ -13,7 +13,7 @@ FREE = {"requests_per_minute": None, "concurrency": None}
 
 def seeds(every: int) -> tuple[int, int]:
     """A seed whose request the fake backend's fault befalls, and one that it spares."""
-    from sd35bench.server.validation import read_create, to_request
+    from sd35bench.server.schema import read_create, to_request
 
     found: dict[bool, int] = {}
     for seed in range(100):

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sd35bench.analysis.clustered import Bounds
-from sd35bench.analysis.equivalence import Direction, Verdict, decide, holm, judge
-from sd35bench.analysis.intervals import Interval
-from sd35bench.analysis.latency import Spread, log_ratio, run_drift
+from sd35bench.stats.clustered import Bounds
+from sd35bench.stats.equivalence import Direction, Verdict, decide, holm, judge
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.latency import Spread, log_ratio, run_drift
 from tests.validity.drawn import SEEDS, autoregressive, changed
 from tests.validity.kinds import chosen
 

@@ -18,15 +18,15 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.choice import Choice, choose, speeds
-from sd35bench.analysis.confirm import HeldOut
-from sd35bench.analysis.entry import Entry
-from sd35bench.analysis.equivalence import holm
 from sd35bench.analysis.pairs import Candidate, Comparison
-from sd35bench.analysis.pareto import Front
-from sd35bench.analysis.profiles import Profile
 from sd35bench.analysis.settings import PairKey, pair_key, setting_fields
 from sd35bench.analysis.table import Row, Table
+from sd35bench.recommend.choice import Choice, choose, speeds
+from sd35bench.recommend.confirm import HeldOut
+from sd35bench.recommend.entry import Entry
+from sd35bench.recommend.pareto import Front
+from sd35bench.recommend.profiles import Profile
+from sd35bench.stats.equivalence import holm
 from sd35bench.types import Record, SkipLayerGuidance, Task
 from tests.analysis.synthetic import record
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import special
 
-from sd35bench.analysis import clustered
-from sd35bench.analysis.clustered import Bounds
-from sd35bench.analysis.intervals import quantile_interval
-from sd35bench.analysis.latency import block_quantile
+from sd35bench.stats import clustered
+from sd35bench.stats.clustered import Bounds
+from sd35bench.stats.intervals import quantile_interval
+from sd35bench.stats.latency import block_quantile
 from tests.validity.drawn import (
     SEEDS,
     Draw,

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from scipy import special
 
-from sd35bench.analysis import clustered
-from sd35bench.analysis.clustered import Bounds, student
-from sd35bench.analysis.intervals import expanded_tail, weight_chunks
+from sd35bench.stats import clustered
+from sd35bench.stats.clustered import Bounds, student
+from sd35bench.stats.intervals import expanded_tail, weight_chunks
 from tests.validity.drawn import Drawn, Floats
 
 Kind = Callable[[Drawn], Bounds]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from sd35bench.analysis.pareto import Front, pareto_front, resampled_front
+from sd35bench.recommend.pareto import Front, pareto_front, resampled_front
 
 Floats = NDArray[np.float64]
 STEPS, CFGS, SEEDS = (4, 8, 16, 28), (1.0, 2.5, 4.0, 6.0), 2

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 
-from sd35bench.analysis.profiles import Profile, load_profiles
 from sd35bench.config import config_dir
+from sd35bench.recommend.profiles import Profile, load_profiles
 from sd35bench.tune.search import Search
 from sd35bench.tune.session import Budget, default_images, tune
 from sd35bench.tune.space import Point

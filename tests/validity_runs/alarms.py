@@ -17,12 +17,12 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.compare import compare_sides
-from sd35bench.analysis.equivalence import Verdict
-from sd35bench.analysis.policy import load_policy
-from sd35bench.analysis.sides import Side, merge_starts, read_sides
 from sd35bench.config import config_dir
-from sd35bench.metrics.between import ImageDistances
+from sd35bench.gate.distances import ImageDistances
+from sd35bench.gate.judge import compare_sides
+from sd35bench.gate.policy import load_policy
+from sd35bench.gate.sides import Side, merge_starts, read_sides
+from sd35bench.stats.equivalence import Verdict
 from sd35bench.store import Study
 from tests.validity_runs.matrix import POLICIES
 from tests.validity_runs.sides import Amount, judge, run_side

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.profiles import load_profiles
-from sd35bench.analysis.recommend import recommend_document
 from sd35bench.config import config_dir
+from sd35bench.recommend.advice import recommend_document
+from sd35bench.recommend.profiles import load_profiles
 from sd35bench.types import Task
 from tests.validity_runs.grid import open_grid
 from tests.validity_runs.truth import held_against, read_truth

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.clustered import mean_bounds
 from sd35bench.analysis.pairs import candidates
-from sd35bench.analysis.profiles import Profile, load_profiles
 from sd35bench.analysis.table import read_table
 from sd35bench.config import config_dir
+from sd35bench.recommend.profiles import Profile, load_profiles
+from sd35bench.stats.clustered import mean_bounds
 from sd35bench.types import Task
 
 __all__ = ["STAND_INS", "Truth", "document", "held_against", "read_truth"]

@@ -1,0 +1,1 @@
+"""`claims`: the vendor's statements as designed experiments with corrected verdicts."""

@@ -1,0 +1,1 @@
+"""`compare`: candidate against baseline, figure by figure, to a verdict and an exit code."""

@@ -1,0 +1,302 @@
+"""The gate: a candidate against a baseline, dimension by dimension, under a policy.
+
+Each figure passes where its interval shows that no more than the margin is lost, fails where it
+shows that more is, and is undecided in between. All figures of a comparison, over all settings,
+are one family for Holm's correction: what a gate fails by chance is at most 2.5 % in all. Two
+things are asked of the comparison as a whole: that it covers what the baseline made, and that
+anything could be measured at all.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sd35bench.errors import ConfigError
+from sd35bench.gate.coverage import judge_coverage
+from sd35bench.gate.dimensions import Distances, Figure, figures, start_drifts
+from sd35bench.gate.policy import Dimension, Policy
+from sd35bench.gate.sides import Side, match_pairs, match_sides
+from sd35bench.gate.worst import worst_pairs
+from sd35bench.stats.equivalence import Judgement, Verdict, decide, holm, judge, worst
+
+__all__ = ["compare_sides", "gate_fails"]
+
+_QUIET = frozenset({"setting", "commit", "dirty", "target_latency_s"})
+_ENVIRONMENT_QUIET = frozenset({"hostname", "pid", "boot_id"})
+
+
+@dataclass(slots=True)
+class _Judged:
+    """One figure on its way to a verdict."""
+
+    dimension: str
+    figure: Figure
+    tested: Judgement | None
+    p_adjusted: float | None = None
+    verdict: Verdict = Verdict.UNDECIDED
+
+
+def compare_sides(
+    baselines: Sequence[Side],
+    candidates: Sequence[Side],
+    policy: Policy,
+    distances: Distances,
+) -> dict[str, Any]:
+    """Hold candidates against baselines.
+
+    `distances` is asked for the distance of matched images where the policy judges drift.
+
+    Returns: ``{"baseline", "candidate", "policy", "verdict", "undecided_fails", "n_pairs",
+    "gate": {"coverage" | "measured": {"verdict", "reason"}}, "dimensions": {name: {"verdict",
+    "required", "reason"}}, "comparisons", "warnings"}``; `gate` is what fails or passes the whole
+    beside its dimensions; its coverage also has `share` and `required` (see `judge_coverage`). A
+    comparison has `baseline_setting`, `candidate_setting`, `title`, `differs`,
+    `environment_differs` ({field: [baseline's, candidate's]}), `n_pairs`, `n_prompts`,
+    `latency_drift` and `dimensions`, each with `verdict`, `required`, `reason` and `figures`:
+    `name`, `unit`, `kind`, `baseline`, `candidate`, `effect`, `ci95`, `margin`, `worse`, `n`,
+    `n_prompts`, `p`, `p_adjusted`, `verdict`, `note`; and `worst` (see `worst_pairs`). Effects of
+    kind "ratio" and their ends are ratios, candidate over baseline; others are candidate minus
+    baseline. What no data could have failed has no p, and is in no family.
+
+    Raises: ConfigError where nothing can be compared.
+    """
+    matches, alone = match_sides(baselines, candidates)
+    kept = [(a, b) for a, b in matches if len(match_pairs(a, b).clusters)]
+    if not kept:
+        raise ConfigError(
+            f"nothing to compare: {baselines[0].study} and {candidates[0].study} share no pair"
+            " (0 pairs with the same prompt, negative prompt, seed, size and init image); run both"
+            " on the same prompts and seeds"
+        )
+    judged = [_measure(a, b, policy, distances) for a, b in kept]
+    _decide([j for part in judged for j in part])
+    comparisons: list[dict[str, Any]] = [
+        _comparison(a, b, policy, part) | {"worst": worst_pairs(a, b, policy, distances)}
+        for (a, b), part in zip(kept, judged, strict=True)
+    ]
+    dimensions = {name: _overall(name, comparisons) for name in policy.dimensions}
+    lost = [side for side in alone if any(side is b for b in baselines)]
+    gate = {
+        "coverage": judge_coverage(matches, lost, policy),
+        "measured": _anything_measured(dimensions),
+    }
+    warnings = [f"no counterpart: {s.title} of {s.study}" for s in alone]
+    warnings += [f"no shared pair: {b.title}" for a, b in matches if (a, b) not in kept]
+    warnings += _doubts(dimensions)
+    warnings += [w for c in comparisons for w in _comparison_warnings(c)]
+    warnings += [w for side in (*baselines, *candidates) for w in _elsewhere(side)]
+    warnings += [w for a, b in kept for w in _same_runs(a, b)]
+    return {
+        "baseline": baselines[0].study,
+        "candidate": candidates[0].study,
+        "policy": policy.name,
+        "verdict": worst([found["verdict"] for found in (*gate.values(), *dimensions.values())]),
+        "undecided_fails": policy.undecided_fails,
+        "n_pairs": sum(c["n_pairs"] for c in comparisons),
+        "gate": gate,
+        "dimensions": dimensions,
+        "comparisons": comparisons,
+        "warnings": list(dict.fromkeys(warnings)),
+    }
+
+
+def gate_fails(document: dict[str, Any]) -> bool:
+    """Whether a comparison's document means a failed gate (exit code 1)."""
+    verdict = document["verdict"]
+    if verdict == Verdict.UNDECIDED:
+        return bool(document["undecided_fails"])
+    return verdict != Verdict.PASS
+
+
+def _measure(a: Side, b: Side, policy: Policy, distances: Distances) -> list[_Judged]:
+    found = []
+    for name, wanted in policy.dimensions.items():
+        for figure in figures(name, wanted, a, b, distances):
+            effect = figure.effect
+            tested = None
+            if effect is not None:
+                tested = judge(effect, figure.allowed, figure.margin.direction)
+            found.append(_Judged(name, figure, tested))
+    return found
+
+
+def _decide(family: Sequence[_Judged]) -> None:
+    """Give every figure of the whole comparison its verdict."""
+    tested = [(j, j.tested) for j in family if j.tested is not None]
+    # What cannot fail would only cost the others power.
+    able = [(j, t) for j, t in tested if t.can_fail]
+    for (item, test), p in zip(able, holm([t.p_fail for _, t in able]), strict=True):
+        item.p_adjusted, item.verdict = p, decide(test, p)
+    for item, test in tested:
+        if not test.can_fail and test.passes:
+            item.verdict = Verdict.PASS
+    for item in family:
+        if item.figure.absent:
+            item.verdict = Verdict.NOT_APPLICABLE
+
+
+def _comparison(a: Side, b: Side, policy: Policy, judged: Sequence[_Judged]) -> dict[str, Any]:
+    matched = match_pairs(a, b)
+    parts = {name: [j for j in judged if j.dimension == name] for name in policy.dimensions}
+    return {
+        "baseline_setting": a.setting,
+        "candidate_setting": b.setting,
+        "title": b.title if a.title == b.title else f"{b.title} against {a.title}",
+        "differs": _differs(a.setting, b.setting, _QUIET),
+        "environment_differs": _differs(a.environment, b.environment, _ENVIRONMENT_QUIET),
+        "n_pairs": len(matched.clusters),
+        "n_prompts": int(matched.clusters.max()) + 1,
+        "only_baseline": len(np.unique(a.pairs)) - len(matched.clusters),
+        "only_candidate": len(np.unique(b.pairs)) - len(matched.clusters),
+        "latency_drift": {"baseline": start_drifts(a), "candidate": start_drifts(b)},
+        "dimensions": {n: _dimension(policy.dimensions[n], part) for n, part in parts.items()},
+    }
+
+
+def _dimension(wanted: Dimension, judged: Sequence[_Judged]) -> dict[str, Any]:
+    verdict, reason = _dimension_verdict(wanted, judged)
+    return {
+        "verdict": verdict,
+        "required": wanted.required,
+        "reason": reason,
+        "figures": [_figure(j) for j in judged],
+    }
+
+
+def _dimension_verdict(wanted: Dimension, judged: Sequence[_Judged]) -> tuple[Verdict, str]:
+    """The worst of its figures; what is required and was not measured fails."""
+    verdict = worst([j.verdict for j in judged])
+    if wanted.required and verdict != Verdict.FAIL:
+        why = _blindness(judged, verdict)
+        if why is not None:
+            return Verdict.FAIL, f"required, and could not be measured: {why}"
+    at_fault = [j for j in judged if j.verdict == verdict]
+    said: dict[Verdict, Callable[[_Judged], str]] = {
+        Verdict.FAIL: lambda j: f"{j.figure.name} is worse than the margin allows",
+        Verdict.UNDECIDED: _doubt,
+        Verdict.PASS: lambda j: f"{j.figure.name} is within the margin",
+        Verdict.NOT_APPLICABLE: lambda j: str(j.figure.note),
+    }
+    texts = [said[verdict](j) for j in at_fault]
+    return verdict, "; ".join(dict.fromkeys(texts)) if texts else "neither side has it"
+
+
+def _blindness(judged: Sequence[_Judged], verdict: Verdict) -> str | None:
+    """Why a dimension was not measured; ``None`` where it was.
+
+    It was not where one side lacks a figure, where neither has one that is needed, and where no
+    figure has an interval, so that whatever the candidate did could not have failed it.
+    """
+    blind = [j for j in judged if j.figure.unmeasured or (j.figure.needed and j.figure.absent)]
+    if blind:
+        return "; ".join(dict.fromkeys(str(j.figure.note) for j in blind))
+    if verdict == Verdict.NOT_APPLICABLE:
+        return next((j.figure.note for j in judged if j.figure.note), "neither side has it")
+    if not any(j.tested is not None and (j.tested.can_fail or j.tested.passes) for j in judged):
+        return "; ".join(_doubt(j) for j in judged if not j.figure.absent)
+    return None
+
+
+def _doubt(item: _Judged) -> str:
+    if item.figure.unmeasured:
+        return str(item.figure.note)
+    effect = item.figure.effect
+    if effect is None or effect.low is None:
+        return f"{item.figure.name} has too few prompts or images for an interval"
+    return f"{item.figure.name}: the interval reaches across the margin"
+
+
+def _figure(item: _Judged) -> dict[str, Any]:
+    figure, effect = item.figure, item.figure.effect
+    back = np.exp if figure.kind == "ratio" else np.float64
+    ends = None if effect is None else effect.ci95
+    return {
+        "name": figure.name,
+        "unit": figure.unit,
+        "kind": figure.kind,
+        "baseline": figure.baseline,
+        "candidate": figure.candidate,
+        "effect": None if effect is None else float(back(effect.value)),
+        "ci95": None if ends is None else [float(back(end)) for end in ends],
+        "margin": figure.margin.margin,
+        "worse": str(figure.margin.direction),
+        "n": 0 if effect is None else effect.n,
+        "n_prompts": None if effect is None or figure.kind == "ratio" else effect.clusters,
+        "p": item.tested.p_fail if item.tested is not None and item.tested.can_fail else None,
+        "p_adjusted": item.p_adjusted,
+        "verdict": item.verdict,
+        "note": figure.note,
+    }
+
+
+def _overall(name: str, comparisons: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found = [c["dimensions"][name] for c in comparisons]
+    verdict = worst([f["verdict"] for f in found])
+    why = next(f["reason"] for f in found if f["verdict"] == verdict)
+    return {"verdict": verdict, "required": found[0]["required"], "reason": why}
+
+
+def _anything_measured(dimensions: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A gate that measured nothing at all has failed."""
+    if all(d["verdict"] == Verdict.NOT_APPLICABLE for d in dimensions.values()):
+        reason = f"nothing was measured: {next(iter(dimensions.values()))['reason']}"
+        return {"verdict": Verdict.FAIL, "reason": reason}
+    return {"verdict": Verdict.PASS, "reason": "at least one dimension was measured"}
+
+
+def _differs(a: dict[str, Any], b: dict[str, Any], quiet: frozenset[str]) -> dict[str, list[Any]]:
+    names = [n for n in (*a, *(n for n in b if n not in a)) if n not in quiet]
+    return {n: [a.get(n), b.get(n)] for n in names if a.get(n) != b.get(n)}
+
+
+def _doubts(dimensions: dict[str, dict[str, Any]]) -> list[str]:
+    return [
+        f"{name} is undecided: {found['reason']}"
+        for name, found in dimensions.items()
+        if found["verdict"] == Verdict.UNDECIDED
+    ]
+
+
+def _elsewhere(side: Side) -> list[str]:
+    n = len(side.elsewhere)
+    if not n:
+        return []
+    differs = ", ".join(side.elsewhere_differs) if side.elsewhere_differs else "what is not known"
+    return [
+        f"{side.title}: {n} pairs of {side.study} ran in another environment (another {differs})"
+        " and are in no figure; run that study anew in one environment"
+    ]
+
+
+def _same_runs(a: Side, b: Side) -> list[str]:
+    if a.study != b.study or not {s.id for s in a.starts} & {s.id for s in b.starts}:
+        return []
+    return [
+        f"{b.title}: both sides are the same runs of {a.study}, which pass whatever they are; name"
+        " another baseline or candidate"
+    ]
+
+
+def _comparison_warnings(comparison: dict[str, Any]) -> list[str]:
+    found = []
+    for side in ("baseline", "candidate"):
+        alone = comparison[f"only_{side}"]
+        if alone:
+            found.append(f"{comparison['title']}: {alone} pairs of the {side} only, left out")
+        for start in comparison["latency_drift"][side]:
+            if start["drifting"]:
+                found.append(
+                    f"latency of the {side} changed by {start['change_frac']:+.0%} during start"
+                    f" {start['start']}: the machine was not steady"
+                )
+    names = [
+        n for n in ("device", "cpu_model", "gpu_name") if n in comparison["environment_differs"]
+    ]
+    if names:
+        found.append(
+            f"the sides ran on unlike machines ({', '.join(names)}): latency and memory compare"
+            " the machines too"
+        )
+    return found

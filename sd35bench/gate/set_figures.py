@@ -1,0 +1,148 @@
+"""Set metrics as figures of a gate's quality: the paired difference of both sides, or why not.
+
+Both sides' images of the matched pairs are held against one reference. What was not scored on
+either side, or has fewer prompts than its interval was shown to hold with, does not apply; what one
+side has and the other lacks could not be measured.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd35bench.analysis.reference import Reference
+from sd35bench.errors import MetricError
+from sd35bench.gate.figure import Figure, difference
+from sd35bench.gate.policy import MetricMargin
+from sd35bench.gate.set_differences import least_prompts, set_difference
+from sd35bench.gate.set_scores import SetScore
+from sd35bench.gate.sides import Matched, Side, match_pairs, prompt_hash
+from sd35bench.stats.kernel_difference import Twins
+
+__all__ = ["SET_UNIT", "set_figure"]
+
+SET_UNIT = "set metric"
+"""Unit of a figure that no single image has."""
+
+
+class _Unmeasured(Exception):
+    """One side cannot be held against the other; says why."""
+
+
+def set_figure(name: str, margin: MetricMargin, a: Side, b: Side) -> Figure:
+    """Hold the candidate `b` against the baseline `a` by a set metric that either has."""
+    asked = difference(name, SET_UNIT, margin)
+    scores = (a.sets.get(name), b.sets.get(name))
+    rows = [
+        _has_image(side) if score is None else score.rows
+        for score, side in zip(scores, (a, b), strict=True)
+    ]
+    matched = match_pairs(a, b, (rows[0], rows[1]))
+    refusal = next((r for s in scores if s is not None and (r := _refusal(s, matched))), None)
+    if refusal is not None:
+        return asked(note=f"{name} is refused: {refusal}")
+    try:
+        return _measured(asked, scores, (a, b), matched)
+    except _Unmeasured as why:
+        return asked(unmeasured=True, note=f"{name} {why}")
+    except MetricError as why:
+        return asked(note=f"{name} is refused: {why}")
+
+
+def _refusal(score: SetScore, matched: Matched) -> str | None:
+    """Why there is no interval of a difference, or ``None``."""
+    least = least_prompts(score.statistic)
+    if least is None:
+        return f"no interval of its paired difference is known ({score.statistic}); gate kid"
+    n, prompts = len(matched.clusters), len(np.unique(matched.clusters))
+    if n >= score.min_images and prompts >= least:
+        return None
+    return (
+        f"its interval holds from {least} prompts and {score.min_images} images on, there are"
+        f" {prompts} and {n}"
+    )
+
+
+def _measured(
+    asked: Callable[..., Figure],
+    scores: tuple[SetScore | None, SetScore | None],
+    sides: tuple[Side, Side],
+    matched: Matched,
+) -> Figure:
+    before, after = scores
+    if before is None or after is None:
+        lacking = "baseline" if before is None else "candidate"
+        raise _Unmeasured(f"was not scored on the {lacking} (a baseline file: make it again)")
+    _require_alike(before, after)
+    features = [
+        _features(score, side, rows)
+        for score, side, rows in zip(
+            (before, after), sides, (matched.baseline, matched.candidate), strict=True
+        )
+    ]
+    prompts = sides[1].prompts[matched.candidate]
+    reference, labels, note = _reference(before, after, prompts)
+    twins = Twins(features[0], features[1], labels)
+    found = set_difference(after.statistic, twins, reference, after.parameters)
+    return asked(baseline=found.baseline, candidate=found.candidate, effect=found.effect, note=note)
+
+
+def _require_alike(before: SetScore, after: SetScore) -> None:
+    for what in ("extractor", "statistic", "parameters"):
+        mine, theirs = getattr(before, what), getattr(after, what)
+        if mine != theirs:
+            raise _Unmeasured(
+                f"has another {what} on the sides, {mine} and {theirs}: score both alike"
+            )
+
+
+def _features(score: SetScore, side: Side, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Features [n, d] of a side's images."""
+    kept = score.read_features()
+    found = [kept.get(str(side.images[i])) for i in rows]
+    there = [x for x in found if x is not None]
+    if len(there) < len(found):
+        raise _Unmeasured(
+            f"cannot be computed: features of {len(found) - len(there)} of {len(found)} images of"
+            f" {side.study} are not there; a baseline file has them beside it (.features.npz):"
+            " make it again, or compare with the study itself"
+        )
+    return np.stack(there)
+
+
+def _reference(
+    before: SetScore, after: SetScore, prompts: NDArray[np.uint64]
+) -> tuple[Reference, NDArray, str | None]:
+    """What both sides are held against, the prompts as it knows them [n], and a note.
+
+    Scored against two references, they are comparable by one that has renders of all the matched
+    prompts: a lost image takes its prompt out of a reference of true renders.
+    """
+    one = before.reference == after.reference
+    for score in (after, before):
+        if score.reference is None or score.read_reference is None:
+            continue
+        reference = score.read_reference()
+        labels, covers = _labels(reference, prompts)
+        if one or covers:
+            note = None if one else f"both sides held against {reference.name}, of two references"
+            return reference, labels, note
+    if one:
+        raise _Unmeasured("has no reference here: compare with a study, not with two files")
+    raise _Unmeasured(
+        f"was scored against unlike references, {before.reference} and {after.reference}: score"
+        " both against one"
+    )
+
+
+def _labels(reference: Reference, prompts: NDArray[np.uint64]) -> tuple[NDArray, bool]:
+    """Prompts as the reference spells them, or as numbers, and whether it has all of them."""
+    if reference.prompts is None:
+        return prompts, False
+    known = {prompt_hash(str(text)): str(text) for text in np.unique(reference.prompts)}
+    labels = np.array([known.get(int(p), f"#{int(p)}") for p in prompts])
+    return labels, all(int(p) in known for p in np.unique(prompts))
+
+
+def _has_image(side: Side) -> NDArray[np.bool_]:
+    return np.array([image is not None for image in side.images], bool)

@@ -1,0 +1,1 @@
+"""`recommend`: from a study's pairs to one setting per profile, with its evidence."""

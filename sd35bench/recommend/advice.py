@@ -1,0 +1,212 @@
+"""`recommend`: a setting per profile and task, chosen by paired data, with its evidence.
+
+The choice is made on the prompts of every split but the held-out one. Whether it holds on that one
+is found out afterwards, from the chosen setting and what it was held against alone: each entry has
+a `confirmation`, and ``confirmed`` is true only where all of them say so.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_family
+from sd35bench.analysis.table import Row, Table, read_table
+from sd35bench.errors import ConfigError
+from sd35bench.recommend.choice import Choice, Speeds, choose, speeds
+from sd35bench.recommend.confirm import Parted, part_rows, read_held_out
+from sd35bench.recommend.entry import Claim, Entry, setting_of
+from sd35bench.recommend.held_out_runs import add_run, confirming_runs, runs_document
+from sd35bench.recommend.named_defaults import check_name, find_default
+from sd35bench.recommend.pareto import Front, front_of
+from sd35bench.recommend.profiles import BEST, Profile, as_profiles
+from sd35bench.stats.equivalence import holm
+from sd35bench.types import Task
+
+__all__ = ["recommend_document"]
+
+_NOTHING: dict[str, Any] = {
+    "setting": None,
+    "setting_id": None,
+    "alternatives": [],
+    "named_defaults": [],
+    "confirmation": None,
+    "command": None,
+    "snippet": None,
+    "api": None,
+}
+
+
+def recommend_document(
+    study: Any, profiles: Mapping[str, Profile | Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Recommend a setting of the study (`sd35bench.store.Study`) for each profile and task.
+
+    Returns: ``{"study", "confirmed", "confirmation", "prompts", "profiles": {name:
+    {"text-to-image": entry or None, "image-to-image": entry or None}}, "confirm", "notes",
+    "warnings"}``. An entry has `setting`, `setting_id`, `evidence`, `alternatives`,
+    `named_defaults`, `confirmation`, `command`, `snippet` and `api`, or, where no setting meets
+    the profile, `setting` ``None`` and the evidence's `reason`. Evidence and alternatives say
+    whether a setting is on the Pareto front (`on_front`) and its probability of being dominated
+    (`p_dominated`, ``None`` with one prompt; see `sd35bench.recommend.pareto`). `confirm` lists the
+    commands that make the held-out images that are not there.
+
+    Raises: ConfigError where neither task has two settings to compare, or for a bad profile.
+    """
+    checked = as_profiles(profiles)
+    table = read_table(study)
+    parted = part_rows(table.rows)
+    tasks: dict[str, _Task] = {}
+    notes = list(parted.notes)
+    problems: list[str] = []
+    for task in Task:
+        rows, left = pick_family(parted.choice, task)
+        notes += left
+        if rows:
+            try:
+                tasks[task.value] = _Task(study, table, parted, rows, task)
+            except ConfigError as exc:
+                problems.append(str(exc))
+    if not tasks:
+        raise ConfigError(_nothing(study, table.rows, problems))
+    entries = {task: each.entries(checked) for task, each in tasks.items()}
+    found = {
+        p.name: {t.value: entries[t.value][p.name] if t.value in tasks else None for t in Task}
+        for p in checked
+    }
+    confirmed, said = _confirmation(found, parted)
+    return {
+        "study": study.name,
+        "confirmed": confirmed,
+        "confirmation": said,
+        "prompts": _prompts(tasks),
+        "profiles": found,
+        "confirm": runs_document([run for t in tasks.values() for run in t.runs.values()]),
+        "notes": notes + problems,
+        "warnings": table.warnings,
+    }
+
+
+class _Task:
+    """The settings of one task, compared once and asked for every profile."""
+
+    def __init__(
+        self, study: Any, table: Table, parted: Parted, rows: list[Row], task: Task
+    ) -> None:
+        self.study, self.table, self.task, self.parted = study, table, task, parted
+        metric, found = candidates(table, rows, task)
+        self.comparison: Comparison = compare(metric, found)
+        self.speed: Speeds = speeds(self.comparison)
+        self.front: Front = front_of(self.comparison, self.speed)
+        held = [] if parted.held_out is None else parted.held_out
+        self.held_out = read_held_out(table, held, task, metric)
+        self.runs: dict[str, Any] = {}
+        self.records = [r for c in self.comparison.candidates for r in c.row.quality_records()]
+
+    def entries(self, profiles: Sequence[Profile]) -> dict[str, dict[str, Any]]:
+        """Choose for each profile and say why.
+
+        What all choices together claim to be better than is corrected for the number of claims.
+        """
+        found = {profile.name: self._entry(profile) for profile in profiles}
+        chosen = [entry for entry in found.values() if isinstance(entry, Entry)]
+        claims = {c: p for entry in chosen for c, p in entry.claims(self.task).items()}
+        p_holm = dict(zip(claims, holm(list(claims.values())), strict=True))
+        return {name: self._document(entry, p_holm) for name, entry in found.items()}
+
+    def _entry(self, profile: Profile) -> Entry | str:
+        """One profile's choice; a text says why there is none."""
+        named = self._named(profile)
+        choice = named if isinstance(named, str) else self._choose(profile, named)
+        if isinstance(choice, str):
+            return choice
+        return Entry(
+            study=self.study,
+            table=self.table,
+            comparison=self.comparison,
+            speed=self.speed,
+            front=self.front,
+            held_out=self.held_out,
+            profile=profile,
+            choice=choice,
+        )
+
+    def _document(self, found: Entry | str, p_holm: Mapping[Claim, float]) -> dict[str, Any]:
+        if isinstance(found, str):
+            evidence = {"headline": f"no setting: {found}", "reason": found}
+            return {**_NOTHING, "evidence": evidence}
+        if self.parted.held_out is not None:
+            for run in confirming_runs(found, self.task, self.held_out.run):
+                add_run(self.runs, run)
+        return {
+            "setting": setting_of(found.row),
+            "setting_id": found.row.id,
+            "evidence": found.document(),
+            "alternatives": found.alternatives(),
+            "named_defaults": found.named_defaults(self.task, p_holm),
+            "confirmation": found.confirmation(self.parted.why),
+            "command": found.command(),
+            "snippet": found.snippet(),
+            "api": found.api(),
+        }
+
+    def _choose(self, profile: Profile, named: int | None) -> Choice | str:
+        return choose(self.comparison, self.speed, profile, named)
+
+    def _named(self, profile: Profile) -> int | str | None:
+        """The candidate that the profile holds others against; a text where it is not there."""
+        if profile.reference == BEST:
+            return None
+        default = check_name(profile.reference, self.task)
+        if default is None:
+            return f"{profile.reference} has no default for {self.task.value}"
+        rows = [c.row for c in self.comparison.candidates]
+        places = dict.fromkeys((r.setting["backend"], r.environment_id) for r in rows)
+        for place in places:
+            like = next(r for r in rows if (r.setting["backend"], r.environment_id) == place)
+            row = find_default(default, rows, like)
+            if row is not None:
+                return next(i for i, r in enumerate(rows) if r is row)
+        return (
+            f"the study has no setting like {profile.reference}'s ({default.steps} steps, cfg"
+            f" {default.cfg:g}) to hold others against"
+        )
+
+
+def _confirmation(found: Mapping[str, Mapping[str, Any]], parted: Parted) -> tuple[bool, str]:
+    """Whether every choice is confirmed, and a sentence about it."""
+    status: dict[str, list[str]] = {}
+    for profile, tasks in found.items():
+        for task, entry in tasks.items():
+            if entry is not None and entry["setting"] is not None:
+                said = entry["confirmation"]["status"]
+                status.setdefault(said, []).append(f"{profile} ({task})")
+    count = sum(map(len, status.values()))
+    if parted.why is not None:
+        return False, f"not confirmed: {parted.why}"
+    if set(status) <= {"not run", "nothing to hold it against"}:
+        return False, "chosen on these prompts; not confirmed on held-out prompts"
+    confirmed = len(status.get("confirmed", ()))
+    parts = [f"confirmed on held-out prompts: {confirmed} of {count} choices"]
+    parts += [f"{k}: {', '.join(v)}" for k, v in status.items() if k != "confirmed"]
+    return confirmed == count, "; ".join(parts)
+
+
+def _prompts(tasks: Mapping[str, _Task]) -> list[dict[str, Any]]:
+    """The prompt sets and splits that the choices were made on."""
+    refs = {
+        (t, r.trial.prompt.set, r.trial.prompt.split) for t, k in tasks.items() for r in k.records
+    }
+    return [{"task": t, "set": name, "split": split} for t, name, split in sorted(refs)]
+
+
+def _nothing(study: Any, rows: list[Row], problems: list[str]) -> str:
+    if problems:
+        return "; ".join(problems)
+    if any(row.usable for row in rows if row.random_weights):
+        return (
+            f"nothing to recommend: the images of study {study.name!r} were made with random"
+            " weights, which say nothing about quality; run it with model.weights=checkpoint"
+        )
+    return (
+        f"nothing to compare: study {study.name!r} has no usable image; run a sweep first, for"
+        " example `sd35bench run -m steps=4,16 cfg=1,4`"
+    )

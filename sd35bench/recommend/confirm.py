@@ -1,0 +1,251 @@
+"""Confirming a choice on prompts that it never saw.
+
+A winner looks better on the prompts that it won on than it is. So the records of a study are
+parted before anything is compared: the choice gets those of the other splits, and the held-out
+split is looked at only afterwards, for the chosen setting and what it was held against. A held-out
+image whose prompt also stands among the choice's, under whatever name or split, does not count;
+nor does one made under a negative prompt that the choice's prompts did not have.
+
+*Confirmed* means that the 95 % interval of the paired difference on held-out prompts lies above
+minus the profile's margin, *contradicted* that it lies below, *undecided* that it holds it. Each
+choice is one claim, so nothing is corrected. How many prompts it takes is planned from the choice's
+own spread, and nothing is said until they have all been run: whoever could look earlier could stop
+at a look that pleases.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
+from sd35bench.analysis.settings import HELD_OUT, shared_negatives
+from sd35bench.analysis.table import Row, Table, keep_records
+from sd35bench.errors import ConfigError
+from sd35bench.prompts import PromptSpec, load_prompts
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.noninferiority import images_between, prompts_needed, spread
+from sd35bench.types import Record, Status, Task
+
+__all__ = [
+    "HELD_OUT",
+    "MOST_TIMES",
+    "HeldOut",
+    "Parted",
+    "most_prompts",
+    "part_rows",
+    "prompts_run",
+    "prompts_to_confirm",
+    "prompts_wanted",
+    "read_held_out",
+]
+
+MOST_TIMES = 2
+"""A confirmation asks for at most so many times the prompts of the choice."""
+_SET_SIZES = {"nano": 400, "starter.txt": 14}
+"""Held-out prompts that a set has (`nano.prompts.MAX_ITEMS`; those in configs/prompts)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """What a choice may look at, and what only its confirmation may; `notes` say what was dropped.
+
+    `held_out` is ``None`` where the choice has to be made on the held-out split itself, or on all
+    prompts of a set, so that nothing of it is left to confirm on; `why` then says which.
+    """
+
+    choice: list[Row]
+    held_out: list[Row] | None
+    notes: list[str]
+    why: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """One task's candidates on held-out prompts under the choice's metric, by their setting.
+
+    `run` says on how many held-out prompts each setting was run, whatever came of it.
+    """
+
+    metric: str
+    by_setting: dict[str, list[Candidate]]
+    run: Mapping[str, int]
+
+    def prompts_of(self, one: str, other: str) -> int:
+        """On how many held-out prompts both settings were run at least; both by setting hash."""
+        return min(self.run.get(one, 0), self.run.get(other, 0))
+
+    def confirm(self, chosen: str, against: str, margin: float, wanted: int) -> dict[str, Any]:
+        """Hold the chosen setting against another on `wanted` held-out prompts; both by hash."""
+        found = self.difference(chosen, against)
+        nothing = {"difference": None, "n_pairs": 0, "n_prompts": 0, "wanted": wanted, "more": None}
+        if found is None:
+            return {"status": "not run", **nothing}
+        run = self.prompts_of(chosen, against)
+        if run < wanted:
+            return {"status": "not run enough", **nothing, "n_prompts": run}
+        more = None
+        status = _status(found, margin)
+        if status == "undecided":
+            more = images_between(found, margin)
+        return {
+            "status": status,
+            "difference": {"value": found.value, "ci95": found.ci95},
+            "n_pairs": found.n,
+            "n_prompts": found.clusters,
+            "wanted": wanted,
+            "more": more,
+        }
+
+    def difference(self, one: str, other: str) -> Interval | None:
+        """Paired difference, `one` minus `other`, in the environment where both have most pairs."""
+        sides = [
+            (a, b)
+            for a in self.by_setting.get(one, ())
+            for b in self.by_setting.get(other, ())
+            if a.row.environment_id == b.row.environment_id
+        ]
+        found = [d for a, b in sides if (d := paired_difference(self.metric, a, b)) is not None]
+        return max(found, key=lambda d: d.n, default=None)
+
+    def prompts(self, setting: str) -> int:
+        """On how many held-out prompts a setting was scored."""
+        counts = (len({(k[0], k[5]) for k in c.quality}) for c in self.by_setting.get(setting, ()))
+        return max(counts, default=0)
+
+
+def part_rows(rows: Iterable[Row]) -> Parted:
+    """Part rows into what a choice may look at and what only its confirmation may."""
+    rows = list(rows)
+    splits = {r.trial.prompt.split for row in rows for r in row.usable}
+    if splits <= {HELD_OUT}:
+        return Parted(rows, None, [], "the choice was made on the held-out split itself")
+    seen = {_text(r) for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT}
+    negatives = _negatives(rows)
+    leaked: Counter[str] = Counter()
+    strange: Counter[str] = Counter()
+
+    def held(record: Record) -> bool:
+        if record.trial.prompt.split != HELD_OUT:
+            return False
+        if _text(record) in seen:
+            leaked[record.trial.key] += 1
+            return False
+        request = record.trial.request
+        asked = negatives[request.task]
+        if asked and request.cfg > 1 and request.negative_prompt not in asked:
+            strange[record.trial.key] += 1
+            return False
+        return True
+
+    for_choice = keep_records(rows, lambda r: r.trial.prompt.split != HELD_OUT)
+    held_out = keep_records(rows, held)
+    notes = []
+    if leaked:
+        notes.append(
+            f"left out of the confirmation: {len(leaked)} held-out images whose prompts the choice"
+            " saw too"
+        )
+    if strange:
+        notes.append(
+            f"left out of the confirmation: {len(strange)} held-out images under another negative"
+            " prompt than the choice's"
+        )
+    if "tune" not in splits:
+        why = "the choice was made on all prompts of its set; choose on prompts.split=tune"
+        if not held_out:
+            return Parted(for_choice, None, notes, why)
+    return Parted(for_choice, held_out, notes)
+
+
+def read_held_out(table: Table, rows: Sequence[Row], task: Task, metric: str) -> HeldOut:
+    """Score the held-out rows of one task under the metric that the choice was made by."""
+    mine = [
+        r for r in rows if r.setting["task"] == task.value and r.usable and not r.random_weights
+    ]
+    by_setting: dict[str, list[Candidate]] = {}
+    run = prompts_run(rows, task)
+    if mine:
+        try:
+            judged, found = candidates(table, mine, task)
+        except ConfigError:
+            judged, found = metric, []  # nothing of it was scored
+        for candidate in found if judged == metric else []:
+            by_setting.setdefault(candidate.row.setting["setting"], []).append(candidate)
+    return HeldOut(metric, by_setting, run)
+
+
+def prompts_run(held: Iterable[Row], task: Task) -> dict[str, int]:
+    """On how many held-out prompts each setting was run, whatever came of it, by its hash.
+
+    What a stopped run skipped was not run.
+    """
+    found: dict[str, int] = {}
+    for row in held:
+        if row.setting["task"] == task.value:
+            requests = [r.trial.request for r in row.records if r.status is not Status.SKIPPED]
+            count = len({(r.prompt, r.init_image) for r in requests})
+            key = row.setting["setting"]
+            found[key] = max(count, found.get(key, 0))
+    return found
+
+
+def prompts_wanted(
+    difference: Interval | None, margin: float, chosen_on: int, prompt_set: str
+) -> int:
+    """Held-out prompts to ask for, from the choice's spread, as many as the set may have."""
+    wanted = prompts_to_confirm(difference, margin, chosen_on)
+    return min(wanted, most_prompts(chosen_on, prompt_set))
+
+
+def most_prompts(chosen_on: int, prompt_set: str) -> int:
+    """Held-out prompts that a confirmation asks for at most."""
+    most = MOST_TIMES * chosen_on
+    size = _set_size(prompt_set)
+    return most if size is None else min(most, size)
+
+
+def prompts_to_confirm(difference: Interval | None, margin: float, chosen_on: int) -> int:
+    """Held-out prompts to ask for: enough to show two equal settings within the margin.
+
+    At least as many as the choice had and at most twice that; from the choice's own spread,
+    never from what the held-out images say, so that asking again asks for the same.
+    """
+    sd = None if difference is None else spread(difference)
+    needed = None if sd is None else prompts_needed(sd, margin)
+    if needed is None:
+        return chosen_on
+    return min(max(needed, chosen_on), MOST_TIMES * chosen_on)
+
+
+def _set_size(prompt_set: str) -> int | None:
+    """Held-out prompts that a set has; ``None`` where it is a file that is not here."""
+    if prompt_set in _SET_SIZES:
+        return _SET_SIZES[prompt_set]
+    if not Path(prompt_set).is_file():
+        return None
+    try:
+        return len(load_prompts(PromptSpec(kind="file", path=prompt_set, split=HELD_OUT)))
+    except ConfigError:
+        return None  # its columns have names of their own, or it has no held-out half
+
+
+def _negatives(rows: Iterable[Row]) -> dict[Task, tuple[str, ...] | None]:
+    """Each task's negative prompts in the choice; ``None`` where prompts bring their own."""
+    records = [r for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT]
+    by_task = {task: [r for r in records if r.trial.request.task is task] for task in Task}
+    return {task: shared_negatives(found) for task, found in by_task.items()}
+
+
+def _status(difference: Interval, margin: float) -> str:
+    if difference.low is None or difference.high is None:
+        return "undecided"
+    if difference.low > -margin:
+        return "confirmed"
+    return "contradicted" if difference.high < -margin else "undecided"
+
+
+def _text(record: Record) -> str:
+    """A prompt as it is compared: case and spaces do not make it another."""
+    return " ".join(record.trial.request.prompt.split()).casefold()

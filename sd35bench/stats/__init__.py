@@ -1,0 +1,1 @@
+"""Numbers from arrays: intervals, clustered differences, set distances; knows no record."""

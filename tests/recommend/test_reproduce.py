@@ -1,0 +1,173 @@
+"""The printed snippet, run as it is, makes the very image that the backend made."""
+
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd35bench.backends.base import load_backend
+from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
+from sd35bench.config.overrides import parse, sweep_values
+from sd35bench.recommend.reproduce import Elsewhere, run_command, snippet
+from sd35bench.types import BackendSpec, SkipLayerGuidance
+from tests.analysis.synthetic import LOAD, record
+from tests.tiny import TOKENS, write_tiny_sd3
+from tests.tiny_families import write_tiny
+
+SKIPPING = SkipLayerGuidance(layers=(1,), scale=2.8, start=0.01, stop=0.6)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    path = write_tiny_sd3(tmp_path_factory.mktemp("weights") / "it's tiny")
+    model = replace(LOAD.model, path=str(path), max_sequence_length=TOKENS)
+    backend = BackendSpec(name="eager", kind="eager", options={"dtype": "fp32"})
+    return replace(LOAD, model=model, backend=backend, threads=1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"negative_prompt": "blur"},
+        {"shift": 1.5, "seed": 7, "width": 48, "max_sequence_length": 8},
+        {"skip_layer_guidance": SKIPPING, "output_format": "jpg"},
+        {"init_image": "i" * 64, "prompt_strength": 0.6, "seed": 3},
+        {"sampler": "heun", "steps": 6, "skip_layer_guidance": SKIPPING},
+        {"sampler": "dpmpp_2m", "shift": 1.5},
+        {"sampler": "unipc", "init_image": "i" * 64, "prompt_strength": 0.6},
+    ],
+    ids=[
+        *("text-to-image", "shift-and-size", "skip-layer-guidance-jpg", "image-to-image"),
+        *("heun-skip-layers", "dpmpp_2m-shift", "unipc-image-to-image"),
+    ],
+)
+def test_snippet_makes_the_backends_image(load, fields, tmp_path, monkeypatch):
+    row = record(0, load=load, prompt="a 'red' \"fox\"\\", **{"steps": 4, "height": 32, **fields})
+    request = row.trial.request
+    init = None
+    if request.init_image is not None:
+        init = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+        Image.fromarray(init).save(tmp_path / "init.png")
+    backend = load_backend(load)
+    expected = backend.generate([request], [init]).images[0]
+    backend.close()
+    monkeypatch.chdir(tmp_path)
+    text = snippet(row, tmp_path / "init.png")
+    assert text is not None
+    exec(compile(text, "snippet", "exec"), {})
+    if request.output_format == "png":
+        assert np.array_equal(np.asarray(Image.open("image.png")), expected)
+    else:
+        Image.fromarray(expected).save("expected.jpg", quality=request.output_quality)
+        assert (tmp_path / "image.jpg").read_bytes() == (tmp_path / "expected.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("sana", {"sampler": "dpmpp_2m", "shift": 1.5}),
+        ("sana", {"sampler": "euler"}),
+        ("pixart", {"sampler": "dpmpp_2m"}),
+    ],
+    ids=["sana-own-shift", "sana-euler", "pixart"],
+)
+def test_snippet_makes_other_families_images(family, fields, tmp_path, monkeypatch, load):
+    path = write_tiny(family, tmp_path / family)
+    load = replace(load, model=replace(load.model, path=str(path), family=family))
+    row = record(0, load=load, steps=3, width=64, height=32, **fields)
+    backend = load_backend(load)
+    expected = backend.generate([row.trial.request], [None]).images[0]
+    backend.close()
+    monkeypatch.chdir(tmp_path)
+    text = snippet(row, None)
+    assert text is not None
+    exec(compile(text, "snippet", "exec"), {})
+    assert np.array_equal(np.asarray(Image.open("image.png")), expected)
+
+
+def test_command_gives_sampler_and_skip_layer_guidance_exactly(load):
+    row = record(0, load=load, sampler="heun", skip_layer_guidance=SKIPPING)
+    command = run_command([row], "again")
+    assert " sampler=heun " in command
+    assert " skip_layer_guidance=1@2.8:0.01-0.6 " in command
+    assert "sampler" not in run_command([record(0, load=load)], "again")
+    sana = replace(load, model=replace(load.model, family="sana"))
+    assert " sampler=euler " in run_command([record(0, load=sana)], "again")
+
+
+def test_noise_has_a_command_and_no_snippet(load):
+    noise = replace(load.model, path="", weights="random", layers=4, text_encoders=False)
+    row = record(0, load=replace(load, model=noise))
+    assert snippet(row, None) is None
+    assert " model.weights=random model.layers=4 " in run_command([row], "again")
+
+
+def test_command_can_ask_for_other_prompts_of_the_same_set():
+    row = record(0)
+    asked = Elsewhere(split="heldout", limit=96, results_dir="elsewhere", skip_layers="stability")
+    command = run_command([row], "again", asked)
+    for part in (
+        "prompts.split=heldout",
+        "prompts.limit=96",
+        "results_dir=elsewhere",
+        "skip_layer_guidance=stability",
+    ):
+        assert f" {part}" in command
+    mine = run_command([record(0, prompt_set="mine.txt")], "again", asked)
+    assert " prompts=file prompts.path=mine.txt prompts.split=heldout prompts.limit=96 " in mine
+    starter = run_command([record(0, prompt_set="starter.txt", split="all")], "again")
+    assert " prompts=starter prompts.split=all prompts.limit=1 " in starter
+
+
+def _options(command: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
+
+
+def test_command_reaches_the_prompts_that_a_search_took_and_no_fewer():
+    taken = [record(number) for number in (5, 17, 6)]
+    assert _options(run_command(taken, "again"))["prompts.limit"] == "18"
+    mine = [record(number, prompt_set="mine.txt", split="all") for number in (5, 17)]
+    assert _options(run_command(mine, "again"))["prompts.limit"] == "18"
+    named = replace(mine[0].trial.prompt, id="fox")
+    own = [replace(mine[0], trial=replace(mine[0].trial, prompt=named)), mine[1]]
+    assert "prompts.limit" not in _options(run_command(own, "again"))
+    overlap = replace(taken[0].trial.prompt, id="tune-overlap-3-0005")
+    hard = [replace(taken[0], trial=replace(taken[0].trial, prompt=overlap))]
+    found = _options(run_command(hard, "again"))
+    assert (found["prompts.task"], found["prompts.seed"]) == ("overlap", "3")
+
+
+@pytest.mark.parametrize(
+    "negatives",
+    [("blurry",), ("blurry, low quality",), ("", 'it\'s "soft"\\'), ("null",)],
+    ids=["word", "comma", "two", "null"],
+)
+def test_command_asks_for_the_negative_prompts_that_all_prompts_had(negatives):
+    rows = [record(n, negative_prompt=text) for n in range(3) for text in negatives]
+    command = shlex.split(run_command(rows, "again"))
+    (given,) = (word for word in command if word.startswith("negative_prompt="))
+    assert tuple(sweep_values(parse(given))) == tuple(sorted(negatives))
+    assert ("-m" in command) == (len(negatives) > 1)
+
+
+def test_negative_prompts_of_a_file_come_with_the_file():
+    own = [record(n, negative_prompt=f"no {n}", prompt_set="mine.csv") for n in range(3)]
+    assert "negative_prompt" not in run_command(own, "again")
+    # Guidance is off: it has no effect, and a run refuses it.
+    assert "negative_prompt" not in run_command([record(0, cfg=1.0, negative_prompt="x")], "again")
+
+
+def test_command_names_weights_that_a_run_would_not_find_by_itself(tmp_path):
+    path = str(tmp_path / "my weights")
+    mine = replace(LOAD, model=replace(LOAD.model, path=path, components="/c"))
+    found = _options(run_command([record(0, load=mine)], "again"))
+    assert sweep_values(parse(f"model.path={found['model.path']}")) == [path]
+    assert found["model.components"] == "/c"
+    packaged = replace(LOAD.model, path=str(NANO_WEIGHTS))
+    digest = weights_digest(NANO_WEIGHTS)
+    elsewhere = replace(LOAD.model, path="/other/clone/weights", weights_digest=digest)
+    for model in (packaged, elsewhere):
+        row = record(0, load=replace(LOAD, model=model))
+        assert "model.path" not in run_command([row], "again")
