@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sd35bench.errors import ConfigError
+from sd35bench.fields import setting_identity
 from sd35bench.plan import Batch, Plan
 from sd35bench.store import Study
 from sd35bench.trials import run_plan
 from sd35bench.types import Record, Status
-
-__all__ = ["IMAGES_PER_START", "rerun", "reruns_of"]
 
 IMAGES_PER_START = 48
 """At least 40 are needed for a p95; a round should stay short, so that both sides share it."""
@@ -104,10 +103,9 @@ def _plan(study: Study, records: Sequence[Record]) -> Plan:
     counts: dict[object, int] = {}
     kept = []
     for record in sorted(records, key=lambda r: r.started_at):
-        r = record.trial.request
-        asked = (r.steps, r.cfg, r.prompt_strength, r.sampler, r.width, r.height, r.task)
-        counts[asked] = counts.get(asked, 0) + 1
-        if counts[asked] <= IMAGES_PER_START:
+        setting = setting_identity(record.trial.request)
+        counts[setting] = counts.get(setting, 0) + 1
+        if counts[setting] <= IMAGES_PER_START:
             kept.append(record.trial)
     inits = {t.request.init_image for t in kept if t.request.init_image is not None}
     return Plan(

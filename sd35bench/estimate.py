@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd35bench.analysis.settings import setting_key
 from sd35bench.errors import StoreError
 from sd35bench.evaluations import evaluations, skip_layer_evaluations
 from sd35bench.plan import Plan
@@ -20,9 +21,7 @@ from sd35bench.remote.ledger import Ledger
 from sd35bench.remote.providers import PROVIDERS
 from sd35bench.store import Study
 from sd35bench.trials import shares
-from sd35bench.types import Record, Request, Session, Status, Trial, content_hash, to_json
-
-__all__ = ["Estimate", "estimate"]
+from sd35bench.types import Record, Request, Session, Status, Trial
 
 FIXED_EVALUATIONS = 2
 RECORD_BYTES = 2_000
@@ -111,7 +110,7 @@ def estimate(
     return Estimate(
         trials=len(trials),
         done=sum(t.key in done_keys for t in trials),
-        settings=len({_setting(t) for t in trials}),
+        settings=len({setting_key(t) for t in trials}),
         loads=loads,
         seconds=seconds,
         disk_bytes=round(disk),
@@ -178,13 +177,6 @@ def _work(request: Request) -> float:
 def _alike(thing: Trial | Session, plan: Plan) -> bool:
     load = plan.load
     return (thing.load.model.name, thing.load.backend) == (load.model.name, load.backend)
-
-
-def _setting(trial: Trial) -> str:
-    request = to_json(trial.request)
-    for name in ("prompt", "negative_prompt", "seed", "init_image"):
-        del request[name]
-    return content_hash([trial.load.key, request])
 
 
 def _studies(results_dir: Path) -> Iterable[Study]:

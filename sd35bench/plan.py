@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd35bench.errors import ConfigError
+from sd35bench.fields import FIELDS, PAIR, SETTING, make_trial
 from sd35bench.guidance import acting_steps, skip_layer_text
 from sd35bench.prompts import PromptItem
 from sd35bench.types import (
@@ -31,30 +32,17 @@ from sd35bench.types import (
     SkipLayerGuidance,
     Trial,
     content_hash,
-    make_trial,
 )
-
-__all__ = ["PAIR_AXES", "SETTING_AXES", "AxisValue", "Batch", "Plan", "Sweep", "expand"]
 
 AxisValue = Scalar | SkipLayerGuidance
 
-SETTING_AXES = (
-    "steps",
-    "cfg",
-    "prompt_strength",
-    "sampler",
-    "shift",
-    "max_sequence_length",
-    "skip_layer_guidance",
-    "output_format",
-    "output_quality",
-)
-"""Request fields that make a setting, in the order in which a grid is written."""
+SETTING_AXES = tuple(name for name in SETTING if name not in PAIR)
+"""Request fields that make a setting, but the size; in the order in which a grid is written."""
 
-PAIR_AXES = ("negative_prompt", "seed")
+PAIR_AXES = tuple(name for name in PAIR if FIELDS[name].axis and name not in SETTING)
 """Request fields that, with the prompt and the size, make a pair."""
 
-PNG_QUALITY = 90
+PNG_QUALITY = FIELDS["output_quality"].quiet
 """What `output_quality` says for PNG, which has none."""
 
 

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
+from sd35bench.fields import work_identity
 from sd35bench.limits import Limits, work_of
 from sd35bench.plan import Batch, Plan
 from sd35bench.process import WorkerProcess
@@ -338,19 +339,7 @@ class _Run:
 
 def _kind(batch: Batch) -> _Kind:
     """What decides the work of a call: two batches alike in this need one warm-up."""
-    request = batch.trials[0].request
-    return (
-        len(batch.trials),
-        request.task,
-        request.width,
-        request.height,
-        request.effective_steps,
-        request.cfg > 1,
-        request.sampler,
-        request.skip_layer_guidance,
-        request.max_sequence_length,
-        request.output_format,
-    )
+    return (len(batch.trials), *work_identity(batch.trials[0].request))
 
 
 def _cell(batch: Batch) -> tuple[Any, ...]:

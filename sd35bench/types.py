@@ -39,7 +39,6 @@ __all__ = [
     "Trial",
     "content_hash",
     "from_json",
-    "make_trial",
     "to_json",
 ]
 
@@ -79,7 +78,7 @@ class SkipLayerGuidance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Everything asked for one image.
+    """Everything asked for one image; what each field decides stands in `fields`.
 
     `init_image` is the SHA-256 of the init image's file in the study's store; `prompt_strength`
     in (0, 1] acts only with it and is ``None`` without. `shift`, `max_sequence_length` ``None``
@@ -185,7 +184,7 @@ class PromptRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One request on one load; made by `make_trial`, which computes the key."""
+    """One request on one load; made by `fields.make_trial`, which computes the key."""
 
     key: str
     load: Load
@@ -341,16 +340,6 @@ def content_hash(value: Any) -> str:
     """SHA-256 (hex) of `value`'s canonical JSON: sorted keys, no spaces, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def make_trial(*, load: Load, request: Request, batch_size: int, prompt: PromptRef) -> Trial:
-    """Build a trial; its key hashes the request, the load and the batch size, not the prompt's id.
-
-    The key's 20 hex digits (80 bits) make an accidental clash in 10^9 trials less likely
-    than 10^-6.
-    """
-    key = content_hash([to_json(request), load.key, batch_size])[:20]
-    return Trial(key=key, load=load, request=request, batch_size=batch_size, prompt=prompt)
 
 
 def to_json(value: Any) -> Any:

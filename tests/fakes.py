@@ -1,7 +1,8 @@
 """Small plans on the fake backend, shared by the tests."""
 
+from sd35bench.fields import make_trial
 from sd35bench.plan import Batch, Plan
-from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Request, Scalar, make_trial
+from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Request, Scalar
 
 MODEL = ModelSpec(name="none", path="", weights_digest="0" * 64, max_sequence_length=24)
 

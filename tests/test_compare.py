@@ -1,6 +1,7 @@
 """`compare` and `baseline make` as typed, on the fake backend: exit codes, files, reruns."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -8,6 +9,7 @@ import pytest
 
 from sd35bench.alternate import reruns_of
 from sd35bench.cli import baseline, compare, main
+from sd35bench.gate.sides import read_sides
 from sd35bench.store import Study
 from sd35bench.types import Status
 
@@ -180,3 +182,31 @@ def test_rerun_refuses_another_environment(studies, capsys, monkeypatch):
     monkeypatch.setattr(Study, "sessions", moved)
     assert main(["compare", "a", "b", "--rerun", "1", "--results-dir", str(studies)]) == 2
     assert "differs in commit" in capsys.readouterr().err
+
+
+def test_settings_that_differ_in_shift_alone_are_two_in_reruns_and_titles(tmp_path, capsys):
+    # Mutants: `asked = (r.steps, r.cfg, …)` without the shift in alternate.py made 24 and 24; a
+    # title of steps and cfg named both comparisons "fake, 4 steps, cfg 4".
+    asked = ["shift=1,3", "steps=4", "cfg=4", "prompts.limit=64", "-m"]
+    for name in ("a", "b"):
+        assert _run(tmp_path, name, *asked) == 0
+    capsys.readouterr()
+    where = ["--results-dir", str(tmp_path), "--json"]
+    main(["compare", "a", "b", "--policy", "speed", "--rerun", "1", *where])
+    document = json.loads(capsys.readouterr().out)
+    titles = [c["title"] for c in document["comparisons"]]
+    assert sorted(titles) == ["fake, 4 steps, cfg 4, shift 1", "fake, 4 steps, cfg 4, shift 3"]
+    for name in ("a", "b"):
+        (again,) = reruns_of(Study.open(tmp_path, name))
+        made = Counter(r.trial.request.shift for r in again.records())
+        assert made == {1.0: 48, 3.0: 48}
+
+
+def test_settings_that_differ_in_size_or_threads_alone_have_two_titles(tmp_path, capsys):
+    for more in (["width=32,64"], ["width=32", "threads=3"]):
+        assert _run(tmp_path, "sizes", *more, "prompts.limit=2", "-m") == 0
+    capsys.readouterr()
+    titles = [side.title for side in read_sides(Study.open(tmp_path, "sizes"))]
+    assert len(set(titles)) == 3
+    assert "fake, 2 steps, cfg 4, 64x64" in titles
+    assert "fake, 2 steps, cfg 4, 32x64, threads 3" in titles

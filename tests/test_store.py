@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sd35bench.errors import DiskFull, StoreError, StudyLocked
+from sd35bench.fields import make_trial
 from sd35bench.store import Score, Study, new_shard_id
 from sd35bench.types import (
     Memory,
@@ -18,7 +19,6 @@ from sd35bench.types import (
     Status,
     Timings,
     from_json,
-    make_trial,
     to_json,
 )
 from sd35bench.worker import encode_image

@@ -10,20 +10,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from sd35bench.types import Load, Record, Request, SkipLayerGuidance, Trial, content_hash, to_json
+from sd35bench.fields import asked_fields, pair_identity, setting_identity
+from sd35bench.types import Load, Record, Trial, content_hash, to_json
 
-__all__ = [
-    "HELD_OUT",
-    "PairKey",
-    "cluster_key",
-    "is_hosted",
-    "pair_key",
-    "setting_fields",
-    "setting_key",
-    "shared_negatives",
-]
-
-PairKey = tuple[str, str, int, int, int, str | None]
+PairKey = tuple[Any, ...]
 HELD_OUT = "heldout"
 """The split on which a choice is confirmed, and which no choice may see."""
 
@@ -35,8 +25,7 @@ def setting_key(trial: Trial) -> str:
 
 def pair_key(trial: Trial) -> PairKey:
     """Prompt, negative prompt, seed, width, height and init image of a trial."""
-    r = trial.request
-    return (r.prompt, r.negative_prompt, r.seed, r.width, r.height, r.init_image)
+    return pair_identity(trial.request)
 
 
 def is_hosted(load: Load) -> bool:
@@ -69,7 +58,7 @@ def setting_fields(record: Record) -> dict[str, Any]:
 
     `threads` and `weights_digest` are ``None`` for a hosted service, which tells neither.
     """
-    load, request = record.trial.load, record.trial.request
+    load = record.trial.load
     return {
         "setting": setting_key(record.trial),
         "model": load.model.name,
@@ -77,18 +66,7 @@ def setting_fields(record: Record) -> dict[str, Any]:
         "backend": load.backend.name,
         "backend_options": dict(load.backend.options),
         "threads": None if is_hosted(load) else load.threads,
-        "task": request.task.value,
-        "steps": request.steps,
-        "cfg": request.cfg,
-        "prompt_strength": request.prompt_strength,
-        "sampler": request.sampler,
-        "shift": request.shift,
-        "skip_layer_guidance": to_json(request.skip_layer_guidance),
-        "max_sequence_length": request.max_sequence_length,
-        "width": request.width,
-        "height": request.height,
-        "output_format": request.output_format,
-        "output_quality": request.output_quality,
+        **asked_fields(record.trial.request),
     }
 
 
@@ -96,31 +74,7 @@ def _identity(trial: Trial) -> tuple[Any, ...]:
     load, model, backend = trial.load, trial.load.model, trial.load.backend
     options = tuple(sorted(backend.options.items()))
     head = (model.name, model.weights_digest, backend.name, backend.kind, options, load.threads)
-    return head + _request_identity(trial.request)
-
-
-def _request_identity(r: Request) -> tuple[Any, ...]:
-    # The task is there because an init image without a strength is another setting than none.
-    return (
-        r.task.value,
-        r.steps,
-        float(r.cfg),
-        r.prompt_strength,
-        r.sampler,
-        r.shift,
-        _layers(r.skip_layer_guidance),
-        r.max_sequence_length,
-        r.width,
-        r.height,
-        r.output_format,
-        r.output_quality,
-    )
-
-
-def _layers(guidance: SkipLayerGuidance | None) -> tuple[Any, ...] | None:
-    if guidance is None:
-        return None
-    return (tuple(guidance.layers), guidance.scale, guidance.start, guidance.stop)
+    return head + setting_identity(trial.request)
 
 
 @lru_cache(maxsize=65536)

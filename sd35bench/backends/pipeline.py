@@ -33,6 +33,7 @@ from sd35bench.errors import (
 )
 from sd35bench.evaluations import SAMPLERS, sampler_order
 from sd35bench.evaluations import evaluations as count_evaluations
+from sd35bench.fields import setting_identity
 from sd35bench.flops import image_flops
 from sd35bench.loading.sources import DTYPES, load_model, prove_device, prove_dtypes
 from sd35bench.measure import DeviceClock
@@ -246,7 +247,7 @@ class DiffusersBackend(Backend):
         if not self._pipes:
             raise BackendError("this backend is closed; load it again")
         first = requests[0]
-        if any(_setting(r) != _setting(first) for r in requests):
+        if len({setting_identity(r) for r in requests}) > 1:
             raise UnsupportedRequest("a batch must share one setting and one size")
         if any((r.init_image is None) != (i is None) for r, i in zip(requests, inits, strict=True)):
             raise UnsupportedRequest(
@@ -350,22 +351,6 @@ def _device(asked: Scalar) -> torch.device:
             "use backend.device=cpu, or a machine with a GPU and a CUDA build of torch"
         )
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _setting(request: Request) -> tuple[Any, ...]:
-    """Return what all requests of a batch must share."""
-    return (
-        request.task,
-        request.steps,
-        request.cfg,
-        request.prompt_strength,
-        request.sampler,
-        request.shift,
-        request.skip_layer_guidance,
-        request.max_sequence_length,
-        request.width,
-        request.height,
-    )
 
 
 def _host(latents: torch.Tensor | None) -> np.ndarray | None:

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.errors import ConfigError
+from sd35bench.fields import ASKED, completed
 from sd35bench.gate.set_scores import FeatureReader, Features, SetScore
-from sd35bench.gate.sides import REQUEST_FIELDS, Side, Start
+from sd35bench.gate.sides import Side, Start, told_apart
 
 __all__ = [
     "SCHEMA",
@@ -93,7 +94,7 @@ def read_baseline(path: Path) -> list[Side]:
         )
     try:
         reader = cache(partial(_read_features, features_file(path)))
-        return [_side(str(raw["study"]), entry, reader) for entry in raw["sides"]]
+        return told_apart([_side(str(raw["study"]), entry, reader) for entry in raw["sides"]])
     except (KeyError, TypeError, ValueError, IndexError) as exc:
         raise ConfigError(f"baseline {path}: damaged: {exc!r}; make it again") from exc
 
@@ -164,7 +165,7 @@ def _read_features(path: Path, extractor: str) -> Features:
 
 
 def _side(study: str, raw: Mapping[str, Any], reader: FeatureReader) -> Side:
-    _require_setting(raw["setting"])
+    setting = _required(raw["setting"])
     if not isinstance(raw["environment"], Mapping):
         raise TypeError(f"environment {raw['environment']!r} is no mapping")
     names = raw["columns"]
@@ -173,7 +174,7 @@ def _side(study: str, raw: Mapping[str, Any], reader: FeatureReader) -> Side:
     columns = {n: [row[i] for row in raw["rows"]] for i, n in enumerate(names)}
     return Side(
         study=study,
-        setting=raw["setting"],
+        setting=setting,
         environment=dict(raw["environment"]),
         floor_levels=raw["floor_levels"],
         random_weights=bool(raw["random_weights"]),
@@ -192,11 +193,12 @@ def _side(study: str, raw: Mapping[str, Any], reader: FeatureReader) -> Side:
     )
 
 
-def _require_setting(setting: Any) -> None:
-    """What a comparison reads of a setting must be there. Raises: TypeError, KeyError."""
-    if not isinstance(setting, Mapping):
-        raise TypeError(f"setting {setting!r} is no mapping")
-    for name in ("setting", "backend", *REQUEST_FIELDS):
+def _required(found: Any) -> dict[str, Any]:
+    """A setting with all that a comparison reads of it. Raises: TypeError, KeyError."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"setting {found!r} is no mapping")
+    setting = completed(found)
+    for name in ("setting", "backend", *ASKED):
         if name not in setting:
             raise KeyError(f"setting.{name}")
     for name in ("steps", "cfg", "prompt_strength"):
@@ -204,6 +206,7 @@ def _require_setting(setting: Any) -> None:
         unknown = name == "prompt_strength" and value is None
         if not unknown and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise TypeError(f"setting.{name} {value!r} is no number")
+    return setting
 
 
 def _rounded(value: float) -> float | None:

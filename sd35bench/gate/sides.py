@@ -18,6 +18,7 @@ from sd35bench.analysis.drift import drift_document
 from sd35bench.analysis.settings import cluster_key, pair_key
 from sd35bench.analysis.table import GUARD, Row, Table, read_table, repeated_seeds
 from sd35bench.errors import ConfigError
+from sd35bench.fields import ASKED, describe
 from sd35bench.gate.set_scores import (
     FeatureReader,
     SetScore,
@@ -27,7 +28,6 @@ from sd35bench.gate.set_scores import (
 from sd35bench.types import Record, Status
 
 __all__ = [
-    "REQUEST_FIELDS",
     "Matched",
     "Side",
     "Start",
@@ -38,21 +38,9 @@ __all__ = [
     "read_sides",
 ]
 
-REQUEST_FIELDS = (
-    "task",
-    "steps",
-    "cfg",
-    "prompt_strength",
-    "sampler",
-    "shift",
-    "skip_layer_guidance",
-    "max_sequence_length",
-    "width",
-    "height",
-    "output_format",
-    "output_quality",
-)
-"""The part of a setting that says what was asked, not who ran it."""
+
+_PLACE = ("model", "weights_digest", "backend_options", "threads")
+"""What else may tell two settings apart that were asked the same of one backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +64,8 @@ class Side:
     the images that quality comes from. `floor_levels` is the upper end of the noise floor (levels
     of 255), where the study measured one; `random_weights` that quality means nothing. `elsewhere`
     are the pairs of this setting that ran in another environment and are in no other column, and
-    `elsewhere_differs` the fields in which that one differs.
+    `elsewhere_differs` the fields in which that one differs. `beside` are the settings of the same
+    study, which the title tells this one from.
     """
 
     study: str
@@ -95,6 +84,7 @@ class Side:
     random_weights: bool = False
     elsewhere: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     elsewhere_differs: tuple[str, ...] = ()
+    beside: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def id(self) -> str:
@@ -104,9 +94,13 @@ class Side:
     @property
     def title(self) -> str:
         """What a person calls it."""
-        s = self.setting
-        strength = "" if s["prompt_strength"] is None else f", strength {s['prompt_strength']:g}"
-        return f"{s['backend']}, {s['steps']} steps, cfg {s['cfg']:g}{strength}"
+        asked = {name: self.setting[name] for name in ASKED}
+        twins = [
+            b for b in self.beside if all(b[n] == self.setting[n] for n in ("backend", *ASKED))
+        ]
+        told = [n for n in _PLACE if any(b[n] != self.setting[n] for b in twins)]
+        parts = [self.setting["backend"], describe(asked, self.beside)]
+        return ", ".join([*parts, *(f"{name} {self.setting[name]}" for name in told)])
 
     def of_start(self, index: int) -> NDArray[np.float64]:
         """Latencies of lone images that one start made, in the order of time."""
@@ -180,13 +174,19 @@ def read_sides(study: Any) -> list[Side]:
     by_setting: dict[str, list[Row]] = {}
     for row in table.rows:
         by_setting.setdefault(row.setting["setting"], []).append(row)
-    sides = []
+    sides: list[Side] = []
     for rows in by_setting.values():
         row = max(rows, key=lambda r: len(r.records))
         others = [other for other in rows if other is not row]
         side = _with_elsewhere(_side(study, table, row, floors), table, others)
         sides.append(replace(side, sets=_sets(study, table, row, reader)))
-    return sides
+    return told_apart(sides)
+
+
+def told_apart(sides: Sequence[Side]) -> list[Side]:
+    """Let the sides of one study know each other's settings, so that no two have one title."""
+    settings = tuple(side.setting for side in sides)
+    return [replace(side, beside=settings) for side in sides]
 
 
 def merge_starts(side: Side, others: Sequence[Side]) -> Side:
@@ -329,13 +329,13 @@ def _floors(study: Any, table: Table) -> dict[str, float]:
     """Row id → upper end of the noise floor that the study measured for what the row was asked."""
     noise = drift_document(study, table).get("noise_floor", [])
     measured: list[tuple[Any, float]] = [
-        ([entry[k] for k in REQUEST_FIELDS], entry["mean_abs"]["ci95"][1])
+        ([entry[k] for k in ASKED], entry["mean_abs"]["ci95"][1])
         for entry in noise
         if entry["mean_abs"]["ci95"] is not None
     ]
     found: dict[str, float] = {}
     for row in table.rows:
-        asked = [row.setting[k] for k in REQUEST_FIELDS]
+        asked = [row.setting[k] for k in ASKED]
         ends = [end for what, end in measured if what == asked]
         if ends:
             found[row.id] = max(ends)
@@ -352,7 +352,7 @@ def _hash(key: tuple[Any, ...]) -> int:
 
 
 def _asked(side: Side) -> list[Any]:
-    return [side.setting[k] for k in REQUEST_FIELDS]
+    return [side.setting[k] for k in ASKED]
 
 
 def _listed(sides: Sequence[Side]) -> str:

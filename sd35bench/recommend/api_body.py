@@ -6,9 +6,8 @@ say is named beside the body, and where the rest would be another setting there 
 
 from typing import Any
 
+from sd35bench.fields import FIELDS, later_asked
 from sd35bench.types import Record, Request
-
-__all__ = ["api_body"]
 
 SLUG = "stable-diffusion-3-5-medium"
 INIT_IMAGE = "https://example.com/init.png"
@@ -64,6 +63,7 @@ def _refusal(request: Request, ratio: str) -> str | None:
             request.shift not in _OWN_SHIFT,
             f"the protocol cannot ask for a shift, here {request.shift}",
         ),
+        *((not FIELDS[n].sent, f"the protocol cannot ask for {n}") for n in later_asked(request)),
         (request.sampler != "euler", f"the protocol cannot ask for sampler {request.sampler}"),
         (
             not 1 <= request.steps <= _MOST_STEPS,

@@ -9,7 +9,7 @@ from sd35bench.analysis.pairs import Comparison
 from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.summary import latency_summary
 from sd35bench.analysis.table import GUARD, Row, Table
-from sd35bench.gate.sides import REQUEST_FIELDS
+from sd35bench.fields import SETTING, describe
 from sd35bench.recommend.api_body import api_body
 from sd35bench.recommend.choice import Choice, Speeds
 from sd35bench.recommend.confirm import HeldOut, prompts_wanted
@@ -30,35 +30,16 @@ from sd35bench.stats.intervals import Interval
 from sd35bench.stats.noninferiority import POWER, TAIL, p_within
 from sd35bench.types import Task
 
-__all__ = ["FRONT", "Claim", "Entry", "describe", "setting_of"]
-
 Claim = tuple[str, str]
 """The chosen setting and a default, by their hashes: that the first is better."""
 
 FRONT = ("on_front", "p_dominated")
-_SETTING = ("model", "backend", *(f for f in REQUEST_FIELDS if f != "task"), "threads")
+_SETTING = ("model", "backend", *SETTING, "threads")
 
 
 def setting_of(row: Row) -> dict[str, Any]:
     """A row's setting as the documents show it."""
     return {name: row.setting[name] for name in _SETTING}
-
-
-def describe(setting: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
-    """A setting in a few words; its backend only where it differs from that of `beside`."""
-    parts = [f"{setting['steps']} steps", f"cfg {setting['cfg']:g}"]
-    if setting["prompt_strength"] is not None:
-        parts.append(f"prompt_strength {setting['prompt_strength']:g}")
-    if setting["sampler"] != "euler":
-        parts.append(setting["sampler"])
-    if setting["shift"] is not None:
-        parts.append(f"shift {setting['shift']:g}")
-    skip = setting["skip_layer_guidance"]
-    if skip is not None:
-        parts.append(f"skip-layer guidance {skip['scale']:g}")
-    if beside is not None and setting["backend"] != beside["backend"]:
-        parts.append(f"on {setting['backend']}")
-    return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +269,7 @@ class Entry:
             return None
         one, other = (setting_of(self._row(more[k])) for k in ("candidate", "against"))
         question = (
-            f"whether {describe(one)} is within {self.choice.margin:g} of {describe(other, one)}"
+            f"whether {describe(one)} is within {self.choice.margin:g} of {describe(other, [one])}"
         )
         if more["images"] is None:
             said = f"no practicable number of images would decide {question}"

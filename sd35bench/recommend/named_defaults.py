@@ -16,20 +16,10 @@ from typing import Any
 
 from sd35bench.analysis.table import Row
 from sd35bench.errors import ConfigError
+from sd35bench.fields import FIELDS, SETTING, asked_fields
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.noninferiority import images_between
-from sd35bench.types import Record, Request, Task, to_json
-
-__all__ = [
-    "NAMED",
-    "NamedDefault",
-    "asks_for",
-    "check_name",
-    "find_default",
-    "not_applicable",
-    "records_with",
-    "verdict_beside",
-]
+from sd35bench.types import Record, Request, Task
 
 _SKIP = {"scale": 2.5, "start": 0.01, "stop": 0.2}
 PRESET = "stability"
@@ -37,6 +27,10 @@ PRESET = "stability"
 
 _OWN_SHIFT = {None, 3.0}
 """The checkpoint's shift: unasked, or asked for as the value that it has."""
+
+_NAMES = ("steps", "cfg", "prompt_strength", "sampler")
+_FREE = ("max_sequence_length", "width", "height", "output_format", "output_quality")
+"""What of a setting no default names; all else that a default does not name is as unasked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +103,13 @@ def check_name(name: str, task: Task) -> NamedDefault | None:
 
 def asks_for(default: NamedDefault, request: Request) -> bool:
     """Whether a request asks for what a default does, prompt and size aside."""
-    fields = ("task", "steps", "cfg", "prompt_strength", "sampler", "shift", "skip_layer_guidance")
-    return _has(default, {name: to_json(getattr(request, name)) for name in fields})
+    return _has(default, asked_fields(request))
 
 
 def find_default(default: NamedDefault, rows: Sequence[Row], like: Row) -> Row | None:
     """Return the row of a named default on the backend of the row `like`; ``None`` without one."""
     found = [r for r in rows if _same_place(r, like) and _has(default, r.setting)]
-    rest = ("max_sequence_length", "output_format", "output_quality")
-    found.sort(key=lambda r: sum(r.setting[n] != like.setting[n] for n in rest))
+    found.sort(key=lambda r: sum(r.setting[n] != like.setting[n] for n in _FREE))
     return found[0] if found else None
 
 
@@ -132,8 +124,10 @@ def not_applicable(default: NamedDefault, like: Row) -> str | None:
 
 def records_with(default: NamedDefault, records: Sequence[Record]) -> list[Record]:
     """The same trials as requests of the default; skip-layer guidance is left to the command."""
+    wanted = _values(default)
     return [
-        replace(r, trial=replace(r.trial, request=_with(default, r.trial.request))) for r in records
+        replace(r, trial=replace(r.trial, request=replace(r.trial.request, **wanted)))
+        for r in records
     ]
 
 
@@ -160,16 +154,10 @@ def verdict_beside(difference: Interval, margin: float, above: bool | None) -> s
     return f"not distinguishable with n={difference.n}; {told} would decide"
 
 
-def _with(default: NamedDefault, request: Request) -> Request:
-    return replace(
-        request,
-        steps=default.steps,
-        cfg=default.cfg,
-        prompt_strength=default.prompt_strength,
-        sampler=default.sampler,
-        shift=None,
-        skip_layer_guidance=None,
-    )
+def _values(default: NamedDefault) -> dict[str, Any]:
+    """What a request of the default asks for; skip-layer guidance is as unasked."""
+    named = {name: getattr(default, name) for name in _NAMES}
+    return {name: FIELDS[name].quiet for name in SETTING if name not in _FREE} | named
 
 
 def _same_place(row: Row, like: Row) -> bool:
@@ -180,9 +168,9 @@ def _same_place(row: Row, like: Row) -> bool:
 
 
 def _has(default: NamedDefault, s: Mapping[str, Any]) -> bool:
-    wanted = (default.task.value, default.steps, default.cfg, default.prompt_strength)
-    has = (s["task"], s["steps"], float(s["cfg"]), s["prompt_strength"])
-    if has != wanted or s["sampler"] != default.sampler or s["shift"] not in _OWN_SHIFT:
+    wanted = {"task": default.task.value, **_values(default)}
+    del wanted["shift"], wanted["skip_layer_guidance"]
+    if any(s[n] != value for n, value in wanted.items()) or s["shift"] not in _OWN_SHIFT:
         return False
     skip: dict[str, Any] | None = s["skip_layer_guidance"]
     if skip is None or not default.skips_layers:

@@ -20,15 +20,14 @@ from typing import Any
 from sd35bench.analysis.settings import is_hosted, shared_negatives
 from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.evaluations import skip_layer_window
+from sd35bench.fields import SETTING, is_unasked, later_asked
 from sd35bench.guidance import skip_layer_text
-from sd35bench.types import Load, ModelSpec, PromptRef, Record, Request, Task
-
-__all__ = ["Elsewhere", "remote_overrides", "results_dir_of", "run_command", "snippet"]
+from sd35bench.types import Load, ModelSpec, PromptRef, Record, Request, SkipLayerGuidance, Task
 
 _DEFAULT_RESULTS = "results"
+_FIRST = ("steps", "cfg", "prompt_strength", "width", "height")
+"""What a command says before the weights."""
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# What a run has unasked; everything else is spelled out.
-_QUIET = {"sampler": "euler", "output_format": "png", "output_quality": 90}
 
 _PLAIN = re.compile(r"[A-Za-z/.][\w./-]*")
 _WORDS = ("null", "true", "false", "nan", "inf")
@@ -55,20 +54,10 @@ def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | No
     seeds = sorted({r.trial.request.seed for r in records})
     parts = [f"model={load.model.name}", f"backend={load.backend.name}"]
     parts += _options(load)
-    parts += [f"steps={request.steps}", f"cfg={_text(request.cfg)}"]
-    if request.prompt_strength is not None:
-        parts.append(f"prompt_strength={_text(request.prompt_strength)}")
-    parts += [f"width={request.width}", f"height={request.height}"]
+    said = _said(load, request, asked.skip_layers)
+    parts += [f"{name}={said.pop(name)}" for name in _FIRST if name in said]
     parts += _weights(load.model)
-    for name in ("sampler", "shift", "max_sequence_length", "output_format", "output_quality"):
-        value = getattr(request, name)
-        quiet = value == _QUIET.get(name) and (name != "sampler" or load.model.family == "sd3")
-        if value is not None and not quiet:
-            parts.append(f"{name}={_text(value)}")
-    if request.skip_layer_guidance is not None:
-        parts.append(f"skip_layer_guidance={skip_layer_text(request.skip_layer_guidance)}")
-    elif asked.skip_layers is not None:
-        parts.append(f"skip_layer_guidance={asked.skip_layers}")
+    parts += [f"{name}={text}" for name, text in said.items()]
     parts += _prompts(records, asked)
     negatives = _negatives(records)
     parts += [f"negative_prompt={','.join(map(_quoted, negatives))}"] if negatives else []
@@ -76,6 +65,19 @@ def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | No
     many = ["-m"] if len(seeds) > 1 or len(negatives) > 1 else []
     where = [f"results_dir={asked.results_dir}"] if asked.results_dir is not None else []
     return shlex.join(["sd35bench", "run", *many, *parts, f"study={study}", *where])
+
+
+def _said(load: Load, request: Request, skip_layers: str | None) -> dict[str, str]:
+    """Overrides of a setting, without what a run has unasked: field → text."""
+    values = {name: getattr(request, name) for name in SETTING}
+    quiet = [name for name, value in values.items() if is_unasked(name, value)]
+    if load.model.family != "sd3" and "sampler" in quiet:
+        quiet.remove("sampler")  # the model's own is another
+    said = {name: _text(value) for name, value in values.items() if name not in quiet}
+    if "skip_layer_guidance" in quiet and skip_layers is not None:
+        said["skip_layer_guidance"] = skip_layers
+    last = said.pop("skip_layer_guidance", None)
+    return said if last is None else {**said, "skip_layer_guidance": last}
 
 
 def remote_overrides(loads: Iterable[Load]) -> dict[str, str]:
@@ -108,11 +110,13 @@ def _options(load: Load) -> list[str]:
 def snippet(record: Record, init_path: Path | None) -> str | None:
     """Write a Python script that makes this record's image with diffusers alone.
 
-    ``None`` where diffusers alone cannot: random weights, files in the original layout, and what a
-    hosted service made.
+    ``None`` where diffusers alone cannot: random weights, files in the original layout, what a
+    hosted service made, and what no argument of its pipelines says.
     """
     load, request = record.trial.load, record.trial.request
     if is_hosted(load) or load.model.weights != "checkpoint" or load.model.components is not None:
+        return None
+    if later_asked(request):
         return None
     dtype = _DTYPES.get(str(load.backend.options.get("dtype", "fp32")), "float32")
     edit = request.task is Task.IMAGE_TO_IMAGE
@@ -300,9 +304,9 @@ def _reach(records: Sequence[Record]) -> int | None:
 
 
 def _text(value: Any) -> str:
-    """A value as an override: 4 for 4.0, null and true in YAML's words."""
-    if value is None:
-        return "null"
+    """A value as an override: 4 for 4.0, true in YAML's words."""
+    if isinstance(value, SkipLayerGuidance):
+        return skip_layer_text(value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and float(f"{value:g}") == value:

@@ -14,11 +14,10 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 from urllib.parse import urlsplit
 
+from sd35bench.analysis.settings import setting_key
 from sd35bench.errors import ConfigError, Paused, UnsupportedRequest
 from sd35bench.measure import environment, environment_id
 from sd35bench.plan import Plan
@@ -37,7 +36,7 @@ from sd35bench.remote.transport import Transport
 from sd35bench.remote.uploads import Uploads, content_type, data_uri
 from sd35bench.store import Shard, Study, new_shard_id
 from sd35bench.trials import RunSummary
-from sd35bench.types import Record, Scalar, Session, Status, Trial, content_hash, to_json
+from sd35bench.types import Record, Scalar, Session, Status, Trial
 
 __all__ = ["prepare_remote", "run_remote"]
 
@@ -218,7 +217,7 @@ class _Run:
 
     async def _one(self, trial: Trial, line: Line, uploads: Uploads) -> None:
         name = f"{self.study.path.resolve()}:{trial.key}"
-        setting = _setting(trial)
+        setting = setting_key(trial)
         async with self.limiter.flight(name) as slot:
             if self.paused is not None:
                 return
@@ -363,15 +362,8 @@ def _first_of_settings(trials: Sequence[Trial], count: int) -> set[str]:
     seen: dict[str, int] = {}
     first = set()
     for trial in trials:
-        setting = _setting(trial)
+        setting = setting_key(trial)
         if seen.setdefault(setting, 0) < count:
             seen[setting] += 1
             first.add(trial.key)
     return first
-
-
-def _setting(trial: Trial) -> str:
-    """What trials share that take alike long: all but prompt, seed and the init image."""
-    bare = replace(trial.request, prompt="", negative_prompt="", seed=0, init_image=None)
-    fields: dict[str, Any] = to_json(bare)
-    return content_hash([fields, trial.request.init_image is None])

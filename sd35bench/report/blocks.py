@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from sd35bench.fields import label
 from sd35bench.report.figures import (
     MISSING,
     Estimate,
@@ -20,7 +21,7 @@ from sd35bench.report.figures import (
     format_plain,
     format_seconds,
 )
-from sd35bench.report.rows import UNTOLD, Row, setting_text, told_by_threads
+from sd35bench.report.rows import SETTING_FIELDS, UNTOLD, Row, setting_text, told_by_threads
 
 __all__ = [
     "Block",
@@ -207,7 +208,7 @@ def _drift_block(
     always = ("backend", "what")
     names = [n for n in fields if n in always or _differs(rows, n)]
     measures = [(k, t) for k, t in _DRIFT if any(_drift_estimate(r, k) for r in rows)]
-    heads = [(_head(n), False) for n in names]
+    heads = [(label(n), False) for n in names]
     heads += [
         ("pairs", True),
         *((t, True) for _, t in verdicts),
@@ -331,11 +332,7 @@ def _limit(rate: Mapping[str, Any] | None) -> str:
 
 # What rows are called -------------------------------------------------------------------------
 
-_TITLES: tuple[str, ...] = (
-    *("model", "weights_digest", "backend", "threads", "task", "width", "height", "sampler"),
-    *("shift", "skip_layer_guidance", "max_sequence_length", "output_format", "output_quality"),
-    *("steps", "cfg", "prompt_strength", "environment_id"),
-)
+_TITLES: tuple[str, ...] = (*SETTING_FIELDS[:4], "task", *SETTING_FIELDS[4:], "environment_id")
 _DRIFT_NAMES = (*_TITLES, "batch_size")
 
 
@@ -352,7 +349,7 @@ class Titles:
     @property
     def columns(self) -> list[tuple[str, bool]]:
         """Column heads."""
-        return [(_head(name), False) for name in self._names]
+        return [(label(name), False) for name in self._names]
 
     def of(self, row: Row) -> tuple[str, ...]:
         """One row's texts."""
@@ -363,10 +360,6 @@ def _differs(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     """Whether a field tells rows apart; that a service leaves it untold does not."""
     values = [r.get(name) for r in rows]
     return len({_text(v) for v in values if v is not None or name not in UNTOLD}) > 1
-
-
-def _head(name: str) -> str:
-    return name.replace("prompt_strength", "strength").replace("_", " ")
 
 
 def _text(value: object) -> str:

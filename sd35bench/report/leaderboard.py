@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from sd35bench.fields import label
 from sd35bench.recommend.pareto import pareto_front
 from sd35bench.report.figures import (
     MISSING,
@@ -160,7 +161,7 @@ def _setting_columns(rows: Sequence[Row], extra: Sequence[str]) -> list[_Column]
     backend = [name for name in extra if name == "backend"]
     for name in (*backend, *names, *(name for name in extra if name != "backend")):
         cells = [_setting_cell(r, name, name in names) for r in rows]
-        columns.append((name.replace("prompt_strength", "strength").replace("_", " "), "", cells))
+        columns.append((label(name), "", cells))
     return columns
 
 

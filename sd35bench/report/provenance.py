@@ -1,5 +1,6 @@
 """What ran, where, what failed, what to be careful about, and how to run it again."""
 
+import math
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,12 +8,18 @@ from statistics import median
 from typing import Any
 
 from sd35bench.analysis.settings import is_hosted
+from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
 from sd35bench.recommend.reproduce import remote_overrides
 from sd35bench.report.figures import format_bytes, format_plain, format_seconds
 from sd35bench.report.rows import Row
-from sd35bench.types import Record, Session, Status
+from sd35bench.types import Record, Request, Session, Status
 
 __all__ = ["list_environments", "list_failures", "list_loads", "list_warnings", "rerun_commands"]
+
+_RARE = tuple(
+    name for name in SETTING if name not in ("steps", "cfg", "prompt_strength") and name not in PAIR
+)
+"""Fields that a command names only where a run would not have them unasked."""
 
 
 def list_environments(sessions: Mapping[str, Session]) -> list[dict[str, Any]]:
@@ -133,6 +140,7 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
             r.prompt_strength for r in requests if r.prompt_strength is not None
         ),
         "seed": _axis(r.seed for r in requests),
+        **{name: _rare_axis(name, requests) for name in _RARE},
         "prompts": prompts,
         "prompts.split": split,
         "prompts.task": "edit" if prompts == "nano" and task == "image-to-image" else "",
@@ -142,12 +150,20 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
         "study": study,
     }
     words = [shlex.quote(f"{k}={v}") for k, v in axes.items() if v]
-    settings = {(r.steps, r.cfg, r.prompt_strength, r.seed) for r in requests}
-    product = 1
-    for name in ("steps", "cfg", "prompt_strength", "seed"):
-        product *= len({getattr(r, name) for r in requests})
+    names = ("steps", "cfg", "prompt_strength", "seed", *_RARE)
+    settings = {tuple(getattr(r, name) for name in names) for r in requests}
+    product = math.prod(len({getattr(r, name) for r in requests}) for name in names)
     note = "" if len(settings) == product else "The study holds only a part of this grid."
     return {"task": task, "command": "sd35bench run -m " + " ".join(words), "note": note}
+
+
+def _rare_axis(name: str, requests: Sequence[Request]) -> str:
+    """A field's values; empty where all are what a run has unasked."""
+    values = {getattr(r, name) for r in requests}
+    if all(is_unasked(name, value) for value in values):
+        return ""
+    none = "none" if FIELDS[name].unasked == "none" else "null"
+    return ",".join(sorted(none if value is None else value_text(value) for value in values))
 
 
 def _batches(records: Sequence[Record]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sd35bench.disk import write_atomic
-from sd35bench.recommend.entry import describe
+from sd35bench.fields import describe
 from sd35bench.recommend.pareto import SAME_COST
 
 __all__ = [
@@ -252,7 +252,7 @@ def _cells(other: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     speed = "" if other["speed"] is None else f"{other['speed']:.3g}"
     quality = estimate_text(other["quality"])
     difference = estimate_text(other["difference_from_best"], "+")
-    name = describe(other["setting"], chosen)
+    name = describe(other["setting"], [chosen])
     return [name, quality, difference, speed, front_cell(other), other["why_not"]]
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sd35bench.recommend.entry import describe
+from sd35bench.fields import describe
 from sd35bench.report.recommend import (
     confirmation_text,
     default_cells,
@@ -113,7 +113,7 @@ def _commands(entry: dict[str, Any]) -> str:
 def _other(other: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
     test = other["non_inferiority"]
     return [
-        describe(other["setting"], chosen),
+        describe(other["setting"], [chosen]),
         estimate_text(other["quality"]),
         estimate_text(other["difference_from_best"], "+"),
         "" if test is None else f"{test['p_holm']:.2g}",

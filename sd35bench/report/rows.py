@@ -11,6 +11,7 @@ from typing import Any
 
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import setting_key
+from sd35bench.fields import SETTING
 from sd35bench.guidance import skip_layer_text
 from sd35bench.report.figures import Estimate, format_plain, format_usd
 from sd35bench.types import Record, Session, SkipLayerGuidance, from_json, to_json
@@ -33,27 +34,17 @@ __all__ = [
 ]
 
 # The fields of a setting, in the order in which a person would name them.
+_CURVES = ("steps", "cfg", "prompt_strength")
+_SIZE = ("width", "height")
 SETTING_FIELDS = (
-    "model",
-    "weights_digest",
-    "backend",
-    "threads",
-    "width",
-    "height",
-    "sampler",
-    "shift",
-    "skip_layer_guidance",
-    "max_sequence_length",
-    "output_format",
-    "output_quality",
-    "steps",
-    "cfg",
-    "prompt_strength",
+    *("model", "weights_digest", "backend", "threads", *_SIZE),
+    *(name for name in SETTING if name not in _CURVES + _SIZE),
+    *_CURVES,
 )
 DRIFT = "drift"
 UNTOLD = ("threads", "weights_digest")
 """What a hosted service does not tell, and what therefore sets its rows apart from none."""
-_AXES = ("task", "steps", "cfg", "prompt_strength")
+_AXES = ("task", *_CURVES)
 _ALSO = ("task", "environment_id")
 _METRIC_ORDER = (
     *("edit_quality", "prompt_accuracy", "init_kept", "clip_score"),

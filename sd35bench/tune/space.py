@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sd35bench import fields
 from sd35bench.types import Scalar
 
 __all__ = ["GRIDS", "Axis", "Point", "Space", "spread"]
@@ -15,13 +16,7 @@ __all__ = ["GRIDS", "Axis", "Point", "Space", "spread"]
 Point = tuple[Scalar, ...]
 """One value per axis, in the space's order."""
 
-GRIDS: Mapping[str, float] = {
-    "steps": 1,
-    "cfg": 0.5,
-    "prompt_strength": 0.05,
-    "shift": 0.5,
-    "skip_layer_scale": 0.5,
-}
+GRIDS: Mapping[str, float] = {**fields.GRIDS, "skip_layer_scale": 0.5}
 """Distance of neighbouring values on a continuous axis, where the user states none."""
 
 _DIGITS = 9

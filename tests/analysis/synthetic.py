@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench.fields import make_trial
 from sd35bench.types import (
     BackendSpec,
     Load,
@@ -18,7 +19,6 @@ from sd35bench.types import (
     Session,
     Status,
     Timings,
-    make_trial,
 )
 
 MODEL = ModelSpec(name="nano", path="/models/nano", weights_digest="d" * 64, max_sequence_length=16)

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sd35bench.fields import make_trial
 from sd35bench.plan import Batch, Plan
 from sd35bench.remote.drive import run_remote
 from sd35bench.remote.retry import Patience
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.store import Study
 from sd35bench.trials import RunSummary
-from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Record, Request, make_trial
+from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Record, Request
 from tests.remote.fault_server import SIZES
 
 PRICE_USD = 0.035

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 import sd35bench.remote.drive as drive
 from sd35bench.errors import ConfigError, RemoteError
+from sd35bench.fields import make_trial
 from sd35bench.plan import Batch, Plan
 from sd35bench.remote.download import download
 from sd35bench.remote.retry import Patience
 from sd35bench.remote.transport import Transport
 from sd35bench.store import Study
 from sd35bench.trials import RunSummary
-from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Record, Status, make_trial
+from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Record, Status
 from tests.remote.contract import check_reader, make_provider, make_request, remote_settings
 from tests.remote.fault_server import FaultServer, serving
 from tests.remote.faults import FAULTS, Fault

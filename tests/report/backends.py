@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from sd35bench.fields import make_trial
 from sd35bench.measure import RATE_FIELDS
 from sd35bench.store import Score, Study
 from sd35bench.types import (
@@ -19,7 +20,6 @@ from sd35bench.types import (
     Status,
     Timings,
     Trial,
-    make_trial,
 )
 from tests.report.synthetic import MODEL, draw
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from sd35bench.fields import make_trial
 from sd35bench.store import Score, Shard, Study
 from sd35bench.types import (
     BackendSpec,
@@ -17,7 +18,6 @@ from sd35bench.types import (
     Session,
     Status,
     Timings,
-    make_trial,
 )
 from tests.report.synthetic import EAGER, MODEL, draw
 

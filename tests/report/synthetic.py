@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from sd35bench.analysis.summary import show_document
+from sd35bench.fields import make_trial
 from sd35bench.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
@@ -21,7 +22,6 @@ from sd35bench.types import (
     Session,
     Status,
     Timings,
-    make_trial,
 )
 
 HOSTILE = (

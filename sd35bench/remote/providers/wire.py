@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sd35bench.errors import RemoteError
+from sd35bench.fields import FIELDS, later_asked
 from sd35bench.remote.providers.base import Phase, Prediction
 from sd35bench.types import Request
 
@@ -216,6 +217,10 @@ def refusal_of(request: Request, sizes: Mapping[tuple[int, int], str]) -> str | 
         (
             request.max_sequence_length is not None,
             "max_sequence_length: the protocol has none; use max_sequence_length=null",
+        ),
+        *(
+            (not FIELDS[n].sent, f"{n}: the protocol has none; leave it out")
+            for n in later_asked(request)
         ),
         (
             not 1 <= request.steps <= MOST_STEPS,

@@ -1,0 +1,379 @@
+"""The request's fields, once: what each takes, what it decides, and how it is said.
+
+Everything that has to know the fields of a `Request` reads this table: the command line and its
+ranges, the grid of a plan, trial keys, settings, pairs, warm-ups, the hosted protocol, the words
+of tables and titles. A new field is one line in `Request` and one entry here.
+
+A field that is added gets a *neutral* value: what every image had before the field existed. It is
+fixed for ever, whatever a configuration's default becomes, and it is `Request`'s default, so that
+old journals read the same. Only at that value the field is left out of trial keys and settings, so
+that old trials keep theirs. The first fields are always in the key (`KEYED`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import DocInfo, Interval
+
+from sd35bench.evaluations import SAMPLERS
+from sd35bench.guidance import skip_layer_text
+from sd35bench.types import (
+    Load,
+    PromptRef,
+    Request,
+    SkipLayerGuidance,
+    Trial,
+    content_hash,
+    from_json,
+    to_json,
+)
+
+KEYED: Any = object()
+"""In place of a neutral value: the field is in the key whatever its value is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One field of a request.
+
+    `takes` is its type and range on the command line (an annotation), `means` and `default` are for
+    people, `unasked` is what a command line without it asks for (``None``: the model's own, or
+    none). `setting` and `pair` say what it is part of; `work` says what of it decides how long a
+    call takes, so that values alike in it share one warm-up. `sent` is whether the hosted protocol
+    has it. `said` is how its value is said where no column says what it is; `grid` is how far apart
+    neighbouring values are in a search. `axis`: whether it can be swept; `typed`: whether it is a
+    name of the command line; `nullable`: whether null may be typed.
+    """
+
+    name: str
+    takes: Any
+    means: str
+    default: str
+    unasked: Any = None
+    neutral: Any = KEYED
+    setting: bool = True
+    pair: bool = False
+    work: Callable[[Request], Any] | None = None
+    sent: bool = False
+    label: str = ""
+    said: str = ""
+    grid: float | None = None
+    axis: bool = True
+    typed: bool = True
+
+    @property
+    def nullable(self) -> bool:
+        """Whether ``None`` may be asked for: then it is what a request has unasked."""
+        return self.unasked is None
+
+    @property
+    def quiet(self) -> Any:
+        """The value that words leave out: `Request`'s default; `KEYED` where it has none."""
+        return _DEFAULTS[self.name]
+
+
+_DEFAULTS = {
+    f.name: KEYED if f.default is dataclasses.MISSING else f.default
+    for f in dataclasses.fields(Request)
+}
+
+_FIELDS = (
+    Field(
+        name="prompt",
+        takes=str,
+        means="what the image shows",
+        default="the prompt set's",
+        setting=False,
+        pair=True,
+        sent=True,
+        axis=False,
+        typed=False,
+    ),
+    Field(
+        name="steps",
+        takes=Annotated[int, Interval(ge=1, le=1000)],
+        means="denoising steps",
+        default="the model's",
+        work=lambda r: r.effective_steps,
+        sent=True,
+        said="{} steps",
+        grid=1,
+    ),
+    Field(
+        name="cfg",
+        takes=Annotated[float, Interval(ge=0, le=100)],
+        means="classifier-free guidance; off at <= 1",
+        default="the model's",
+        work=lambda r: r.cfg > 1,
+        sent=True,
+        grid=0.5,
+    ),
+    Field(
+        name="prompt_strength",
+        takes=Annotated[float, Interval(gt=0, le=1)],
+        means="image-to-image: how much of the init image is destroyed",
+        default="the model's, with init images",
+        sent=True,
+        label="strength",
+        grid=0.05,
+    ),
+    Field(
+        name="sampler",
+        takes=Literal[SAMPLERS],
+        means="the solver; heun calls the denoiser twice a step",
+        default="the model's",
+        work=lambda r: r.sampler,
+        said="{}",
+    ),
+    Field(
+        name="shift",
+        takes=Annotated[float, Interval(gt=0, le=100)],
+        means="the flow's timestep shift",
+        default="the model's",
+        grid=0.5,
+    ),
+    Field(
+        name="skip_layer_guidance",
+        takes=str,
+        means="a preset (stability, diffusers) or 7-8-9@2.5:0.01-0.2; text-to-image, cfg > 1",
+        default="none",
+        unasked="none",
+        work=lambda r: r.skip_layer_guidance,
+        said="skip {}",
+    ),
+    Field(
+        name="max_sequence_length",
+        takes=Annotated[int, Interval(ge=1, le=512)],
+        means="T5 tokens",
+        default="the model's",
+        work=lambda r: r.max_sequence_length,
+        said="{} tokens",
+    ),
+    Field(
+        name="negative_prompt",
+        takes=str,
+        means="what to stay away from; needs cfg > 1",
+        default="empty",
+        unasked="",
+        setting=False,
+        pair=True,
+    ),
+    Field(
+        name="seed",
+        takes=Annotated[int, Interval(ge=0, le=2**32 - 1)],
+        means="seed of the starting noise",
+        default="0",
+        unasked=0,
+        setting=False,
+        pair=True,
+        sent=True,
+    ),
+    Field(
+        name="width",
+        takes=Annotated[int, Interval(ge=1, le=16384)],
+        means="px, a multiple of the model's size",
+        default="the model's",
+        pair=True,
+        work=lambda r: r.width,
+    ),
+    Field(
+        name="height",
+        takes=Annotated[int, Interval(ge=1, le=16384)],
+        means="px, a multiple of the model's size",
+        default="the model's",
+        pair=True,
+        work=lambda r: r.height,
+    ),
+    Field(
+        name="init_image",
+        takes=str,
+        means="a PNG, JPEG or WEBP file: image-to-image for every prompt",
+        default="none",
+        setting=False,
+        pair=True,
+        work=lambda r: r.task,
+        sent=True,
+        axis=False,
+    ),
+    Field(
+        name="output_format",
+        takes=Literal["png", "jpg", "webp"],
+        means="the image file",
+        default="png",
+        unasked="png",
+        work=lambda r: r.output_format,
+        sent=True,
+        said="{}",
+    ),
+    Field(
+        name="output_quality",
+        takes=Annotated[int, Interval(ge=0, le=100)],
+        means="of jpg and webp; png has none",
+        default="90",
+        unasked=90,
+        sent=True,
+        label="quality",
+    ),
+)
+
+FIELDS: dict[str, Field] = {field.name: field for field in _FIELDS}
+"""Every field of `Request`, in the order in which a person would name them."""
+
+SETTING = tuple(f.name for f in _FIELDS if f.setting)
+"""Fields that make a setting, the unit that is compared."""
+PAIR = tuple(f.name for f in _FIELDS if f.pair)
+"""Fields that two images must share to be compared one by one."""
+ASKED = ("task", *SETTING)
+"""The part of a setting's row that says what was asked, not who ran it."""
+GRIDS = {f.name: f.grid for f in _FIELDS if f.grid is not None}
+"""Distance of neighbouring values of an axis that can be searched."""
+
+_SIZE = ("width", "height")
+_LATER = tuple(f for f in _FIELDS if f.neutral is not KEYED)
+
+
+# What is the same -------------------------------------------------------------------------------
+
+
+def make_trial(*, load: Load, request: Request, batch_size: int, prompt: PromptRef) -> Trial:
+    """Build a trial; its key hashes the request, the load and the batch size, not the prompt's id.
+
+    The key's 20 hex digits (80 bits) make an accidental clash in 10^9 trials less likely
+    than 10^-6.
+    """
+    key = content_hash([request_identity(request), load.key, batch_size])[:20]
+    return Trial(key=key, load=load, request=request, batch_size=batch_size, prompt=prompt)
+
+
+def request_identity(request: Request) -> dict[str, Any]:
+    """Everything that was asked for, JSON-ready; later fields only off their neutral value."""
+    found = to_json(request)
+    for field in _LATER:
+        if found[field.name] == field.neutral:
+            del found[field.name]
+    return found
+
+
+def setting_identity(request: Request) -> tuple[Any, ...]:
+    """What two requests of one setting share, hashable; later fields only off their neutral value.
+
+    The task is there because an init image without a strength is another setting than none.
+    """
+    found: list[Any] = [request.task.value]
+    for name, field in _SETTING_FIELDS:
+        value = getattr(request, name)
+        if field.neutral is KEYED:
+            found.append(_plain(value, name in _FLOATS))
+        elif value != field.neutral:
+            found.append((name, value))
+    return tuple(found)
+
+
+def pair_identity(request: Request) -> tuple[Any, ...]:
+    """What two images share that are compared one by one."""
+    return tuple(getattr(request, name) for name in PAIR)
+
+
+def work_identity(request: Request) -> tuple[Any, ...]:
+    """What decides the work of a call: requests alike in this need one warm-up."""
+    return tuple(field.work(request) for field in _FIELDS if field.work is not None)
+
+
+def asked_fields(request: Request) -> dict[str, Any]:
+    """A setting's fields (`ASKED`) as columns of a row, JSON-ready."""
+    values = {name: to_json(getattr(request, name)) for name in SETTING}
+    return {"task": request.task.value, **values}
+
+
+def completed(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's setting as it was written before later fields existed, with their neutral values."""
+    return {**{f.name: f.neutral for f in _LATER if f.setting}, **setting}
+
+
+def later_asked(request: Request) -> list[str]:
+    """Names of later fields that are off their neutral value."""
+    return [f.name for f in _LATER if getattr(request, f.name) != f.neutral]
+
+
+def is_unasked(name: str, value: Any) -> bool:
+    """Whether a run asks for this value of a field without being told to."""
+    field = FIELDS[name]
+    return value == field.quiet if field.unasked is None else value in (field.unasked, None)
+
+
+_SETTING_FIELDS = tuple((f.name, f) for f in _FIELDS if f.setting)
+_FLOATS = frozenset(f.name for f in _FIELDS if get_args(f.takes)[:1] == (float,))
+
+
+def _plain(value: Any, is_float: bool) -> Any:
+    if isinstance(value, SkipLayerGuidance):
+        return (tuple(value.layers), value.scale, value.start, value.stop)
+    return float(value) if is_float and value is not None else value
+
+
+# How it is said ---------------------------------------------------------------------------------
+
+
+def label(name: str) -> str:
+    """What a column of this field is called."""
+    field = FIELDS.get(name)
+    return field.label if field is not None and field.label else name.replace("_", " ")
+
+
+def value_text(value: Any) -> str:
+    """A value as a person types it: 4 for 4.0, skip-layer guidance as the command line takes it."""
+    if isinstance(value, Mapping) and "layers" in value:
+        value = from_json(SkipLayerGuidance, value)
+    if isinstance(value, SkipLayerGuidance):
+        return skip_layer_text(value)
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def words(name: str, value: Any) -> str:
+    """A field's value where no column says what it is: "4 steps", "cfg 4", "shift 3"."""
+    field = FIELDS.get(name)
+    said = field.said if field is not None and field.said else f"{label(name)} {{}}"
+    return said.format(value_text(value))
+
+
+def describe(setting: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> str:
+    """A setting in a few words: what is not as usual; size and backend where `beside` differs."""
+    told = (n for n in SETTING if n in setting and n not in _SIZE)
+    said = [words(n, setting[n]) for n in told if setting[n] not in (None, FIELDS[n].quiet)]
+    others = list(beside)
+    if any(o[n] != setting[n] for o in others for n in _SIZE):
+        said.append(f"{setting['width']}x{setting['height']}")
+    if "backend" in setting and any(o["backend"] != setting["backend"] for o in others):
+        said.append(f"on {setting['backend']}")
+    return ", ".join(said)
+
+
+def allowed(takes: Any) -> str:
+    """What an annotation takes, in words: "an integer from 1 to 1000", "one of png, jpg, webp"."""
+    said = [m.documentation for m in getattr(takes, "__metadata__", ()) if isinstance(m, DocInfo)]
+    if said:
+        return said[0]
+    if get_origin(takes) is Literal:
+        choices = get_args(takes)
+        return ("" if len(choices) == 1 else "one of ") + ", ".join(map(str, choices))
+    base = get_args(takes)[0] if get_origin(takes) is Annotated else takes
+    if base is bool:
+        return "true or false"
+    if base is str:
+        return "a text"
+    word = "an integer" if base is int else "a number"
+    found = [m for m in getattr(takes, "__metadata__", ()) if isinstance(m, Interval)]
+    return word + _range_text(found[0]) if found else word
+
+
+def _range_text(found: Any) -> str:
+    if found.gt is not None:
+        return f" above {found.gt:g}" if found.le is None else f" in ({found.gt:g}, {found.le:g}]"
+    if found.le is None or math.isinf(found.le):
+        return f" of at least {found.ge:g}"
+    return f" from {found.ge:.15g} to {found.le:.15g}"
