@@ -11,24 +11,41 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+import msgspec
 
 from sd35bench.errors import DiskFull, StoreError
 
-__all__ = ["disk_errors", "open_lock", "read_lines", "try_flock", "write_atomic"]
+T = TypeVar("T")
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Parse JSON lines; a torn last line is what a kill leaves and is skipped.
+def decode_line(line: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
+    """Parse one JSON line to the decoder's type; unknown keys are ignored."""
+    try:
+        return decoder.decode(line)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        # `json.dumps` writes a lone surrogate of a prompt as \\udXXX, which msgspec refuses.
+        return msgspec.convert(json.loads(line), decoder.type)
 
-    Raises: StoreError for any other line that is not JSON.
+
+def read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
+    """Parse the lines of a JSON lines file; skip a torn last line, which a kill leaves.
+
+    Raises: StoreError for any other line that is not JSON, or not of the expected type.
     """
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            yield json.loads(line)
+            yield parse(line)
+        except msgspec.ValidationError as exc:
+            raise StoreError(
+                f"{path}:{number} cannot be read by this version of sd35bench: {exc}"
+            ) from exc
         except ValueError as exc:
             if number == len(lines):
                 return

@@ -22,19 +22,25 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Generic, TypeVar
 
+import msgspec
 import numpy as np
 from PIL import Image
 
-from sd35bench.disk import disk_errors, open_lock, read_lines, try_flock, write_atomic
+from sd35bench.disk import (
+    decode_line,
+    disk_errors,
+    open_lock,
+    read_lines,
+    try_flock,
+    write_atomic,
+)
 from sd35bench.errors import StoreError, StudyLocked
-from sd35bench.types import Load, Record, Session, Status, from_json, to_json
-
-__all__ = ["Score", "Shard", "Study", "decode_rgb", "new_shard_id"]
+from sd35bench.types import Load, Record, Session, Status, to_json
 
 SCHEMA = 1
 IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
@@ -95,13 +101,86 @@ class Shard:
             os.fsync(self._file.fileno())
 
 
+T = TypeVar("T")
+
+
+class _Shards(Generic[T]):
+    """A folder's shards, parsed; a shard is parsed again only after it has changed."""
+
+    def __init__(self, folder: Path, parse: Callable[[bytes], T]) -> None:
+        self._folder = folder
+        self._parse = parse
+        self._kept: dict[Path, tuple[tuple[int, int, int], list[T]]] = {}
+
+    def lines(self) -> Iterator[T]:
+        """Every line of every shard, in the order of the shards' names."""
+        for path in sorted(self._folder.glob("*.jsonl")):
+            # The stamp is taken before the read: what is appended meanwhile changes it again.
+            found = path.stat()
+            stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+            kept = self._kept.get(path)
+            if kept is None or kept[0] != stamp:
+                kept = self._kept[path] = (stamp, list(read_lines(path, self._parse)))
+            yield from kept[1]
+
+
+class _TrialHead(msgspec.Struct):
+    load: msgspec.Raw
+
+
+class _Head(msgspec.Struct):
+    """What a journal line is, and its load's text."""
+
+    kind: str
+    trial: _TrialHead | None = None
+
+
+class _Journal:
+    """Parses journal lines; records of one load share one `Load`."""
+
+    _head = msgspec.json.Decoder(_Head)
+    _record = msgspec.json.Decoder(Record)
+    _session = msgspec.json.Decoder(Session)
+
+    def __init__(self) -> None:
+        self._loads: dict[bytes, Load] = {}
+
+    def parse(self, line: bytes) -> Record | Session | None:
+        """One line; ``None`` for a kind that this version does not know."""
+        head = self._decode_head(line)
+        if head.kind == "session":
+            return decode_line(line, self._session)
+        if head.kind != "record":
+            return None
+        record = decode_line(line, self._record)
+        if head.trial is not None:
+            load = self._loads.setdefault(bytes(head.trial.load), record.trial.load)
+            object.__setattr__(record.trial, "load", load)
+        return record
+
+    def _decode_head(self, line: bytes) -> _Head:
+        try:
+            return self._head.decode(line)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:  # see `decode_line`
+            return _Head(json.loads(line)["kind"])
+
+
 class Study:
-    """A named set of trials under a results folder."""
+    """A named set of trials under a results folder.
+
+    A `Study` keeps what it has read: a command reads each journal shard once, however many of its
+    parts ask for the records.
+    """
 
     def __init__(self, path: Path) -> None:
         """Use `Study.open`."""
         self.path = path
         self.name = path.name
+        self._journal = _Shards(path / "journal", _Journal().parse)
+        decoder = msgspec.json.Decoder(Score)
+        self._scores = _Shards(path / "scores", lambda line: decode_line(line, decoder))
 
     @classmethod
     def open(cls, root: Path, name: str, create: bool = False) -> "Study":
@@ -132,16 +211,19 @@ class Study:
         return Shard(self.path / "journal" / f"{shard_id}.jsonl")
 
     def records(self) -> list[Record]:
-        """Read every trial's last record, in the order in which keys first appeared."""
-        last: dict[str, Record] = {}
-        for record in self._all_records():
-            last[record.trial.key] = record
-        return list(last.values())
+        """Read every trial's last record, in the order in which keys first appeared.
+
+        Raises: StoreError for a damaged journal.
+        """
+        return list({record.trial.key: record for record in self.all_records()}.values())
+
+    def all_records(self) -> Iterator[Record]:
+        """Read every record, those that a later one of the same trial replaces too."""
+        return (line for line in self._journal.lines() if isinstance(line, Record))
 
     def sessions(self) -> dict[str, Session]:
         """Read every worker's life, by id."""
-        lines = (line for line in self._journal() if line["kind"] == "session")
-        return {line["id"]: from_json(Session, line) for line in lines}
+        return {line.id: line for line in self._journal.lines() if isinstance(line, Session)}
 
     def done_keys(self) -> set[str]:
         """Keys of the trials that succeeded and whose image is still there."""
@@ -149,24 +231,6 @@ class Study:
 
     def _there(self, record: Record) -> bool:
         return record.image is not None and self._find_image(record.image) is not None
-
-    def _all_records(self) -> Iterator[Record]:
-        loads: dict[str, Load] = {}
-        for line in self._journal():
-            if line["kind"] != "record":
-                continue
-            trial = line["trial"]
-            text = json.dumps(trial["load"], sort_keys=True)
-            if text not in loads:
-                loads[text] = from_json(Load, trial["load"])
-            load, trial["load"] = loads[text], None
-            record = cast(Record, from_json(Record, line))
-            object.__setattr__(record.trial, "load", load)
-            yield record
-
-    def _journal(self) -> Iterator[dict[str, Any]]:
-        for path in sorted((self.path / "journal").glob("*.jsonl")):
-            yield from read_lines(path)
 
     # Images ------------------------------------------------------------------------------------
 
@@ -240,12 +304,7 @@ class Study:
 
     def scores(self) -> list[Score]:
         """Read the last score of every (metric, trial, image)."""
-        last: dict[tuple[str, str, str], Score] = {}
-        for path in sorted((self.path / "scores").glob("*.jsonl")):
-            for line in read_lines(path):
-                score = Score(**line)
-                last[score.metric, score.key, score.image] = score
-        return list(last.values())
+        return list({(s.metric, s.key, s.image): s for s in self._scores.lines()}.values())
 
     def put_features(self, extractor: str, digests: list[str], features: np.ndarray) -> None:
         """Keep features [n, d] of the images with these digests."""
@@ -301,8 +360,7 @@ class Study:
         """Remove temporary files, and images and latents that no record names."""
         for path in self.path.rglob("*.tmp"):
             path.unlink(missing_ok=True)
-        lines = [line for line in self._journal() if line["kind"] == "record"]
-        named = {line.get(name) for line in lines for name in ("image", "latents")}
+        named = {name for r in self.all_records() for name in (r.image, r.latents)}
         for folder in ("images", "latents"):
             for path in (self.path / folder).glob("*/*"):
                 if path.stem not in named:

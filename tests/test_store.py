@@ -1,12 +1,17 @@
+import dataclasses
 import errno
 import json
 import os
+import types
+import typing
+from enum import StrEnum
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sd35bench import store
 from sd35bench.errors import DiskFull, StoreError, StudyLocked
 from sd35bench.fields import make_trial
 from sd35bench.store import Score, Study, new_shard_id
@@ -65,10 +70,109 @@ def request(seed=0, **fields) -> Request:
     return Request(prompt="a", steps=4, cfg=5.0, seed=seed, width=64, height=64, **fields)
 
 
-@given(requests)
-def test_record_survives_json(req):
-    record = make_record(req)
-    assert from_json(Record, json.loads(json.dumps(to_json(record)))) == record
+def any_of(kind) -> st.SearchStrategy:
+    """Values of a field's type, finite numbers only."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of([st.none() if a is type(None) else any_of(a) for a in inner])
+    if origin is tuple:
+        return st.lists(any_of(inner[0]), max_size=2).map(tuple)
+    if origin is dict:
+        return st.dictionaries(st.text(max_size=3), any_of(inner[1]), max_size=2)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return st.builds(kind, **{name: any_of(hint) for name, hint in hints.items()})
+    if issubclass(kind, StrEnum):
+        return st.sampled_from(kind)
+    # A prompt may hold a lone surrogate: a byte of the command line that was no UTF-8.
+    text = st.text(st.characters(), max_size=5) | st.just("\udcff")
+    return {bool: st.booleans(), int: st.integers(), float: finite, str: text}[kind]
+
+
+def read_as_before(cls, data):
+    """The reader that wrote and read all journals before msgspec: their meaning is its result."""
+    if data is None or cls is typing.Any:
+        return data
+    origin = typing.get_origin(cls)
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(cls) if a is not type(None)]
+        return read_as_before(inner[0], data) if len(inner) == 1 else data
+    if origin is tuple:
+        return tuple(read_as_before(typing.get_args(cls)[0], v) for v in data)
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        return cls(**{k: read_as_before(hints[k], v) for k, v in data.items() if k in hints})
+    if isinstance(cls, type) and issubclass(cls, StrEnum):
+        return cls(data)
+    return data
+
+
+@settings(max_examples=30, deadline=None)
+@given(any_of(Record))
+def test_journal_gives_what_the_reader_before_msgspec_gave(tmp_path_factory, record):
+    study = Study.open(tmp_path_factory.mktemp("journal"), "s", create=True)
+    study.shard("1").append_record(record)
+    (line,) = (study.path / "journal" / "1.jsonl").read_bytes().splitlines()
+    newer = json.dumps(json.loads(line) | {"from_a_newer_version": {"a": [1]}}).encode()
+    (study.path / "journal" / "2.jsonl").write_bytes(newer)
+    found = list(study.all_records())
+    assert found == [read_as_before(Record, json.loads(line))] * 2 == [record] * 2
+    assert found[0].trial.load == record.trial.load
+
+
+def test_old_record_without_later_fields_gets_their_defaults(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    line = {"kind": "record", **to_json(make_record(request()))}
+    for name in ("remote", "gpu", "flops", "latents", "batch_actual"):
+        del line[name]
+    (study.path / "journal" / "1.jsonl").write_text(json.dumps(line))
+    assert study.records() == [make_record(request())]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"session_id": None}, {"trial": {}}, {"status": "of another version"}],
+    ids=lambda c: next(iter(c)),
+)
+def test_line_that_is_no_record_is_refused_with_its_place(tmp_path, change):
+    study = Study.open(tmp_path, "s", create=True)
+    line = {"kind": "record", **to_json(make_record(request())), **change}
+    (study.path / "journal" / "1.jsonl").write_text(json.dumps(line))
+    with pytest.raises(StoreError, match=r"1\.jsonl:1 cannot be read by this version"):
+        study.records()
+
+
+def test_from_json_refuses_a_missing_field_and_ignores_an_unknown_one():
+    fields = to_json(request())
+    assert from_json(Request, fields | {"unknown": 1}) == request()
+    with pytest.raises(StoreError, match="steps"):
+        from_json(Request, {k: v for k, v in fields.items() if k != "steps"})
+
+
+def test_study_parses_a_shard_once_and_again_when_it_has_grown(tmp_path, monkeypatch):
+    read = []
+    real = store.read_lines
+    monkeypatch.setattr(
+        store, "read_lines", lambda path, parse: read.append(path.name) or real(path, parse)
+    )
+    study = Study.open(tmp_path, "s", create=True)
+    first, second = study.shard("1"), study.shard("2")
+    first.append_record(make_record(request()))
+    second.append_record(make_record(request(1)))
+    assert len(study.records()) == 2
+    study.sessions(), study.done_keys(), study.records()
+    assert read == ["1.jsonl", "2.jsonl"]
+    second.append_record(make_record(request(2)))
+    assert len(study.records()) == 3
+    assert read == ["1.jsonl", "2.jsonl", "2.jsonl"]
+
+
+def test_records_of_one_load_share_it(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    shard = study.shard("1")
+    for seed in (0, 1):
+        shard.append_record(make_record(request(seed)))
+    assert len({id(r.trial.load) for r in study.records()}) == 1
 
 
 @given(requests, requests)

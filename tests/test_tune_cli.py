@@ -34,7 +34,7 @@ def ruled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def records(name: str = "t") -> list:
-    return list(Study.open(Path("results"), name)._all_records())
+    return list(Study.open(Path("results"), name).all_records())
 
 
 @pytest.mark.usefixtures("ruled")

@@ -35,7 +35,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def put(study: Study, images, where: Load, latents=None, **fields) -> list:
-    shard = study.shard(f"shard-{len(list(study._all_records())):04d}")
+    shard = study.shard(f"shard-{len(list(study.all_records())):04d}")
     if not study.sessions():
         shard.append_session(session())
     rows = []
