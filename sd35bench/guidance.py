@@ -7,6 +7,7 @@ line it is a preset of the model's, or LAYERS@SCALE:START-STOP, such as ``7-8-9@
 
 import re
 
+from sd35bench.core import guidance
 from sd35bench.types import SkipLayerGuidance
 
 __all__ = ["acting_steps", "parse_skip_layers", "skip_layer_text"]
@@ -16,11 +17,8 @@ WRITTEN = re.compile(rf"(\d+(?:-\d+)*)@{_NUMBER}:{_NUMBER}-{_NUMBER}")
 
 
 def acting_steps(skipping: SkipLayerGuidance, steps: int) -> tuple[int, ...]:
-    """Return the steps, from 0, that it acts on; never the first, often none of very few.
-
-    Source: diffusers `StableDiffusion3Pipeline.__call__`, ``should_skip_layers``.
-    """
-    return tuple(i for i in range(steps) if steps * skipping.start < i < steps * skipping.stop)
+    """Return the steps, from 0, that it acts on; never the first, often none of very few."""
+    return guidance.acting_steps(skipping.start, skipping.stop, steps)
 
 
 def skip_layer_text(skipping: SkipLayerGuidance) -> str:

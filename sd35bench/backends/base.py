@@ -21,6 +21,7 @@ __all__ = ["KINDS", "Backend", "Generation", "Probe", "backend_class", "load_bac
 
 KINDS = {
     "compile": "sd35bench.backends.compile:CompileBackend",
+    "core": "sd35bench.backends.core:CoreBackend",
     "eager": "sd35bench.backends.eager:EagerBackend",
     "fake": "sd35bench.backends.fake:FakeBackend",
     "int8": "sd35bench.backends.int8:Int8Backend",

@@ -9,7 +9,6 @@ Source of the layout: Stability-AI/sd3.5, `sd3_infer.py` and `mmditx.py`.
 """
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,11 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     StableDiffusion3Pipeline,
 )
-from safetensors import safe_open
 from torch import nn
 
 from sd35bench.checkpoint import LAYOUT, parts_in_file, parts_of_components
+from sd35bench.core.model import Weights
+from sd35bench.core.weights import config_of_stability, read_file
 from sd35bench.errors import BackendError, ConfigError
 from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
 from sd35bench.loading.folders import (
@@ -42,12 +42,8 @@ from sd35bench.loading.folders import (
 
 __all__ = ["load_single_file", "transformer_config"]
 
-HEAD_WIDTH = 64
-"""Width of an attention head where no query norm shows it: all of SD3 has it."""
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 """T5's embedding has two names and is stored once."""
-
-Weights = dict[str, torch.Tensor]
 
 
 def load_single_file(path: Path, components: Path, dtype: torch.dtype) -> Any:
@@ -72,9 +68,9 @@ def load_single_file(path: Path, components: Path, dtype: torch.dtype) -> Any:
     parts: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     with quiet_loading():
         try:
-            parts["transformer"] = _transformer(_read(path, "transformer"), dtype)
+            parts["transformer"] = _transformer(read_file(path, LAYOUT["transformer"]), dtype)
             for name in needed:
-                weights = _read(path, name) if name in brought else None
+                weights = read_file(path, LAYOUT[name]) if name in brought else None
                 parts[name] = _part(components / name, index[name], weights, dtype)
         except LOAD_ERRORS as exc:
             raise BackendError(
@@ -85,39 +81,26 @@ def load_single_file(path: Path, components: Path, dtype: torch.dtype) -> Any:
 
 
 def transformer_config(weights: Weights) -> dict[str, Any]:
-    """Read an SD3 transformer's configuration off its weights' shapes; keys without prefix.
+    """Read diffusers' configuration of the transformer off its weights; keys without prefix.
 
     `sample_size` shows nowhere; it only decides a default size, and every request has its own.
     """
-    projection = weights["x_embedder.proj.weight"]  # [width, channels, patch, patch]
-    width, channels, patch = (int(n) for n in projection.shape[:3])
-    norm = weights.get("joint_blocks.0.x_block.attn.ln_q.weight")
-    head = HEAD_WIDTH if norm is None else len(norm)
-    blocks = {int(key.split(".")[1]) for key in weights if key.startswith("joint_blocks.")}
-    dual = {int(key.split(".")[1]) for key in weights if ".x_block.attn2." in key}
+    config = config_of_stability(weights)
     return {
         "sample_size": 128,
-        "patch_size": patch,
-        "in_channels": channels,
-        "out_channels": weights["final_layer.linear.weight"].shape[0] // patch**2,
-        "num_layers": len(blocks),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "joint_attention_dim": weights["context_embedder.weight"].shape[1],
-        "caption_projection_dim": weights["context_embedder.weight"].shape[0],
-        "pooled_projection_dim": weights["y_embedder.mlp.0.weight"].shape[1],
-        "pos_embed_max_size": math.isqrt(weights["pos_embed"].shape[1]),
-        "dual_attention_layers": sorted(dual),
-        "qk_norm": None if norm is None else "rms_norm",
+        "patch_size": config.patch,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.layers,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.heads,
+        "joint_attention_dim": config.context_width,
+        "caption_projection_dim": config.width,
+        "pooled_projection_dim": config.pooled_width,
+        "pos_embed_max_size": config.position_side,
+        "dual_attention_layers": list(config.dual),
+        "qk_norm": "rms_norm" if config.qk_norm else None,
     }
-
-
-def _read(path: Path, part: str) -> Weights:
-    """Read a part's weights, keys without the part's prefix."""
-    prefix = LAYOUT[part]
-    with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 - no mapping
-        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
 
 
 def _transformer(weights: Weights, dtype: torch.dtype) -> nn.Module:

@@ -57,6 +57,7 @@ CONTESTANTS = [
         batch_levels=4,
         reference_levels=BF16_LEVELS,
     ),
+    Contestant(name="core", kind="core", options={"device": "cpu"}, batch_levels=1),
     Contestant(name="onnx", kind="onnx", options={"device": "cpu"}, batch_levels=1),
     # Activations share one scale per product, so whoever else is in the batch moves it (29 seen).
     Contestant(

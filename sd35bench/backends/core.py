@@ -1,0 +1,282 @@
+"""The compiled core (`sd35bench.core`) as a backend: SD3 and SD3.5 at the speed of the machine.
+
+It takes the parts that diffusers loaded, fuses the denoiser's weights, and makes images by its own
+loop. In float32 its final latents are the eager backend's to 1e-4, on the same seeds, in everything
+that the eager backend can do. Which executor runs a step is asked for and proven: one that cannot
+be had is refused, never replaced.
+"""
+
+import gc
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sd35_kernels import KernelUnavailable
+from sd35bench.backends.base import Generation
+from sd35bench.backends.pipeline import DiffusersBackend, choice, foreign_errors, refuse_not_finite
+from sd35bench.backends.samplers import own_shift
+from sd35bench.core.generate import Ask, Core, SkipLayers, generate
+from sd35bench.core.model import Config, Embedder, Executor, TorchExecutor, Weights
+from sd35bench.core.schedule import TRAIN_STEPS
+from sd35bench.core.text import CachedText, SD3Text
+from sd35bench.core.vae import LAYOUTS, Choices, Vae
+from sd35bench.core.weights import config_of_diffusers, fuse_diffusers
+from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
+from sd35bench.evaluations import sampler_order
+from sd35bench.export import artifact
+from sd35bench.loading.sources import DTYPES
+from sd35bench.measure import DeviceClock
+from sd35bench.types import Request, Scalar, Task, content_hash
+
+EXECUTORS = ("auto", "torch")
+VAE_LAYOUTS = ("auto", *LAYOUTS)
+TEXT_CACHES = ("negative", "all")
+PLAIN_SCHEDULE = {
+    "use_dynamic_shifting": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "num_train_timesteps": TRAIN_STEPS,
+}
+"""What the core's schedules assume of the model's own scheduler."""
+
+
+class CoreBackend(DiffusersBackend):
+    """SD3's denoiser on fused weights in a loop of our own.
+
+    Options: `dtype` (fp32, bf16), `device`, `executor` (auto: the fastest for the device), `vae`
+    (memory layout of the decoder; auto: the faster by timing), `text_cache` (negative: only
+    negative prompts are kept, so that an image's time is that of a new prompt; all: prompts too).
+    """
+
+    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
+        {**DiffusersBackend.options, "executor": "auto", "vae": "auto", "text_cache": "negative"}
+    )
+
+    def prepare(self, pipe: Any) -> None:
+        """Fuse the denoiser's weights and put the core together.
+
+        Raises: UnsupportedRequest for a model of another family; BackendError for a schedule that
+        the core does not have; OptimizationNotApplied where the executor cannot be had.
+        """
+        if self._load.model.family != "sd3":
+            raise UnsupportedRequest(
+                f"backend {self._load.backend.name} runs SD3's denoiser; a model of the family"
+                f" {self._load.model.family!r} runs on the eager and compile backends"
+            )
+        _refuse_other_schedules(pipe.scheduler)
+        dtype = DTYPES[self._dtype]
+        config = config_of_diffusers(pipe.transformer.config)
+        weights = dict(pipe.transformer.state_dict())
+        pipe.transformer = _Absent(pipe.transformer)
+        with foreign_errors():
+            fused = fuse_diffusers(config, weights, dtype)
+        gc.collect()
+        embedder = Embedder(config, fused, dtype)
+        kept = choice("text_cache", self.asked["text_cache"], TEXT_CACHES)
+        layout = choice("vae", self.asked["vae"], VAE_LAYOUTS)
+        self._core: Core | None = Core(
+            config=config,
+            embedder=embedder,
+            executor=self._executor(config, fused),
+            text=CachedText(_text(pipe, config)),
+            vae=Vae(pipe.vae, layout, Choices(self._choices_path())),
+            device=self.device,
+            dtype=dtype,
+            spatial=pipe.vae_scale_factor,
+            keep_prompts=kept == "all",
+        )
+        self._clock = DeviceClock(str(self.device))
+        self._shift = own_shift(pipe.scheduler)
+
+    def prove(self, pipe: Any) -> dict[str, Any]:
+        """Say which executor runs, as it says itself."""
+        assert self._core is not None
+        facts = self._core.executor.facts
+        proven = {**super().prove(pipe), "core": facts, "attention": facts["executor"]}
+        return {**proven, **self._seen()}
+
+    def settle(self) -> None:
+        """Add what the warm-up chose and kept."""
+        super().settle()
+        self.in_force = {**self.in_force, **self._seen()}
+
+    def generate(
+        self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
+    ) -> Generation:
+        """Make one image per request in one pass of the core.
+
+        Raises: UnsupportedRequest, OutOfMemory, InvalidImage, BackendError.
+        """
+        self._refuse(requests, inits)
+        core, first = self._core, requests[0]
+        assert core is not None
+        order, stamp = sampler_order(first.sampler), self._clock.stamp
+        ends: list[Any] = []
+        stages: dict[str, Any] = {}
+        kept: list[torch.Tensor] = []
+
+        def see(e: int, latents: torch.Tensor) -> None:
+            ends.append(stamp())
+            if self.keep_latents and e < order:
+                kept[:] = [latents]
+
+        def stage(name: str) -> None:
+            stages[name] = stamp()
+
+        with foreign_errors():
+            last, decoded = generate(core, self._ask(requests, inits), see, stage)
+            refuse_not_finite(last, decoded)
+            pixels = (decoded * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+            images = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        step_ends = [ends[i : i + order][-1] for i in range(0, len(ends), order)]
+        seconds = self._clock.seconds
+        marks = [stages["denoise"], *step_ends]
+        step_s = tuple(seconds(a, b) for a, b in zip(marks, step_ends, strict=False))
+        return Generation(
+            images=images,
+            evaluations=core.evaluations,
+            effective_steps=len(step_s),
+            text_s=seconds(stages["text"], stages["start"]),
+            denoise_s=sum(step_s),
+            decode_s=seconds(stages["decode"], stages["end"]),
+            step_s=step_s,
+            truncated_tokens=self.family.truncated_tokens(
+                [r.prompt for r in requests], self._max_sequence_length(first)
+            ),
+            latents_first=_host(kept[0]) if kept else None,
+            latents_last=_host(last) if self.keep_latents else None,
+        )
+
+    def close(self) -> None:
+        """Drop the core too."""
+        self._core = None
+        super().close()
+
+    def _executor(self, config: Config, fused: Weights) -> Executor:
+        """Build what runs a step.
+
+        Raises: OptimizationNotApplied where it cannot be had.
+        """
+        name = choice("executor", self.asked["executor"], EXECUTORS)
+        try:
+            return _BUILD[name](config, fused)
+        except KernelUnavailable as exc:
+            raise OptimizationNotApplied(f"backend.executor={name}: {exc}") from exc
+
+    def _choices_path(self) -> Path:
+        """Where what was timed is kept: a file for each model, machine and version of torch."""
+        machine = [platform.processor(), torch.backends.cpu.get_cpu_capability(), str(self.device)]
+        model = [self._load.model.name, self._load.model.weights_digest, self._load.threads]
+        digest = content_hash([*machine, *model, self._dtype, torch.__version__])[:16]
+        return artifact.artifact_root().parent / "core" / f"{digest}.json"
+
+    def _ask(self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]) -> Ask:
+        first, skipping = requests[0], requests[0].skip_layer_guidance
+        own = self._shift
+        assert own is not None
+        return Ask(
+            prompts=[r.prompt for r in requests],
+            negatives=[r.negative_prompt for r in requests],
+            seeds=[r.seed for r in requests],
+            height=first.height,
+            width=first.width,
+            steps=first.steps,
+            cfg=first.cfg,
+            sampler=first.sampler,
+            shift=own if first.shift is None else first.shift,
+            tokens=self._max_sequence_length(first),
+            inits=[_fitted(i, first) for i in inits if i is not None],
+            strength=first.prompt_strength or 1.0,
+            skip_layers=None
+            if skipping is None or first.task is Task.IMAGE_TO_IMAGE
+            else SkipLayers(
+                layers=skipping.layers,
+                scale=skipping.scale,
+                start=skipping.start,
+                stop=skipping.stop,
+            ),
+        )
+
+    def _seen(self) -> dict[str, Any]:
+        core = self._core
+        assert core is not None
+        return {
+            "vae_layout": dict(core.vae.chosen),
+            "text_cache": {
+                "kept": self.asked["text_cache"],
+                "hits": core.text.hits,
+                "misses": core.text.misses,
+            },
+        }
+
+
+_BUILD: dict[str, Callable[[Config, Weights], Executor]] = {
+    "auto": TorchExecutor,
+    "torch": TorchExecutor,
+}
+
+
+class _Absent:
+    """Stands where the transformer was: its configuration, for what reads that."""
+
+    attn_processors: Mapping[str, Any] = {}
+
+    def __init__(self, transformer: Any) -> None:
+        self.config = transformer.config
+        self.dtype: torch.dtype = transformer.dtype
+        self.device: torch.device = transformer.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Nobody calls it.
+
+        Raises: BackendError.
+        """
+        raise BackendError("the core's weights are fused: diffusers' transformer is gone")
+
+
+def _text(pipe: Any, config: Config) -> Any:
+    """Return what embeds prompts: the model's encoders, or what stands in for them."""
+    random_text = getattr(pipe, "random_text", None)
+    if random_text is not None:
+        return random_text
+    return SD3Text(
+        [pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3],
+        [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3],
+        config.context_width,
+    )
+
+
+def _refuse_other_schedules(scheduler: Any) -> None:
+    """Refuse a model whose own schedule is more than a shift.
+
+    Raises: BackendError.
+    """
+    config = scheduler.config
+    other = {k: config[k] for k, plain in PLAIN_SCHEDULE.items() if config.get(k, plain) != plain}
+    if other or own_shift(scheduler) is None:
+        raise BackendError(
+            f"model.path: its {type(scheduler).__name__} has {other or 'no fixed shift'}, which the"
+            " core does not know; use backend=eager"
+        )
+
+
+def _fitted(image: np.ndarray, request: Request) -> np.ndarray:
+    """Return the init image in the request's size, resized as diffusers' image processor does."""
+    if image.shape[:2] == (request.height, request.width):
+        return image
+    size = (request.width, request.height)
+    return np.asarray(Image.fromarray(image).resize(size, resample=Image.Resampling.LANCZOS))
+
+
+def _host(latents: torch.Tensor) -> np.ndarray:
+    return latents.to("cpu", torch.float32).numpy()

@@ -1,0 +1,77 @@
+"""What stands around the denoiser: kept texts, the decoder's layout, the package's borders."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd35bench.core.text import CachedText, Embeddings
+from sd35bench.core.vae import Choices, Vae
+from tests.tiny import build_tiny_sd3
+
+
+class Counting:
+    """Embeds a prompt as its length, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Embeddings:
+        self.asked.append(list(prompts))
+        lengths = torch.tensor([float(len(p)) for p in prompts])
+        return lengths.view(-1, 1, 1).expand(-1, max_sequence_length, 2), lengths[:, None]
+
+
+def test_kept_prompts_are_encoded_once() -> None:
+    encoder = Counting()
+    text = CachedText(encoder)
+    first = text.encode(["ab", "c", "ab"], 3, keep=True)
+    again = text.encode(["c", "ab"], 3, keep=True)
+    assert encoder.asked == [["ab", "c"]]
+    assert first[1][:, 0].tolist() == [2, 1, 2]
+    assert again[1][:, 0].tolist() == [1, 2]
+    assert (text.hits, text.misses) == (3, 2)
+
+
+def test_another_length_is_another_text_and_others_are_not_kept() -> None:
+    encoder = Counting()
+    text = CachedText(encoder, kept=1)
+    text.encode(["a"], 3, keep=True)
+    text.encode(["a"], 4, keep=False)
+    text.encode(["a"], 4, keep=True)
+    text.encode(["a"], 3, keep=True)
+    assert encoder.asked == [["a"], ["a"], ["a"], ["a"]]
+
+
+def test_the_layout_is_timed_once_for_a_shape_and_kept(tmp_path: Path) -> None:
+    module, path = build_tiny_sd3().vae, tmp_path / "choices.json"
+    latents = torch.randn(1, 16, 4, 8)
+    vae = Vae(module, "auto", Choices(path))
+    pixels = vae.decode(latents)
+    assert list(vae.chosen) == ["1x16x4x8"]
+    again = Vae(module, "auto", Choices(path))
+    again._time = lambda z: pytest.fail("timed again")  # type: ignore[method-assign]
+    assert torch.allclose(again.decode(latents), pixels, atol=1e-5)
+    assert again.chosen == vae.chosen
+
+
+def test_both_layouts_make_the_same_pixels() -> None:
+    module, latents = build_tiny_sd3().vae, torch.randn(1, 16, 4, 8)
+    made = [
+        Vae(module, layout, Choices(None)).decode(latents)
+        for layout in ("contiguous", "channels_last")
+    ]
+    assert torch.allclose(made[0], made[1], atol=1e-5)
+
+
+def test_the_core_loads_nothing_else_of_ours() -> None:
+    code = (
+        "import sys, sd35bench.core.generate, sd35bench.core.weights\n"
+        "ours = {m for m in sys.modules if m.startswith('sd35bench.')}\n"
+        "print(sorted(m for m in ours if not m.startswith('sd35bench.core')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
