@@ -1,0 +1,172 @@
+// Softmax(Q K^T) V over the tokens of two streams, float32, heads of 16, 32 or 64 channels.
+//
+// The idea: the two streams are joined only in where their projections are written: image tokens
+// first, then text, in one buffer a head. K is written in panels of 64 tokens, channel by channel, so
+// that both products have the shape of product.h's inner loop. A task is a head and 48 queries; keys
+// come in chunks of 256 with a running maximum and sum, so that no row of scores leaves L1.
+// Cost: 4 S^2 D operations, 1 exp2 a score (about 8 cycles for 16). K and V of a head (600 KB at 1178
+// tokens) are read from L2 once per 6 queries: 21 bytes a cycle, the limit of this loop on AVX-512.
+#pragma once
+#include "epilogue.h"
+
+namespace sd35 {
+
+constexpr int64_t KEYS = 256;     // keys in a chunk
+constexpr int64_t QUERIES = 48;   // queries in a task
+constexpr float LOG2_E = 1.44269504088896f;
+
+// Q, K, V of one attention, all heads: q and v [B][heads][tokens][dim], k in panels.
+struct Heads {
+  float *q, *k, *v;
+  int64_t heads, tokens, dim;
+
+  int64_t size() const { return heads * round_up(tokens, PANEL) * dim; }  // floats an image
+  int64_t base(int64_t b, int64_t head) const {
+    return b * size() + head * round_up(tokens, PANEL) * dim;
+  }
+};
+
+// Epilogue of the q, k, v product: QK-RMSNorm and the layouts of attention. Softmax's 1 / sqrt(dim)
+// and log2(e) go into q, so that scores are exponents of two.
+struct SplitHeads {
+  Heads to;
+  const float* q_norm;  // [dim] or null
+  const float* k_norm;
+  float eps;
+  int64_t tokens;  // of this stream in an image
+  int64_t offset;  // of this stream's first token in the joint sequence
+  int64_t skipped; // channels that the packed weights leave out at the front (q of the last text)
+
+  void operator()(int64_t row, int64_t col, float* v, int64_t cols) const {
+    const int64_t b = row / tokens, token = row % tokens + offset, dim = to.dim;
+    for (int64_t c = 0; c < cols; c += dim) {
+      const int64_t channel = (skipped + col + c) / dim, part = channel / to.heads;
+      const int64_t base = to.base(b, channel % to.heads);
+      float* x = v + c;
+      if (part == 0) {
+        scale(x, q_norm, LOG2_E / std::sqrt(static_cast<float>(dim)));
+        std::memcpy(to.q + base + token * dim, x, dim * sizeof(float));
+      } else if (part == 1) {
+        scale(x, k_norm, 1.0f);
+        float* panel = to.k + base + token / PANEL * PANEL * dim + token % PANEL;
+        for (int64_t d = 0; d < dim; d++) panel[d * PANEL] = x[d];
+      } else {
+        std::memcpy(to.v + base + token * dim, x, dim * sizeof(float));
+      }
+    }
+  }
+
+  void scale(float* x, const float* weight, float factor) const {
+    if (weight) {
+      vfloat squares{};
+      for (int64_t d = 0; d < to.dim; d += LANES) squares += load(x + d) * load(x + d);
+      factor /= std::sqrt(sum(squares) / static_cast<float>(to.dim) + eps);
+    }
+    for (int64_t d = 0; d < to.dim; d += LANES)
+      store(x + d, load(x + d) * (weight ? load(weight + d) * factor : splat(factor)));
+  }
+};
+
+// Where a row of the result goes: the first stream's buffer or the second's.
+struct Joined {
+  float *first, *second;  // [B * tokens][width]
+  int64_t first_tokens, second_tokens, width;
+
+  float* row(int64_t b, int64_t token) const {
+    return token < first_tokens ? first + (b * first_tokens + token) * width
+                                : second + (b * second_tokens + token - first_tokens) * width;
+  }
+};
+
+template <int R>
+INLINE void scores(const float* q, const float* k, int64_t dim, float (*s)[KEYS], int64_t keys) {
+  for (int64_t key = 0; key < keys; key += PANEL, k += dim * PANEL)
+    float_block<R>(q, dim, k, dim, s[0] + key, KEYS, true);
+}
+
+// s[0 .. keys) -> 2^(s - maximum), zero beyond; returns by how much earlier sums shrink.
+INLINE float softmax_chunk(float* s, int64_t keys, float& maximum, float& total) {
+  const int64_t end = round_up(keys, LANES);
+  for (int64_t i = keys; i < end; i++) s[i] = -INFINITY;
+  vfloat top = load(s);
+  for (int64_t i = LANES; i < end; i += LANES) {
+    vfloat x = load(s + i);
+    top = x > top ? x : top;
+  }
+  const float before = maximum;
+  maximum = std::max(before, largest(top));
+  const float shrink = exp2(splat(before - maximum))[0];
+  vfloat added{};
+  for (int64_t i = 0; i < end; i += LANES) {
+    vfloat p = exp2(load(s + i) - maximum);
+    store(s + i, p);
+    added += p;
+  }
+  // Lanes beyond `keys` hold 2^-126, not 0: they vanish in the sum and are not multiplied.
+  total = total * shrink + sum(added);
+  return shrink;
+}
+
+// o = o * shrink + p v, `dim` channels.
+template <int R, int V>
+INLINE void weigh(float (*o)[PANEL], const float* shrink, const float* p, const float* v, int64_t dim,
+                  int64_t keys) {
+  for (int64_t d = 0; d < dim; d += V * LANES) {
+    vfloat acc[R][V];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; i++) acc[r][i] = load(o[r] + d + i * LANES) * shrink[r];
+    multiply<R, V>(acc, p, KEYS, v + d, dim, keys);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; i++) store(o[r] + d + i * LANES, acc[r][i]);
+  }
+}
+
+template <int R, int V>
+void attend_rows(const Heads& x, int64_t base, int64_t b, int64_t head, int64_t row, const Joined& out) {
+  float s[R][KEYS], o[R][PANEL] = {}, maximum[R], total[R] = {}, shrink[R];
+  for (int r = 0; r < R; r++) maximum[r] = -INFINITY;
+  const float* q = x.q + base + row * x.dim;
+  for (int64_t key = 0; key < x.tokens; key += KEYS) {
+    const int64_t keys = std::min(KEYS, x.tokens - key);
+    scores<R>(q, x.k + base + key * x.dim, x.dim, s, keys);
+    for (int r = 0; r < R; r++) shrink[r] = softmax_chunk(s[r], keys, maximum[r], total[r]);
+    weigh<R, V>(o, shrink, s[0], x.v + base + key * x.dim, x.dim, keys);
+  }
+  for (int r = 0; r < R; r++) {
+    float* to = out.row(b, row + r) + head * x.dim;
+    for (int64_t d = 0; d < x.dim; d += LANES) store(to + d, load(o[r] + d) / total[r]);
+  }
+}
+
+struct AttentionGrid {
+  int64_t queries, blocks, heads, batch;
+
+  // `queries`: how many of the tokens ask; those behind them are only asked.
+  AttentionGrid(int64_t batch, int64_t heads, int64_t queries)
+      : queries(queries), blocks(ceil_div(queries, QUERIES)), heads(heads), batch(batch) {}
+  int64_t count() const { return batch * heads * blocks; }
+};
+
+inline void attention_task(const Heads& x, const AttentionGrid& grid, int64_t task, const Joined& out) {
+  const int64_t block = task % grid.blocks, head = task / grid.blocks % grid.heads;
+  const int64_t b = task / grid.blocks / grid.heads, base = x.base(b, head);
+  const int64_t row0 = grid.queries * block / grid.blocks;
+  const int64_t row1 = grid.queries * (block + 1) / grid.blocks;
+  const int64_t groups = ceil_div(row1 - row0, ROWS);
+  for (int64_t group = 0; group < groups; group++) {
+    const int64_t row = row0 + (row1 - row0) * group / groups;
+    const int64_t rows = row0 + (row1 - row0) * (group + 1) / groups - row;
+#define SD35_CALL(R)                                                                \
+  (x.dim % (BLOCK_LANES * LANES) == 0 ? attend_rows<R, BLOCK_LANES>(x, base, b, head, row, out) \
+   : x.dim == 32                      ? attend_rows<R, 32 / LANES>(x, base, b, head, row, out)  \
+                                      : attend_rows<R, 16 / LANES>(x, base, b, head, row, out))
+    SD35_BY_ROWS(rows, SD35_CALL)
+#undef SD35_CALL
+  }
+}
+
+}  // namespace sd35

@@ -1,0 +1,308 @@
+// One velocity of MMDiT-X: patch embedding, all blocks, final layer, in one parallel region.
+//
+// The idea: a step is a list of phases, each a set of independent tasks (image, text and dual
+// stream together), so that threads meet nine times a block and Python is called once a step.
+// Cost of a block at width D, N image and T text tokens: 2 (16 N + 12 T) D^2 + 4 ((N + T)^2 + N^2) D
+// operations with dual attention. Memory: activations of one block, [N, 4 D] the largest.
+// Source: Esser et al. 2024 (MMDiT); the MMDiT-X blocks of SD3.5-Medium as diffusers has them
+// (models/attention.py, JointTransformerBlock).
+#pragma once
+#include "attention.h"
+#include "norm.h"
+
+namespace sd35 {
+
+struct Projections {
+  Linear qkv, out;
+  const float *q_norm, *k_norm;
+};
+
+struct Stream {
+  Projections attention;
+  Linear up, down;
+};
+
+struct Block {
+  Stream image, text;
+  Projections dual;
+  int64_t has_dual;
+  int64_t last;  // text gives keys and values only and ends here
+};
+
+struct Model {
+  int64_t layers, heads, head_dim, width, patch, in_channels, out_channels, hidden_chunk, kind;
+  const Block* blocks;
+  Linear embed, final;
+  double eps;
+};
+
+struct Step {
+  const float *latents, *context, *modulation, *position;
+  float* velocity;
+  const uint8_t* skip;  // [layers]
+  void* scratch;
+  int64_t batch, h, w, text, modulation_width, threads;  // h, w in patches
+
+  int64_t image() const { return h * w; }
+};
+
+// Hands out aligned pieces of one buffer; with a null buffer it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used = round_up(used + count * static_cast<int64_t>(sizeof(T)), 64);
+    return base ? piece : nullptr;
+  }
+  Rows rows(int64_t kind, int64_t count, int64_t width, int64_t chunks) {
+    if (kind == FP32) return {take<float>(count * width), nullptr, width, chunks};
+    uint8_t* data = take<uint8_t>(count * width + 64);
+    return {data, take<float>(count * chunks), width, chunks};
+  }
+};
+
+// Every activation of a step; what a block leaves behind the next one overwrites.
+struct Buffers {
+  float *x, *text, *attended, *attended_dual, *attended_text, *threads;
+  Rows patches, n, n_dual, n_text, mixed, mixed_dual, mixed_text, hidden, hidden_text, last;
+  Heads joint, dual;
+
+  static int64_t thread_floats(const Model& m) { return std::max(TILE, 2 * m.width) + 64; }
+
+  Buffers(const Model& m, const Step& s, Arena& arena) {
+    const int64_t images = s.batch * s.image(), texts = s.batch * s.text, d = m.width;
+    threads = arena.take<float>(s.threads * thread_floats(m));
+    x = arena.take<float>(images * d), text = arena.take<float>(texts * d);
+    attended = arena.take<float>(images * d), attended_dual = arena.take<float>(images * d);
+    attended_text = arena.take<float>(texts * d);
+    patches = arena.rows(FP32, images, m.embed.k, 1);
+    last = arena.rows(FP32, images, d, 1);
+    n = arena.rows(m.kind, images, d, 1), n_dual = arena.rows(m.kind, images, d, 1);
+    n_text = arena.rows(m.kind, texts, d, 1);
+    const int64_t chunks = 4 * d / m.hidden_chunk;
+    hidden = arena.rows(m.kind, images, 4 * d, chunks);
+    hidden_text = arena.rows(m.kind, texts, 4 * d, chunks);
+    if (m.kind == FP32) {
+      mixed = {attended, nullptr, d, 1}, mixed_dual = {attended_dual, nullptr, d, 1};
+      mixed_text = {attended_text, nullptr, d, 1};
+    } else {
+      mixed = arena.rows(m.kind, images, d, 1), mixed_dual = arena.rows(m.kind, images, d, 1);
+      mixed_text = arena.rows(m.kind, texts, d, 1);
+    }
+    joint = heads(m, s.batch, s.image() + s.text, arena), dual = heads(m, s.batch, s.image(), arena);
+  }
+
+  static Heads heads(const Model& m, int64_t batch, int64_t tokens, Arena& arena) {
+    Heads h{nullptr, nullptr, nullptr, m.heads, tokens, m.head_dim};
+    h.q = arena.take<float>(batch * h.size()), h.k = arena.take<float>(batch * h.size());
+    h.v = arena.take<float>(batch * h.size());
+    return h;
+  }
+};
+
+// The modulation vectors of one block, in the order of the caller's table.
+struct BlockModulation {
+  const float *shift, *scale, *gate, *shift_mlp, *scale_mlp, *gate_mlp, *shift2, *scale2, *gate2;
+  const float *text_shift, *text_scale, *text_gate, *text_shift_mlp, *text_scale_mlp, *text_gate_mlp;
+
+  // Takes its vectors from `table` and moves it on.
+  BlockModulation(const Block& block, const float*& table, int64_t width) {
+    auto next = [&](bool there) {
+      const float* here = table;
+      if (there) table += width;
+      return there ? here : nullptr;
+    };
+    for (const float** v : {&shift, &scale, &gate, &shift_mlp, &scale_mlp, &gate_mlp}) *v = next(true);
+    for (const float** v : {&shift2, &scale2, &gate2}) *v = next(block.has_dual);
+    for (const float** v : {&text_shift, &text_scale}) *v = next(true);
+    for (const float** v : {&text_gate, &text_shift_mlp, &text_scale_mlp, &text_gate_mlp})
+      *v = next(!block.last);
+  }
+};
+
+constexpr int64_t NORM_ROWS = 16;  // rows of a LayerNorm task
+constexpr int64_t PHASES_PER_BLOCK = 10;
+
+// What one thread does in one step.
+struct Walk {
+  const Model& m;
+  const Step& s;
+  Buffers& f;
+  Team& team;
+  const int64_t images = s.batch * s.image(), texts = s.batch * s.text, d = m.width;
+  const float eps = static_cast<float>(m.eps);
+
+  void run() {
+    embed();
+    const float* table = s.modulation;
+    for (int64_t i = 0; i < m.layers; i++) {
+      BlockModulation mod(m.blocks[i], table, d);
+      if (!s.skip[i]) block(m.blocks[i], mod);
+    }
+    norm_phase([&](int64_t row, float* n) { modulate_row(row, s.image(), n, table, table + d, f.last); },
+               nullptr);
+    Grid grid(images, m.final.n, s.threads);
+    team.tasks(grid.count(), [&](int64_t i) {
+      product_task(m.final, f.last, grid, i, team.scratch,
+                   Unpatchify{s.velocity, s.h, s.w, m.patch, m.out_channels});
+    });
+  }
+
+  void embed() {
+    team.tasks(ceil_div(images, NORM_ROWS), [&](int64_t i) {
+      for (int64_t row = i * NORM_ROWS; row < std::min(images, (i + 1) * NORM_ROWS); row++) cut(row);
+    });
+    Grid grid(images, d, s.threads);
+    team.tasks(grid.count(), [&](int64_t i) {
+      product_task(m.embed, f.patches, grid, i, team.scratch,
+                   AddPosition{f.x, s.position, s.image(), d});
+    });
+  }
+
+  // One patch as a row (c, y, x); the first thread that comes by also copies the text.
+  void cut(int64_t row) {
+    const int64_t p = m.patch, b = row / s.image(), y = row / s.w % s.h, x = row % s.w;
+    float* out = const_cast<float*>(f.patches.floats(row));
+    for (int64_t c = 0; c < m.in_channels; c++)
+      for (int64_t py = 0; py < p; py++) {
+        const int64_t line = ((b * m.in_channels + c) * s.h + y) * p + py;
+        std::memcpy(out, s.latents + (line * s.w + x) * p, p * sizeof(float)), out += p;
+      }
+    if (row == 0) std::memcpy(f.text, s.context, texts * d * sizeof(float));
+  }
+
+  void block(const Block& block, const BlockModulation& mod) {
+    norm_phase(
+        [&](int64_t row, float* n) {
+          modulate_row(row, s.image(), n, mod.shift, mod.scale, f.n);
+          if (block.has_dual) modulate_row(row, s.image(), n, mod.shift2, mod.scale2, f.n_dual);
+        },
+        mod.text_shift, mod.text_scale);
+    project(block);
+    attend(block);
+    if (m.kind != FP32) requantise(block);
+    output(block, mod);
+    norm_phase(
+        [&](int64_t row, float* n) {
+          modulate_row(row, s.image(), n, mod.shift_mlp, mod.scale_mlp, f.n);
+        },
+        mod.text_shift_mlp, mod.text_scale_mlp);
+    Grid up(images, 4 * d, s.threads, hidden_group()), text_up(texts, 4 * d, s.threads, hidden_group());
+    if (block.last) text_up.down = 0;
+    team.tasks(up.count() + text_up.count(), [&](int64_t i) {
+      if (i < up.count()) product_task(block.image.up, f.n, up, i, team.scratch, Gelu{f.hidden});
+      else product_task(block.text.up, f.n_text, text_up, i - up.count(), team.scratch, Gelu{f.hidden_text});
+    });
+    residual(block.image.down, f.hidden, mod.gate_mlp, block.text.down, f.hidden_text,
+             mod.text_gate_mlp);
+  }
+
+  int64_t hidden_group() const { return m.kind == FP32 ? 0 : m.hidden_chunk; }
+
+  void modulate_row(int64_t row, int64_t tokens, const float* n, const float* shift, const float* scale,
+                    const Rows& out) {
+    const int64_t image = row / tokens * s.modulation_width;
+    modulate(n, d, {shift + image, scale + image}, out, row, team.scratch + d);
+  }
+
+  // LayerNorm of both streams; text's only where it has a modulation.
+  template <class F>
+  void norm_phase(F&& image_row, const float* text_shift, const float* text_scale = nullptr) {
+    const int64_t first = ceil_div(images, NORM_ROWS);
+    const int64_t second = text_shift ? ceil_div(texts, NORM_ROWS) : 0;
+    float* n = team.scratch;
+    team.tasks(first + second, [&](int64_t i) {
+      const bool text = i >= first;
+      const int64_t row0 = (text ? i - first : i) * NORM_ROWS;
+      for (int64_t row = row0; row < std::min(text ? texts : images, row0 + NORM_ROWS); row++) {
+        normalise((text ? f.text : f.x) + row * d, d, eps, n);
+        if (text) modulate_row(row, s.text, n, text_shift, text_scale, f.n_text);
+        else image_row(row, n);
+      }
+    });
+  }
+
+  // q, k, v of image, text and dual attention, written where attention reads them.
+  void project(const Block& block) {
+    const Projections &a = block.image.attention, &t = block.text.attention, &b = block.dual;
+    Grid image(images, a.qkv.n, s.threads), text(texts, t.qkv.n, s.threads);
+    Grid dual(images, a.qkv.n, s.threads);
+    if (!block.has_dual) dual.down = 0;
+    const SplitHeads to_image{f.joint, a.q_norm, a.k_norm, eps, s.image(), 0, 0};
+    const SplitHeads to_text{f.joint, t.q_norm, t.k_norm, eps, s.text, s.image(), 3 * d - t.qkv.n};
+    const SplitHeads to_dual{f.dual, b.q_norm, b.k_norm, eps, s.image(), 0, 0};
+    team.tasks(image.count() + dual.count() + text.count(), [&](int64_t i) {
+      if (i < image.count()) product_task(a.qkv, f.n, image, i, team.scratch, to_image);
+      else if ((i -= image.count()) < dual.count())
+        product_task(b.qkv, f.n_dual, dual, i, team.scratch, to_dual);
+      else product_task(t.qkv, f.n_text, text, i - dual.count(), team.scratch, to_text);
+    });
+  }
+
+  void attend(const Block& block) {
+    const AttentionGrid joint(s.batch, m.heads, block.last ? s.image() : s.image() + s.text);
+    AttentionGrid dual(s.batch, m.heads, s.image());
+    if (!block.has_dual) dual.batch = 0;
+    const Joined to{f.attended, f.attended_text, s.image(), s.text, d};
+    const Joined to_dual{f.attended_dual, nullptr, s.image(), 0, d};
+    team.tasks(joint.count() + dual.count(), [&](int64_t i) {
+      if (i < joint.count()) attention_task(f.joint, joint, i, to);
+      else attention_task(f.dual, dual, i - joint.count(), to_dual);
+    });
+  }
+
+  // Attention's output in the layout of the next product.
+  void requantise(const Block& block) {
+    const int64_t first = ceil_div(images, NORM_ROWS), second = block.has_dual ? first : 0;
+    const int64_t third = block.last ? 0 : ceil_div(texts, NORM_ROWS);
+    team.tasks(first + second + third, [&](int64_t i) {
+      if (i < first) quantise_rows(f.attended, images, i, f.mixed);
+      else if ((i -= first) < second) quantise_rows(f.attended_dual, images, i, f.mixed_dual);
+      else quantise_rows(f.attended_text, texts, i - second, f.mixed_text);
+    });
+  }
+
+  void quantise_rows(const float* x, int64_t rows, int64_t task, const Rows& out) {
+    for (int64_t row = task * NORM_ROWS; row < std::min(rows, (task + 1) * NORM_ROWS); row++)
+      emit(out, row, 0, x + row * d, d);
+  }
+
+  void output(const Block& block, const BlockModulation& mod) {
+    residual(block.image.attention.out, f.mixed, mod.gate, block.text.attention.out, f.mixed_text,
+             block.last ? nullptr : mod.text_gate);
+    if (!block.has_dual) return;
+    residual(block.dual.out, f.mixed_dual, mod.gate2, block.dual.out, f.mixed_dual, nullptr);
+  }
+
+  // x += gate * layer(rows), for the image stream and, where it has a gate, for text.
+  void residual(const Linear& layer, const Rows& rows, const float* gate, const Linear& text_layer,
+                const Rows& text_rows, const float* text_gate) {
+    Grid image(images, d, s.threads), text(texts, d, s.threads);
+    if (!text_gate) text.down = 0;
+    const AddGated add{f.x, gate, s.modulation_width, s.image(), d};
+    const AddGated add_text{f.text, text_gate, s.modulation_width, s.text, d};
+    team.tasks(image.count() + text.count(), [&](int64_t i) {
+      if (i < image.count()) product_task(layer, rows, image, i, team.scratch, add);
+      else product_task(text_layer, text_rows, text, i - image.count(), team.scratch, add_text);
+    });
+  }
+};
+
+inline int64_t scratch_bytes(const Model& m, const Step& s) {
+  Arena arena{nullptr};
+  Buffers(m, s, arena);
+  return arena.used;
+}
+
+inline void step(const Model& m, const Step& s) {
+  Arena arena{static_cast<char*>(s.scratch)};
+  Buffers buffers(m, s, arena);
+  const int64_t phases = m.layers * PHASES_PER_BLOCK + 8;
+  run_team(static_cast<int>(s.threads), phases, buffers.threads, Buffers::thread_floats(m),
+           [&](Team& team) { Walk{m, s, buffers, team}.run(); });
+}
+
+}  // namespace sd35

@@ -1,0 +1,46 @@
+// The threads of one call: torch's own OpenMP pool, and a counter that hands out tasks.
+//
+// The idea: a denoising step is about nine phases a block. One parallel region spans the step; in
+// each phase every thread takes the next task from a shared counter until none is left, then waits
+// for the others. Cost: a locked add per task and a barrier per phase (1-2 us at 2 threads), against
+// 10 us for a new parallel region and 20-100 us for a call from Python. Handing tasks out as they
+// are asked for, not in equal shares, keeps a thread that lost its core from stopping the others.
+#pragma once
+#include <omp.h>
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace sd35 {
+
+struct alignas(64) Counter {
+  std::atomic<int64_t> next{0};
+};
+
+// One thread's view of the team; all threads go through the same phases in the same order.
+struct Team {
+  Counter* counters;
+  float* scratch;  // this thread's own
+  int64_t phase = 0;
+
+  template <class F>
+  void tasks(int64_t count, F&& run) {
+    std::atomic<int64_t>& next = counters[phase++].next;
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) run(i);
+#pragma omp barrier
+  }
+};
+
+// Run body(team) on `threads` threads. scratch: `scratch_floats` for each.
+template <class F>
+void run_team(int threads, int64_t phases, float* scratch, int64_t scratch_floats, F&& body) {
+  std::vector<Counter> counters(phases);
+#pragma omp parallel num_threads(threads)
+  {
+    Team team{counters.data(), scratch + omp_get_thread_num() * scratch_floats};
+    body(team);
+  }
+}
+
+}  // namespace sd35

@@ -1,0 +1,81 @@
+// A vector of floats as wide as the machine's registers, in GCC's vector types.
+//
+// The idea: arithmetic that is the same on every instruction set is written once, in vectors that
+// the compiler lowers; only dot products of small integers need intrinsics (product.h, amx.h).
+// Cost: exp2 is 12 instructions a vector, GELU 20 and a division; both are used on values that cost
+// hundreds of cycles to make.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace sd35 {
+
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16;
+constexpr int BLOCK_LANES = 4;  // vectors of a register block: 6 x 4 of 32 registers
+#else
+constexpr int64_t LANES = 8;
+constexpr int BLOCK_LANES = 2;  // 6 x 2 of 16 registers
+#endif
+typedef float vfloat __attribute__((vector_size(LANES * 4)));
+typedef int32_t vint __attribute__((vector_size(LANES * 4)));
+typedef uint8_t vbyte __attribute__((vector_size(LANES)));
+typedef float vfloat_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint8_t vbyte_any __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_any*>(p); }
+INLINE void store(float* p, vfloat v) { *reinterpret_cast<vfloat_any*>(p) = v; }
+INLINE vfloat as_float(vint v) { return (vfloat)v; }
+INLINE vint as_int(vfloat v) { return (vint)v; }
+INLINE vfloat splat(float x) {
+#ifdef __AVX512F__
+  return vfloat{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#else
+  return vfloat{x, x, x, x, x, x, x, x};
+#endif
+}
+
+INLINE float sum(vfloat v) {
+  float s = 0;
+  for (int i = 0; i < LANES; i++) s += v[i];
+  return s;
+}
+
+// The comparisons are written so that a NaN in v stays: a fault must be seen in the image.
+INLINE vfloat at_least(vfloat v, float low) { return v < low ? splat(low) : v; }
+INLINE vfloat at_most(vfloat v, float high) { return v > high ? splat(high) : v; }
+
+INLINE float largest(vfloat v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; i++) m = v[i] > m || v[i] != v[i] ? v[i] : m;
+  return m;
+}
+
+// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+constexpr float ROUNDER = 12582912.0f;
+
+// 2^v, 1.2e-7 relative: Taylor series to the sixth power on [-1/2, 1/2], exponent by shifting.
+INLINE vfloat exp2(vfloat v) {
+  v = at_most(at_least(v, -126.0f), 127.0f);
+  vfloat shifted = v + ROUNDER;
+  vfloat f = v - (shifted - ROUNDER);
+  vfloat p = splat(1.54035304e-4f);
+  p = p * f + 1.33335581e-3f;
+  p = p * f + 9.61812911e-3f;
+  p = p * f + 5.55041087e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.0f;
+  return as_float(as_int(p) + (as_int(shifted) << 23));
+}
+
+// GELU, tanh form: v * sigmoid(2 u), u = sqrt(2/pi) (v + 0.044715 v^3); 2 log2(e) is in the constants.
+INLINE vfloat gelu(vfloat v) {
+  vfloat u = v * (v * v * (-2.302208198f * 0.044715f) - 2.302208198f);
+  return v / (1.0f + exp2(u));
+}
+
+}  // namespace sd35
