@@ -23,7 +23,7 @@ from sd35bench.analysis.table import Row, ScoreLike, Table
 from sd35bench.errors import MetricError
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.kernel_distance import Sample
+from sd35bench.stats.kernel import Sample
 from sd35bench.types import Record, Task
 
 __all__ = [

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sd35bench.disk import write_atomic
 from sd35bench.errors import MetricError, StoreError
 from sd35bench.stats.frechet import Gaussian
-from sd35bench.stats.kernel_distance import Sample
+from sd35bench.stats.kernel import Sample
 
 __all__ = [
     "Reference",

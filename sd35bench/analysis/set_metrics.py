@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from sd35bench.analysis.reference import Reference
 from sd35bench.errors import MetricError
-from sd35bench.stats.frechet import frechet_interval
-from sd35bench.stats.frechet_infinity import frechet_infinity_interval, least_prompts
+from sd35bench.stats.frechet import frechet_infinity_interval, frechet_interval, least_prompts
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.kernel_distance import (
+from sd35bench.stats.kernel import (
     Sample,
     Subsets,
     gaussian_kernel,

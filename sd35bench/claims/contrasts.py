@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
 
-from sd35bench.stats.equivalence import holm
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.noninferiority import TAIL, p_within, prompts_needed, spread
+from sd35bench.stats.verdicts import TAIL, holm, p_within, prompts_needed, spread
 
 __all__ = ["Contrast", "Judged", "Side", "Verdict", "judge_claims", "more_images"]
 

@@ -16,7 +16,7 @@ from sd35bench.analysis.table import Table, read_table
 from sd35bench.claims import designs
 from sd35bench.claims.contrasts import Contrast, Judged, Verdict, judge_claims, more_images
 from sd35bench.claims.evidence import Evidence, Unmeasured, Untestable, read_evidence
-from sd35bench.stats.noninferiority import TAIL
+from sd35bench.stats.verdicts import TAIL
 from sd35bench.types import to_json
 
 __all__ = ["CLAIMS", "METRICS", "Claim", "claims_document", "is_claims_study"]

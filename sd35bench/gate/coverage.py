@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sd35bench.gate.policy import Policy
 from sd35bench.gate.sides import Side
-from sd35bench.stats.equivalence import Verdict
+from sd35bench.stats.verdicts import Verdict
 
 __all__ = ["count_covered", "judge_coverage"]
 

@@ -19,7 +19,7 @@ from sd35bench.gate.dimensions import Distances, Figure, figures, start_drifts
 from sd35bench.gate.policy import Dimension, Policy
 from sd35bench.gate.sides import Side, match_pairs, match_sides
 from sd35bench.gate.worst import worst_pairs
-from sd35bench.stats.equivalence import Judgement, Verdict, decide, holm, judge, worst
+from sd35bench.stats.verdicts import Judgement, Verdict, decide, holm, judge, worst
 
 __all__ = ["compare_sides", "gate_fails"]
 

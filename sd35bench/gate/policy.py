@@ -17,8 +17,8 @@ import yaml
 
 from sd35bench.analysis.quality import facts, known_metrics
 from sd35bench.errors import ConfigError
-from sd35bench.stats.equivalence import Direction
 from sd35bench.stats.latency import Spread
+from sd35bench.stats.verdicts import Direction
 
 __all__ = ["DIMENSIONS", "Dimension", "MetricMargin", "Policy", "as_policy", "load_policy"]
 

@@ -1,7 +1,7 @@
 """How far two sides are apart in a set metric, by its statistic, where an interval of it is known.
 
-A paired interval is given for the kernel distances (`sd35bench.stats.kernel_difference`) and the
-Fréchet distance (`sd35bench.stats.frechet_difference`), from as many prompts on as its coverage
+A paired interval is given for the kernel distances (`sd35bench.stats.kernel`) and the
+Fréchet distance (`sd35bench.stats.frechet`), from as many prompts on as its coverage
 was measured with (docs/validity.md, docs/adr/0012-set-metrics-in-the-gate.md). The others are
 refused: the extrapolated distance has more noise than the plain one, recall's manifold is made of
 the images themselves, and for precision the reference's balls are taken as they are.
@@ -22,10 +22,15 @@ from sd35bench.analysis.set_metrics import (
     compute,
 )
 from sd35bench.errors import MetricError
-from sd35bench.stats.frechet_difference import frechet_difference
+from sd35bench.stats.frechet import frechet_difference
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.kernel_difference import Twins, kernel_difference
-from sd35bench.stats.kernel_distance import Sample, gaussian_kernel, polynomial_kernel
+from sd35bench.stats.kernel import (
+    Sample,
+    Twins,
+    gaussian_kernel,
+    kernel_difference,
+    polynomial_kernel,
+)
 
 __all__ = ["LEAST_PROMPTS", "SetDifference", "least_prompts", "set_difference"]
 

@@ -17,7 +17,7 @@ from sd35bench.gate.policy import MetricMargin
 from sd35bench.gate.set_differences import least_prompts, set_difference
 from sd35bench.gate.set_scores import SetScore
 from sd35bench.gate.sides import Matched, Side, match_pairs, prompt_hash
-from sd35bench.stats.kernel_difference import Twins
+from sd35bench.stats.kernel import Twins
 
 __all__ = ["SET_UNIT", "set_figure"]
 

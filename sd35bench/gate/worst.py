@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sd35bench.gate.dimensions import Distances
 from sd35bench.gate.policy import Policy
 from sd35bench.gate.sides import Side, match_pairs
-from sd35bench.stats.equivalence import Direction
+from sd35bench.stats.verdicts import Direction
 
 __all__ = ["SHOWN", "worst_pairs"]
 

@@ -1,7 +1,7 @@
 """FID∞: the Fréchet distance extrapolated to infinitely many images.
 
 It takes away the part of FID that depends on n, and so compares sets of unlike n; see
-`sd35bench.stats.frechet_infinity` for the line, its standard error (`fit_se`) and the interval.
+`sd35bench.stats.frechet` for the line, its standard error (`fit_se`) and the interval.
 It needs twice the images of FID, since the line reaches down to half of them.
 
 Source: Chong and Forsyth 2020 (arXiv 1911.07023).

@@ -5,7 +5,7 @@ the KID of the literature (which often prints it times 100 or 1000; here it is t
 extractors have numbers of their own. CLIP's features, nano's among them, mean something by their
 direction only, and enter at one length: raw, the cube of nano's (of which the square is 32 per
 dimension) drowned 4 steps against 16 in noise, 180 ± 600 and 860 ± 630; at one length it is 0.086 ±
-0.027 and 0.025 ± 0.007. The number is `sd35bench.stats.kernel_distance`: from all pairs of
+0.027 and 0.025 ± 0.007. The number is `sd35bench.stats.kernel`: from all pairs of
 unlike prompts, or as a mean over seeded subsets where `subset_size` is given.
 
 Source: Bińkowski et al. 2018 (arXiv 1801.01401).

@@ -18,7 +18,7 @@ from sd35bench.recommend.held_out_runs import add_run, confirming_runs, runs_doc
 from sd35bench.recommend.named_defaults import check_name, find_default
 from sd35bench.recommend.pareto import Front, front_of
 from sd35bench.recommend.profiles import BEST, Profile, as_profiles
-from sd35bench.stats.equivalence import holm
+from sd35bench.stats.verdicts import holm
 from sd35bench.types import Task
 
 __all__ = ["recommend_document"]

@@ -20,7 +20,7 @@ from sd35bench.recommend.constraints import Limits, Speeds, amount, check_limits
 from sd35bench.recommend.pareto import SAME_COST
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.noninferiority import TAIL, Tested, against_all, images_between
+from sd35bench.stats.verdicts import TAIL, Tested, against_all, images_between
 
 __all__ = ["Choice", "Speeds", "choose", "speeds"]
 

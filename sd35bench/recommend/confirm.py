@@ -25,7 +25,7 @@ from sd35bench.analysis.table import Row, Table, keep_records
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import PromptSpec, load_prompts
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.noninferiority import images_between, prompts_needed, spread
+from sd35bench.stats.verdicts import images_between, prompts_needed, spread
 from sd35bench.types import Record, Status, Task
 
 __all__ = [

@@ -27,7 +27,7 @@ from sd35bench.recommend.pareto import RESAMPLES, Front
 from sd35bench.recommend.profiles import Profile
 from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command, snippet
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.noninferiority import POWER, TAIL, p_within
+from sd35bench.stats.verdicts import POWER, TAIL, p_within
 from sd35bench.types import Task
 
 Claim = tuple[str, str]

@@ -18,7 +18,7 @@ from sd35bench.analysis.table import Row
 from sd35bench.errors import ConfigError
 from sd35bench.fields import FIELDS, SETTING, asked_fields
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.noninferiority import images_between
+from sd35bench.stats.verdicts import images_between
 from sd35bench.types import Record, Request, Task
 
 _SKIP = {"scale": 2.5, "start": 0.01, "stop": 0.2}

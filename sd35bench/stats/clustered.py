@@ -27,20 +27,6 @@ from scipy import special
 
 from sd35bench.stats.intervals import LEVEL, Interval
 
-__all__ = [
-    "FEW_TELLING",
-    "SAME_SIDE",
-    "Bounds",
-    "mean_bounds",
-    "mean_t",
-    "quantile_bounds",
-    "quantile_t",
-    "ratio_bounds",
-    "ratio_of_sums",
-    "read_quantile",
-    "student",
-]
-
 FEW_TELLING = 2
 """Prompts that tell, below which a paired difference reaches as far as what was never seen."""
 SAME_SIDE = 12

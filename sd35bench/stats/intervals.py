@@ -18,18 +18,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-__all__ = [
-    "LEVEL",
-    "RESAMPLES",
-    "Interval",
-    "expanded_tail",
-    "mean_interval",
-    "percentile_bounds",
-    "quantile_interval",
-    "resampled_means",
-    "weight_chunks",
-]
-
 LEVEL = 0.95
 RESAMPLES = 2000
 _SEED = 20240917

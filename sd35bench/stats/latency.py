@@ -22,17 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 from sd35bench.stats.clustered import read_quantile, student
 from sd35bench.stats.intervals import Interval
 
-__all__ = [
-    "LEAST_FOR_DRIFT",
-    "RunDrift",
-    "Spread",
-    "block_error",
-    "block_quantile",
-    "couple_starts",
-    "log_ratio",
-    "run_drift",
-]
-
 _MEDIAN, _LEAST_FOR_REACH = 0.5, 6
 LEAST_FOR_DRIFT = 16
 """Images of one start, below which its drift is not asked for."""

@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval, percentile_bounds
 
-__all__ = ["MOST", "NEIGHBOURS", "covered", "precision_interval", "recall_interval"]
-
 NEIGHBOURS = 3
 MOST = 5000
 _HALVES = 400

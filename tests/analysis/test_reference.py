@@ -126,7 +126,7 @@ def test_statistic_of_a_later_version_is_no_value_and_no_crash(tmp_path):
 
 
 def test_compute_refuses_features_of_other_dimensions():
-    from sd35bench.stats.kernel_distance import Sample
+    from sd35bench.stats.kernel import Sample
 
     with pytest.raises(MetricError, match="4 dimensions, the features have 3"):
         compute("frechet", Sample(np.zeros((9, 3)), np.arange(9)), _reference(), {})

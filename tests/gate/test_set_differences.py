@@ -8,15 +8,15 @@ import pytest
 from sd35bench.analysis.reference import Reference
 from sd35bench.errors import MetricError
 from sd35bench.gate.set_differences import LEAST_PROMPTS, set_difference
-from sd35bench.stats import frechet_difference as frechet
-from sd35bench.stats import kernel_difference as kernels
+from sd35bench.stats import frechet
+from sd35bench.stats import kernel as kernels
 from sd35bench.stats.clustered import student
-from sd35bench.stats.frechet import Gaussian, fit, frechet_distance
-from sd35bench.stats.frechet_difference import frechet_difference
-from sd35bench.stats.kernel_difference import Twins, kernel_difference
-from sd35bench.stats.kernel_distance import (
+from sd35bench.stats.frechet import Gaussian, fit, frechet_difference, frechet_distance
+from sd35bench.stats.kernel import (
     Sample,
+    Twins,
     gaussian_kernel,
+    kernel_difference,
     kernel_distance,
     polynomial_kernel,
 )

@@ -15,7 +15,7 @@ from sd35bench.metrics.reference import ReferencedMetric, keep_reference, reduce
 from sd35bench.metrics.selection import select_metrics
 from sd35bench.nano.prompts import prompt_set, true_render
 from sd35bench.stats.frechet import fit
-from sd35bench.stats.kernel_distance import Sample
+from sd35bench.stats.kernel import Sample
 from tests.analysis.synthetic import MemoryStudy, record
 from tests.metrics.doubles import pictures, save_open_clip
 
@@ -128,7 +128,7 @@ def test_floats_never_reach_an_extractor(family):
 
 
 def test_cmmd_does_not_see_the_length_of_features_and_is_1000_times_the_distance(nano, renders):
-    from sd35bench.stats.kernel_distance import gaussian_kernel, kernel_distance
+    from sd35bench.stats.kernel import gaussian_kernel, kernel_distance
 
     x, y = (nano.embed(part) for part in renders)
     longer = x * np.linspace(0.5, 2.0, len(x))[:, None]

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from sd35bench.stats.clustered import Bounds
-from sd35bench.stats.equivalence import Direction, Verdict, decide, holm, judge
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.latency import Spread, log_ratio, run_drift
+from sd35bench.stats.verdicts import Direction, Verdict, decide, holm, judge
 from tests.validity.drawn import SEEDS, autoregressive, changed
 from tests.validity.kinds import chosen
 

@@ -26,7 +26,7 @@ from sd35bench.recommend.confirm import HeldOut
 from sd35bench.recommend.entry import Entry
 from sd35bench.recommend.pareto import Front
 from sd35bench.recommend.profiles import Profile
-from sd35bench.stats.equivalence import holm
+from sd35bench.stats.verdicts import holm
 from sd35bench.types import Record, SkipLayerGuidance, Task
 from tests.analysis.synthetic import record
 

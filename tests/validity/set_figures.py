@@ -23,12 +23,16 @@ from numpy.typing import NDArray
 from sd35bench.disk import write_atomic
 from sd35bench.gate.set_differences import LEAST_PROMPTS
 from sd35bench.stats.clustered import mean_bounds
-from sd35bench.stats.equivalence import Direction, Verdict, decide, holm, judge
-from sd35bench.stats.frechet import Gaussian, fit, frechet_distance
-from sd35bench.stats.frechet_difference import frechet_difference
+from sd35bench.stats.frechet import Gaussian, fit, frechet_difference, frechet_distance
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.kernel_difference import Twins, kernel_difference
-from sd35bench.stats.kernel_distance import Sample, gaussian_kernel, polynomial_kernel
+from sd35bench.stats.kernel import (
+    Sample,
+    Twins,
+    gaussian_kernel,
+    kernel_difference,
+    polynomial_kernel,
+)
+from sd35bench.stats.verdicts import Direction, Verdict, decide, holm, judge
 from tests.validity_runs.kept import keep, read
 
 Floats = NDArray[np.float64]

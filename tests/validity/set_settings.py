@@ -15,8 +15,8 @@ from sd35bench.gate.policy import MetricMargin
 from sd35bench.gate.set_figures import set_figure
 from sd35bench.gate.sides import Side, match_pairs, read_sides
 from sd35bench.stats.clustered import mean_t
-from sd35bench.stats.equivalence import Direction
 from sd35bench.stats.intervals import Interval
+from sd35bench.stats.verdicts import Direction
 from sd35bench.store import Study
 
 METRICS = ("kid_nano", "fid_nano")

@@ -22,7 +22,7 @@ from sd35bench.gate.distances import ImageDistances
 from sd35bench.gate.judge import compare_sides
 from sd35bench.gate.policy import load_policy
 from sd35bench.gate.sides import Side, merge_starts, read_sides
-from sd35bench.stats.equivalence import Verdict
+from sd35bench.stats.verdicts import Verdict
 from sd35bench.store import Study
 from tests.validity_runs.matrix import POLICIES
 from tests.validity_runs.sides import Amount, judge, run_side

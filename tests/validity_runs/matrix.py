@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.alternate import reruns_of
-from sd35bench.stats.equivalence import Verdict
+from sd35bench.stats.verdicts import Verdict
 from sd35bench.store import Study
 from tests.validity_runs.defects import Defect
 from tests.validity_runs.sides import Amount, alternate, judge, run_side

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.disk import write_atomic
-from sd35bench.stats.equivalence import Verdict
+from sd35bench.stats.verdicts import Verdict
 from tests.validity_runs.defects import CONTROL, DEFECTS, Defect
 from tests.validity_runs.figure import FIGURES, regret_figure
 from tests.validity_runs.kept import read

@@ -15,7 +15,7 @@ from typing import Any
 
 from sd35bench.alternate import rerun
 from sd35bench.cli import main
-from sd35bench.stats.equivalence import Verdict
+from sd35bench.stats.verdicts import Verdict
 from sd35bench.store import Study
 from tests.validity_runs.defects import Defect
 

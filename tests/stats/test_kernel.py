@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sd35bench.stats.kernel_distance import (
+from sd35bench.stats.kernel import (
     Sample,
     Subsets,
     gaussian_kernel,
@@ -101,7 +101,7 @@ def _naive(x, labels, y, theirs, kernel) -> float:
 
 @pytest.mark.parametrize("block", [4_000_000, 20], ids=["one-block", "blocks"])
 def test_distance_from_the_prompts_own_renders_uses_pairs_of_unlike_prompts(monkeypatch, block):
-    monkeypatch.setattr("sd35bench.stats.kernel_distance._BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("sd35bench.stats.kernel._BLOCK_ELEMENTS", block)
     rng = np.random.default_rng(4)
     labels = np.array(["b", "a", "a", "c", "b", "b"])
     theirs = np.array(["a", "a", "c", "b", "c", "a", "b"])
