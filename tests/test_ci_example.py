@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from sd35bench.cli import baseline, compare, main
+from sd35bench.cli import compare, main
+from sd35bench.cli.parser import parse
 from sd35bench.config import check_overrides, compose
 from sd35bench.config.overrides import expand_short_names
 from sd35bench.score import score_study
@@ -71,7 +72,6 @@ def repository(tmp_path, monkeypatch):
         path.write_text(text)
     only = partial(score_study, metrics=["prompt_accuracy"])
     monkeypatch.setattr(compare, "score_missing", only)
-    monkeypatch.setattr(baseline, "score_missing", only)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
     return tmp_path
@@ -102,7 +102,7 @@ def test_every_command_is_one_that_there_is(repository, arguments):
         asked = [text.replace("$i", "1") for text in rest[2:]]
         check_overrides(asked, multirun=False, extra=repository / rest[1])
     else:
-        {"compare": compare, "baseline": baseline}[verb]._parser().parse_args(rest)
+        parse(verb, compare.COMMANDS[verb], rest, as_json=False)
 
 
 @pytest.mark.parametrize("text", INSTEAD)

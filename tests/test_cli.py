@@ -201,7 +201,7 @@ def test_bad_input_costs_no_torch_and_little_time_from_a_cold_start():
         "print(json.dumps([codes, 'torch' in sys.modules]))"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    one = [sys.executable, "-m", "sd35bench.cli", "run", "prompt_strength=0.5"]
+    one = [sys.executable, "-m", "sd35bench", "run", "prompt_strength=0.5"]
     assert subprocess.run(one, capture_output=True).returncode == 2
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # CPU seconds: wall time says more about the machine's other work than about ours.

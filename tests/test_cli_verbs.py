@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sd35bench.cli import main
+from sd35bench.cli import VERBS, main
 from sd35bench.config import choices
 from sd35bench.config.fields import FIELDS
 
@@ -18,11 +18,11 @@ GRID = ["-m", *FAKE, "steps=4,16", "cfg=1,4", "seed=0,1"]
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
-@pytest.mark.parametrize("verb", ["run", "score", "show", "recommend", "report", "doctor"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_examples(capsys, verb):
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
-    assert "xamples" in out
+    assert "Examples:" in out
     assert f"sd35bench {verb} " in out
     assert "--json" in out
 
@@ -42,7 +42,7 @@ def test_run_help_lists_every_field_with_range_and_every_choice(capsys):
 def test_main_help_names_every_verb(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {verb} " in out for verb in ("run", "score", "show", "recommend", "report"))
+    assert all(f"\n  {verb} " in out for verb in VERBS)
     assert main([]) == 2
 
 
@@ -104,10 +104,17 @@ def test_show_of_a_study_without_an_image_is_exit_code_2(call):
 
 def test_the_command_works_as_a_module():
     done = subprocess.run(
-        [sys.executable, "-m", "sd35bench.cli", "run", *FAKE, "--json"],
+        [sys.executable, "-m", "sd35bench", "run", *FAKE, "--json"],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "40"},
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["done"] == 2
+
+
+def test_the_command_works_as_the_packages_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "sd35bench", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("sd35bench: which settings")

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sd35bench.alternate import reruns_of
-from sd35bench.cli import baseline, compare, main
+from sd35bench.cli import compare, main
 from sd35bench.gate.sides import read_sides
 from sd35bench.store import Study
 from sd35bench.types import Status
@@ -90,7 +90,6 @@ def test_policy_may_ask_for_a_part_and_what_was_given_up_has_failed(studies, cap
 def test_what_could_not_be_scored_is_said(studies, capsys, monkeypatch, tmp_path):
     refused = {"refused": {"prompt_accuracy": "no evaluator here"}}
     monkeypatch.setattr(compare, "score_missing", lambda _: refused)
-    monkeypatch.setattr(baseline, "score_missing", lambda _: refused)
     _, document = _compare(studies, capsys, "a", "b")
     said = [f"{n}: prompt_accuracy was not scored: no evaluator here" for n in "ab"]
     assert document["warnings"][-2:] == said
@@ -159,7 +158,7 @@ def test_rerun_starts_both_sides_in_turn_and_is_counted(studies, capsys, tmp_pat
         (["a", "a", "--rerun", "1"], "are one study"),
         (["x.json", "b"], "cannot be read"),
         (["a", "b", "--policy", "fast"], "known: all, drift, quality, speed"),
-        (["a"], "candidate"),
+        (["a"], "CANDIDATE"),
     ],
 )
 def test_wrong_input_is_named(studies, capsys, arguments, message):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sd35bench import cli
 from sd35bench.backends import base
 from sd35bench.backends.base import Backend, Generation, Probe
 from sd35bench.cli import doctor as module
-from sd35bench.cli.doctor import Check, doctor
+from sd35bench.cli.doctor import Check
 from sd35bench.config import choices
 from sd35bench.errors import ConfigError
 from sd35bench.metrics.lpips import cached_weights
@@ -45,12 +46,12 @@ def fake_kind(monkeypatch: pytest.MonkeyPatch) -> type[Probed]:
 
 
 def found(name: str) -> dict[str, object]:
-    document = doctor([name], as_json=True).document
+    document = cli.answer("doctor", [name]).document
     return next(check for check in document["checks"] if check["name"] == name)
 
 
 def test_doctor_covers_every_backend_and_every_model() -> None:
-    checks = doctor([], as_json=True).document["checks"]
+    checks = cli.answer("doctor", []).document["checks"]
     names = {check["name"] for check in checks}
     assert {f"backend {name}" for name in choices("backend")} <= names
     assert {f"model {name}" for name in choices("model")} <= names
@@ -75,7 +76,7 @@ def test_doctor_tells_what_a_backend_says_of_itself(
     assert check["ok"] is ok
     assert said in str(check["detail"])
     assert (check["remedy"] is None) == (ok is True)
-    assert doctor(["backend fake"], as_json=True).document["ok"] is (ok is not False)
+    assert cli.answer("doctor", ["backend fake"]).document["ok"] is (ok is not False)
 
 
 def test_doctor_names_a_kind_that_nobody_registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +117,9 @@ def test_doctor_gives_the_steps_to_a_models_weights(
 
 def test_doctor_refuses_what_names_nothing() -> None:
     with pytest.raises(ConfigError, match="nothing is named so"):
-        doctor(["backend nosuch"], as_json=True)
-    with pytest.raises(ConfigError, match="one NAME"):
-        doctor(["--deep"], as_json=True)
+        cli.answer("doctor", ["backend nosuch"])
+    with pytest.raises(ConfigError, match="unknown flag"):
+        cli.answer("doctor", ["--deep"])
 
 
 CHECKS = [

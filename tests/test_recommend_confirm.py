@@ -108,7 +108,7 @@ def test_flags_that_do_not_go_together_are_the_users_error(call, flags):
 
 
 def test_run_of_hosted_settings_is_refused_before_anything_is_spent():
-    from sd35bench.cli.confirm import run_confirming
+    from sd35bench.cli.run import run_confirming
     from sd35bench.errors import ConfigError
 
     with pytest.raises(ConfigError, match="does not spend money"):

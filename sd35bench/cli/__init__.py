@@ -8,10 +8,12 @@ import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from sd35bench.cli.output import Answer
+from sd35bench.cli.output import Answer, console
+from sd35bench.cli.parser import Command, help_text, nearest, parse
 from sd35bench.errors import (
     ConfigError,
     DiskFull,
@@ -21,27 +23,30 @@ from sd35bench.errors import (
     StudyLocked,
 )
 
-__all__ = ["main"]
-
 DONE, WRONG_INPUT, RESUMABLE, OTHER = 0, 2, 3, 4
+
+VERBS = {
+    "run": ("run", "make images: one point, a grid (-m), or a stored experiment"),
+    "score": ("study", "compute metrics for a study's images"),
+    "show": ("study", "a study's settings as a table"),
+    "recommend": ("study", "steps, cfg and prompt_strength per profile, with the evidence"),
+    "tune": ("tune", "adaptive search instead of a grid"),
+    "claims": ("study", "what the vendor's page says, each with a verdict on a study"),
+    "compare": ("compare", "a candidate against a baseline: the gate"),
+    "baseline": ("compare", "the small file that a gate is held against"),
+    "report": ("study", "one self-contained HTML file"),
+    "reference": ("reference", "what set metrics are held against, computed once"),
+    "serve": ("serve", "the hosted prediction protocol over a local backend"),
+    "export": ("export", "the denoiser as an ONNX graph, kept for the onnx and openvino backends"),
+    "doctor": ("doctor", "what works on this machine, and what to install"),
+}
+"""All verbs: the module of this package that has its `Command` in `COMMANDS`, and its meaning."""
 
 USAGE = """sd35bench: which settings of Stable Diffusion 3.5, at what latency and quality
 
 Usage: sd35bench VERB ...
 
-  run         make images: one point, a grid (-m), or a stored experiment
-  score       compute metrics for a study's images
-  show        a study's settings as a table
-  recommend   steps, cfg and prompt_strength per profile, with the evidence
-  tune        adaptive search instead of a grid
-  claims      what the vendor's page says, each with a verdict on a study
-  compare     a candidate against a baseline: the gate
-  baseline    the small file that a gate is held against
-  report      one self-contained HTML file
-  reference   what set metrics are held against, computed once
-  serve       the hosted prediction protocol over a local backend
-  export      the denoiser as an ONNX graph, kept for the onnx and openvino backends
-  doctor      what works on this machine, and what to install
+{verbs}
 
 `sd35bench VERB --help` explains each with examples. Every verb takes --json.
 
@@ -57,72 +62,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [text for text in given if text != "--json"]
     as_json = len(arguments) < len(given)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(USAGE.format(verbs="\n".join(f"  {v:<11} {m}" for v, (_, m) in VERBS.items())))
         return DONE if arguments else WRONG_INPUT
     if arguments[0] == "--version":
         print(_version())
         return DONE
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            answer = _verb(arguments[0])(arguments[1:], as_json)
+            found = answer(arguments[0], arguments[1:], as_json)
     except SD35BenchError as exc:
         return _failed(exc, _exit_code(exc), as_json)
     except KeyboardInterrupt as exc:
         return _failed(exc, RESUMABLE, as_json)
-    except SystemExit as exc:  # argparse's --help
-        return exc.code if isinstance(exc.code, int) else DONE
     except BrokenPipeError:
         return OTHER
     except Exception as exc:
         traceback.print_exc()
         return _failed(exc, OTHER, as_json)
-    if as_json and answer.document is not None:
-        print(json.dumps(answer.document, allow_nan=False))
-    return answer.exit_code
+    if as_json and found.document is not None:
+        print(json.dumps(found.document, allow_nan=False))
+    return found.exit_code
 
 
-def _verb(name: str) -> Callable[[list[str], bool], Answer]:
-    """Find a verb; its module is imported only now, so that --help and refusals are quick."""
-    if name == "run":
-        from sd35bench.cli.run import run
+def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:
+    """Run one verb and return what it found; errors are raised.
 
-        return run
-    if name == "doctor":
-        from sd35bench.cli.doctor import doctor
+    Raises: SD35BenchError.
+    """
+    command = _command(verb)
+    given = parse(verb, command, arguments, as_json)
+    if given.has("--help"):
+        text = help_text(verb, VERBS[verb][1], command, given.config_dir)
+        console().print(text, markup=False, soft_wrap=True)
+        return Answer()
+    return command.call(given)
 
-        return doctor
-    if name == "export":
-        from sd35bench.cli.export import export
 
-        return export
-    if name == "serve":
-        from sd35bench.cli.serve import serve
-
-        return serve
-    if name == "tune":
-        from sd35bench.cli.tune import tune
-
-        return tune
-    if name == "compare":
-        from sd35bench.cli.compare import compare
-
-        return compare
-    if name == "baseline":
-        from sd35bench.cli.baseline import baseline
-
-        return baseline
-    if name == "reference":
-        from sd35bench.cli.reference import reference
-
-        return reference
-    from sd35bench.cli.study import VERBS
-
-    if name not in VERBS:
-        from sd35bench.config.fields import nearest
-
-        known = ["run", *VERBS, "tune", "compare", "baseline", "serve", "export", "doctor"]
-        raise ConfigError(f"unknown verb {name!r}{nearest(name, known)}; see sd35bench --help")
-    return VERBS[name]
+def _command(verb: str) -> Command:
+    """Find a verb; its module is imported only now, so that help and refusals are fast."""
+    if verb not in VERBS:
+        raise ConfigError(
+            f"unknown verb {verb!r}{nearest(verb, list(VERBS))}; see sd35bench --help"
+        )
+    return import_module(f"sd35bench.cli.{VERBS[verb][0]}").COMMANDS[verb]
 
 
 def _exit_code(exc: SD35BenchError) -> int:

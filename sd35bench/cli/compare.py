@@ -1,48 +1,20 @@
-"""`compare`: the gate. A call, and the forms in which its document is written."""
+"""`compare`, the gate, and `baseline make`, the small file that a gate is held against."""
 
-import argparse
+import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sd35bench.cli.output import Answer, console, show_progress
+from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
+from sd35bench.cli.study import open_study, score_missing
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.gate.sides import Side
 from sd35bench.store import Study
 
-__all__ = ["Parser", "compare", "open_named", "read_with_reruns", "refusals", "score_missing"]
-
 REGRESSION = 1
-EXAMPLES = """examples:
-  sd35bench compare main branch                     every dimension, 95 % intervals
-  sd35bench compare baselines/main.json branch --policy quality
-                                                    against a committed file
-  sd35bench compare main branch --policy speed --rerun 5
-                                                    five more process starts of both, in turn
-  sd35bench compare main branch --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY" --html gate.html
-
-Exit codes: 0 passed (undecided passes with a warning, unless the policy says otherwise),
-1 a regression, a required dimension that could not be measured, or a candidate that lacks
-settings or pairs of the baseline, 2 nothing to compare.
-
-The candidate must have recorded everything that the baseline did; what failed or was given up
-counts as failed. For a candidate that is smaller on purpose copy the policy into a file of your
-own and set its `coverage`: 0.5 asks for half of the settings and half of each one's pairs.
-"""
-MEANS = (
-    "Hold a candidate study against a baseline study or file: latency, memory, failures, quality,"
-    " drift. Each passes, fails, or stays undecided, with effect, interval, margin and n."
-)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's exit into our error."""
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
-def compare(arguments: list[str], as_json: bool) -> Answer:
+def compare(given: Given) -> Answer:
     """Judge a candidate and write what was asked for.
 
     Raises: ConfigError where nothing can be compared.
@@ -53,11 +25,11 @@ def compare(arguments: list[str], as_json: bool) -> Answer:
     from sd35bench.gate.policy import load_policy
     from sd35bench.report.gate import print_comparison
 
-    found = _parser().parse_args(arguments)
-    policy = load_policy(found.policy, config_dir() / "policy")
-    before, after = (_Source(name, found.results_dir) for name in (found.baseline, found.candidate))
-    if found.rerun is not None:
-        _rerun(before, after, found.rerun)
+    policy = load_policy(given.flags.get("--policy", "all"), config_dir() / "policy")
+    before, after = (_Source(name, given.results_dir) for name in given.words)
+    rounds = given.whole("--rerun")
+    if rounds is not None:
+        _rerun(before, after, rounds)
     # Speed, memory and failures need no scores; drift needs them for its noise floor.
     scored = bool({"quality", "drift"} & set(policy.dimensions))
     sides = before.sides(scored), after.sides(scored)
@@ -65,10 +37,10 @@ def compare(arguments: list[str], as_json: bool) -> Answer:
     document = compare_sides(*sides, policy, distances)
     unscored = dict.fromkeys((*before.unscored, *after.unscored))
     document["warnings"] += list(unscored)
-    out = console(as_json)
-    if not as_json:
+    out = console(given.as_json)
+    if not given.as_json:
         print_comparison(document, out)
-    for path in _write(found, document, before, after):
+    for path in _write(given, document, before, after):
         out.print(f"written: {path}", markup=False, soft_wrap=True)
     return Answer(document=document, exit_code=REGRESSION if gate_fails(document) else 0)
 
@@ -76,11 +48,11 @@ def compare(arguments: list[str], as_json: bool) -> Answer:
 class _Source:
     """A study or a baseline file, by the name that the user gave."""
 
-    def __init__(self, name: str, results_dir: str) -> None:
+    def __init__(self, name: str, results_dir: Path) -> None:
         from sd35bench.gate.baseline import images_folder
 
         self.file = Path(name) if name.endswith(".json") else None
-        self.study = None if self.file is not None else open_named(name, results_dir)
+        self.study = None if self.file is not None else open_study(results_dir, name)
         self.images = None if self.file is None else images_folder(self.file)
         self.unscored: list[str] = []
 
@@ -115,14 +87,6 @@ class _Source:
         return {i: f"{q.prompt} (seed {q.seed})" for i, q in asked if i is not None}
 
 
-def open_named(name: str, results_dir: str) -> Study:
-    """Open a study. Raises: ConfigError for an unknown name, which is wrong input."""
-    try:
-        return Study.open(Path(results_dir), name)
-    except StoreError as exc:
-        raise ConfigError(str(exc)) from exc
-
-
 def read_with_reruns(study: Study) -> list[Side]:
     """A study's settings, with the further process starts of its reruns."""
     from sd35bench.alternate import reruns_of
@@ -135,46 +99,6 @@ def read_with_reruns(study: Study) -> list[Side]:
 def refusals(study: Study, scored: dict[str, Any]) -> list[str]:
     """Say why metrics of a study could not be scored; `scored` is what `score_missing` returned."""
     return [f"{study.name}: {m} was not scored: {why}" for m, why in scored["refused"].items()]
-
-
-def score_missing(study: Study) -> dict[str, Any]:
-    """Score what is missing: the model's default metrics, where there is an image at all.
-
-    Returns: what `score_study` does; at least ``{"refused": {metric: why}}``.
-    """
-    from sd35bench.score import score_study
-
-    if not study.done_keys():
-        return {"refused": {}}
-    with show_progress() as bar:
-        task = bar.add_task(f"scoring {study.name}", total=None)
-        return score_study(
-            study, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="sd35bench compare",
-        description=MEANS,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("baseline", help="a study, or a file of `sd35bench baseline make`")
-    parser.add_argument("candidate", help="a study, or such a file")
-    parser.add_argument(
-        "--policy", default="all", help="quality, drift, speed, all, or a YAML file; default: all"
-    )
-    parser.add_argument(
-        "--rerun", type=int, metavar="K", help="make K more process starts of both, in turn"
-    )
-    parser.add_argument("--junit", metavar="FILE", help="write JUnit XML")
-    parser.add_argument("--markdown", metavar="FILE", help="append Markdown (a step summary)")
-    parser.add_argument("--html", metavar="FILE", help="write a page with the worst pairs")
-    parser.add_argument("--results-dir", default="results", help="folder of the studies")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    return parser
 
 
 def _rerun(before: _Source, after: _Source, rounds: int) -> None:
@@ -192,27 +116,128 @@ def _rerun(before: _Source, after: _Source, rounds: int) -> None:
         rerun(before.study, after.study, rounds, told)
 
 
-def _write(
-    found: argparse.Namespace, document: dict[str, Any], before: _Source, after: _Source
-) -> list[Path]:
+def _write(given: Given, document: dict[str, Any], before: _Source, after: _Source) -> list[Path]:
     """Write the files that were asked for and return their paths."""
     from sd35bench.disk import disk_errors, write_atomic
     from sd35bench.report.gate import compare_markdown
     from sd35bench.report.junit import junit_xml
 
     written = []
-    if found.junit is not None:
-        written.append(Path(found.junit))
+    junit, markdown, html = (given.text(name) for name in ("--junit", "--markdown", "--html"))
+    if junit is not None:
+        written.append(Path(junit))
         write_atomic(written[-1], junit_xml(document).encode())
-    if found.markdown is not None:
-        written.append(Path(found.markdown))
+    if markdown is not None:
+        written.append(Path(markdown))
         # A step summary is one file that every step adds to.
         with disk_errors(written[-1]), open(written[-1], "a", encoding="utf-8") as file:
             file.write(compare_markdown(document))
-    if found.html is not None:
+    if html is not None:
         from sd35bench.report.compare_page import compare_page
 
-        written.append(Path(found.html))
+        written.append(Path(html))
         page = compare_page(document, before.find_image, after.find_image, after.captions())
         write_atomic(written[-1], page.encode("utf-8", "replace"))
     return written
+
+
+def baseline(given: Given) -> Answer:
+    """Write a study's sides as one JSON file.
+
+    Raises: ConfigError for an unknown study, or one without an image.
+    """
+    from sd35bench.disk import disk_errors, write_atomic
+    from sd35bench.gate.baseline import (
+        baseline_features,
+        baseline_text,
+        features_file,
+        images_folder,
+    )
+
+    _, name, file = given.words
+    path = Path(file)
+    if path.suffix != ".json":
+        raise ConfigError(f"FILE={file}: must end with .json, so that compare knows it")
+    study = open_study(given.results_dir, name)
+    if not study.done_keys():
+        raise ConfigError(f"study {study.name!r} has no image yet; run it first")
+    warnings = refusals(study, score_missing(study))
+    sides = read_with_reruns(study)
+    write_atomic(path, baseline_text(sides).encode())
+    features = baseline_features(sides)
+    if features is not None:
+        write_atomic(features_file(path), features)
+    digests = sorted({d for side in sides for d in side.images if d is not None})
+    if given.has("--images"):
+        folder = images_folder(path)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for digest in digests:
+                source = study.image_path(digest)
+                shutil.copyfile(source, folder / source.name)
+    trials = sum(len(side.pairs) for side in sides)
+    out = console(given.as_json)
+    for text in (f"written: {path} ({len(sides)} settings, {trials} trials)", *warnings):
+        out.print(text, markup=False, soft_wrap=True)
+    return Answer(
+        document={
+            "study": study.name,
+            "path": str(path),
+            "settings": len(sides),
+            "trials": trials,
+            "images": len(digests) if given.has("--images") else 0,
+            "features": None if features is None else str(features_file(path)),
+            "warnings": warnings,
+        }
+    )
+
+
+_COMPARE = Command(
+    call=compare,
+    words=("BASELINE", "CANDIDATE"),
+    about="""Each is a study; the baseline may be a file of `sd35bench baseline make`, too. Held
+against each other are latency, memory, failures, quality and drift: each passes, fails, or stays
+undecided, with effect, interval, margin and n.
+
+The candidate must have recorded everything that the baseline did; what failed or was given up
+counts as failed. For a candidate that is smaller on purpose copy the policy into a file of your
+own and set its `coverage`: 0.5 asks for half of the settings and half of each one's pairs.
+
+Exit codes: 0 passed (undecided passes with a warning, unless the policy says otherwise),
+1 a regression, a required dimension that could not be measured, or a candidate that lacks
+settings or pairs of the baseline, 2 nothing to compare.""",
+    examples="""
+sd35bench compare main branch                     every dimension, 95 % intervals
+sd35bench compare baselines/main.json branch --policy quality
+                                                  against a committed file
+sd35bench compare main branch --policy speed --rerun 5
+                                                  five more process starts of both, in turn
+sd35bench compare main branch --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY" --html gate.html
+""",
+    flags=(
+        Flag(
+            name="--policy",
+            value="NAME",
+            means="quality, drift, speed, all, or a YAML file; default: all",
+        ),
+        Flag(name="--rerun", value="K", means="make K more process starts of both, in turn"),
+        Flag(name="--junit", value="FILE", means="write JUnit XML"),
+        Flag(name="--markdown", value="FILE", means="append Markdown (a step summary)"),
+        Flag(name="--html", value="FILE", means="write a page with the worst pairs"),
+        RESULTS_DIR,
+    ),
+)
+_BASELINE = Command(
+    call=baseline,
+    words=("make", "STUDY", "FILE"),
+    about="FILE ends with .json. `sd35bench compare FILE CANDIDATE` is held against it.",
+    examples="""
+sd35bench baseline make main baselines/main.json
+    scores and latencies of every trial, a few kB, and beside it, where a set metric was scored,
+    its images' features (main.features.npz); commit both
+sd35bench baseline make main baselines/main.json --images
+    with the images in baselines/main.images/, for a gate that judges drift
+""",
+    flags=(Flag(name="--images", means="copy the images beside it"), RESULTS_DIR),
+)
+COMMANDS = {"compare": _COMPARE, "baseline": _BASELINE}

@@ -20,12 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from sd35bench.cli.output import Answer, console
+from sd35bench.cli.parser import Command, Given
 from sd35bench.errors import ConfigError, SD35BenchError
 
 if TYPE_CHECKING:
     from sd35bench.backends.base import Probe
-
-__all__ = ["Check", "doctor"]
 
 PACKAGES = (
     "sd35bench",
@@ -41,20 +40,6 @@ MOST_GPUS = 16
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LONG_REMEDY = 160
 STATES = {True: "[green]ok[/green]", False: "[red]broken[/red]", None: ""}
-HELP = """sd35bench doctor: what works on this machine, what does not, and what to install
-
-Usage: sd35bench doctor [NAME] [--json]
-
-NAME keeps only the lines whose name contains it, and gives their remedies in full. States: ok;
-broken (should work and does not); absent (optional, and not on this machine). Nothing is loaded,
-downloaded or changed. The exit code is 0 whatever is found; --json has it under "ok".
-
-Examples:
-  sd35bench doctor
-  sd35bench doctor compile
-  sd35bench doctor sd35-medium
-  sd35bench doctor --json | jq '.checks[] | select(.ok == false)'
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,24 +62,18 @@ class Check:
         return "[yellow]absent[/yellow]" if absent else STATES[self.ok]
 
 
-def doctor(arguments: list[str], as_json: bool) -> Answer:
+def doctor(given: Given) -> Answer:
     """Try everything and print a table. Exit code 0 whatever is found.
 
     Raises: ConfigError for an argument that names nothing.
     """
-    out = console(as_json)
-    if arguments in (["-h"], ["--help"]):
-        out.print(HELP, markup=False)
-        return Answer()
-    wanted = arguments[0] if arguments else ""
-    if len(arguments) > 1 or wanted.startswith("-"):
-        raise ConfigError(f"doctor takes one NAME, not {' '.join(arguments)!r}; see doctor --help")
+    wanted = given.words[0] if given.words else ""
     _refuse_unknown(wanted)
     tried = [*_machine(), *_packages(), *_devices(), *_backends(wanted), *_models(wanted)]
     tried += _metrics(wanted)
     checks = [c for c in (*tried, _browser()) if wanted in c.name]
-    if not as_json:
-        _print(out, checks, in_full=bool(wanted))
+    if not given.as_json:
+        _print(console(), checks, in_full=bool(wanted))
     failed = [c.name for c in checks if c.ok is False]
     document = {"ok": not failed, "failed": failed, "checks": [asdict(c) for c in checks]}
     return Answer(document=document)
@@ -338,3 +317,21 @@ def _short(folder: Path) -> str:
     home = str(Path.home())
     text = str(folder)
     return f"~{text.removeprefix(home)}" if text.startswith(f"{home}/") else text
+
+
+COMMANDS = {
+    "doctor": Command(
+        call=doctor,
+        words=("[NAME]",),
+        about="""NAME keeps only the lines whose name contains it, and gives their remedies in
+full. States: ok; broken (should work and does not); absent (optional, and not on this machine).
+Nothing is loaded, downloaded or changed. The exit code is 0 whatever is found; --json has it under
+"ok".""",
+        examples="""
+sd35bench doctor
+sd35bench doctor compile
+sd35bench doctor sd35-medium
+sd35bench doctor --json | jq '.checks[] | select(.ok == false)'
+""",
+    )
+}

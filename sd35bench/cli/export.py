@@ -1,54 +1,27 @@
 """`sd35bench export`: make an exported denoiser, prove it, and say where it is."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
+from sd35bench.cli.parser import CONFIG_DIR, Command, Given, nearest
 from sd35bench.config import check_overrides, compose, freeze
-from sd35bench.config.fields import nearest
 from sd35bench.config.overrides import expand_short_names
 from sd35bench.errors import ConfigError
 from sd35bench.types import Load
 
-__all__ = ["export"]
-
 KINDS = ("onnx", "openvino")
-HELP = """sd35bench export: the denoiser as a graph for ONNX Runtime or OpenVINO
-
-Usage: sd35bench export [NAME=VALUE ...] [output=FOLDER] [--json]
-
-The graph is kept under ~/.cache/sd35bench/export (or $XDG_CACHE_HOME), by a digest of weights,
-code and library versions; `run` finds it there, and makes it where it is missing. Batch, image
-size and text length stay free. Patches and their position embeddings are its inputs.
-
-Takes what `run` takes for the model and the backend, of which it must be an exporting one
-(default backend=onnx). What was exported is loaded and held against PyTorch before it is reported.
-
-Examples:
-  sd35bench export
-      the embedded model for ONNX Runtime
-  sd35bench export model=nano backend=onnx-int8 output=nano-int8
-      with int8 weights; a copy of model.onnx and its data goes to nano-int8/
-  sd35bench export model=sd35-medium model.path=models/sd35-medium backend=openvino
-      a real checkpoint; fp32 takes 9 GB of disk
-  sd35bench export --json | jq .parity
-"""
 
 
-def export(arguments: list[str], as_json: bool) -> Answer:
+def export(given: Given) -> Answer:
     """Export, or find what was exported; prints where it is, how big, and its parity.
 
     Raises: ConfigError for wrong input, BackendError where the export fails.
     """
-    out = console(as_json)
-    if arguments in (["-h"], ["--help"]):
-        out.print(HELP, markup=False)
-        return Answer()
-    output, overrides = _split(arguments)
-    load = _load(overrides)
-    document = _made(load)
+    out = console(given.as_json)
+    output = _output(given)
+    document = _made(_load(given))
     folder = Path(document["folder"])
     document["output"] = None if output is None else _copy(folder, output)
     for line in _lines(document):
@@ -56,34 +29,28 @@ def export(arguments: list[str], as_json: bool) -> Answer:
     return Answer(document=document)
 
 
-def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Take `output=FOLDER` out and refuse what is no override.
-
-    Raises: ConfigError.
-    """
-    output, overrides = None, []
-    for text in arguments:
-        name, _, value = text.partition("=")
-        if name == "output":
-            output = Path(value).expanduser()
-            if not value or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-                raise ConfigError(f"{text}: give a folder that is new or empty")
-        elif text.startswith("-") or "=" not in text:
-            raise ConfigError(f"export takes no argument {text!r}; see export --help")
-        else:
-            overrides.append(text)
-    return output, overrides
+def _output(given: Given) -> Path | None:
+    """The folder of ``output=FOLDER``. Raises: ConfigError for one that has something in it."""
+    named = [text for text in given.settings if text.startswith("output=")]
+    if not named:
+        return None
+    value = named[-1].partition("=")[2]
+    output = Path(value).expanduser()
+    if not value or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise ConfigError(f"{named[-1]}: give a folder that is new or empty")
+    return output
 
 
-def _load(overrides: list[str]) -> Load:
+def _load(given: Given) -> Load:
     """Compose and validate what `run` would load.
 
     Raises: ConfigError.
     """
+    overrides = [text for text in given.settings if not text.startswith("output=")]
     if not any(text.startswith("backend=") for text in overrides):
         overrides = ["backend=onnx", *overrides]
-    check_overrides(overrides, multirun=False)
-    load = freeze(compose(expand_short_names(overrides))).sweep.load
+    check_overrides(overrides, False, given.config_dir)
+    load = freeze(compose(expand_short_names(overrides), given.config_dir)).sweep.load
     if load.backend.kind not in KINDS:
         raise ConfigError(
             f"backend={load.backend.name}: it exports nothing; give onnx, onnx-int8, openvino or"
@@ -146,3 +113,28 @@ def _lines(document: dict[str, Any]) -> list[str]:
     if document["output"] is not None:
         lines.append(f"  copied to {document['output']}")
     return lines
+
+
+COMMANDS = {
+    "export": Command(
+        call=export,
+        settings="[NAME=VALUE ...] [output=FOLDER]",
+        about="""The graph is kept under ~/.cache/sd35bench/export (or $XDG_CACHE_HOME), by a digest
+of weights, code and library versions; `run` finds it there, and makes it where it is missing.
+Batch, image size and text length stay free. Patches and their position embeddings are its inputs.
+
+Takes what `run` takes for the model and the backend, of which it must be an exporting one
+(default backend=onnx). What was exported is loaded and held against PyTorch before it is
+reported.""",
+        examples="""
+sd35bench export
+    the embedded model for ONNX Runtime
+sd35bench export model=nano backend=onnx-int8 output=nano-int8
+    with int8 weights; a copy of model.onnx and its data goes to nano-int8/
+sd35bench export model=sd35-medium model.path=models/sd35-medium backend=openvino
+    a real checkpoint; fp32 takes 9 GB of disk
+sd35bench export --json | jq .parity
+""",
+        flags=(CONFIG_DIR,),
+    )
+}

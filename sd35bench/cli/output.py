@@ -11,8 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sd35bench.remote.standing import Standing
 from sd35bench.types import Record, Status
 
-__all__ = ["Answer", "RemoteProgress", "TrialProgress", "console", "show_progress"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:

@@ -1,13 +1,12 @@
 """`sd35bench reference make`: what set metrics are held against, computed once and kept."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, console, show_progress
-from sd35bench.config.fields import nearest
+from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given, nearest
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.metrics.base import Extractor, is_nano
 from sd35bench.metrics.dinov2 import FAMILY
@@ -15,43 +14,10 @@ from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.make_reference import Choice, from_folder, from_study
 from sd35bench.store import Study
 
-__all__ = ["reference"]
-
 OPTIONS = (
     *("images", "study", "setting", "extractor", "model", "pretrained", "weights"),
     *("limit", "keep", "seed"),
 )
-HELP = """sd35bench reference: what FID, KID, CMMD, precision and recall are held against
-
-Usage: sd35bench reference make NAME images=DIR|study=NAME [OPTION=VALUE ...] [FLAGS]
-
-Embeds the images once and writes RESULTS/references/NAME.npz: mean and covariance, features, and
-where they came from (images' digest, extractor with its weights' digest, resizing, versions).
-
-Options:
-  images=DIR        a folder of images, and the folders in it
-  study=NAME        the images of a study's setting; setting=ID where it has several
-  extractor=        inception, nano, clip or dinov2; default: nano for a study of nano, else
-                    inception
-  model=            of clip: an open_clip name; of dinov2: a Hub id (default
-                    facebook/dinov2-large); or local-dir:PATH of either
-  pretrained=       its tag or checkpoint's path
-  weights=          of extractor=inception: torch-fidelity's checkpoint; default: torch's cache
-  limit=N           take N of the images, drawn with seed=
-  keep=N            rows of features to keep, drawn with seed=; default: 10000
-  seed=N            of both draws; default: 0
-
-Flags:
-  --force           write over a reference of this name
-  --results-dir DIR folder of the studies; default: results
-  --json            one JSON document on stdout
-
-Examples:
-  sd35bench reference make coco images=coco/val2017 limit=5000
-  sd35bench score photos --metric fid,kid metric.fid.reference=results/references/coco.npz \\
-      metric.kid.reference=results/references/coco.npz
-  sd35bench reference make baseline study=grid setting=1f3a extractor=nano
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +27,6 @@ class _Asked:
     name: str
     options: dict[str, str]
     results: Path
-    force: bool
 
     def number(self, option: str) -> int | None:
         """An option as a whole number. Raises: ConfigError."""
@@ -77,18 +42,15 @@ class _Asked:
         return Choice(**given)
 
 
-def reference(arguments: list[str], as_json: bool) -> Answer:
+def reference(given: Given) -> Answer:
     """Make a reference's file.
 
     Raises: ConfigError for wrong input, MetricError where weights or images are missing.
     """
-    out = console(as_json)
-    if not arguments or {"-h", "--help"} & set(arguments):
-        out.print(HELP, markup=False, soft_wrap=True)
-        return Answer(exit_code=0 if arguments else 2)
-    asked = _parse(arguments)
+    out = console(given.as_json)
+    asked = _read(given)
     path = asked.results / "references" / f"{asked.name}.npz"
-    if path.exists() and not asked.force:
+    if path.exists() and not given.has("--force"):
         raise ConfigError(
             f"{path} is there already, and values refer to it; choose another name, or write over"
             " it with --force"
@@ -99,33 +61,23 @@ def reference(arguments: list[str], as_json: bool) -> Answer:
     return Answer(document=document)
 
 
-def _parse(arguments: Sequence[str]) -> _Asked:
-    """Take the words apart. Raises: ConfigError naming the word and what is allowed."""
-    words, options, results, force = [], {}, "results", False
-    left = iter(arguments)
-    for word in left:
-        key, equals, value = word.partition("=")
-        if word == "--force":
-            force = True
-        elif key == "--results-dir":
-            results = value if equals else next(left, "")
-        elif equals and key in OPTIONS and value:
-            options[key] = value
-        elif equals or word.startswith("-"):
+def _read(given: Given) -> _Asked:
+    """Read name and options. Raises: ConfigError naming the word and what is allowed."""
+    name, options = given.words[1], {}
+    for text in given.settings:
+        key, _, value = text.partition("=")
+        if key not in OPTIONS or not value:
             raise ConfigError(
-                f"{word}: no such option; there are: {', '.join(OPTIONS)}{nearest(key, OPTIONS)}"
+                f"{text}: no such option; there are: {', '.join(OPTIONS)}{nearest(key, OPTIONS)}"
             )
-        else:
-            words.append(word)
-    if len(words) != 2 or words[0] != "make" or not results:
-        raise ConfigError("expected `sd35bench reference make NAME images=DIR|study=NAME`")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", words[1]):
-        raise ConfigError(f"{words[1]!r} is no name: letters, digits, dot, hyphen, underscore")
+        options[key] = value
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"{name!r} is no name: letters, digits, dot, hyphen, underscore")
     if ("images" in options) == ("study" in options):
         raise ConfigError("give either images=DIR or study=NAME")
     if "setting" in options and "study" not in options:
         raise ConfigError(f"setting={options['setting']} needs study=NAME")
-    return _Asked(words[1], options, Path(results), force)
+    return _Asked(name, options, given.results_dir)
 
 
 def _make(asked: _Asked, path: Path) -> dict[str, Any]:
@@ -201,3 +153,38 @@ def _lines(document: dict[str, Any]) -> list[str]:
         f" metric.kid.reference={document['path']}"
     )
     return said
+
+
+COMMANDS = {
+    "reference": Command(
+        call=reference,
+        words=("make", "NAME"),
+        settings="images=DIR|study=NAME [OPTION=VALUE ...]",
+        about="""Embeds the images once and writes RESULTS/references/NAME.npz: mean and covariance,
+features, and where they came from (images' digest, extractor with its weights' digest, resizing,
+versions).
+
+Options:
+  images=DIR        a folder of images, and the folders in it
+  study=NAME        the images of a study's setting; setting=ID where it has several
+  extractor=        inception, nano, clip or dinov2; default: nano for a study of nano, else
+                    inception
+  model=            of clip: an open_clip name; of dinov2: a Hub id (default
+                    facebook/dinov2-large); or local-dir:PATH of either
+  pretrained=       its tag or checkpoint's path
+  weights=          of extractor=inception: torch-fidelity's checkpoint; default: torch's cache
+  limit=N           take N of the images, drawn with seed=
+  keep=N            rows of features to keep, drawn with seed=; default: 10000
+  seed=N            of both draws; default: 0""",
+        examples="""
+sd35bench reference make coco images=coco/val2017 limit=5000
+sd35bench score photos --metric fid,kid metric.fid.reference=results/references/coco.npz \\
+    metric.kid.reference=results/references/coco.npz
+sd35bench reference make baseline study=grid setting=1f3a extractor=nano
+""",
+        flags=(
+            Flag(name="--force", means="write over a reference of this name"),
+            RESULTS_DIR,
+        ),
+    )
+}

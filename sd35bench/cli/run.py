@@ -1,10 +1,11 @@
-"""`sd35bench run`: a Hydra application with flags of its own.
+"""`sd35bench run`: a Hydra application behind the parser of all verbs.
 
-Hydra refuses flags that it does not know and -m behind an override, so ours are taken out of the
-arguments first. Each load's job calls `RunTask`, possibly on another machine; the rest is summing.
+Each load's job calls `RunTask`, possibly on another machine; the rest sums and prints.
 """
 
 import dataclasses
+import shlex
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sd35bench.cli.help import run_help
 from sd35bench.cli.output import Answer, RemoteProgress, TrialProgress, console, show_progress
-from sd35bench.config import Job, check_overrides, freeze
-from sd35bench.config.fields import nearest
+from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given, in_columns, parse
+from sd35bench.config import Job, check_overrides, choices, freeze
+from sd35bench.config.fields import FIELDS, Field
+from sd35bench.config.files import GROUPS
 from sd35bench.config.overrides import expand_short_names
-from sd35bench.errors import ConfigError, SD35BenchError
+from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
 from sd35bench.remote.settings import RemoteSettings
@@ -26,28 +28,9 @@ from sd35bench.sweeper import sweep
 from sd35bench.trials import shares
 from sd35bench.types import content_hash
 
-__all__ = ["RunTask", "run"]
-
 RESUMABLE = 3
-SWITCHES = {
-    "-m": "multirun",
-    "--multirun": "multirun",
-    "--dry-run": "dry_run",
-    "--yes": "yes",
-    "-h": "help",
-    "--help": "help",
-}
-
-
-@dataclasses.dataclass(slots=True)
-class Flags:
-    """The flags of `run` that are not Hydra's; `yes` agrees to spend money."""
-
-    multirun: bool = False
-    dry_run: bool = False
-    yes: bool = False
-    help: bool = False
-    config_dir: Path | None = None
+POLL_S = 0.5
+"""How often to ask again for a study that another process holds."""
 
 
 class RunTask:
@@ -119,23 +102,19 @@ def _run_remote(plan: Plan, study: Study, remote: RemoteSettings, title: str) ->
     return dataclasses.asdict(summary)
 
 
-def run(arguments: list[str], as_json: bool) -> Answer:
+def run(given: Given) -> Answer:
     """Make what is missing of a point, a grid or an experiment.
 
     Raises: ConfigError before anything is loaded; StudyLocked, DiskFull, StoreError.
     """
-    flags, overrides = _split(arguments)
-    if flags.help:
-        console().print(run_help(flags.config_dir), markup=False, soft_wrap=True)
-        return Answer()
-    check_overrides(overrides, flags.multirun, flags.config_dir)
-    task = RunTask(flags.dry_run, flags.yes)
-    results = sweep(task, expand_short_names(overrides), flags.config_dir)
+    check_overrides(given.settings, given.has("-m"), given.config_dir)
+    task = RunTask(given.has("--dry-run"), given.has("--yes"))
+    results = sweep(task, expand_short_names(given.settings), given.config_dir)
     job, _ = task.prepared[0]
-    out = console(as_json)
+    out = console(given.as_json)
     for note in _notes(task.prepared):
         out.print(f"note: {note}", markup=False, soft_wrap=True)
-    if flags.dry_run:
+    if task.dry_run:
         found = _estimate(task.prepared)
         _print_estimate(out, job, found)
         return Answer(document=found.document(job.study))
@@ -162,24 +141,36 @@ def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> Estimate:
     )
 
 
-def _split(arguments: Sequence[str]) -> tuple[Flags, list[str]]:
-    """Take our flags out, wherever they stand."""
-    flags, overrides = Flags(), []
-    rest = iter(arguments)
-    for text in rest:
-        if text in SWITCHES:
-            setattr(flags, SWITCHES[text], True)
-        elif text == "--config-dir" or text.startswith("--config-dir="):
-            value = text.partition("=")[2] if "=" in text else next(rest, "")
-            flags.config_dir = Path(value)
-            if not value or not flags.config_dir.is_dir():
-                raise ConfigError(f"--config-dir={value}: there is no such folder")
-        elif text.startswith("-"):
-            known = [*SWITCHES, "--json", "--config-dir"]
-            raise ConfigError(f"unknown flag {text}{nearest(text, known)}; see run --help")
-        else:
-            overrides.append(text)
-    return flags, overrides
+def run_confirming(
+    runs: Sequence[dict[str, Any]], extra: Path | None = None, patient: bool = False
+) -> int:
+    """Run the very commands that are printed, one after the other; the first bad code ends it.
+
+    `extra` is a folder of the user's own YAML files; `patient`: wait where another process makes
+    the same images, in place of refusing.
+
+    Raises: ConfigError where a hosted service would be asked, which costs money; StudyLocked.
+    """
+    hosted = next((r for r in runs if r["hosted"]), None)
+    if hosted is not None:
+        raise ConfigError(
+            f"--run does not spend money on a hosted service; run it yourself: {hosted['command']}"
+        )
+    own = [] if extra is None else [f"--config-dir={extra}"]
+    words = (shlex.split(each["command"])[2:] + own for each in runs)
+    left = [parse("run", COMMANDS["run"], each, as_json=True) for each in words]
+    while left:
+        try:
+            answer = run(left[0])
+        except StudyLocked:
+            if not patient:
+                raise
+            time.sleep(POLL_S)
+            continue
+        if answer.exit_code != 0:
+            return answer.exit_code
+        left.pop(0)
+    return 0
 
 
 def _notes(prepared: Sequence[tuple[Job, Plan]]) -> list[str]:
@@ -274,3 +265,64 @@ def _print_estimate(out: Any, job: Job, found: Estimate) -> None:
     )
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
+
+
+def _details(extra: Path | None) -> str:
+    """All override names with type, range and default, and every group's choices."""
+    parts = ["Groups:"]
+    for group in GROUPS:
+        if group not in ("metric", "profile"):
+            parts.append(in_columns(group + "=", ", ".join(choices(group, extra))))
+    parts.append("  (defaults: model=nano backend=eager, and the model's own prompts)\n")
+    parts.append("For each image (all of these can be swept with -m):")
+    parts += [_field_lines(field) for field in FIELDS.values() if field.axis]
+    parts.append("\nFor the run:")
+    parts += [_field_lines(field) for field in FIELDS.values() if not field.axis]
+    parts.append(in_columns("backend.OPTION=", "the backend's own: see configs/backend/"))
+    parts.append(
+        "\nValues with commas, colons or quotes go in quotes: 'negative_prompt=\"blurry, dark\"'\n"
+        "Exit codes: 0 done, 2 wrong input, 3 interrupted, paused or some images failed (run"
+        " again), 4\nother."
+    )
+    return "\n".join(parts)
+
+
+def _field_lines(field: Field) -> str:
+    allowed = in_columns("", f"{field.takes.allowed}; default: {field.default}")
+    return f"{in_columns(field.name + '=', field.means)}\n{allowed}"
+
+
+COMMANDS = {
+    "run": Command(
+        call=run,
+        settings="NAME=VALUE ...",
+        about="The same command again makes only what is missing; failed images are tried again.",
+        examples="""
+sd35bench run steps=28 cfg=4 prompts.limit=4
+    one setting of the embedded model, four prompts
+sd35bench run -m steps=4,16,28 cfg=1,4,7 seed=0,1 prompts.limit=16 study=grid
+    a grid; the model is loaded once
+sd35bench run -m prompt_strength=0.3,0.6,0.9 prompts.task=edit study=edits
+    image-to-image on the embedded model's edit pairs
+sd35bench run -m backend=eager,eager-bf16 batch_size=16 study=backends
+    one load per backend
+sd35bench run model=sd35-medium model.path=models/sd35-medium prompts=file prompts.path=my.csv
+    a real checkpoint and your own prompts
+sd35bench run model=sd35-medium backend=eachlabs prompts.limit=20 remote.max_cost_usd=1
+    a hosted service, with a budget; the key comes from EACHLABS_API_KEY
+sd35bench run experiment=demo --dry-run
+    what a stored sweep would do and take
+""",
+        flags=(
+            Flag(
+                name="-m",
+                others=("--multirun",),
+                means="sweep: comma lists become a grid (anywhere on the line)",
+            ),
+            DRY_RUN,
+            CONFIG_DIR,
+            YES,
+        ),
+        details=_details,
+    )
+}

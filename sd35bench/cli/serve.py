@@ -3,55 +3,23 @@
 import json
 import os
 import sys
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
-from sd35bench.config.fields import nearest
+from sd35bench.cli.parser import CONFIG_DIR, Command, Given, in_columns
 from sd35bench.config.files import choices
 from sd35bench.config.serve import SERVE_FIELDS, compose_serve, freeze_serve
 from sd35bench.errors import ConfigError
 
-__all__ = ["serve"]
 
-HEAD = """sd35bench serve: the hosted prediction protocol over one local backend
-
-Usage: sd35bench serve [--json] [--config-dir DIR] NAME=VALUE ...
-
-Any client that was written for the hosted service runs against it by changing the base URL; a page
-at / is for trying by hand, /docs lists the routes. One image is made at a time, in order; what was
-accepted survives a restart with the same state_dir. Ctrl-C or SIGTERM ends it.
-
-Examples:
-  sd35bench serve no_auth=true
-      the embedded model on http://127.0.0.1:8000, for this machine alone
-  sd35bench serve make_key=alice key_file=keys.txt
-      make a key; it is shown once, the file keeps its hash
-  sd35bench serve model=sd35-medium backend=compile-bf16 host=0.0.0.0 key_file=keys.txt
-      for others; put TLS in front of it
-  sd35bench serve no_auth=true port=0 --json
-      a free port; one JSON line with its url once it is ready
-
-Groups:
-"""
-TAIL = """Logs are JSON lines on stderr. Exit codes: 0 ended by a signal, 2 wrong input, 4 other.
-"""
-WIDTH = 26
-COLUMNS = 98
-
-
-def serve(arguments: list[str], as_json: bool) -> Answer:
+def serve(given: Given) -> Answer:
     """Serve until told to stop, or make a key.
 
     Raises: ConfigError for wrong input, BackendError or WorkerDied where the backend cannot be had.
     """
-    if any(text in ("-h", "--help") for text in arguments):
-        console().print(_help(), markup=False, soft_wrap=True)
-        return Answer()
-    overrides, extra = _split(arguments)
-    config = compose_serve(overrides, extra)
+    as_json = given.as_json
+    config = compose_serve(given.settings, given.config_dir)
     if config.make_key is not None:
         return _make_key(config.make_key, config.key_file, as_json)
     settings = freeze_serve(config)
@@ -73,25 +41,6 @@ def serve(arguments: list[str], as_json: bool) -> Answer:
     return Answer()
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Take `--config-dir` out and refuse other flags. Raises: ConfigError."""
-    overrides: list[str] = []
-    extra: Path | None = None
-    rest = iter(arguments)
-    for text in rest:
-        if text == "--config-dir" or text.startswith("--config-dir="):
-            value = text.partition("=")[2] if "=" in text else next(rest, "")
-            extra = Path(value)
-            if not value or not extra.is_dir():
-                raise ConfigError(f"--config-dir={value}: there is no such folder")
-        elif text.startswith("-"):
-            known = ["--json", "--config-dir", "--help"]
-            raise ConfigError(f"unknown flag {text}{nearest(text, known)}; see serve --help")
-        else:
-            overrides.append(text)
-    return overrides, extra
-
-
 def _make_key(name: str, key_file: str | None, as_json: bool) -> Answer:
     """Make a key and show it; nothing else ever can. Raises: ConfigError."""
     from sd35bench.server.auth import make_key
@@ -106,25 +55,41 @@ def _make_key(name: str, key_file: str | None, as_json: bool) -> Answer:
     return Answer(document=document)
 
 
-def _help() -> str:
-    lines = [_wrapped(f"{group}=", ", ".join(choices(group))) for group in ("model", "backend")]
+def _details(extra: Path | None) -> str:
+    groups = [
+        in_columns(f"{group}=", ", ".join(choices(group, extra))) for group in ("model", "backend")
+    ]
     fields = [
-        _wrapped(
+        in_columns(
             f"{field.name}=", f"{field.means}; {field.takes.allowed}; default: {field.default}"
         )
         for field in SERVE_FIELDS.values()
     ]
-    option = _wrapped("backend.OPTION=", "the backend's own: see configs/backend/")
-    return HEAD + "\n".join([*lines, "\nFields:", *fields, option, "", TAIL])
-
-
-def _wrapped(head: str, text: str) -> str:
-    """`head`, and `text` in a column beside it."""
-    body = textwrap.fill(
-        text,
-        COLUMNS,
-        initial_indent=" " * WIDTH,
-        subsequent_indent=" " * WIDTH,
-        break_on_hyphens=False,
+    option = in_columns("backend.OPTION=", "the backend's own: see configs/backend/")
+    ending = (
+        "\nLogs are JSON lines on stderr. Exit codes: 0 ended by a signal, 2 wrong input, 4 other."
     )
-    return f"  {head:<{WIDTH - 2}}" + body[WIDTH:]
+    return "\n".join(["Groups:", *groups, "\nFields:", *fields, option, ending])
+
+
+COMMANDS = {
+    "serve": Command(
+        call=serve,
+        settings="NAME=VALUE ...",
+        about="""Any client that was written for the hosted service runs against it by changing the
+base URL; a page at / is for trying by hand, /docs lists the routes. One image is made at a time, in
+order; what was accepted survives a restart with the same state_dir. Ctrl-C or SIGTERM ends it.""",
+        examples="""
+sd35bench serve no_auth=true
+    the embedded model on http://127.0.0.1:8000, for this machine alone
+sd35bench serve make_key=alice key_file=keys.txt
+    make a key; it is shown once, the file keeps its hash
+sd35bench serve model=sd35-medium backend=compile-bf16 host=0.0.0.0 key_file=keys.txt
+    for others; put TLS in front of it
+sd35bench serve no_auth=true port=0 --json
+    a free port; one JSON line with its url once it is ready
+""",
+        flags=(CONFIG_DIR,),
+        details=_details,
+    )
+}

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.cli.confirm import run_confirming
 from sd35bench.cli.output import Answer, RemoteProgress, TrialProgress, console, show_progress
+from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, MARKDOWN, YES, Command, Flag, Given
+from sd35bench.cli.run import run_confirming
 from sd35bench.config import Job
-from sd35bench.config.fields import nearest
 from sd35bench.config.tune import Tuning, read_tuning
 from sd35bench.errors import ConfigError, Paused
 from sd35bench.estimate import Estimate, estimate
@@ -20,81 +20,28 @@ from sd35bench.tune.search import WAVE
 from sd35bench.tune.session import Budget, Outcome
 from sd35bench.types import Scalar
 
-__all__ = ["tune"]
-
-HELP = """sd35bench tune: find a setting without running the whole grid
-
-Usage: sd35bench tune [FLAGS] study=NAME AXIS=VALUES ... NAME=VALUE ...
-
-Examples:
-  sd35bench tune study=tuned steps=4:28 cfg=1:9 --dry-run
-      what a search over 25 x 17 settings may take
-  sd35bench tune study=tuned steps=4,8,16,28 cfg=1,2,4,7 prompts.limit=64
-      16 settings, at most 40 % of the images that all of them would take
-  sd35bench tune study=tuned steps=4:28 cfg=1:9 sampler=euler,heun profile=final trials=40
-      a larger space; Optuna chooses the 40 settings that are tried
-  sd35bench tune study=edits prompts.task=edit steps=8:28 prompt_strength=0.3:0.95
-      image-to-image: following the prompt and keeping the init image, both
-  sd35bench tune study=tuned steps=4,8,16,28 cfg=1,2,4,7 prompts.limit=64 --confirm
-      the same search, and whether its choice holds on prompts that it never saw
-  sd35bench tune study=slg skip_layer_guidance=none,stability skip_layer_scale=1:4 cfg=3:6
-
-Axes: LOW:HIGH, LOW:HIGH:STEP, or a list A,B,C
-  steps cfg prompt_strength shift skip_layer_scale
-                   a range without a step is rounded to 1, 0.5, 0.05, 0.5, 0.5
-  sampler backend skip_layer_guidance
-                   lists of names
-
-The search:
-  profile=NAME     what a setting is wanted for: preview, balanced, final, or a YAML file of your
-                   own with limits, objective and margins; default: balanced
-  trials=N         settings that may be tried; default: the grid, at most 32
-  images=N         images that may be made; default: 40 % of all prompts for every one of trials
-  first=N          prompts that every setting gets before the first are dropped; default: 8
-Everything else is as in `sd35bench run` (model=, backend=, prompts.limit=, seed=, order_seed= ...).
-
-Every setting gets the same first prompts; those that are shown to be worse on these very prompts
-(95 % intervals, clustered by prompt) get no more, the others get twice as many, and so on.
-The same command goes on where it was, and makes nothing twice; a larger trials= or images= goes
-further. Several processes may share one study: they take turns where they need the same backend.
-
-Flags:
-  --confirm        make held-out images of the chosen setting and of what it was held against, and
-                   say whether the choice holds there
-  --markdown       print the answer for a document
-  --dry-run        print settings, images, time, disk and money; write and load nothing
-  --json           one JSON document on stdout, everything else on stderr
-  --config-dir DIR a folder with YAML files of your own
-  --yes            agree to spend money, where a backend costs any
-  --help           this text
-
-Exit codes: 0 done, 2 wrong input, 3 interrupted or paused (run again), 4 other.
-"""
 SAMPLED = 24
 """Settings of the grid from whose cost that of the search is guessed."""
 
 
-def tune(arguments: list[str], as_json: bool) -> Answer:
+def tune(given: Given) -> Answer:
     """Search for a setting and write tune.json.
 
     Raises: ConfigError before anything is loaded; Paused, DiskFull, StoreError.
     """
-    flags, overrides, extra = _split(arguments)
-    if "--help" in flags:
-        console().print(HELP, markup=False, soft_wrap=True)
-        return Answer()
-    tuning = read_tuning(overrides, extra)
-    _check_flags(flags, tuning)
-    _check_remote(tuning, key="--dry-run" not in flags)
-    bill = _bill(tuning, "--confirm" in flags)
-    if "--dry-run" in flags:
-        _print_bill(console(as_json), bill)
+    confirm, markdown = given.has("--confirm"), given.has("--markdown")
+    tuning = read_tuning(given.settings, given.config_dir)
+    _check_flags(given, tuning)
+    _check_remote(tuning, key=not given.has("--dry-run"))
+    bill = _bill(tuning, confirm)
+    if given.has("--dry-run"):
+        _print_bill(console(given.as_json), bill)
         return Answer(document=bill)
-    _agree(tuning, bill, "--yes" in flags)
-    document, exit_code = _tune(tuning, "--confirm" in flags, extra)
-    if not as_json:
-        _print_found(document, "--markdown" in flags)
-    out = console(as_json or "--markdown" in flags)
+    _agree(tuning, bill, given.has("--yes"))
+    document, exit_code = _tune(tuning, confirm, given.config_dir)
+    if not given.as_json:
+        _print_found(document, markdown)
+    out = console(given.as_json or markdown)
     path = tuning.job.results_dir / tuning.job.study / "tune.json"
     out.print(f"written: {path}", markup=False, soft_wrap=True)
     name = tuning.job.study
@@ -192,22 +139,22 @@ def _run(job: Job, plan: Plan, study: Study) -> None:
 
 
 def _score(study: Study) -> None:
-    from sd35bench.cli.compare import score_missing
+    from sd35bench.cli.study import score_missing
 
     score_missing(study)
 
 
-def _check_flags(flags: set[str], tuning: Tuning) -> None:
+def _check_flags(given: Given, tuning: Tuning) -> None:
     """Refuse flags that do not go together, or with this backend.
 
     Raises: ConfigError.
     """
-    if "--confirm" in flags and tuning.job.remote is not None:
+    if given.has("--confirm") and tuning.job.remote is not None:
         raise ConfigError(
             "--confirm does not spend money on a hosted service; leave it out, and the answer has"
             " the commands that make the held-out images"
         )
-    if "--markdown" in flags and "--dry-run" in flags:
+    if given.has("--markdown") and given.has("--dry-run"):
         raise ConfigError("--markdown prints what was found, and --dry-run finds nothing; give one")
 
 
@@ -327,24 +274,54 @@ def _never(*_: Any) -> None:
     raise AssertionError("a dry run makes nothing")
 
 
-def _split(arguments: Sequence[str]) -> tuple[set[str], list[str], Path | None]:
-    """Take our flags out, wherever they stand."""
-    flags: set[str] = set()
-    overrides: list[str] = []
-    extra: Path | None = None
-    rest = iter(arguments)
-    known = ["--dry-run", "--confirm", "--markdown", "--yes"]
-    known += ["--help", "-h", "--config-dir", "--json"]
-    for text in rest:
-        if text == "--config-dir" or text.startswith("--config-dir="):
-            value = text.partition("=")[2] if "=" in text else next(rest, "")
-            extra = Path(value)
-            if not value or not extra.is_dir():
-                raise ConfigError(f"--config-dir={value}: there is no such folder")
-        elif text in known:
-            flags.add("--help" if text == "-h" else text)
-        elif text.startswith("-"):
-            raise ConfigError(f"unknown flag {text}{nearest(text, known)}; see tune --help")
-        else:
-            overrides.append(text)
-    return flags, overrides, extra
+COMMANDS = {
+    "tune": Command(
+        call=tune,
+        settings="study=NAME AXIS=VALUES ... NAME=VALUE ...",
+        about="""Every setting gets the same first prompts; those that are shown to be worse on
+these very prompts (95 % intervals, clustered by prompt) get no more, the others get twice as many,
+and so on. The same command goes on where it was, and makes nothing twice; a larger trials= or
+images= goes further. Several processes may share one study: they take turns where they need the
+same backend.
+
+Axes: LOW:HIGH, LOW:HIGH:STEP, or a list A,B,C
+  steps cfg prompt_strength shift skip_layer_scale
+                   a range without a step is rounded to 1, 0.5, 0.05, 0.5, 0.5
+  sampler backend skip_layer_guidance
+                   lists of names
+
+The search:
+  profile=NAME     what a setting is wanted for: preview, balanced, final, or a YAML file of your
+                   own with limits, objective and margins; default: balanced
+  trials=N         settings that may be tried; default: the grid, at most 32
+  images=N         images that may be made; default: 40 % of all prompts for every one of trials
+  first=N          prompts that every setting gets before the first are dropped; default: 8
+Everything else is as in `sd35bench run` (model=, backend=, prompts.limit=, seed=, order_seed= ...).
+
+Exit codes: 0 done, 2 wrong input, 3 interrupted or paused (run again), 4 other.""",
+        examples="""
+sd35bench tune study=tuned steps=4:28 cfg=1:9 --dry-run
+    what a search over 25 x 17 settings may take
+sd35bench tune study=tuned steps=4,8,16,28 cfg=1,2,4,7 prompts.limit=64
+    16 settings, at most 40 % of the images that all of them would take
+sd35bench tune study=tuned steps=4:28 cfg=1:9 sampler=euler,heun profile=final trials=40
+    a larger space; Optuna chooses the 40 settings that are tried
+sd35bench tune study=edits prompts.task=edit steps=8:28 prompt_strength=0.3:0.95
+    image-to-image: following the prompt and keeping the init image, both
+sd35bench tune study=tuned steps=4,8,16,28 cfg=1,2,4,7 prompts.limit=64 --confirm
+    the same search, and whether its choice holds on prompts that it never saw
+sd35bench tune study=slg skip_layer_guidance=none,stability skip_layer_scale=1:4 cfg=3:6
+""",
+        flags=(
+            Flag(
+                name="--confirm",
+                means="make held-out images of the chosen setting and of what it was held"
+                " against, and say whether the choice holds there",
+            ),
+            MARKDOWN,
+            DRY_RUN,
+            CONFIG_DIR,
+            YES,
+        ),
+    )
+}

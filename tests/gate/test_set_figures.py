@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sd35bench.analysis.reference import read_reference, write_reference
-from sd35bench.cli import baseline as command
+from sd35bench.cli import answer
+from sd35bench.cli import compare as command
 from sd35bench.gate.baseline import (
     baseline_features,
     baseline_text,
@@ -181,12 +182,12 @@ def test_baseline_file_gives_the_same_figures_with_its_features_and_fails_withou
 
 def test_baseline_make_writes_features_that_compare_finds(monkeypatch, tmp_path, worse):
     studies, path = dict(zip("ab", worse, strict=True)), tmp_path / "main.json"
-    monkeypatch.setattr(command, "open_named", lambda name, _: studies[name])
+    monkeypatch.setattr(command, "open_study", lambda _, name: studies[name])
     monkeypatch.setattr(command, "score_missing", lambda _: {"refused": {}})
     monkeypatch.setattr(command, "read_with_reruns", read_sides)
     monkeypatch.setattr(worse[0], "done_keys", lambda: {"some"}, raising=False)
-    answer = command.baseline(["make", "a", str(path)], True)
-    assert answer.document["features"] == str(features_file(path))
+    made = answer("baseline", ["make", "a", str(path)])
+    assert made.document["features"] == str(features_file(path))
     found = _judge((read_baseline(path), read_sides(worse[1])), _policy(kid=0.3))
     assert _figures(found)["kid_nano"]["verdict"] == "fail"
 

@@ -246,14 +246,14 @@ def test_model_that_is_no_hub_id_is_refused():
 
 @pytest.mark.slow
 def test_reference_is_made_on_dinov2_features(folder, tmp_path):
-    from sd35bench.cli.reference import reference
+    from sd35bench.cli import answer
 
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(pictures(3)):
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
     options = ("extractor=dinov2", f"model=local-dir:{folder}", f"--results-dir={tmp_path}")
     words = ["make", "r", f"images={tmp_path / 'photos'}", *options]
-    made = reference(words, as_json=True).document
+    made = answer("reference", words).document
     assert made["label"] == "dinov2-tiny"
     assert made["provenance"]["extractor"] == Dinov2(f"local-dir:{folder}").name
     assert "224 x 224" in made["provenance"]["resize"]

@@ -84,7 +84,7 @@ def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
 
 @contextlib.contextmanager
 def _served(folder: Path, overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
-    command = [sys.executable, "-m", "sd35bench.cli", "serve", "--json", *overrides]
+    command = [sys.executable, "-m", "sd35bench", "serve", "--json", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(folder / "log", "wb") as log:
         server = subprocess.Popen(

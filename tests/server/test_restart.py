@@ -23,7 +23,7 @@ class Served:
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.errors = folder / f"stderr-{time.monotonic_ns()}"
-        command = [sys.executable, "-m", "sd35bench.cli", "serve", "--json", "port=0"]
+        command = [sys.executable, "-m", "sd35bench", "serve", "--json", "port=0"]
         command += ["backend=fake", f"state_dir={folder / 'state'}", *overrides]
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
@@ -133,7 +133,7 @@ def test_sigterm_while_loading_ends_it_quietly(tmp_path):
 
 def test_keys_are_in_no_log_and_no_file(tmp_path):
     made = subprocess.run(
-        [sys.executable, "-m", "sd35bench.cli", "serve", "--json", "make_key=a", "key_file=k.txt"],
+        [sys.executable, "-m", "sd35bench", "serve", "--json", "make_key=a", "key_file=k.txt"],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,

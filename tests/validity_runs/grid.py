@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sd35bench.cli.compare import open_named
+from sd35bench.cli.study import open_study
 from sd35bench.errors import ConfigError
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Session
@@ -89,7 +89,7 @@ def open_grid(root: Path, seed: int) -> View:
 
     Raises: ConfigError where it was not run or not scored; the message has the command.
     """
-    study = open_named(_name(seed), str(root))
+    study = open_study(root, _name(seed))
     if not study.scores():
         raise ConfigError(
             f"study {study.name!r} has no scores: python -m tests.validity_runs grid"

@@ -1,4 +1,4 @@
-"""`python -m sd35bench.cli` is the `sd35bench` command."""
+"""`python -m sd35bench` is the `sd35bench` command."""
 
 import sys
 
