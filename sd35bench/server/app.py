@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from html import escape
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -17,19 +19,24 @@ from starlette.routing import compile_path
 
 from sd35bench.errors import DiskFull, StoreError
 from sd35bench.server.auth import ANYBODY, Caller
-from sd35bench.server.docs_page import docs_page
-from sd35bench.server.documents import error_response
-from sd35bench.server.envelope import Envelope, error_answer
+from sd35bench.server.envelope import Envelope, error_answer, log
 from sd35bench.server.files import files_router, presign_router
-from sd35bench.server.logs import log
 from sd35bench.server.page import page_router
-from sd35bench.server.refusals import Refusal
 from sd35bench.server.routes import health_router, protocol_router
+from sd35bench.server.schema import refusals
+from sd35bench.server.settings import Refusal
 from sd35bench.server.state import ServerState
 
-__all__ = ["create_app"]
-
 SWEEP_S = 60.0
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } code, pre { font-family: ui-monospace, monospace }
+pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem }
+table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1rem .2rem 0;
+vertical-align: top } .method { font-weight: 700 }
+@media (prefers-color-scheme: dark) { body { background: #151515; color: #eee }
+pre { background: #222 } a { color: #8cf } }
+"""
 _TITLE = "sd35bench serve"
 _ABOUT = (
     "The hosted prediction protocol over one local backend. Create, poll until the status is"
@@ -48,9 +55,7 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.add_middleware(Envelope, only_loopback=state.keys is None)
     admitted = [Depends(_admission(state))]
-    answers: dict[int | str, dict[str, Any]] = {
-        status: error_response(status) for status in (400, 401, 408, 413, 429)
-    }
+    answers = refusals(400, 401, 408, 413, 429)
     app.include_router(protocol_router(state), dependencies=admitted)
     app.include_router(presign_router(state.files), dependencies=admitted, responses=answers)
     app.include_router(files_router(state.files))
@@ -142,7 +147,7 @@ def _add_document(app: FastAPI, has_keys: bool) -> None:
 
     async def docs() -> HTMLResponse:
         policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        return HTMLResponse(docs_page(openapi(), has_keys), headers=policy)
+        return HTMLResponse(_docs_page(openapi(), has_keys), headers=policy)
 
     app.add_api_route("/docs", docs, include_in_schema=False)
 
@@ -197,3 +202,68 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StoreError, not_stored)
+
+
+def _docs_page(document: Mapping[str, Any], has_keys: bool) -> str:
+    """The OpenAPI document as one page of plain HTML: no script, and nothing from another host.
+
+    FastAPI's own page loads its program from a content delivery network, absent offline.
+    """
+    keys = (
+        "Routes under /v1 want a key: <code>X-API-Key: KEY</code> or"
+        " <code>Authorization: Bearer KEY</code>."
+        if has_keys
+        else "This server asks for no key."
+    )
+    title = escape(document["info"]["title"])
+    parts = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
+        f"<main><h1>{title}</h1><p>{escape(document['info']['description'])}</p><p>{keys}"
+        ' The same as a document: <a href="/openapi.json">/openapi.json</a>.'
+        ' To try a prompt by hand: <a href="/">the page</a>.</p>',
+    ]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            parts.append(_operation(method, path, operation))
+    parts.append("</main></body></html>")
+    return "\n".join(parts)
+
+
+def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
+    word = escape(method.upper())
+    parts = [
+        f'<section><h2><span class="method">{word}</span> <code>{escape(path)}</code></h2>',
+        f"<p>{escape(operation.get('summary', ''))}</p>",
+        _parameters(operation.get("parameters", [])),
+        _body(operation.get("requestBody", {})),
+        _answers(operation["responses"]),
+        "</section>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _parameters(parameters: list[Mapping[str, Any]]) -> str:
+    rows = [
+        f"<tr><td><code>{escape(p['name'])}</code></td><td>in {escape(p['in'])}</td>"
+        f"<td>{escape(p.get('description', ''))}</td></tr>"
+        for p in parameters
+    ]
+    return f"<table>{''.join(rows)}</table>" if rows else ""
+
+
+def _body(body: Mapping[str, Any]) -> str:
+    found = body.get("content", {}).get("application/json")
+    if found is None:
+        return ""
+    text = json.dumps(found["schema"], indent=2, ensure_ascii=False)
+    return f"<details><summary>Body (JSON Schema)</summary><pre>{escape(text)}</pre></details>"
+
+
+def _answers(answers: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        f"<tr><td><code>{escape(status)}</code></td><td>{escape(answer['description'])}</td></tr>"
+        for status, answer in answers.items()
+    ]
+    return f"<table><tr><th>Status</th><th>Means</th></tr>{''.join(rows)}</table>"

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from sd35bench.errors import ConfigError
 
-__all__ = ["Caller", "KeyRing", "make_key"]
-
 _LINE = re.compile(r"sha256:([0-9a-f]{64})\s+(\S{1,100})")
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,100}")
 _KEY_BYTES = 32

@@ -1,5 +1,9 @@
 """What is around every request: an id, a log line, a bound on its body, and an answer in JSON.
 
+Logs are one JSON object a line on stderr, for requests, predictions and the server. What must not
+leak is not logged: no header, no query, no body, no prompt; and the names of files, which are
+permissions, are cut off their paths.
+
 One ASGI layer outside everything else, so that nothing leaves without an `X-Request-Id` and no
 exception becomes anything but ``{"error": …}`` with status 500. The bodies of POSTs are read here,
 whole and bounded in bytes and seconds, before anything parses them; an upload's by its own route.
@@ -7,23 +11,26 @@ whole and bounded in bytes and seconds, before anything parses them; an upload's
 
 import asyncio
 import ipaddress
+import json
 import logging
 import re
+import sys
 import time
+import traceback
 import uuid
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sd35bench.server.logs import log, shown_path
-from sd35bench.server.refusals import Refusal
-
-__all__ = ["Envelope", "error_answer"]
+from sd35bench.server.settings import Refusal
 
 MOST_BODY_BYTES = 2**20
 BODY_S = 30.0
+_LOGGER = logging.getLogger("sd35bench.server")
+_SECRET_PATHS = ("/uploads/", "/outputs/")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
@@ -145,3 +152,44 @@ def _is_loopback(name: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+class JsonFormatter(logging.Formatter):
+    """Format a record, ours or another library's, as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line; `fields` of the record are merged in."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        entry = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            entry["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(entry, default=str)
+
+
+def configure_logs() -> None:
+    """Send our lines and uvicorn's to stderr, as JSON; uvicorn's only from warnings on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name, level in (("sd35bench.server", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def log(event: str, *, level: int = logging.INFO, failed: bool = False, **fields: Any) -> None:
+    """Write one line; with `failed` the exception being handled goes along."""
+    _LOGGER.log(level, event, extra={"fields": fields}, exc_info=failed)
+
+
+def shown_path(path: str) -> str:
+    """A request's path without the names that would let a reader of logs fetch a file."""
+    for head in _SECRET_PATHS:
+        if path.startswith(head):
+            return f"{head}…"
+    return path[:200]

@@ -26,16 +26,6 @@ from sd35bench.disk import disk_errors, write_atomic
 from sd35bench.errors import SD35BenchError
 from sd35bench.remote.images import BadImage, check_image
 
-__all__ = [
-    "CONTENT_TYPES",
-    "TICKET_LIFETIME_S",
-    "BadUpload",
-    "FileStore",
-    "StoredFile",
-    "Ticket",
-    "TicketRefused",
-]
-
 CONTENT_TYPES = {
     "image/jpeg": "jpg",
     "image/jpg": "jpg",

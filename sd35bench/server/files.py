@@ -14,11 +14,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from sd35bench.server.file_store import CONTENT_TYPES, BadUpload, FileStore, Ticket, TicketRefused
-from sd35bench.server.refusals import Refusal
+from sd35bench.server.file_store import CONTENT_TYPES, BadUpload, FileStore, TicketRefused
 from sd35bench.server.schema import parse_json
-
-__all__ = ["FileStore", "Ticket", "files_router", "presign_router"]
+from sd35bench.server.settings import Refusal
 
 _RECEIVE_S = 60.0
 _AT_ONCE = 4

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.errors import StoreError
-from sd35bench.server.refusals import Refusal
+from sd35bench.server.settings import Refusal
 from sd35bench.types import Request, from_json, to_json
-
-__all__ = ["Bounds", "Listed", "Phase", "Prediction", "PredictionStore", "Query", "Work"]
 
 MOST_STARTS = 5
 

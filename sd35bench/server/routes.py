@@ -7,6 +7,7 @@ in the synchronous run, for the image.
 
 import asyncio
 import hashlib
+import io
 import math
 import re
 import time
@@ -15,26 +16,49 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx2
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel
 
 from sd35bench.disk import write_atomic
 from sd35bench.errors import RemoteError, SD35BenchError
+from sd35bench.remote.download import download
+from sd35bench.remote.images import decode_image
 from sd35bench.server.auth import Caller
-from sd35bench.server.documents import DOCUMENTS, create_document
-from sd35bench.server.init_images import init_image
+from sd35bench.server.file_store import FileStore
 from sd35bench.server.predictions import Bounds, Phase, Prediction, Query
-from sd35bench.server.refusals import Refusal
-from sd35bench.server.schema import input_schema, parse_json, read_create, to_request
+from sd35bench.server.schema import (
+    CREATE_REFUSALS,
+    Accepted,
+    Ended,
+    Execution,
+    Failure,
+    Health,
+    Listing,
+    Metrics,
+    ModelView,
+    PredictionView,
+    Urls,
+    body_schema,
+    input_schema,
+    parse_json,
+    query_parameter,
+    read_create,
+    refusals,
+    to_request,
+)
+from sd35bench.server.settings import Refusal
 from sd35bench.server.state import ServerState
 
-__all__ = ["health_router", "protocol_router"]
-
 SYNC_WAIT_S = 300.0
+_FETCH_S = 30.0
+_PNG_LEVEL = 1
+"""Level 6 takes 4 times as long for a tenth of the size of a file that lives for one prediction."""
 _DIGITS = re.compile(r"[0-9]{1,9}")
-_RUN_WORDS = {Phase.ERROR: "failed"}
+MOST_OFFSET = 10**9 - 1
 
-Handler = Callable[..., Awaitable[JSONResponse]]
+Handler = Callable[..., Awaitable[BaseModel]]
 
 
 def protocol_router(state: ServerState) -> APIRouter:
@@ -42,36 +66,83 @@ def protocol_router(state: ServerState) -> APIRouter:
     routes = _Routes(state)
     router = APIRouter()
 
-    def add(method: str, path: str, handler: Handler, document: dict[str, Any]) -> None:
-        router.add_api_route(path, handler, methods=[method], **document)
+    def add(method: str, path: str, handler: Handler, statuses: tuple[int, ...], **more: Any):
+        router.add_api_route(path, handler, methods=[method], responses=refusals(*statuses), **more)
 
-    created = create_document(state.settings.model)
-    add("POST", "/v1/prediction", routes.create, created["create"])
-    add("POST", "/v1/prediction/run", routes.run, created["run"])
-    add("GET", "/v1/prediction/{prediction_id}", routes.poll, DOCUMENTS["poll"])
-    add("POST", "/v1/prediction/{prediction_id}/cancel", routes.cancel, DOCUMENTS["cancel"])
-    add("GET", "/v1/executions", routes.listing, DOCUMENTS["list"])
-    add("GET", "/v1/model", routes.schema, DOCUMENTS["model"])
+    body = {"content": {"application/json": {"schema": body_schema(state.settings.model)}}}
+    made = {"tags": ["predictions"], "openapi_extra": {"requestBody": {"required": True, **body}}}
+    add(
+        *("POST", "/v1/prediction", routes.create, CREATE_REFUSALS),
+        summary="Ask for an image; the answer says only that it was accepted",
+        **made,
+    )
+    add(
+        *("POST", "/v1/prediction/run", routes.run, (*CREATE_REFUSALS, 504)),
+        summary="Ask for an image and wait for it",
+        **made,
+    )
+    add(
+        *("GET", "/v1/prediction/{prediction_id}", routes.poll, (401, 404, 429)),
+        summary="How a prediction stands",
+        tags=["predictions"],
+    )
+    add(
+        *("POST", "/v1/prediction/{prediction_id}/cancel", routes.cancel),
+        (401, 404, 408, 409, 413, 429),
+        summary="Cancel a prediction: at once while it waits, at its end while it is being made",
+        tags=["predictions"],
+    )
+    add(
+        *("GET", "/v1/executions", routes.listing, (400, 401, 429)),
+        summary="The key's own predictions, the newest first",
+        tags=["predictions"],
+        openapi_extra={"parameters": _LISTING_QUERY},
+    )
+    slug = query_parameter("slug", "One of the model's names; its own if not given.", type="string")
+    add(
+        *("GET", "/v1/model", routes.schema, (401, 404, 429)),
+        summary="The input's JSON Schema",
+        tags=["model"],
+        openapi_extra={"parameters": [slug]},
+    )
     return router
+
+
+_LISTING_QUERY = [
+    query_parameter("model", "One of the model's names.", type="string"),
+    query_parameter("status", "Only these.", enum=list(Phase)),
+    query_parameter("from", "Created then or later.", type="string", format="date-time"),
+    query_parameter("to", "Created then or before.", type="string", format="date-time"),
+    query_parameter(
+        "limit", "How many at most.", type="integer", minimum=1, maximum=100, default=100
+    ),
+    query_parameter(
+        *("offset", "How many newer ones to leave out."),
+        type="integer",
+        minimum=0,
+        maximum=MOST_OFFSET,
+        default=0,
+    ),
+]
 
 
 def health_router(state: ServerState) -> APIRouter:
     """GET /healthz: needs no key and tells no secret."""
-    router = APIRouter()
+    router = APIRouter(tags=["server"])
 
-    async def health() -> JSONResponse:
+    @router.get(
+        "/healthz", summary="Whether the server is ready, and how many predictions are open"
+    )
+    async def health() -> Health:
         settings = state.settings
-        return JSONResponse(
-            {
-                "status": state.condition,
-                "model": settings.model.name,
-                "backend": settings.load.backend.name,
-                "auth": state.keys is not None,
-                "queue": await asyncio.to_thread(state.store.queue_length),
-            }
+        return Health(
+            status=state.condition,
+            model=settings.model.name,
+            backend=settings.load.backend.name,
+            auth=state.keys is not None,
+            queue=await asyncio.to_thread(state.store.queue_length),
         )
 
-    router.add_api_route("/healthz", health, methods=["GET"], **DOCUMENTS["health"])
     return router
 
 
@@ -81,17 +152,12 @@ class _Routes:
     def __init__(self, state: ServerState) -> None:
         self.state, self.settings, self.store = state, state.settings, state.store
 
-    async def create(self, request: Request) -> JSONResponse:
+    async def create(self, request: Request) -> Accepted:
         prediction_id = await self._accept(request)
-        return JSONResponse(
-            {
-                "status": "success",
-                "message": "Prediction created successfully",
-                "predictionID": prediction_id,
-            }
-        )
+        message = "Prediction created successfully"
+        return Accepted(status="success", message=message, predictionID=prediction_id)
 
-    async def run(self, request: Request) -> JSONResponse:
+    async def run(self, request: Request) -> Ended:
         prediction_id = await self._accept(request)
         try:
             async with asyncio.timeout(SYNC_WAIT_S):
@@ -102,17 +168,17 @@ class _Routes:
                 f"no image within {SYNC_WAIT_S:g} s; it is still being made:"
                 f" poll GET /v1/prediction/{prediction_id}",
             ) from exc
-        answer = _view(found, _base(request))
-        answer["status"] = _RUN_WORDS.get(found.status, found.status.value)
-        return JSONResponse({"predictionID": found.id, **answer})
+        word = "failed" if found.status is Phase.ERROR else found.status.value
+        view = _view(found, _base(request)).model_dump()
+        return Ended.model_validate({**view, "predictionID": found.id, "status": word})
 
-    async def poll(self, request: Request, prediction_id: str) -> JSONResponse:
+    async def poll(self, request: Request, prediction_id: str) -> PredictionView:
         found = await asyncio.to_thread(self.store.get, _caller(request).id, prediction_id)
         if found is None:
             raise Refusal(404, "Prediction not found")
-        return JSONResponse(_view(found, _base(request)))
+        return _view(found, _base(request))
 
-    async def cancel(self, request: Request, prediction_id: str) -> JSONResponse:
+    async def cancel(self, request: Request, prediction_id: str) -> Accepted:
         found = await asyncio.to_thread(self.store.cancel, _caller(request).id, prediction_id)
         if found is None:
             raise Refusal(404, "Prediction not found")
@@ -124,11 +190,9 @@ class _Routes:
             self.state.ended.tell(found.id)
         else:
             message = "Prediction is being made; it will end as cancelled, without an image"
-        return JSONResponse(
-            {"status": "cancelled", "message": message, "predictionID": prediction_id}
-        )
+        return Accepted(status="cancelled", message=message, predictionID=prediction_id)
 
-    async def listing(self, request: Request) -> JSONResponse:
+    async def listing(self, request: Request) -> Listing:
         wanted, query = request.query_params, _query(request)
         model = wanted.get("model")
         base = _base(request)
@@ -137,28 +201,16 @@ class _Routes:
         else:
             page = await asyncio.to_thread(self.store.listing, _caller(request).id, query)
             found, total = page.predictions, page.total
-        return JSONResponse(
-            {
-                "executions": [_row(prediction, base) for prediction in found],
-                "total_count": total,
-                "offset": query.offset,
-                "limit": query.limit,
-            }
-        )
+        rows = [_row(prediction, base) for prediction in found]
+        return Listing(executions=rows, total_count=total, offset=query.offset, limit=query.limit)
 
-    async def schema(self, request: Request) -> JSONResponse:
+    async def schema(self, request: Request) -> ModelView:
         model = self.settings.model
         slug = request.query_params.get("slug", model.slugs[0])
         if slug not in model.slugs:
             raise Refusal(404, f"Model not found; served here: {', '.join(model.slugs)}")
-        return JSONResponse(
-            {
-                "title": model.name,
-                "slug": slug,
-                "version": "0.0.1",
-                "request_schema": input_schema(model),
-            }
-        )
+        schema = input_schema(model)
+        return ModelView(title=model.name, slug=slug, version="0.0.1", request_schema=schema)
 
     async def _accept(self, request: Request) -> str:
         """Store what is asked for and return its id; from then on it will be made, or reported."""
@@ -248,54 +300,45 @@ def _base(request: Request) -> str:
     return f"{request.url.scheme}://{request.url.netloc}"
 
 
-def _view(prediction: Prediction, base: str) -> dict[str, Any]:
+def _view(prediction: Prediction, base: str) -> PredictionView:
     """What a poll answers."""
     p = prediction
-    return {
-        "id": p.id,
-        "model": p.model,
-        "input": p.input,
-        "status": p.status.value,
-        "output": _output(p, base),
-        "logs": p.error,
-        "metrics": {"predict_time": p.predict_s, "cost": p.cost_usd},
-        "urls": {
-            "get": f"{base}/v1/prediction/{p.id}",
-            "cancel": f"{base}/v1/prediction/{p.id}/cancel",
-        },
-        "created_at": _time(p.created_at),
-        "started_at": _time(p.started_at),
-        "completed_at": _time(p.completed_at),
-    }
+    own = f"{base}/v1/prediction/{p.id}"
+    return PredictionView(
+        id=p.id,
+        model=p.model,
+        input=p.input,
+        status=p.status,
+        output=_output(p, base),
+        logs=p.error,
+        metrics=Metrics(predict_time=p.predict_s, cost=p.cost_usd),
+        urls=Urls(get=own, cancel=f"{own}/cancel"),
+        created_at=_time(p.created_at),
+        started_at=None if p.started_at is None else _time(p.started_at),
+        completed_at=None if p.completed_at is None else _time(p.completed_at),
+    )
 
 
-def _row(prediction: Prediction, base: str) -> dict[str, Any]:
-    """What a listing says of one prediction; the vendor's has no input."""
-    p = prediction
-    return {
-        "id": p.id,
-        "model": p.model,
-        "input": p.input,
-        "status": p.status.value,
-        "execution_cost": p.cost_usd,
-        "run_time": p.predict_s,
-        "created_at": _time(p.created_at),
-        "started_at": _time(p.started_at),
-        "completed_at": _time(p.completed_at),
-        "output": _output(p, base),
-    }
+def _row(prediction: Prediction, base: str) -> Execution:
+    """What a listing says of one prediction."""
+    view = _view(prediction, base)
+    return Execution(
+        **view.model_dump(exclude={"output", "logs", "metrics", "urls"}),
+        output=view.output,
+        execution_cost=view.metrics.cost,
+        run_time=view.metrics.predict_time,
+    )
 
 
-def _output(prediction: Prediction, base: str) -> Any:
+def _output(prediction: Prediction, base: str) -> str | Failure | None:
     """The image's URL, the reason of a failure, or nothing."""
     if prediction.status is Phase.ERROR:
-        return {"error_code": prediction.error_code, "error_message": prediction.error}
+        code, message = prediction.error_code, prediction.error
+        return Failure(error_code=f"{code}", error_message=f"{message}")
     return None if prediction.output is None else f"{base}{prediction.output}"
 
 
-def _time(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
+def _time(seconds: float) -> str:
     text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
     return text.replace("+00:00", "Z")
 
@@ -308,7 +351,7 @@ def _query(request: Request) -> Query:
         since=_instant("from", given.get("from")),
         until=_instant("to", given.get("to")),
         limit=_integer("limit", given.get("limit", "100"), 1, 100),
-        offset=_integer("offset", given.get("offset", "0"), 0, 10**9 - 1),
+        offset=_integer("offset", given.get("offset", "0"), 0, MOST_OFFSET),
     )
 
 
@@ -335,3 +378,58 @@ def _instant(name: str, text: str | None) -> float | None:
         return (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError) as exc:
         raise Refusal(400, f"{name}: must be a time such as 2026-08-01T12:00:00Z") from exc
+
+
+async def init_image(value: str, *, store: FileStore, own_host: str, allow_loopback: bool) -> bytes:
+    """Return an init image as PNG bytes of 8-bit RGB.
+
+    A client names an address and the server goes there, so every fetch is vetted
+    (`remote.download`). Addresses of this server are read from the store, never over HTTP: a Host
+    header that lies reaches files of ours and nothing else. The pixels are encoded anew, so that no
+    byte that a stranger chose reaches the backend's decoder.
+
+    `value` is an http(s) URL, or a `data:` URI of an image. `own_host` is this server's host, with
+    the port where it is not the scheme's, as the client addressed it.
+
+    Raises: UnsafeAddress for an address that nothing may be fetched from; RemoteError where
+    fetching fails, an own address has no image, or the bytes are no image within the limits.
+    """
+    data = await _own(value, store, own_host)
+    if data is None:
+        fetched = await download(
+            value,
+            hosts=None,
+            allow_loopback=allow_loopback,
+            max_bytes=store.max_upload_bytes,
+            deadline_s=_FETCH_S,
+        )
+        data = fetched.data
+    return await asyncio.to_thread(_as_png, data)
+
+
+async def _own(value: str, store: FileStore, own_host: str) -> bytes | None:
+    """The image behind an address of this server; ``None`` for other addresses."""
+    if value[:5].lower() == "data:" or not _is_own(value, own_host):
+        return None
+    data = await asyncio.to_thread(store.read_upload, httpx2.URL(value).path)
+    if data is None:
+        raise RemoteError(f"image {value[:200]!r} is unknown here or expired: upload it again")
+    return data
+
+
+def _is_own(value: str, own_host: str) -> bool:
+    """Whether a URL is on this server; one that cannot be read is left to the vetting."""
+    try:
+        url = httpx2.URL(value)
+        own = httpx2.URL(f"{url.scheme}://{own_host}")
+    except httpx2.InvalidURL:
+        return False
+    known = url.scheme in ("http", "https") and url.host != ""
+    return known and (url.host, url.port) == (own.host, own.port)
+
+
+def _as_png(data: bytes) -> bytes:
+    pixels = decode_image(data)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+    return buffer.getvalue()

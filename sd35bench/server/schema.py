@@ -1,30 +1,41 @@
-"""What a client may ask for: one table that reads the protocol's input and writes its schema.
+"""What the protocol takes and answers: pydantic models, from which the OpenAPI document is made.
 
-Numbers come as JSON numbers or as strings, as the vendor's page and its documentation have them. A
-string is taken exactly where its pattern in the schema matches, so that what the schema allows is
-what is accepted. Nothing is guessed: unknown fields, booleans for numbers, NaN, duplicate names and
-lone surrogates are refused, each by name.
+The input's model is made from the table of the request's fields; `_NARROWER` has the vendor's own
+ranges, defaults and words. Numbers come as JSON numbers or as strings, as the vendor's page and its
+documentation have them. A string is taken exactly where its pattern in the schema matches, so what
+the schema allows is what is accepted. Nothing is guessed: unknown fields, booleans for numbers,
+NaN, duplicate names and lone surrogates are refused, each by name.
 """
 
 import json
-import math
-import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from sd35bench.server.refusals import Refusal
-from sd35bench.server.settings import ServedModel
+from annotated_types import DocInfo, Interval
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StrictStr,
+    ValidationError,
+    create_model,
+)
+from pydantic.json_schema import GenerateJsonSchema
+
+from sd35bench.fields import FIELDS, allowed
+from sd35bench.server.predictions import Phase
+from sd35bench.server.settings import Refusal, ServedModel
 from sd35bench.types import Request
-
-__all__ = ["Asked", "body_schema", "input_schema", "parse_json", "read_create", "to_request"]
 
 LONGEST_PROMPT = 10_000
 LONGEST_URL = 4096
 SEEDS = 2**32
-FORMATS = ("webp", "jpg", "png")
-BODY_FIELDS = ("model", "version", "input", "webhook_url", "webhook_secret")
 
 _UP_TO_50 = "[1-9]|[1-4][0-9]|50"
 _UP_TO_100 = "[0-9]|[1-9][0-9]|100"
@@ -36,161 +47,120 @@ _BELOW_2_32 = (
 )
 
 
-class _Wrong(Exception):
-    """A value that its field does not take; says what it does."""
+def _number(kind: type[int] | type[float], low: int, high: int, text: str, null: str = "") -> Any:
+    """A number from `low` to `high`, or a string that `text` matches; `null`: or null."""
+    doc = DocInfo(allowed(Annotated[kind, Interval(ge=low, le=high)]) + null)
+    number = Annotated[
+        kind, Interval(ge=low, le=high), Field(strict=True), BeforeValidator(_whole(kind))
+    ]
+    string = Annotated[StrictStr, Field(pattern=f"^({text})$")]
+    # + 0 turns -0.0 into 0.0
+    either = Annotated[number | string, AfterValidator(lambda value: kind(value) + 0)]
+    return Annotated[either | None, doc] if null else Annotated[either, doc]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Number:
-    """A number in a range, or the same as a string that `text` matches."""
-
-    kind: type[int] | type[float]
-    low: int
-    high: int
-    text: str
-    default: int | float | None
-    means: str
-    nullable: bool = False
-
-    def read(self, value: Any) -> int | float | None:
-        if value is None and self.nullable:
-            return None
-        if isinstance(value, str):
-            if re.fullmatch(self.text, value, re.ASCII) is None:
-                raise _Wrong(self._allowed())
-            return self.kind(value)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _Wrong(self._allowed())
-        whole = isinstance(value, int) or (math.isfinite(value) and value.is_integer())
-        if not self.low <= value <= self.high or (self.kind is int and not whole):
-            raise _Wrong(self._allowed())
-        return self.kind(value) + 0  # + 0 turns -0.0 into 0.0
-
-    def _allowed(self) -> str:
-        word = "an integer" if self.kind is int else "a number"
-        null = ", or null" if self.nullable else ""
-        return f"{word} from {self.low} to {self.high}{null}"
-
-    def schema(self) -> dict[str, Any]:
-        number = {
-            "type": "integer" if self.kind is int else "number",
-            "minimum": self.low,
-            "maximum": self.high,
-        }
-        choices = [number, {"type": "string", "pattern": f"^({self.text})$"}]
-        if self.nullable:
-            choices.append({"type": "null"})
-        return {"anyOf": choices, "default": self.default, "description": self.means}
+def _whole(kind: type) -> Callable[[Any], Any]:
+    """JSON has one kind of number: 28.0 is an integer there."""
+    if kind is float:
+        return lambda value: value
+    return lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    """One of a few words."""
+_PROMPT = Annotated[
+    StrictStr,
+    Field(
+        min_length=1,
+        max_length=LONGEST_PROMPT,
+        pattern="^[^\\u0000]*[^ \\t\\r\\n\\u0000][^\\u0000]*$",
+    ),
+    DocInfo("a text that is not empty, without null characters"),
+]
+_IMAGE = Annotated[
+    Annotated[StrictStr, Field(max_length=LONGEST_URL), AfterValidator(lambda url: url or None)]
+    | None,
+    DocInfo(
+        f"a URL of at most {LONGEST_URL} characters, or null; upload an image through"
+        " POST /v1/upload/presign"
+    ),
+]
+_NO_IMAGE = Annotated[
+    Annotated[Literal[None, ""], AfterValidator(lambda url: url or None)],
+    DocInfo("null: this model and backend make images from text only"),
+]
+_IMAGE_MEANS = "URL of an init image (jpeg, png, webp): image-to-image."
 
-    words: tuple[str, ...]
-    means: str
+_NARROWER: dict[str, tuple[Any, Any, str]] = {
+    "prompt": (_PROMPT, ..., "What the image shows."),
+    "cfg": (
+        _number(float, 0, 20, _ZERO_TO_20),
+        5.0,
+        "Classifier-free guidance: how closely the image follows the prompt.",
+    ),
+    "steps": (_number(int, 1, 50, _UP_TO_50), 40, "Denoising steps."),
+    "prompt_strength": (
+        _number(float, 0, 1, _ZERO_TO_1),
+        0.85,
+        "Denoising strength in image-to-image; 1.0 destroys all of the init image. It is accepted"
+        " and ignored without an image, and must be above 0 with one.",
+    ),
+    "seed": (
+        _number(int, 0, SEEDS - 1, _BELOW_2_32, null=", or null"),
+        None,
+        "Seed of the starting noise; null draws one and reports it.",
+    ),
+    "output_format": (Literal["webp", "jpg", "png"], "webp", "The image file."),
+    "output_quality": (_number(int, 0, 100, _UP_TO_100), 90, "Of jpg and webp; png has none."),
+}
+"""Fields that the vendor's protocol takes otherwise than our command line: type, default, words."""
 
-    @property
-    def default(self) -> str:
-        return self.words[0]
-
-    def read(self, value: Any) -> str:
-        if not isinstance(value, str) or value not in self.words:
-            raise _Wrong(f"one of {', '.join(self.words)}")
-        return value
-
-    def schema(self) -> dict[str, Any]:
-        return {
-            "type": "string",
-            "enum": list(self.words),
-            "default": self.default,
-            "description": self.means,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prompt:
-    """The text of the image; there is no default."""
-
-    default: None = None
-
-    def read(self, value: Any) -> str:
-        if not isinstance(value, str) or not value.strip(" \t\r\n"):
-            raise _Wrong("a text that is not empty")
-        if len(value) > LONGEST_PROMPT:
-            raise _Wrong(f"at most {LONGEST_PROMPT} characters, not {len(value)}")
-        if "\0" in value:
-            raise _Wrong("a text without null characters")
-        return value
-
-    def schema(self) -> dict[str, Any]:
-        return {
-            "type": "string",
-            "minLength": 1,
-            "maxLength": LONGEST_PROMPT,
-            "pattern": "^[^\\u0000]*[^ \\t\\r\\n\\u0000][^\\u0000]*$",
-            "description": "What the image shows.",
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Image:
-    """The address of an init image, or none."""
-
-    taken: bool
-    default: None = None
-
-    def read(self, value: Any) -> str | None:
-        if value is None or value == "":
-            return None
-        if not self.taken:
-            raise _Wrong("null: this model and backend make images from text only")
-        if not isinstance(value, str) or len(value) > LONGEST_URL:
-            raise _Wrong(
-                f"a URL of at most {LONGEST_URL} characters, or null; upload an image through"
-                " POST /v1/upload/presign"
-            )
-        return value
-
-    def schema(self) -> dict[str, Any]:
-        means = "URL of an init image (jpeg, png, webp): image-to-image."
-        if not self.taken:
-            return {"enum": [None, ""], "default": None, "description": f"{means} Not served here."}
-        return {
-            "type": ["string", "null"],
-            "maxLength": LONGEST_URL,
-            "default": None,
-            "description": means,
-        }
+_ORDER = (
+    *("prompt", "aspect_ratio", "cfg", "steps", "prompt_strength", "seed", "image"),
+    *("output_format", "output_quality"),
+)
+"""The order of the vendor's page; a field that is not there comes last."""
 
 
-def _fields(model: ServedModel) -> dict[str, Any]:
-    return {
-        "prompt": _Prompt(),
-        "aspect_ratio": _Choice(words=tuple(model.sizes), means="Width to height."),
-        "cfg": _Number(
-            kind=float, low=0, high=20, text=_ZERO_TO_20, default=5.0,
-            means="Classifier-free guidance: how closely the image follows the prompt.",
-        ),
-        "steps": _Number(
-            kind=int, low=1, high=50, text=_UP_TO_50, default=40, means="Denoising steps."
-        ),
-        "prompt_strength": _Number(
-            kind=float, low=0, high=1, text=_ZERO_TO_1, default=0.85,
-            means="Denoising strength in image-to-image; 1.0 destroys all of the init image. It is"
-            " accepted and ignored without an image, and must be above 0 with one.",
-        ),
-        "seed": _Number(
-            kind=int, low=0, high=SEEDS - 1, text=_BELOW_2_32, default=None, nullable=True,
-            means="Seed of the starting noise; null draws one and reports it.",
-        ),
-        "image": _Image(taken=model.takes_images),
-        "output_format": _Choice(words=FORMATS, means="The image file."),
-        "output_quality": _Number(
-            kind=int, low=0, high=100, text=_UP_TO_100, default=90,
-            means="Of jpg and webp; png has none.",
-        ),
-    }  # fmt: skip
+@cache
+def _input_types(ratios: tuple[str, ...], takes_images: bool) -> dict[str, Any]:
+    """Every field of the input: annotation, default and words, by name."""
+    image = (_IMAGE, None, _IMAGE_MEANS)
+    if not takes_images:
+        image = (_NO_IMAGE, None, f"{_IMAGE_MEANS} Not served here.")
+    found: dict[str, tuple[Any, Any, str]] = {
+        "aspect_ratio": (Literal[ratios], ratios[0], "Width to height."),
+        "image": image,
+    }
+    for name, field in FIELDS.items():
+        if field.sent and name != "init_image":
+            found[name] = _NARROWER.get(name, (field.takes, field.quiet, field.means))
+    return dict(sorted(found.items(), key=lambda item: (*_ORDER, item[0]).index(item[0])))
+
+
+class _Untitled(GenerateJsonSchema):
+    """Leaves out titles that only repeat the fields' names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        """Never."""
+        return False
+
+
+class _Body(BaseModel):
+    """A create's body; the input is read by a model of its own, which depends on what is served."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    version: str | None = Field(None, description="Accepted; not used.")
+    input: dict[str, Any]
+    webhook_url: Literal[None, ""] = Field(None, description="Webhooks are not served: poll.")
+    webhook_secret: str | None = Field(None, description="Accepted; not used.")
+
+
+_BODY_WRONG = {
+    "model": "model: must be given, as a text",
+    "webhook_url": "webhook_url: webhooks are not served; leave it out and poll instead",
+    "input": "input: must be given, as a JSON object with at least 'prompt'",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,89 +197,77 @@ def read_create(
     """
     if not isinstance(body, dict):
         raise Refusal(400, "the body must be a JSON object with 'model' and 'input'")
-    _refuse_unknown("", body, BODY_FIELDS)
-    _check_envelope(body)
-    slug = body["model"]
-    if slug not in model.slugs:
-        raise Refusal(404, f"Model not found: {_shown(slug)}; served here: {_list(model.slugs)}")
-    found = _read_input(body["input"], model)
+    _refuse_unknown("", body, _Body.model_fields)
+    try:
+        asked = _Body.model_validate(body)
+    except ValidationError as exc:
+        name = str(exc.errors(include_url=False)[0]["loc"][0])
+        shown = f"{name}={_shown(body.get(name))}: must be a text or null"
+        raise Refusal(400, _BODY_WRONG.get(name, shown)) from exc
+    if asked.model not in model.slugs:
+        served = _list(model.slugs)
+        raise Refusal(404, f"Model not found: {_shown(asked.model)}; served here: {served}")
+    found = _read_input(asked.input, model)
     if found["seed"] is None:
         found["seed"] = draw_seed()
-    return Asked(slug=slug, input=found)
+    return Asked(slug=asked.model, input=found)
 
 
 def to_request(asked: Mapping[str, Any], model: ServedModel, init_image: str | None) -> Request:
     """Turn a read input into our request; `init_image` is the SHA-256 of the init image's file."""
     width, height = model.sizes[asked["aspect_ratio"]]
+    fields = {name: value for name, value in asked.items() if name in FIELDS}
+    fields["prompt_strength"] = None if init_image is None else asked["prompt_strength"]
     return Request(
-        prompt=asked["prompt"],
-        steps=asked["steps"],
-        cfg=asked["cfg"],
-        seed=asked["seed"],
-        width=width,
-        height=height,
-        init_image=init_image,
-        prompt_strength=None if init_image is None else asked["prompt_strength"],
-        sampler=model.sampler,
-        output_format=asked["output_format"],
-        output_quality=asked["output_quality"],
+        **fields, width=width, height=height, init_image=init_image, sampler=model.sampler
     )
 
 
 def input_schema(model: ServedModel) -> dict[str, Any]:
     """The JSON Schema of `input`, as ``GET /v1/model`` tells it."""
-    return {
-        "type": "object",
-        "properties": {name: field.schema() for name, field in _fields(model).items()},
-        "required": ["prompt"],
-        "additionalProperties": False,
-    }
+    return _input_model(model).model_json_schema(schema_generator=_Untitled)
 
 
 def body_schema(model: ServedModel) -> dict[str, Any]:
     """The JSON Schema of a create's body."""
-    return {
-        "type": "object",
-        "properties": {
-            "model": {"type": "string", "enum": list(model.slugs)},
-            "version": {"type": ["string", "null"], "description": "Accepted; not used."},
-            "input": input_schema(model),
-            "webhook_url": {"enum": [None, ""], "description": "Webhooks are not served: poll."},
-            "webhook_secret": {"type": ["string", "null"], "description": "Accepted; not used."},
-        },
-        "required": ["model", "input"],
-        "additionalProperties": False,
+    schema = _Body.model_json_schema(schema_generator=_Untitled)
+    del schema["description"]
+    schema["properties"]["model"]["enum"] = list(model.slugs)
+    schema["properties"]["input"] = input_schema(model)
+    return schema
+
+
+def _types(model: ServedModel) -> dict[str, Any]:
+    return _input_types(tuple(model.sizes), model.takes_images)
+
+
+def _input_model(model: ServedModel) -> type[BaseModel]:
+    return _made_model(tuple(model.sizes), model.takes_images)
+
+
+@cache
+def _made_model(ratios: tuple[str, ...], takes_images: bool) -> type[BaseModel]:
+    fields: dict[str, Any] = {
+        name: (takes, Field(default, description=means))
+        for name, (takes, default, means) in _input_types(ratios, takes_images).items()
     }
-
-
-def _check_envelope(body: Mapping[str, Any]) -> None:
-    """Check what lies around the input."""
-    if not isinstance(body.get("model"), str):
-        raise Refusal(400, "model: must be given, as a text")
-    for name in ("version", "webhook_secret"):
-        if not isinstance(body.get(name), str | None):
-            raise Refusal(400, f"{name}={_shown(body[name])}: must be a text or null")
-    if body.get("webhook_url") not in (None, ""):
-        raise Refusal(400, "webhook_url: webhooks are not served; leave it out and poll instead")
-    if not isinstance(body.get("input"), dict):
-        raise Refusal(400, "input: must be given, as a JSON object with at least 'prompt'")
+    return create_model("Input", __config__=ConfigDict(extra="forbid"), **fields)
 
 
 def _read_input(given: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
-    fields = _fields(model)
-    _refuse_unknown("input.", given, fields)
+    types = _types(model)
+    _refuse_unknown("input.", given, types)
     if "prompt" not in given:
         raise Refusal(400, "input.prompt: must be given")
-    found: dict[str, Any] = {}
-    wrong = []
-    for name, field in fields.items():
-        try:
-            found[name] = field.read(given[name]) if name in given else field.default
-            _encodable(found[name])
-        except _Wrong as exc:
-            wrong.append(f"input.{name}={_shown(given[name])}: must be {exc}")
-    if wrong:
-        raise Refusal(400, "; ".join(wrong))
+    try:
+        found = _input_model(model).model_validate(given).model_dump()
+    except ValidationError as exc:
+        wrong: dict[str, str] = {}
+        for error in exc.errors(include_url=False):
+            name = str(error["loc"][0])
+            wanted = _wanted(error["type"], given[name], types[name][0])
+            wrong.setdefault(name, f"input.{name}={_shown(given[name])}: must be {wanted}")
+        raise Refusal(400, "; ".join(wrong.values())) from exc
     if found["image"] is not None and found["prompt_strength"] == 0:
         raise Refusal(
             400,
@@ -319,20 +277,22 @@ def _read_input(given: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     return found
 
 
+def _wanted(error: str, value: Any, takes: Any) -> str:
+    """What a field takes, in words; of a prompt, what is wrong with it."""
+    if error == "string_unicode":
+        return "text without lone surrogates"
+    if takes is _PROMPT and error == "string_too_long":
+        return f"at most {LONGEST_PROMPT} characters, not {len(value)}"
+    if takes is _PROMPT and error == "string_pattern_mismatch" and "\0" in value:
+        return "a text without null characters"
+    return allowed(takes)
+
+
 def _refuse_unknown(prefix: str, given: Mapping[str, Any], known: Any) -> None:
     unknown = [f"{prefix}{name[:60]}" for name in given if name not in known]
     if unknown:
         word = "field" if len(unknown) == 1 else "fields"
         raise Refusal(400, f"unknown {word} {_list(unknown[:10])}; known: {_list(known)}")
-
-
-def _encodable(value: Any) -> None:
-    """Refuse half of a surrogate pair, which no UTF-8 answer could repeat."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise _Wrong("text without lone surrogates") from None
 
 
 def _no_constant(name: str) -> Any:
@@ -355,3 +315,149 @@ def _shown(value: Any) -> str:
 
 def _list(words: Any) -> str:
     return ", ".join(str(word).encode("ascii", "backslashreplace").decode() for word in words)
+
+
+# What is answered -------------------------------------------------------------------------------
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
+class Accepted(BaseModel):
+    """A create, or a cancel, that was taken."""
+
+    status: Literal["success", "cancelled"]
+    message: str
+    predictionID: str  # noqa: N815
+
+
+class Failure(BaseModel):
+    """Why a prediction has no image."""
+
+    error_code: str
+    error_message: str
+
+
+Output = Annotated[
+    Annotated[str, Field(json_schema_extra={"format": "uri"})] | Failure | None,
+    Field(description="The image's URL; after a failure its code and message; else null."),
+]
+
+
+class Metrics(BaseModel):
+    """Seconds of the worker, and USD."""
+
+    predict_time: float | None
+    cost: float | None
+
+
+class Urls(BaseModel):
+    """Where to poll and to cancel."""
+
+    get: str
+    cancel: str
+
+
+class PredictionView(BaseModel):
+    """What a poll answers."""
+
+    id: str
+    model: str
+    input: dict[str, JsonValue] = Field(description="Every field, with its seed drawn.")
+    status: Phase
+    output: Output
+    logs: str | None
+    metrics: Metrics
+    urls: Urls
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
+
+
+class Ended(PredictionView):
+    """What the synchronous run answers; it calls an error a failure."""
+
+    predictionID: str  # noqa: N815
+    status: Literal["success", "failed", "cancelled"]
+
+
+class Execution(BaseModel):
+    """What a listing says of one prediction; the vendor's has no input."""
+
+    id: str
+    model: str
+    input: dict[str, JsonValue]
+    status: Phase
+    execution_cost: float | None
+    run_time: float | None
+    created_at: Time
+    started_at: Time | None
+    completed_at: Time | None
+    output: Output
+
+
+class Listing(BaseModel):
+    """One page of a key's predictions, the newest first."""
+
+    executions: list[Execution]
+    total_count: int = Field(ge=0)
+    offset: int = Field(ge=0)
+    limit: int = Field(ge=1, le=100)
+
+
+class ModelView(BaseModel):
+    """What is served, and what its input takes."""
+
+    title: str
+    slug: str
+    version: str
+    request_schema: dict[str, JsonValue]
+
+
+class Health(BaseModel):
+    """Whether the server is ready, and how many predictions are open."""
+
+    status: Literal["ready", "no worker", "stopping"]
+    model: str
+    backend: str
+    auth: bool
+    queue: int = Field(ge=0)
+
+
+class Error(BaseModel):
+    """Why a request was not done."""
+
+    error: str
+
+
+_REASONS = {
+    400: "The request is wrong; the error names the field, its value and what is allowed",
+    401: "No key, or an unknown one",
+    402: "The balance does not cover what is in flight",
+    403: "Not from this address",
+    404: "No such prediction, model or page",
+    408: "The body did not come in time",
+    409: "The prediction is over already",
+    413: "The body is too large",
+    415: "The body is not application/json",
+    429: "Too many requests, or too many predictions in flight; nothing was created",
+    500: "The server failed; its log knows the request id",
+    503: "The server is shutting down",
+    504: "The image is still being made: poll for it",
+}
+CREATE_REFUSALS = (400, 401, 402, 404, 408, 413, 415, 429, 503)
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What refusals with these statuses look like, for the OpenAPI document."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        found[status] = {"model": Error, "description": _REASONS[status]}
+        if status in (429, 503):
+            header = {"schema": {"type": "integer"}, "description": "Seconds to wait"}
+            found[status]["headers"] = {"Retry-After": header}
+    return found
+
+
+def query_parameter(name: str, means: str, **schema: Any) -> dict[str, Any]:
+    """A parameter of the query, for the OpenAPI document; the route reads it itself."""
+    return {"name": name, "in": "query", "required": False, "schema": schema, "description": means}

@@ -22,15 +22,12 @@ from sd35bench.disk import disk_errors, open_lock, try_flock
 from sd35bench.errors import ConfigError
 from sd35bench.server.app import create_app
 from sd35bench.server.auth import KeyRing
+from sd35bench.server.envelope import configure_logs, log
 from sd35bench.server.file_store import FileStore
 from sd35bench.server.generation import Generator, InitFiles
-from sd35bench.server.limits import RequestLimit
-from sd35bench.server.logs import configure_logs, log
 from sd35bench.server.predictions import PredictionStore
 from sd35bench.server.settings import ServerSettings
-from sd35bench.server.state import ServerState
-
-__all__ = ["Server", "bind", "open_state", "serve"]
+from sd35bench.server.state import RequestLimit, ServerState
 
 UPLOAD_LIFETIME_S = 3600.0
 MOST_UPLOAD_BYTES = 16 * 2**20

@@ -1,13 +1,12 @@
-"""What a server is started with: frozen and validated, made by `sd35bench.config`."""
+"""What a server is started with, frozen and validated by `sd35bench.config`; how it refuses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sd35bench.errors import SD35BenchError
 from sd35bench.limits import Limits
 from sd35bench.types import Load
-
-__all__ = ["ServedModel", "ServerSettings"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +51,13 @@ class ServerSettings:
     output_lifetime_s: float = 3600.0
     usd_per_image: float = 0.0
     balance_usd: float | None = None
+
+
+class Refusal(SD35BenchError):
+    """A request that is not done; the answer is ``{"error": message}`` with `status`."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        """`message` goes to the client: it names field, value and remedy, and no secret."""
+        super().__init__(message)
+        self.status = status
+        self.headers = {} if headers is None else dict(headers)

@@ -1,6 +1,9 @@
 """What the routes of one running server share."""
 
 import asyncio
+import time
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,14 +11,37 @@ from dataclasses import dataclass, field
 from sd35bench.server.auth import KeyRing
 from sd35bench.server.file_store import FileStore
 from sd35bench.server.generation import Generator, InitFiles
-from sd35bench.server.limits import RequestLimit
 from sd35bench.server.predictions import PredictionStore
 from sd35bench.server.settings import ServerSettings
 
-__all__ = ["Ended", "ServerState"]
-
+WINDOW_S = 60.0
 FETCHES_AT_ONCE = 4
 """Init images that are fetched and decoded at the same time: each takes tens of megabytes."""
+
+
+class RequestLimit:
+    """How often one caller may ask: so many requests in any 60 s; used from the event loop alone.
+
+    A refused request does not count, so that who waits as told gets through. Times are kept in
+    memory alone: a restart forgives. Cost: 8 bytes per request of the last minute.
+    """
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`per_minute` ``None`` lets everything pass; `clock` gives seconds."""
+        self._most, self._clock = per_minute, clock
+        self._times: dict[str, array[float]] = {}
+
+    def wait_s(self, caller_id: str) -> float:
+        """Count one request, or refuse it: seconds until the next would pass, 0.0 if it passed."""
+        if self._most is None:
+            return 0.0
+        now = self._clock()
+        times = self._times.setdefault(caller_id, array("d"))
+        del times[: bisect_right(times, now - WINDOW_S)]
+        if len(times) < self._most:
+            times.append(now)
+            return 0.0
+        return times[len(times) - self._most] + WINDOW_S - now
 
 
 class Ended:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sd35bench.server.file_store import BadUpload, TicketRefused
 from sd35bench.server.files import FileStore, files_router, presign_router
-from sd35bench.server.refusals import Refusal
+from sd35bench.server.settings import Refusal
 
 LIMIT = 50_000
 JSON = {"Content-Type": "application/json"}

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sd35bench.errors import RemoteError, UnsafeAddress
-from sd35bench.server import init_images
+from sd35bench.server import routes
 from sd35bench.server.file_store import FileStore
-from sd35bench.server.init_images import init_image
+from sd35bench.server.routes import init_image
 
 HOST = "bench.example:8000"
 
@@ -39,7 +39,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     async def download(*_, **__):
         raise AssertionError("an own address is not fetched")
 
-    monkeypatch.setattr(init_images, "download", download)
+    monkeypatch.setattr(routes, "download", download)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd35bench.server.limits import RequestLimit
+from sd35bench.server.state import RequestLimit
 
 
 class Clock:

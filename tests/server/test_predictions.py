@@ -14,7 +14,7 @@ from sd35bench.server.predictions import (
     PredictionStore,
     Query,
 )
-from sd35bench.server.refusals import Refusal
+from sd35bench.server.settings import Refusal
 from sd35bench.types import Request
 
 FREE = Bounds(concurrency=None, balance_usd=None)

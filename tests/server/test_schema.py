@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sd35bench.server.refusals import Refusal
 from sd35bench.server.schema import (
     body_schema,
     input_schema,
@@ -17,6 +16,7 @@ from sd35bench.server.schema import (
     read_create,
     to_request,
 )
+from sd35bench.server.settings import Refusal
 from sd35bench.types import Task
 from tests.server.live import MODEL
 

@@ -11,8 +11,6 @@ from importlib import resources
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-__all__ = ["page_router"]
-
 _TYPES = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
