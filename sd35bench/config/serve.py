@@ -95,6 +95,13 @@ _OWN_FIELDS = (
         default="3600",
     ),
     Field(
+        name="keep_days",
+        takes=Number(kind=float, low=0, high=36500, above=True),
+        means="days until a prediction that is over is forgotten; null: never",
+        default="none",
+        nullable=True,
+    ),
+    Field(
         name="usd_per_image",
         takes=Number(kind=float, low=0, high=1e6),
         means="what metrics.cost says of an image",
@@ -138,6 +145,7 @@ class ServeConf:
     concurrency: int | None = 10
     state_dir: str | None = None
     output_lifetime_s: float = 3600.0
+    keep_days: float | None = None
     usd_per_image: float = 0.0
     balance_usd: float | None = None
 
@@ -194,6 +202,7 @@ def freeze_serve(config: DictConfig) -> ServerSettings:
         requests_per_minute=conf.requests_per_minute,
         concurrency=conf.concurrency,
         output_lifetime_s=conf.output_lifetime_s,
+        keep_days=conf.keep_days,
         usd_per_image=conf.usd_per_image,
         balance_usd=conf.balance_usd,
     )

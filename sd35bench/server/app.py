@@ -13,12 +13,13 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from sd35bench.errors import DiskFull, StoreError
-from sd35bench.server.auth import ANYBODY, Caller
+from sd35bench.server.auth import ANYBODY, Caller, KeyRing
 from sd35bench.server.envelope import Envelope, error_answer, log
 from sd35bench.server.files import files_router, presign_router
 from sd35bench.server.page import page_router
@@ -28,6 +29,7 @@ from sd35bench.server.settings import Refusal
 from sd35bench.server.state import ServerState
 
 SWEEP_S = 60.0
+DAY_S = 86400.0
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } code, pre { font-family: ui-monospace, monospace }
@@ -53,7 +55,11 @@ def create_app(state: ServerState) -> FastAPI:
         redirect_slashes=False,
         lifespan=_lifespan(state),
     )
-    app.add_middleware(Envelope, only_loopback=state.keys is None)
+    app.add_middleware(
+        Envelope,
+        only_loopback=state.keys is None,
+        check_key=lambda headers: None if state.keys is None else _caller(state.keys, headers),
+    )
     admitted = [Depends(_admission(state))]
     answers = refusals(400, 401, 408, 413, 429)
     app.include_router(protocol_router(state), dependencies=admitted)
@@ -85,6 +91,8 @@ async def _sweep(state: ServerState) -> None:
     while True:
         try:
             await asyncio.to_thread(state.files.sweep)
+            if state.settings.keep_days is not None:
+                await asyncio.to_thread(state.store.prune, state.settings.keep_days * DAY_S)
         except (OSError, StoreError):
             log("sweeping failed", level=logging.ERROR, failed=True)
         await asyncio.sleep(SWEEP_S)
@@ -113,23 +121,27 @@ def _admission(state: ServerState) -> Any:
     header = Depends(APIKeyHeader(name="X-API-Key", auto_error=False))
     bearer = Depends(HTTPBearer(auto_error=False))
 
-    async def with_key(
-        request: Request,
-        key: str | None = header,
-        token: HTTPAuthorizationCredentials | None = bearer,
-    ) -> None:
-        given = key if key is not None else None if token is None else token.credentials
-        caller = None if given is None else keys.caller(given)
-        if caller is None:
-            what = "Unknown API key" if given is not None else "API key is missing"
-            raise Refusal(
-                401,
-                f"{what}: send it as X-API-Key: KEY or Authorization: Bearer KEY",
-                {"WWW-Authenticate": "Bearer"},
-            )
-        counted(request, caller)
+    async def with_key(request: Request, _key: Any = header, _token: Any = bearer) -> None:
+        counted(request, _caller(keys, request.headers))
 
     return with_key
+
+
+def _caller(keys: KeyRing, headers: Headers) -> Caller:
+    """Whose key a head carries. Raises: Refusal (401)."""
+    given = headers.get("x-api-key")
+    if given is None:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" and token.strip() else None
+    caller = None if given is None else keys.caller(given)
+    if caller is None:
+        what = "Unknown API key" if given is not None else "API key is missing"
+        raise Refusal(
+            401,
+            f"{what}: send it as X-API-Key: KEY or Authorization: Bearer KEY",
+            {"WWW-Authenticate": "Bearer"},
+        )
+    return caller
 
 
 def _add_document(app: FastAPI, has_keys: bool) -> None:

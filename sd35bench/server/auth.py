@@ -8,14 +8,15 @@ taken tells nothing about which one was close.
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd35bench.errors import ConfigError
+from sd35bench.server.envelope import log
 
 _LINE = re.compile(r"sha256:([0-9a-f]{64})\s+(\S{1,100})")
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,100}")
@@ -35,43 +36,72 @@ ANYBODY = Caller(id="", name="anybody")
 
 
 class KeyRing:
-    """The keys of one file."""
+    """The keys of one file, which is read again when it has changed."""
 
-    def __init__(self, callers: Mapping[str, Caller]) -> None:
-        """`callers` by the SHA-256 (hex) of their keys."""
-        self._callers = {bytes.fromhex(digest): caller for digest, caller in callers.items()}
-
-    @classmethod
-    def read(cls, path: Path) -> "KeyRing":
+    def __init__(self, path: Path) -> None:
         """Read a key file. Raises: ConfigError, naming the line, never quoting it."""
-        try:
-            lines = path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"key_file={path}: cannot be read: {exc}; {_remedy(path)}") from exc
-        callers: dict[str, Caller] = {}
-        for number, line in enumerate(lines, start=1):
-            text = line.partition("#")[0].strip()
-            if not text:
-                continue
-            found = _LINE.fullmatch(text)
-            if found is None:
-                raise ConfigError(
-                    f"key_file={path}: line {number} is not 'sha256:<64 hex digits> <name>';"
-                    f" {_remedy(path)}"
-                )
-            callers[found[1]] = Caller(id=found[1][:16], name=found[2])
-        if not callers:
-            raise ConfigError(f"key_file={path}: it holds no key; {_remedy(path)}")
-        return cls(callers)
+        self._path = path
+        self._seen = _stamp(path)
+        self._callers = _read(path)
 
     def caller(self, key: str) -> Caller | None:
         """Return whose key this is, or ``None``; takes as long either way."""
+        self.reload(only_changed=True)
         given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         found = None
         for digest, caller in self._callers.items():
             if hmac.compare_digest(digest, given):
                 found = caller
         return found
+
+    def reload(self, only_changed: bool = False) -> None:
+        """Read the file again; where it cannot be read the keys stay, and the log says so.
+
+        A look at the file's time takes 2 µs, so every request takes it: a key that is removed is
+        refused from the next request on.
+        """
+        seen = _stamp(self._path)
+        if only_changed and seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._callers = _read(self._path, may_be_empty=True)
+        except ConfigError as exc:
+            log("key file not read again", level=logging.ERROR, error=str(exc))
+        else:
+            log("key file read again", keys=len(self._callers))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_mtime_ns, found.st_ino, found.st_size)
+
+
+def _read(path: Path, may_be_empty: bool = False) -> dict[bytes, Caller]:
+    """The callers of a key file by the SHA-256 of their keys. Raises: ConfigError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"key_file={path}: cannot be read: {exc}; {_remedy(path)}") from exc
+    callers: dict[bytes, Caller] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = _LINE.fullmatch(text)
+        if found is None:
+            raise ConfigError(
+                f"key_file={path}: line {number} is not 'sha256:<64 hex digits> <name>';"
+                f" {_remedy(path)}"
+            )
+        callers[bytes.fromhex(found[1])] = Caller(id=found[1][:16], name=found[2])
+    if not callers and not may_be_empty:
+        raise ConfigError(f"key_file={path}: it holds no key; {_remedy(path)}")
+    return callers
 
 
 def make_key(name: str, path: Path) -> str:

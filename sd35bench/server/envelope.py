@@ -18,16 +18,23 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sd35bench.server.settings import Refusal
 
 MOST_BODY_BYTES = 2**20
+MOST_BODIES_BYTES = 64 * 2**20
+"""Of all requests that are being read or answered; an upload's are counted by its own route."""
+MOST_LINES = 10
+CLIENT_GONE = 499
+"""What the log says where the client hung up before an answer; nothing is sent."""
 BODY_S = 30.0
 _LOGGER = logging.getLogger("sd35bench.server")
 _SECRET_PATHS = ("/uploads/", "/outputs/")
@@ -41,49 +48,94 @@ def error_answer(refusal: Refusal) -> JSONResponse:
 
 
 class Envelope:
-    """The outermost layer of the application; `only_loopback` also refuses foreign Host names."""
+    """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, *, only_loopback: bool) -> None:
-        """`only_loopback`: without keys, a name that leads here by DNS rebinding must not work."""
-        self._app, self._only_loopback = app, only_loopback
+    def __init__(
+        self, app: ASGIApp, *, only_loopback: bool, check_key: Callable[[Headers], None]
+    ) -> None:
+        """`only_loopback`: without keys, a name that leads here by DNS rebinding must not work.
+
+        `check_key` raises Refusal for a head without a good key; it is asked before a body is read.
+        """
+        self._app, self._only_loopback, self._check_key = app, only_loopback, check_key
+        self.bodies_bytes = 0
+        self._second, self._lines, self._left_out = 0, 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        await _Exchange(self._app, scope, send).answer(receive, self._only_loopback)
+        await _Exchange(self, scope, send).answer(receive)
+
+    def check_head(self, scope: Scope, headers: Headers) -> None:
+        """Refuse what can be refused before the body. Raises: Refusal."""
+        _check_host(headers.get("host", ""), self._only_loopback)
+        if _has_body(scope):
+            self._check_key(headers)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have the application answer."""
+        await self._app(scope, receive, send)
+
+    def hold(self, count: int) -> None:
+        """Count bytes of bodies in memory. Raises: Refusal (503) where there are too many."""
+        if count > 0 and self.bodies_bytes + count > MOST_BODIES_BYTES:
+            raise Refusal(503, "too many bodies at once: try again", {"Retry-After": "1"})
+        self.bodies_bytes += count
+
+    def log(self, scope: Scope, **fields: Any) -> None:
+        """Log a request; without a key only `MOST_LINES` a second, the next one counts the others.
+
+        A stranger can send requests as fast as the disk fills.
+        """
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._lines = second, 0
+        if "caller" not in scope.get("state", {}):
+            self._lines += 1
+            if self._lines > MOST_LINES:
+                self._left_out += 1
+                return
+        if self._left_out:
+            fields["left_out"], self._left_out = self._left_out, 0
+        log("request", **fields)
 
 
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, send: Send) -> None:
-        self._app, self._scope, self._send = app, scope, send
+    def __init__(self, envelope: Envelope, scope: Scope, send: Send) -> None:
+        self._envelope, self._scope, self._send = envelope, scope, send
         self._headers = Headers(scope=scope)
         given = self._headers.get("x-request-id", "")
         self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self._status: int | None = None
+        self._held = 0
 
-    async def answer(self, receive: Receive, only_loopback: bool) -> None:
+    async def answer(self, receive: Receive) -> None:
         started, path = time.perf_counter(), self._scope["path"]
         if path.startswith("/v1/") and path.endswith("/"):
             self._scope["path"] = path[:-1]  # the vendor's page has the slash, its documents not
         try:
-            _check_host(self._headers.get("host", ""), only_loopback)
-            if self._scope["method"] == "POST":
+            self._envelope.check_head(self._scope, self._headers)
+            if _has_body(self._scope):
                 receive = await self._whole_body(receive)
-            await self._app(self._scope, receive, self._send_named)
+            await self._envelope.answer(self._scope, receive, self._send_named)
         except Refusal as exc:
             await self._end_with(exc, receive)
+        except ClientDisconnect:
+            self._status = CLIENT_GONE
+        except asyncio.CancelledError:  # the server ends, and the client was not done
+            await self._end_with(Refusal(503, "the server is shutting down"), receive)
         except Exception:
             log("request failed", level=logging.ERROR, failed=True, request_id=self._request_id)
-            if self._status is None:
-                message = f"the server failed on this request; its log knows {self._request_id}"
-                await self._end_with(Refusal(500, message), receive)
+            message = f"the server failed on this request; its log knows {self._request_id}"
+            await self._end_with(Refusal(500, message), receive)
         finally:
-            log(
-                "request",
+            self._envelope.hold(-self._held)
+            self._envelope.log(
+                self._scope,
                 request_id=self._request_id,
                 method=self._scope["method"],
                 path=shown_path(path),
@@ -92,7 +144,11 @@ class _Exchange:
             )
 
     async def _end_with(self, refusal: Refusal, receive: Receive) -> None:
-        await error_answer(refusal)(self._scope, receive, self._send_named)
+        """Answer before the body was read, or instead of reading it: the connection ends, too."""
+        if self._status is None:
+            answer = error_answer(refusal)
+            answer.headers["Connection"] = "close"
+            await answer(self._scope, receive, self._send_named)
 
     async def _send_named(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -108,7 +164,7 @@ class _Exchange:
         messages: list[Message] = []
         try:
             async with asyncio.timeout(BODY_S):
-                messages.append(await _read(receive))
+                messages.append(await self._read(receive))
         except TimeoutError as exc:
             raise Refusal(408, f"the body did not arrive within {BODY_S:g} s") from exc
 
@@ -117,19 +173,26 @@ class _Exchange:
 
         return replay
 
+    async def _read(self, receive: Receive) -> dict[str, Any]:
+        """Join a body's parts into one message. Raises: ClientDisconnect, Refusal."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            part = message.get("body", b"")
+            self._envelope.hold(len(part))
+            self._held += len(part)
+            body += part
+            if len(body) > MOST_BODY_BYTES:
+                raise _too_large()
+            if not message.get("more_body", False):
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
 
-async def _read(receive: Receive) -> dict[str, Any]:
-    """Join a body's parts into one message; a client that left is passed on."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return dict(message)
-        body += message.get("body", b"")
-        if len(body) > MOST_BODY_BYTES:
-            raise _too_large()
-        if not message.get("more_body", False):
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+def _has_body(scope: Scope) -> bool:
+    """Whether a body is read here: the protocol's POSTs; uploads read their own."""
+    return scope["method"] == "POST" and scope["path"].startswith("/v1/")
 
 
 def _too_large() -> Refusal:
@@ -172,10 +235,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs() -> None:
-    """Send our lines and uvicorn's to stderr, as JSON; uvicorn's only from warnings on."""
+    """Send our lines and uvicorn's to stderr, as JSON; of uvicorn's only errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name, level in (("sd35bench.server", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("sd35bench.server", logging.INFO), ("uvicorn", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level)

@@ -233,6 +233,7 @@ class FileStore:
         now = self._now()
         with disk_errors(path):
             os.utime(path, (now, now))
+            path.chmod(0o600)
 
 
 def _format(data: bytes) -> str:

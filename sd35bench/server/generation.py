@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+from sd35bench.disk import write_atomic
 from sd35bench.errors import BackendError, ConfigError, SD35BenchError, StoreError, WorkerDied
 from sd35bench.limits import work_of
 from sd35bench.process import WorkerProcess
@@ -42,6 +43,12 @@ class InitFiles:
     def path(self, prediction_id: str) -> Path:
         """Where a prediction's init image is."""
         return self._folder / f"{prediction_id}.png"
+
+    def write(self, prediction_id: str, data: bytes) -> None:
+        """Keep a prediction's init image. Raises: DiskFull, StoreError."""
+        path = self.path(prediction_id)
+        write_atomic(path, data)
+        path.chmod(0o600)
 
     def sweep(self, still_open: Sequence[str]) -> None:
         """Remove what no open prediction needs: left by a server that was killed."""

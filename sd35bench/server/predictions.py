@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS predictions (
     price REAL NOT NULL, created_at REAL NOT NULL, started_at REAL, completed_at REAL,
     output TEXT, error_code TEXT, error TEXT, predict_s REAL
 );
+CREATE TABLE IF NOT EXISTS spent (owner TEXT PRIMARY KEY, usd REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS by_owner ON predictions (owner, status);
 CREATE INDEX IF NOT EXISTS by_place ON predictions (owner, place);
 CREATE INDEX IF NOT EXISTS by_status ON predictions (status, place);
@@ -294,6 +295,19 @@ class PredictionStore:
             found = [_prediction(row) for row in rows]
             return Listed(predictions=found, total=total.fetchone()[0])
 
+    def prune(self, older_than_s: float) -> int:
+        """Forget what is over for so long, but not what it cost; returns how many there were."""
+        before = self._now() - older_than_s
+        over = f"NOT ({_OPEN}) AND completed_at < ?"
+        with self._change() as db:
+            db.execute(
+                "INSERT INTO spent SELECT owner, sum(price) FROM predictions WHERE"
+                f" status='success' AND {over} GROUP BY owner"
+                " ON CONFLICT (owner) DO UPDATE SET usd = usd + excluded.usd",
+                (before,),
+            )
+            return db.execute(f"DELETE FROM predictions WHERE {over}", (before,)).rowcount
+
     def queue_length(self) -> int:
         """How many predictions, of all owners, are not over."""
         with self._read() as db:
@@ -321,6 +335,8 @@ class PredictionStore:
                 f" AND (status='success' OR {_OPEN})"
             )
             spent = db.execute(query, (owner,)).fetchone()[0]
+            pruned = db.execute("SELECT usd FROM spent WHERE owner=?", (owner,)).fetchone()
+            spent += 0.0 if pruned is None else pruned[0]
             if spent + price > bounds.balance_usd + 1e-9:
                 raise Refusal(402, "Insufficient balance: it does not cover what is in flight")
 

@@ -21,7 +21,6 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from pydantic import BaseModel
 
-from sd35bench.disk import write_atomic
 from sd35bench.errors import RemoteError, SD35BenchError
 from sd35bench.remote.download import download
 from sd35bench.remote.images import decode_image
@@ -254,7 +253,7 @@ class _Routes:
                 )
         except RemoteError as exc:
             raise Refusal(400, f"input.image: {exc}") from exc
-        await asyncio.to_thread(write_atomic, self.state.inits.path(prediction_id), data)
+        await asyncio.to_thread(self.state.inits.write, prediction_id, data)
         return hashlib.sha256(data).hexdigest()
 
     def _bounds(self) -> Bounds:

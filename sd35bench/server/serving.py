@@ -1,4 +1,4 @@
-"""One server's life: bind, load, warm up, say so, answer until told to stop, leave nothing torn.
+"""Run one server: bind, load, warm up, say so, answer until a signal, leave nothing torn.
 
 The port is taken first and listened on last: who connects before the backend is warm is refused,
 and a port that is in use is found out before minutes of loading.
@@ -7,11 +7,13 @@ and a port that is in use is found out before minutes of loading.
 import asyncio
 import contextlib
 import fcntl
+import functools
 import ipaddress
+import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +24,7 @@ from sd35bench.disk import disk_errors, open_lock, try_flock
 from sd35bench.errors import ConfigError
 from sd35bench.server.app import create_app
 from sd35bench.server.auth import KeyRing
+from sd35bench.server.connection import BACKLOG, Connection, Door
 from sd35bench.server.envelope import configure_logs, log
 from sd35bench.server.file_store import FileStore
 from sd35bench.server.generation import Generator, InitFiles
@@ -37,7 +40,7 @@ CONNECTIONS_S = 5
 KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection: uvicorn's own 5 s is httpx's as well, and a request
 that is sent in the moment in which the server hangs up has no answer."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(settings: ServerSettings, on_ready: Callable[[str], None]) -> None:
@@ -61,10 +64,9 @@ def open_state(settings: ServerSettings) -> Iterator[ServerState]:
 
     Raises: ConfigError where another process serves from the same folder, StoreError.
     """
-    keys = None if settings.key_file is None else KeyRing.read(settings.key_file)
+    keys = None if settings.key_file is None else KeyRing(settings.key_file)
     folder = settings.state_dir
-    with disk_errors(folder / "lock"):
-        (folder / "inits").mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_private(folder)
     with open_lock(folder / "lock") as lock:
         if not try_flock(lock, fcntl.LOCK_EX):
             raise ConfigError(
@@ -91,6 +93,24 @@ def open_state(settings: ServerSettings) -> Iterator[ServerState]:
             store.close()
 
 
+def _make_private(folder: Path) -> None:
+    """Make the folder for this user alone, and so what an older version left in it.
+
+    Prompts are in the predictions' file, and names of outputs are the permission to fetch them.
+    SQLite gives its -wal and -shm the mode of the file itself, so that one is made here.
+
+    Raises: DiskFull, StoreError.
+    """
+    with disk_errors(folder / "lock"):
+        for each in (folder, folder / "inits"):
+            each.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in ("lock", "predictions.sqlite"):
+            os.close(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        for path in (folder, *folder.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o700 if path.is_dir() else 0o600)
+
+
 def _files(folder: Path, settings: ServerSettings) -> FileStore:
     return FileStore(
         folder,
@@ -107,6 +127,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(state),
+                http=functools.partial(Connection, door=Door()),  # type: ignore[arg-type]
+                backlog=BACKLOG,
                 access_log=False,
                 log_config=None,
                 lifespan="on",
@@ -118,6 +140,7 @@ class Server(uvicorn.Server):
             )
         )
         self._state, self._on_ready = state, on_ready
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so. Raises: ConfigError where another took the port meanwhile."""
@@ -131,31 +154,55 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals meanwhile; uvicorn's own would raise them again at the end."""
-        with _handling(self.handle_exit):
+        with _handling({**dict.fromkeys(ENDS, self.handle_exit), signal.SIGHUP: self._reload}):
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop: nothing is taken from the queue, who waits is told."""
+        """Begin to stop: nothing is taken from the queue, who waits is told.
+
+        A second signal ends the connections, too. It is not passed on: uvicorn would leave without
+        ending its own tasks, and log each as a CancelledError.
+        """
+        self._signals += 1
         self._state.is_stopping = True
         self._state.generator.wind_down()
         self._loop.call_soon_threadsafe(self._state.ended.tell_all)
-        super().handle_exit(sig, frame)
+        if self._signals == 1:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._drop_all)
+
+    def _drop_all(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        for task in self.server_state.tasks:
+            task.cancel()
+
+    def _reload(self, _: int, __: FrameType | None) -> None:
+        """Read the key file again."""
+        if self._state.keys is not None:
+            self._loop.call_soon_threadsafe(self._state.keys.reload)
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """End quietly where a signal comes before the server is ready, or a second one after it."""
-    with contextlib.suppress(KeyboardInterrupt), _handling(signal.default_int_handler):
+    handlers = dict.fromkeys(ENDS, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), _handling({**handlers, signal.SIGHUP: _ignore}):
         yield
+
+
+def _ignore(_: int, __: FrameType | None) -> None:
+    """Keys are read at the start anyway."""
 
 
 @contextlib.contextmanager
-def _handling(handler: Any) -> Iterator[None]:
-    """Have both signals handled; only the main thread may, and only it gets them."""
+def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Have signals handled; only the main thread may, and only it gets them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

@@ -34,7 +34,8 @@ class ServerSettings:
 
     `key_file` ``None`` lets everybody in, which is only allowed on a loopback `host`. `port` 0
     takes a free one. `requests_per_minute` and `concurrency` bound each key, ``None`` does not.
-    `balance_usd` is what each key may spend at `usd_per_image`. `state_dir` holds the predictions
+    `balance_usd` is what each key may spend at `usd_per_image`. Predictions that are over are
+    forgotten after `keep_days`, ``None`` keeps them. `state_dir` holds the predictions
     and their files. `allow_loopback` lets image addresses lead to this machine.
     """
 
@@ -49,6 +50,7 @@ class ServerSettings:
     requests_per_minute: int | None = 60
     concurrency: int | None = 10
     output_lifetime_s: float = 3600.0
+    keep_days: float | None = None
     usd_per_image: float = 0.0
     balance_usd: float | None = None
 

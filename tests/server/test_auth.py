@@ -16,7 +16,7 @@ def test_made_key_is_known_and_only_its_hash_is_kept(tmp_path):
     assert first not in text
     assert hashlib.sha256(first.encode()).hexdigest() in text
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    ring = KeyRing.read(path)
+    ring = KeyRing(path)
     assert [ring.caller(key).name for key in (first, second)] == ["alice", "bob"]
     assert ring.caller(first).id != ring.caller(second).id
 
@@ -24,7 +24,7 @@ def test_made_key_is_known_and_only_its_hash_is_kept(tmp_path):
 @pytest.mark.parametrize("key", ["", "x", "sd35-", "ключ", "\udcff"])
 def test_other_keys_are_nobody(tmp_path, key):
     made = make_key("alice", tmp_path / "keys.txt")
-    ring = KeyRing.read(tmp_path / "keys.txt")
+    ring = KeyRing(tmp_path / "keys.txt")
     assert ring.caller(key) is None
     assert ring.caller(made[:-1]) is None
     assert ring.caller(made + " ") is None
@@ -34,7 +34,7 @@ def test_file_without_a_last_newline_is_added_to(tmp_path):
     path = tmp_path / "keys.txt"
     path.write_text(f"# mine\nsha256:{hashlib.sha256(b'old').hexdigest()} old # a comment")
     key = make_key("new", path)
-    ring = KeyRing.read(path)
+    ring = KeyRing(path)
     assert ring.caller("old").name == "old"
     assert ring.caller(key).name == "new"
 
@@ -48,7 +48,7 @@ def test_wrong_file_is_refused_with_the_remedy(tmp_path, text, words):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=words) as caught:
-        KeyRing.read(path)
+        KeyRing(path)
     assert "make_key=NAME" in str(caught.value)
     assert "SECRET-KEY" not in str(caught.value)
 

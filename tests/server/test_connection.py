@@ -1,0 +1,243 @@
+"""What a stranger may hold: heads, bodies, connections, and the log; spoken to byte by byte."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import socket
+import time
+
+import pytest
+
+from sd35bench.server import connection, envelope, serving
+from sd35bench.server.auth import make_key
+from sd35bench.server.connection import Door
+from tests.server.live import live, make_settings
+
+MOST = 20
+QUICK_S = 1.0
+HALF_HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+JSON_HEAD = b"POST /v1/prediction HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture
+def small_door(monkeypatch):
+    monkeypatch.setattr(serving, "Door", functools.partial(Door, MOST))
+
+
+@pytest.fixture
+def server(tmp_path):
+    with live(make_settings(tmp_path)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def keyed(tmp_path):
+    key = make_key("a", tmp_path / "keys.txt")
+    with live(make_settings(tmp_path / "state", key_file=tmp_path / "keys.txt")) as opened:
+        yield opened, key
+
+
+def dial(opened) -> socket.socket:
+    host = opened.client.base_url
+    return socket.create_connection((host.host, host.port), timeout=30)
+
+
+def answer_of(wire: socket.socket) -> bytes:
+    """Everything until the server ends the connection."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := wire.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def fresh_health_s(opened) -> float:
+    """Seconds of /healthz on a connection of its own."""
+    started = time.monotonic()
+    with dial(opened) as wire:
+        wire.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert answer_of(wire).startswith(b"HTTP/1.1 200")
+    return time.monotonic() - started
+
+
+@pytest.fixture
+def log_lines():
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(envelope.JsonFormatter().format(record))
+    logger = logging.getLogger("sd35bench.server")
+    logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def hold_half_heads(opened, stack: contextlib.ExitStack, count: int) -> None:
+    for _ in range(count):
+        stack.enter_context(dial(opened)).sendall(HALF_HEAD)
+
+
+def test_half_heads_do_not_keep_others_out(small_door, server, log_lines):
+    with contextlib.ExitStack() as stack:
+        hold_half_heads(server, stack, 5 * MOST)
+        assert fresh_health_s(server) < 10 * QUICK_S
+        time.sleep(1.1)
+    assert '"pushed out' in "".join(log_lines)
+    assert len([line for line in log_lines if '"refused"' in line]) < 10  # one a second
+
+
+def test_mutant_without_pushing_out_half_heads_keep_others_out(small_door, server, monkeypatch):
+    monkeypatch.setattr(Door, "waits", lambda *_: None)
+    with contextlib.ExitStack() as stack:
+        hold_half_heads(server, stack, 5 * MOST)
+        with dial(server) as wire:
+            assert answer_of(wire).startswith(b"HTTP/1.1 503")
+
+
+def test_a_head_that_does_not_end_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_S", 0.2)
+    with dial(server) as wire:
+        wire.sendall(HALF_HEAD)
+        assert answer_of(wire) == b""
+
+
+def test_a_head_that_is_too_large_is_refused(server):
+    with dial(server) as wire:
+        wire.sendall(HALF_HEAD + b"x" * connection.MOST_HEAD_BYTES)
+        assert answer_of(wire).startswith(b"HTTP/1.1 431")
+
+
+def test_without_a_key_no_byte_of_a_body_is_awaited(keyed):
+    with dial(keyed[0]) as wire:
+        wire.sendall(JSON_HEAD + b"Content-Length: 1000000\r\n\r\n")
+        found = answer_of(wire)  # while the body is still to come
+    assert found.startswith(b"HTTP/1.1 401")
+    assert b"connection: close" in found.lower()
+
+
+def test_without_a_key_no_byte_of_a_body_is_parsed(keyed, monkeypatch):
+    parsed: list[int] = []
+    real = connection.H11Protocol.data_received
+    monkeypatch.setattr(
+        connection.H11Protocol,
+        "data_received",
+        lambda self, data: (parsed.append(len(data)), real(self, data))[1],
+    )
+    chunks = b"1\r\n \r\n" * 100_000
+    with dial(keyed[0]) as wire, contextlib.suppress(ConnectionError):
+        wire.sendall(JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+        assert answer_of(wire).startswith(b"HTTP/1.1 401")
+    assert max(parsed) < 1000  # the head
+
+
+def test_chunks_of_one_byte_are_refused_and_hold_nobody_up(server):
+    with dial(server) as wire:
+        wire.sendall(JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            wire.sendall(b"1\r\n \r\n" * 50_000)
+        assert fresh_health_s(server) < 10 * QUICK_S
+        assert answer_of(wire).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\ncontent-length : 5\r\n",
+        b"Content-Length: 5\r\nContent-Length: 6\r\n",
+    ],
+)
+def test_two_lengths_are_refused_and_the_connection_ends(server, lengths):
+    with dial(server) as wire:
+        wire.sendall(JSON_HEAD + lengths + b"\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n")
+        found = answer_of(wire)
+    assert found.startswith(b"HTTP/1.1 400")
+    assert found.count(b"HTTP/1.1") == 1
+
+
+def test_requests_in_one_piece_are_answered_in_turn(server):
+    one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with dial(server) as wire:
+        wire.sendall(one + one + last)
+        assert answer_of(wire).count(b"HTTP/1.1 200") == 3
+
+
+def test_a_body_in_pieces_is_one_body(server):
+    body = json.dumps({"model": "nano", "input": {"prompt": "a" * 9000}}).encode()
+    with dial(server) as wire:
+        wire.sendall(JSON_HEAD + b"Content-Length: %d\r\nConnection: close\r\n" % len(body))
+        for part in (b"\r", b"\n", body[:10], body[10:5000], body[5000:]):
+            wire.sendall(part)
+            time.sleep(0.01)
+        assert answer_of(wire).startswith(b"HTTP/1.1 200")
+
+
+def test_an_upload_that_is_too_large_gets_its_answer(server):
+    asked = server.client.post("/v1/upload/presign", json={"content_type": "image/png"}).json()
+    large = b"\0" * (17 * 2**20)
+    answer = server.client.put(asked["presigned_url"], content=large, headers=PNG)
+    assert answer.status_code == 413
+
+
+PNG = {"Content-Type": "image/png"}
+
+
+def test_a_client_that_hangs_up_in_its_body_is_no_error(server, log_lines):
+    with dial(server) as wire:
+        wire.sendall(JSON_HEAD + b"Content-Length: 50\r\n\r\n{")
+        time.sleep(0.2)
+    until = time.monotonic() + 30
+    while not any('"status": 499' in line for line in log_lines):
+        assert time.monotonic() < until, log_lines
+        time.sleep(0.01)
+    assert not any("Traceback" in line for line in log_lines)
+
+
+def test_strangers_fill_no_log(keyed, log_lines):
+    for _ in range(100):
+        assert keyed[0].client.get("/v1/model").status_code == 401
+    assert len([line for line in log_lines if '"event": "request"' in line]) < 100
+    time.sleep(1.1)
+    keyed[0].client.get("/v1/model")
+    assert any("left_out" in line for line in log_lines)
+
+
+def test_a_key_that_is_taken_out_of_the_file_is_refused_at_once(tmp_path):
+    path = tmp_path / "keys.txt"
+    keys = {name: {"X-API-Key": make_key(name, path)} for name in ("a", "b")}
+    with live(make_settings(tmp_path / "state", key_file=path)) as opened:
+        assert opened.client.get("/v1/model", headers=keys["a"]).status_code == 200
+        path.write_text(path.read_text().splitlines()[1] + "\n")
+        assert opened.client.get("/v1/model", headers=keys["a"]).status_code == 401
+        assert opened.client.get("/v1/model", headers=keys["b"]).status_code == 200
+        path.write_text("half a li")  # while somebody edits it
+        assert opened.client.get("/v1/model", headers=keys["b"]).status_code == 200
+
+
+def test_everything_that_is_kept_is_for_this_user_alone(tmp_path):
+    state = tmp_path / "state"
+    before = os.umask(0)
+    try:
+        state.mkdir(mode=0o755)
+        (state / "predictions.sqlite").touch(mode=0o644)  # of an older version
+        with live(make_settings(state, allow_loopback=True)) as opened:
+            png = opened.client.get(opened.ended(opened.create(output_format="png"))["output"])
+            asked = opened.client.post("/v1/upload/presign", json={"content_type": "image/png"})
+            there = asked.json()
+            opened.client.put(there["presigned_url"], content=png.content, headers=PNG)
+            opened.ended(opened.create(image=there["public_url"]))
+            opened.state.inits.write("kept", b"x")
+            found = {path: path.stat().st_mode & 0o777 for path in (state, *state.rglob("*"))}
+    finally:
+        os.umask(before)
+    names = {path.relative_to(state).parts[0] for path in found if path != state}
+    wanted = {"predictions.sqlite", "predictions.sqlite-wal", "predictions.sqlite-shm", "lock"}
+    assert names >= wanted | {"inits", "outputs", "uploads", "tickets"}
+    assert len([path for path in found if path.is_file()]) >= 7
+    wrong = {p: oct(m) for p, m in found.items() if m != (0o700 if p.is_dir() else 0o600)}
+    assert wrong == {}
