@@ -119,8 +119,7 @@ def _rerun(before: _Source, after: _Source, rounds: int) -> None:
 def _write(given: Given, document: dict[str, Any], before: _Source, after: _Source) -> list[Path]:
     """Write the files that were asked for and return their paths."""
     from sd35bench.disk import disk_errors, write_atomic
-    from sd35bench.report.gate import compare_markdown
-    from sd35bench.report.junit import junit_xml
+    from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 
     written = []
     junit, markdown, html = (given.text(name) for name in ("--junit", "--markdown", "--html"))
@@ -133,8 +132,6 @@ def _write(given: Given, document: dict[str, Any], before: _Source, after: _Sour
         with disk_errors(written[-1]), open(written[-1], "a", encoding="utf-8") as file:
             file.write(compare_markdown(document))
     if html is not None:
-        from sd35bench.report.compare_page import compare_page
-
         written.append(Path(html))
         page = compare_page(document, before.find_image, after.find_image, after.captions())
         write_atomic(written[-1], page.encode("utf-8", "replace"))

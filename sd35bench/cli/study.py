@@ -37,14 +37,10 @@ def show(given: Given) -> Answer:
     study = _open(given)
     counts = score_missing(study)
     document = show_document(study)
-    if given.has("--markdown") and not given.as_json:
-        from sd35bench.report.markdown import settings_markdown
+    if not given.as_json:
+        from sd35bench.report.tables import print_settings, settings_markdown
 
-        print(settings_markdown(document), end="")
-    elif not given.as_json:
-        from sd35bench.report.tables import print_settings
-
-        print_settings(document, console())
+        _print(document, given.has("--markdown"), settings_markdown, print_settings)
     _print_refused(console(given.as_json), counts)
     return Answer(document=document)
 
@@ -107,16 +103,15 @@ def _check_together(given: Given) -> None:
 
 
 def _print_recommended(document: dict[str, Any], given: Given) -> None:
-    from sd35bench.report.recommend import print_confirming, print_recommendation
+    from sd35bench.report.recommend import (
+        print_confirming,
+        print_recommendation,
+        recommendation_markdown,
+    )
 
-    if given.has("--markdown"):
-        from sd35bench.report.recommend_markdown import recommendation_markdown
-
-        print(recommendation_markdown(document), end="")
-    elif given.has("--confirm") and not given.has("--run"):
-        print_confirming(document, console())
-    else:
-        print_recommendation(document, console())
+    commands = given.has("--confirm") and not given.has("--run")
+    printed = print_confirming if commands else print_recommendation
+    _print(document, given.has("--markdown"), recommendation_markdown, printed)
 
 
 def claims(given: Given) -> Answer:
@@ -127,14 +122,10 @@ def claims(given: Given) -> Answer:
     score_missing(study)
     _score_more(study, METRICS)
     document = claims_document(study)
-    if given.has("--markdown") and not given.as_json:
-        from sd35bench.report.claims import claims_markdown
+    if not given.as_json:
+        from sd35bench.report.claims import claims_markdown, print_claims
 
-        print(claims_markdown(document), end="")
-    elif not given.as_json:
-        from sd35bench.report.claims import print_claims
-
-        print_claims(document, console())
+        _print(document, given.has("--markdown"), claims_markdown, print_claims)
     return Answer(document=document)
 
 
@@ -143,7 +134,7 @@ def report(given: Given) -> Answer:
     from sd35bench.claims.verdicts import METRICS, is_claims_study
     from sd35bench.config import config_dir
     from sd35bench.recommend.profiles import load_profiles
-    from sd35bench.report.html import write_report
+    from sd35bench.report.page import write_report
 
     study = _open(given)
     score_missing(study)
@@ -205,6 +196,19 @@ def _score_more(study: Study, names: Sequence[str]) -> None:
         score_missing(study, names)
     except MetricError:  # random weights: no claim about quality is tested on them
         return
+
+
+def _print(
+    document: dict[str, Any],
+    as_markdown: bool,
+    markdown: Callable[[dict[str, Any]], str],
+    terminal: Callable[[dict[str, Any], Any], None],
+) -> None:
+    """Print a document in one of its two forms."""
+    if as_markdown:
+        print(markdown(document), end="")
+    else:
+        terminal(document, console())
 
 
 def _print_refused(out: Any, counts: dict[str, Any]) -> None:

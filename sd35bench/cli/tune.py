@@ -96,14 +96,12 @@ def _search(tuning: Tuning, study: Study, lab: StudyLab) -> Outcome:
 
 
 def _print_found(document: dict[str, Any], markdown: bool) -> None:
+    from sd35bench.report.tuning import print_tuning, tuning_markdown
+
     if markdown:
-        from sd35bench.report.tuning import tuning_markdown
-
         print(tuning_markdown(document), end="")
-        return
-    from sd35bench.tune.document import print_tuning
-
-    print_tuning(document, console())
+    else:
+        print_tuning(document, console())
 
 
 def _lab(tuning: Tuning, study: Study) -> StudyLab:

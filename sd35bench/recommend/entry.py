@@ -29,6 +29,7 @@ from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import POWER, TAIL, p_within
 from sd35bench.types import Task
+from sd35bench.words import format_digits, format_estimate, format_plain, read_estimate
 
 Claim = tuple[str, str]
 """The chosen setting and a default, by their hashes: that the first is better."""
@@ -40,6 +41,33 @@ _SETTING = ("model", "backend", *SETTING, "threads")
 def setting_of(row: Row) -> dict[str, Any]:
     """A row's setting as the documents show it."""
     return {name: row.setting[name] for name in _SETTING}
+
+
+def confirmation_text(confirmation: Mapping[str, Any]) -> str:
+    """One choice's confirmation in a sentence, without a full stop."""
+    status = confirmation["status"]
+    if status == "impossible":
+        return f"not confirmed: {confirmation['why']}"
+    if status == "nothing to hold it against":
+        return "not confirmed: there is nothing within the limits to hold it against"
+    if status == "not run":
+        return "not confirmed on held-out prompts: they have not been run"
+    if status == "not run enough":
+        run, wanted = confirmation["n_prompts"], confirmation["wanted"]
+        return f"not confirmed: held-out prompts not run enough, {run} of the planned {wanted}"
+    found = format_estimate(read_estimate(confirmation["difference"]), 2, "+")
+    text = (
+        f"{status} on {confirmation['n_prompts']} held-out prompts"
+        f" ({confirmation['n_pairs']} images): {found} against"
+        f" {describe(confirmation['against'])}, margin {format_plain(confirmation['margin'])}"
+    )
+    more = confirmation["more"]
+    if more is None:
+        return text
+    return (
+        f"{text}; about {more['images']} more images would decide, in a new plan on other prompts:"
+        " adding to these would be looking twice"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,11 +314,10 @@ class Entry:
         name = describe(setting_of(self.row))
         if len({c.row.setting["backend"] for c in self.comparison.candidates}) > 1:
             name += f", on {self.row.setting['backend']}"
-        interval = quality["ci95"]
-        ends = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-        figures = [f"{self.comparison.metric.replace('_', ' ')} {quality['value']:.2f}{ends}"]
+        found = format_estimate(read_estimate(quality), 2)
+        figures = [f"{self.comparison.metric.replace('_', ' ')} {found}"]
         if latency["p50"] is not None:
-            figures.append(f"{latency['p50']:.3g} s an image")
+            figures.append(f"{format_digits(latency['p50'])} s an image")
         return f"{name} ({', '.join(figures)})"
 
     def _beside(self, default: NamedDefault, p_holm: Mapping[Claim, float]) -> dict[str, Any]:

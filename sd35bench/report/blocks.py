@@ -1,38 +1,31 @@
 """The tables beside the settings: throughput, compilation, drift, GPU, and the machine's limits.
 
-Each is a `Block` of plain texts, made once from a `show` document and printed alike in a terminal,
-in Markdown and in the report. A block that has nothing to say is not there.
+Each is made once from a `show` document. A table that has nothing to say is not there.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 from sd35bench.fields import label
-from sd35bench.report.figures import (
+from sd35bench.report.render import Cell, Column, Table, estimate_cell, text_column
+from sd35bench.report.rows import SETTING_FIELDS, UNTOLD, Row, setting_text, told_by_threads
+from sd35bench.words import (
     MISSING,
     Estimate,
     decimals_for,
-    format_interval,
+    first_upper,
     format_number,
+    format_percent,
     format_plain,
+    format_ratio,
+    format_scientific,
     format_seconds,
+    format_significant,
+    read_estimate,
 )
-from sd35bench.report.rows import SETTING_FIELDS, UNTOLD, Row, setting_text, told_by_threads
-
-__all__ = [
-    "Block",
-    "Titles",
-    "comparison_blocks",
-    "machine_block",
-    "split_interval",
-    "with_interval",
-]
-
-_INTERVAL = re.compile(r" (\[[^]]*\])$")
 
 _TINY = 1e-3
 """Below this four decimals say nothing: written with an exponent, without its interval."""
@@ -49,24 +42,8 @@ _DRIFT = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A small table: `columns` are (title, whether numeric), `rows` one text per column."""
-
-    title: str
-    columns: tuple[tuple[str, bool], ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
-def split_interval(text: str) -> tuple[str, str]:
-    """A cell's value and, where it has one, its interval with brackets."""
-    found = _INTERVAL.search(text)
-    return (text, "") if found is None else (text[: found.start()], found[1])
-
-
-def comparison_blocks(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Block]:
-    """Return the blocks that hold backends against each other, those with something to say."""
+def comparison_blocks(document: Mapping[str, Any], rows: Sequence[Row]) -> list[Table]:
+    """Return the tables that hold backends against each other, those with something to say."""
     found = [
         _throughput_block(rows),
         _starts_block(rows),
@@ -77,49 +54,58 @@ def comparison_blocks(document: Mapping[str, Any], rows: Sequence[Row]) -> list[
     return [block for block in found if block is not None]
 
 
+def block(title: str, names: Sequence[Column], figures: Sequence[Column], note: str = "") -> Table:
+    """A table of figures, which a narrow terminal leaves out from the last one on; names stay."""
+    ranked = [replace(c, rank=rank) for rank, c in enumerate(figures)]
+    return Table(title=title, columns=(*names, *ranked), note=note)
+
+
+def figures(title: str, cells: Iterable[Cell | str]) -> Column:
+    """A column of figures."""
+    made = (c if isinstance(c, Cell) else Cell(text=c) for c in cells)
+    return Column(title=title, cells=tuple(made))
+
+
 # Throughput -----------------------------------------------------------------------------------
 
 
-def _throughput_block(rows: Sequence[Row]) -> Block | None:
+def _throughput_block(rows: Sequence[Row]) -> Table | None:
     shown = [r for r in rows if len(r.throughput) > 1]
-    sizes = sorted({size for r in shown for size in r.throughput})
     if not shown:
         return None
-    titles = Titles(shown)
-    columns = [*titles.columns, *((f"batch {size}", True) for size in sizes)]
-    columns += [("gain", True), ("batches", True)]
-    return Block(
-        title="Throughput, images per second",
-        columns=tuple(columns),
-        rows=tuple(
-            (
-                *titles.of(r),
-                *(_rate(r.throughput.get(s)) for s in sizes),
-                _gain(r),
-                "/".join(str(r.throughput[s].n) for s in sizes if s in r.throughput),
-            )
-            for r in shown
-        ),
-        note="Batch size over the median time of a whole batch, files included. Gain: the largest"
+    sizes = sorted({size for r in shown for size in r.throughput})
+    timed = ("/".join(str(r.throughput[s].n) for s in sizes if s in r.throughput) for r in shown)
+    return block(
+        "Throughput, images per second",
+        title_columns(shown),
+        [
+            *(
+                figures(
+                    f"batch {s}", (estimate_cell(r.throughput.get(s), decimals_for) for r in shown)
+                )
+                for s in sizes
+            ),
+            figures("gain", map(_gain, shown)),
+            figures("batches", timed),
+        ],
+        "Batch size over the median time of a whole batch, files included. Gain: the largest"
         " rate over that of the smallest batch. Batches: how many were timed at each size.",
     )
 
 
-def _rate(estimate: Estimate | None) -> str:
-    if estimate is None or estimate.value is None:
-        return MISSING
-    return with_interval(estimate)
+def _cell(estimate: Estimate | None) -> Cell:
+    return estimate_cell(estimate, decimals_for)
 
 
 def _gain(row: Row) -> str:
     rates = {size: e.value for size, e in row.throughput.items() if e.value is not None}
-    return f"{max(rates.values()) / rates[min(rates)]:.2f}×"
+    return format_ratio(max(rates.values()) / rates[min(rates)])
 
 
 # Load, compilation, first image ---------------------------------------------------------------
 
 
-def _starts_block(rows: Sequence[Row]) -> Block | None:
+def _starts_block(rows: Sequence[Row]) -> Table | None:
     """One row per model on a backend: what comes before the steady state, and how steady it is."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -129,26 +115,21 @@ def _starts_block(rows: Sequence[Row]) -> Block | None:
     told = any(r.cold_compile_s or r.warm_compile_s or r.start_spread for r in rows)
     if not told and len(loads) < 2:
         return None
-    firsts = [members[0] for members in loads]
-    titles = Titles(firsts, _LOAD)
-    figures: list[tuple[str, Callable[[list[Row]], str]]] = [
-        ("load", lambda m: format_seconds(_middle(r.load_s for r in m))),
-        ("first image", lambda m: format_seconds(_middle(_first_image_s(r) for r in m))),
-        ("first, warm", lambda m: format_seconds(_middle(r.warm_first_call_s for r in m))),
-        ("compile, cold", lambda m: format_seconds(_middle(r.cold_compile_s for r in m))),
-        ("compile, warm", lambda m: format_seconds(_middle(r.warm_compile_s for r in m))),
+    told_figures: list[tuple[str, Callable[[list[Row]], str]]] = [
+        ("load", lambda m: _middle_s(r.load_s for r in m)),
+        ("first image", lambda m: _middle_s(_first_image_s(r) for r in m)),
+        ("first, warm", lambda m: _middle_s(r.warm_first_call_s for r in m)),
+        ("compile, cold", lambda m: _middle_s(r.cold_compile_s for r in m)),
+        ("compile, warm", lambda m: _middle_s(r.warm_compile_s for r in m)),
         ("starts", lambda m: str(max(r.starts for r in m))),
         ("between starts", lambda m: _spread(r.start_spread for r in m)),
     ]
-    shown = [(name, cells) for name, figure in figures if (cells := [figure(m) for m in loads])]
-    shown = [(name, cells) for name, cells in shown if set(cells) != {MISSING}]
-    return Block(
-        title="Load, compilation, first image",
-        columns=(*titles.columns, *((name, True) for name, _ in shown)),
-        rows=tuple(
-            (*titles.of(first), *(cells[i] for _, cells in shown)) for i, first in enumerate(firsts)
-        ),
-        note="Medians over process starts; cold: with an empty compiler cache, which is how a first"
+    columns = [(name, [figure(m) for m in loads]) for name, figure in told_figures]
+    return block(
+        "Load, compilation, first image",
+        title_columns([members[0] for members in loads], _LOAD),
+        [figures(name, cells) for name, cells in columns if set(cells) != {MISSING}],
+        "Medians over process starts; cold: with an empty compiler cache, which is how a first"
         " image is shown where both were seen; warm: with a full one. Between starts: the slowest"
         " start's median latency over the fastest's, the largest of its settings.",
     )
@@ -162,24 +143,23 @@ def _first_image_s(row: Row) -> float | None:
     return row.first_call_s if row.cold_first_call_s is None else row.cold_first_call_s
 
 
-def _middle(values: Any) -> float | None:
+def _middle_s(values: Iterable[float | None]) -> str:
     known = [v for v in values if v is not None]
-    return median(known) if known else None
+    return format_seconds(median(known) if known else None)
 
 
-def _spread(values: Any) -> str:
-    known = [v for v in values if v is not None]
-    return f"{max(known):.3f}×" if known else MISSING
+def _spread(values: Iterable[float | None]) -> str:
+    return format_ratio(max((v for v in values if v is not None), default=None), 3)
 
 
 # Drift ----------------------------------------------------------------------------------------
 
 
-def _drift_blocks(drift: Mapping[str, Any]) -> list[Block]:
+def _drift_blocks(drift: Mapping[str, Any]) -> list[Table]:
     """Distance of every backend from the reference, then the reference's from itself."""
     name = str((drift.get("reference") or {}).get("backend") or "the reference")
     rows, floor = list(drift.get("rows") or ()), list(drift.get("noise_floor") or ())
-    warnings = " ".join(f"{text[:1].upper()}{text[1:]}." for text in drift.get("warnings") or ())
+    warnings = " ".join(f"{first_upper(text)}." for text in drift.get("warnings") or ())
     blocks = []
     if rows:
         note = (
@@ -202,31 +182,20 @@ def _drift_block(
     rows: Sequence[Mapping[str, Any]],
     columns: tuple[Sequence[str], Sequence[tuple[str, str]]],
     note: str,
-) -> Block:
+) -> Table:
     """`columns` are the fields that may name a row, and (key, title) of verdicts."""
     fields, verdicts = columns
-    always = ("backend", "what")
-    names = [n for n in fields if n in always or _differs(rows, n)]
+    names = [n for n in fields if n in ("backend", "what") or _differs(rows, n)]
     measures = [(k, t) for k, t in _DRIFT if any(_drift_estimate(r, k) for r in rows)]
-    heads = [(label(n), False) for n in names]
-    heads += [
-        ("pairs", True),
-        *((t, True) for _, t in verdicts),
-        *((t, True) for _, t in measures),
-    ]
-    return Block(
-        title=title,
-        columns=tuple(heads),
-        rows=tuple(
-            (
-                *(_text(r.get(n)) for n in names),
-                format_plain(r.get("n_pairs")),
-                *(_yes_no(r.get(k)) for k, _ in verdicts),
-                *(_drift_text(r, k) for k, _ in measures),
-            )
-            for r in rows
-        ),
-        note=note.strip(),
+    return block(
+        title,
+        [text_column(label(n), (_text(r.get(n)) for r in rows)) for n in names],
+        [
+            figures("pairs", (format_plain(r.get("n_pairs")) for r in rows)),
+            *(figures(t, (_yes_no(r.get(k)) for r in rows)) for k, t in verdicts),
+            *(figures(t, (_drift_cell(r, k) for r in rows)) for k, t in measures),
+        ],
+        note.strip(),
     )
 
 
@@ -238,83 +207,71 @@ def _drift_estimate(row: Mapping[str, Any], key: str) -> Estimate | None:
     raw = row.get(key)
     if raw is None or (raw.get("value") is None and not (key == "psnr_db" and _identical(row))):
         return None
-    low, high = raw.get("ci95") or (None, None)
-    return Estimate(value=raw["value"], low=low, high=high, n=raw.get("n"))
+    return read_estimate(raw)
 
 
 def _identical(row: Mapping[str, Any]) -> bool:
     return bool(row.get("n_pairs")) and row.get("identical") == row["n_pairs"]
 
 
-def _drift_text(row: Mapping[str, Any], key: str) -> str:
+def _drift_cell(row: Mapping[str, Any], key: str) -> Cell:
     estimate = _drift_estimate(row, key)
     if estimate is None:
-        return MISSING
+        return Cell(text=MISSING)
     if estimate.value is None:
-        return "identical"
+        return Cell(text="identical")
     if key.startswith("latent") or 0 < estimate.value < _TINY:
-        return f"{estimate.value:.1e}"
+        return Cell(text=format_scientific(estimate.value))
     if _identical(row) and key in ("mean_abs", "max_abs"):
-        return "exactly 0"
+        return Cell(text="exactly 0")
     if key == "max_abs":
-        return format_number(estimate.value, 0)
-    return with_interval(estimate)
+        return Cell(text=format_number(estimate.value, 0))
+    return estimate_cell(estimate, decimals_for)
 
 
 # GPU and machine ------------------------------------------------------------------------------
 
 
-def _gpu_block(rows: Sequence[Row]) -> Block | None:
-    shown = [(r, r.gpu) for r in rows if r.gpu is not None]
+def _gpu_block(rows: Sequence[Row]) -> Table | None:
+    shown = [r for r in rows if r.gpu is not None]
     if not shown:
         return None
-    titles = Titles([r for r, _ in shown])
-    heads = ("SM clock MHz", "lowest", "power W", "throttled", "why")
-    return Block(
-        title="GPU while images were made",
-        columns=(*titles.columns, *((head, head != "why") for head in heads)),
-        rows=tuple((*titles.of(row), *_gpu_cells(gpu)) for row, gpu in shown),
-        note="Medians of what NVML said right after each image. Throttled: share of images.",
+    gpus = [r.gpu or {} for r in shown]
+    clocks = [gpu.get("sm_clock_mhz") or {} for gpu in gpus]
+    why = (", ".join(gpu.get("throttled") or ()) or MISSING for gpu in gpus)
+    return block(
+        "GPU while images were made",
+        title_columns(shown),
+        [
+            figures("SM clock MHz", (format_number(c.get("median"), 0) for c in clocks)),
+            figures("lowest", (format_number(c.get("min"), 0) for c in clocks)),
+            figures("power W", (format_number(gpu.get("power_w"), 0) for gpu in gpus)),
+            figures("throttled", (format_percent(gpu.get("throttled_share")) for gpu in gpus)),
+            text_column("why", why),
+        ],
+        "Medians of what NVML said right after each image. Throttled: share of images.",
     )
 
 
-def _gpu_cells(gpu: Mapping[str, Any]) -> tuple[str, ...]:
-    clock = gpu.get("sm_clock_mhz") or {}
-    share = gpu.get("throttled_share")
-    return (
-        format_number(clock.get("median"), 0),
-        format_number(clock.get("min"), 0),
-        format_number(gpu.get("power_w"), 0),
-        MISSING if share is None else f"{100 * share:.0f} %",
-        ", ".join(gpu.get("throttled") or ()) or MISSING,
-    )
-
-
-def machine_block(document: Mapping[str, Any]) -> Block | None:
+def machine_block(document: Mapping[str, Any]) -> Table | None:
     """What the machine can do at most: best rates, and by how much the median stays below."""
     machines = document.get("machine") or []
     if not machines:
         return None
     names = [n for n in _RATES if any(n in m["rates"] for m in machines)]
-    units = {n: "TOP/s" if n == "int8" else "TFLOP/s" for n in names}
+    titles = {n: f"{n} {'TOP/s' if n == 'int8' else 'TFLOP/s'}" for n in names}
     failed = [f"Not measured on {m['device']}: {m['error']}." for m in machines if m.get("error")]
-    return Block(
-        title="What this machine can do at most",
-        columns=(
-            ("device", False),
-            ("threads", True),
-            *((f"{n} {units[n]}", True) for n in names),
-            ("copy GB/s", True),
-        ),
-        rows=tuple(
-            (
-                format_plain(m.get("name") or m["device"]),
-                format_plain(m["threads"]),
-                *(_limit(m["rates"].get(n)) for n in (*names, "copy")),
-            )
-            for m in machines
-        ),
-        note=" ".join(
+    return block(
+        "What this machine can do at most",
+        [text_column("device", (format_plain(m.get("name") or m["device"]) for m in machines))],
+        [
+            figures("threads", (format_plain(m["threads"]) for m in machines)),
+            *(
+                figures(title, (_limit(m["rates"].get(n)) for m in machines))
+                for n, title in {**titles, "copy": "copy GB/s"}.items()
+            ),
+        ],
+        " ".join(
             [
                 "Matrix products and a copy, measured once for this study: the best, and in"
                 " brackets the median.",
@@ -327,7 +284,7 @@ def machine_block(document: Mapping[str, Any]) -> Block | None:
 def _limit(rate: Mapping[str, Any] | None) -> str:
     if rate is None:
         return MISSING
-    return f"{_significant(rate['best'])} ({_significant(rate['median'])})"
+    return f"{format_significant(rate['best'])} ({format_significant(rate['median'])})"
 
 
 # What rows are called -------------------------------------------------------------------------
@@ -336,24 +293,13 @@ _TITLES: tuple[str, ...] = (*SETTING_FIELDS[:4], "task", *SETTING_FIELDS[4:], "e
 _DRIFT_NAMES = (*_TITLES, "batch_size")
 
 
-class Titles:
-    """The leading columns of a block: the backend, and every field in which its rows differ."""
-
-    def __init__(self, rows: Sequence[Row], names: Sequence[str] = _TITLES) -> None:
-        """`names` are the fields that may be shown."""
-        settings = [r.setting for r in rows]
-        self._names = [n for n in names if n == "backend" or _differs(settings, n)]
-        if told_by_threads(rows):
-            self._names = [n for n in self._names if n != "environment_id"]
-
-    @property
-    def columns(self) -> list[tuple[str, bool]]:
-        """Column heads."""
-        return [(label(name), False) for name in self._names]
-
-    def of(self, row: Row) -> tuple[str, ...]:
-        """One row's texts."""
-        return tuple(_shortened(row.text(n)) for n in self._names)
+def title_columns(rows: Sequence[Row], names: Sequence[str] = _TITLES) -> list[Column]:
+    """The leading columns of a table: the backend, and those of `names` in which rows differ."""
+    settings = [r.setting for r in rows]
+    shown = [n for n in names if n == "backend" or _differs(settings, n)]
+    if told_by_threads(rows):
+        shown = [n for n in shown if n != "environment_id"]
+    return [text_column(label(n), (_shortened(r.text(n)) for r in rows)) for n in shown]
 
 
 def _differs(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
@@ -368,15 +314,3 @@ def _text(value: object) -> str:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 40 else text[:10] + "…"
-
-
-def with_interval(estimate: Estimate) -> str:
-    """``value [low, high]`` with the decimals that the interval supports."""
-    decimals = decimals_for(estimate)
-    value = format_number(estimate.value, decimals)
-    return f"{value} {format_interval(estimate, decimals)}".strip()
-
-
-def _significant(value: float) -> str:
-    """Three significant digits, never in exponents."""
-    return format_number(value, decimals_for(Estimate(value=value)))

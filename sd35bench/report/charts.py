@@ -7,10 +7,19 @@ from typing import Any
 
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.table import why_untimed
-from sd35bench.report.bars import Samples, plot_distributions, plot_memory, plot_stages
-from sd35bench.report.figures import Estimate, format_plain
 from sd35bench.report.leaderboard import front_ids
-from sd35bench.report.plots import Figure, Line, Point, plot_front, plot_lines, plot_tradeoff
+from sd35bench.report.plots import (
+    Line,
+    Point,
+    Samples,
+    plot_distributions,
+    plot_front,
+    plot_lines,
+    plot_memory,
+    plot_stages,
+    plot_tradeoff,
+)
+from sd35bench.report.render import Figure
 from sd35bench.report.rows import (
     Row,
     lower_is_better,
@@ -21,15 +30,7 @@ from sd35bench.report.rows import (
 )
 from sd35bench.report.svg import MARKERS, ramp
 from sd35bench.types import Record, Status
-
-__all__ = [
-    "front_figures",
-    "line_figures",
-    "quality_figures",
-    "speed_figures",
-    "throughput_figures",
-    "tradeoff_figures",
-]
+from sd35bench.words import Estimate, format_plain
 
 _MAX_SPEED_ROWS = 40
 _MAX_LINES = 8
@@ -48,7 +49,7 @@ def front_figures(
     """
     figures = []
     for metric in metric_names(rows):
-        known = [r for r in rows if _known(r, metric) and r.latency is not None]
+        known = [r for r in rows if r.value(metric) is not None and r.latency is not None]
         if not known or not facts(metric).ranks:
             continue
         front = front_ids(known, metric)
@@ -85,11 +86,6 @@ def quality_figures(document: Mapping[str, Any]) -> list[Figure]:
     for task in dict.fromkeys(r.task for r in rows):
         figures += front_figures([r for r in rows if r.task == task], {}, extra, None, {})
     return figures
-
-
-def _known(row: Row, metric: str) -> bool:
-    found = row.metrics.get(metric)
-    return found is not None and found.value is not None
 
 
 def _short_name(row: Row, extra: Sequence[str]) -> str:
@@ -136,7 +132,7 @@ def line_figures(rows: Sequence[Row], pinned: Row | None) -> tuple[list[Figure],
     group = [r for r in group if r.prompt_strength == fixed]
     figures = []
     for metric in metric_names(group):
-        known = [r for r in group if _known(r, metric)]
+        known = [r for r in group if r.value(metric) is not None]
         for axis, other in (("steps", "cfg"), ("cfg", "steps")):
             lines = _lines(known, metric, axis, other)
             if lines:
@@ -199,7 +195,7 @@ def tradeoff_figures(rows: Sequence[Row], pinned: Row | None) -> list[Figure]:
     group = _main_group([r for r in rows if r.prompt_strength is not None])
     if followed is None or kept is None:
         return []
-    group = [r for r in group if _known(r, followed) and _known(r, kept)]
+    group = [r for r in group if r.value(followed) is not None and r.value(kept) is not None]
     by_pair: dict[tuple[int, float], list[Row]] = defaultdict(list)
     for row in group:
         by_pair[row.steps, row.cfg].append(row)

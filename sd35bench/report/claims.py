@@ -1,20 +1,40 @@
 """Claims with their verdicts: for the terminal, in Markdown, and as the report's section."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from sd35bench.report.blocks import Block
-from sd35bench.report.figures import MISSING, Estimate, decimals_for, format_interval, format_number
-from sd35bench.report.markdown import environment_lines, escape_cell
+from sd35bench.report.provenance import environment_lines
+from sd35bench.report.render import (
+    MARKDOWN,
+    TERMINAL,
+    Cell,
+    Column,
+    Heading,
+    Layout,
+    Part,
+    Table,
+    markdown_document,
+    paragraph,
+    print_document,
+    say,
+    text_column,
+    text_table,
+)
 from sd35bench.report.rows import metric_label
-
-__all__ = ["ClaimView", "ClaimsSection", "claims_markdown", "claims_section", "print_claims"]
+from sd35bench.words import (
+    MISSING,
+    decimals_for,
+    first_upper,
+    format_count,
+    format_digits,
+    format_interval,
+    format_number,
+    format_p,
+    read_estimate,
+)
 
 _COLOURS = {
     "supported": "green",
@@ -29,16 +49,8 @@ _RULES = (
     " one-sided at 2.5 % each, corrected over the claims by Holm's method. Brackets are 95 %"
     " intervals, clustered by prompt and not corrected."
 )
-_WIDE = 110
-"""Columns of a terminal from which on an interval stands beside its value."""
-_CONTRASTS = (
-    ("effect", False),
-    ("found", True),
-    ("must exceed", True),
-    ("images", True),
-    ("prompts", True),
-    ("sides", False),
-)
+_LAYOUTS = (Layout(from_width=110, wraps=True), Layout(between="\n", wraps=True))
+"""From 110 columns on an interval stands beside its value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +65,7 @@ class ClaimView:
     design: str
     note: str
     command: str
-    contrasts: Block | None
+    contrasts: Table | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,82 +88,77 @@ def claims_section(document: Mapping[str, Any]) -> ClaimsSection:
 
 def print_claims(document: Mapping[str, Any], console: Console) -> None:
     """Print one row per claim, with the effect that its verdict hangs on; then what is missing."""
-    console.print(f"[bold]{escape(str(document['study']))}[/bold]  {escape(_lead(document))}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("verdict", "claim", "effect, 95 %", "must exceed", "images"):
-        right = name in ("must exceed", "images")
-        table.add_column(name, no_wrap=name != "claim", justify="right" if right else "left")
-    for claim in document["claims"]:
-        verdict = claim["verdict"]
-        found, least, images = _figures(_deciding(claim))
-        shown = f"[{_COLOURS[verdict]}]{verdict}[/]"
-        effect = found if console.width >= _WIDE else found.replace(" [", "\n[")
-        table.add_row(shown, escape(claim["says"]), escape(effect), least, images)
-    console.print(table)
-    for claim in document["claims"]:
-        if claim["verdict"] in ("supported", "refuted"):
-            continue
-        open_ = "" if claim["deciding"] is None else f"{claim['deciding']}: "
-        text = f"{claim['name']}: {open_}{claim['reason']}"
-        console.print(
-            text if claim["command"] is None else f"{text}: {claim['command']}",
-            markup=False,
-            soft_wrap=True,
-        )
-    for note in document["notes"]:
-        console.print(f"[yellow]warning[/yellow] {escape(note)}", soft_wrap=True)
-    console.print(_RULES, style="dim")
+    print_document(_parts(document), console)
 
 
 def claims_markdown(document: Mapping[str, Any]) -> str:
     """Render a claims document: verdicts, every effect, designs, what ran."""
-    lines = [f"# Claims: study {escape_cell(str(document['study']))}", "", _lead(document), ""]
-    head = [
-        "verdict",
-        "claim",
-        "hangs on",
-        "effect",
-        "must exceed",
-        "images",
-        "prompts",
-        "p (Holm)",
-    ]
-    lines += [_line(head), _line(["---"] * 3 + ["---:"] * 5)]
-    for claim in document["claims"]:
-        one = _deciding(claim)
-        found, least, images = _figures(one)
-        hangs = claim["reason"] if one is None else one["name"]
-        prompts = MISSING if one is None else str(one["clusters"])
-        cells = [claim["verdict"], claim["says"], hangs, found, least, images, prompts, _p(claim)]
-        lines.append(_line([escape_cell(cell) for cell in cells]))
-    lines += ["", _RULES, ""]
-    for claim in document["claims"]:
-        lines += _detail(claim)
-    lines += environment_lines(document["environments"])
-    lines += [f"Warning: {escape_cell(note)}" for note in document["notes"]]
-    return "\n".join(lines).rstrip() + "\n"
+    return markdown_document(_parts(document))
 
 
-def _detail(claim: Mapping[str, Any]) -> list[str]:
-    """A claim's design and all its effects."""
+def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    claims, lead = document["claims"], _lead(document)
+    yield say((str(document["study"]), "bold"), f"  {lead}", wraps=True)
+    yield Heading(f"Claims: study {document['study']}", 1, forms=(MARKDOWN,))
+    yield paragraph((lead, "raw"))
+    yield _verdicts(claims)
+    yield paragraph(_RULES)
+    for claim in claims:
+        if claim["verdict"] not in ("supported", "refuted"):
+            open_ = "" if claim["deciding"] is None else f"{claim['deciding']}: "
+            command = "" if claim["command"] is None else f": {claim['command']}"
+            yield say(f"{claim['name']}: {open_}{claim['reason']}{command}")
+        yield from _detail(claim)
+    for note in document["notes"]:
+        yield say(("warning", "yellow"), f" {note}")
+    lines = environment_lines(document["environments"])
+    warnings = (f"Warning: {note}" for note in document["notes"])
+    for i, line in enumerate((*((text, "raw") for text in lines), *warnings)):
+        yield paragraph(line, joined=i > 0)
+    yield say((_RULES, "dim"), wraps=True)
+
+
+def _verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per claim, with the effect that its verdict hangs on."""
+    deciding = [_deciding(claim) for claim in claims]
+    found = [_figures(one) for one in deciding]
+    verdicts = tuple(Cell(text=c["verdict"], style=_COLOURS[c["verdict"]]) for c in claims)
+    hangs = (
+        c["reason"] if one is None else one["name"] for c, one in zip(claims, deciding, strict=True)
+    )
+    prompts = (MISSING if one is None else str(one["clusters"]) for one in deciding)
+    effects, least, images = text_table(("effect", "must exceed", "images"), found, _NUMERIC)
+    columns = (
+        Column(title="verdict", cells=verdicts, numeric=False),
+        text_column("claim", (c["says"] for c in claims)),
+        text_column("hangs on", hangs, forms=(MARKDOWN,)),
+        replace(effects, title="effect, 95 %", numeric=False, forms=(TERMINAL,)),
+        replace(effects, forms=(MARKDOWN,)),
+        least,
+        images,
+        replace(text_column("prompts", prompts, forms=(MARKDOWN,)), numeric=True),
+        replace(text_column("p (Holm)", map(_p, claims), forms=(MARKDOWN,)), numeric=True),
+    )
+    kept = tuple(replace(c, wraps=c.title == "claim") for c in columns)
+    return Table(columns=kept, layouts=_LAYOUTS)
+
+
+def _detail(claim: Mapping[str, Any]) -> Iterator[Part]:
+    """A claim's design and all its effects, in Markdown."""
     view = _view(claim)
-    lines = [f"## {escape_cell(_sentence(claim['says']))}: {claim['verdict']}", ""]
-    text = " ".join(part for part in (view.design, view.note) if part)
-    lines += [escape_cell(text), "", f"{escape_cell(_sentence(view.reason))}.", ""]
+    yield Heading(f"{first_upper(claim['says'])}: {claim['verdict']}", forms=(MARKDOWN,))
+    yield paragraph(" ".join(part for part in (view.design, view.note) if part))
+    yield paragraph(f"{first_upper(view.reason)}.")
     if view.command:
-        lines += [f"`{view.command}`", ""]
+        yield paragraph((view.command, "code"))
     if view.contrasts is not None:
-        rule = ["---:" if numeric else "---" for _, numeric in view.contrasts.columns]
-        lines += [_line([title for title, _ in view.contrasts.columns]), _line(rule)]
-        lines += [_line([escape_cell(cell) for cell in row]) for row in view.contrasts.rows]
-        lines.append("")
-    return lines
+        yield replace(view.contrasts, forms=(MARKDOWN,))
 
 
 def _view(claim: Mapping[str, Any]) -> ClaimView:
     verdict, one = claim["verdict"], _deciding(claim)
     found, least, _ = _figures(one)
-    effect = "" if one is None else f"{one['name']}: {found}, must exceed {least}"
+    effect = "" if one is None else f"{one['name']}: {found.line}, must exceed {least}"
     return ClaimView(
         verdict=verdict,
         mark=verdict.replace(" ", "-"),
@@ -165,46 +172,47 @@ def _view(claim: Mapping[str, Any]) -> ClaimView:
     )
 
 
-def _contrasts(claim: Mapping[str, Any]) -> Block | None:
+_NUMERIC = ("effect", "found", "must exceed", "images", "prompts")
+_CONTRASTS = ("effect", "found", "must exceed", "images", "prompts", "sides")
+
+
+def _contrasts(claim: Mapping[str, Any]) -> Table | None:
     if not claim["contrasts"]:
         return None
-    rows = []
-    for one in claim["contrasts"]:
-        found, least, images = _figures(one)
-        sides = " against ".join(
-            side["label"] if side["value"] is None else f"{side['label']} ({_mean(side['value'])})"
-            for side in one["sides"]
-        )
-        prompts = str(one["clusters"]) if one["paired"] else f"{one['clusters']} in the smaller"
-        rows.append((one["name"], found, least, images, prompts, sides if sides else MISSING))
-    return Block(title=claim["says"], columns=_CONTRASTS, rows=tuple(rows))
+    columns = text_table(_CONTRASTS, map(_contrast, claim["contrasts"]), _NUMERIC[1:])
+    return Table(columns=columns)
+
+
+def _contrast(one: Mapping[str, Any]) -> tuple[str | Cell, ...]:
+    sides = " against ".join(
+        side["label"] if side["value"] is None else f"{side['label']} ({_mean(side['value'])})"
+        for side in one["sides"]
+    )
+    prompts = str(one["clusters"]) if one["paired"] else f"{one['clusters']} in the smaller"
+    return one["name"], *_figures(one), prompts, sides if sides else MISSING
 
 
 def _deciding(claim: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((c for c in claim["contrasts"] if c["name"] == claim["deciding"]), None)
 
 
-def _figures(one: Mapping[str, Any] | None) -> tuple[str, str, str]:
+def _figures(one: Mapping[str, Any] | None) -> tuple[Cell, str, str]:
     """An effect with its interval, the least that counts, and the images behind it."""
     if one is None:
-        return MISSING, MISSING, MISSING
-    low, high = (None, None) if one["ci95"] is None else one["ci95"]
-    estimate = Estimate(value=one["effect"], low=low, high=high)
+        return Cell(text=MISSING), MISSING, MISSING
+    estimate = read_estimate(one, "effect")
     digits = max(2, decimals_for(estimate)) if one["unit"] != "points" else decimals_for(estimate)
-    value = format_number(one["effect"], digits)
-    sign = "×" if one["unit"] == "ratio" else "" if value.startswith("-") else "+"
+    ratio = one["unit"] == "ratio"
     unit = f" {one['unit']}" if one["unit"] in ("dB", "levels", "points") else ""
-    found = f"{sign}{value}{unit} {format_interval(estimate, digits)}".strip()
-    least = f"×{one['least']:.2f}" if one["unit"] == "ratio" else f"{one['least']:+.2f}{unit}"
-    return found, least, f"{one['images']:,}"
+    value = format_number(one["effect"], digits, "" if ratio else "+")
+    least = format_number(one["least"], 2, "" if ratio else "+")
+    sign = "×" if ratio else ""
+    found = Cell(text=f"{sign}{value}{unit}", beside=format_interval(estimate, digits))
+    return found, f"{sign}{least}{unit}", format_count(one["images"])
 
 
 def _mean(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return format_count(value) if abs(value) >= 1000 else format_digits(value)
 
 
 def _lead(document: Mapping[str, Any]) -> str:
@@ -218,9 +226,4 @@ def _lead(document: Mapping[str, Any]) -> str:
 def _p(claim: Mapping[str, Any]) -> str:
     if claim["p_supported"] is None:
         return MISSING
-    p = claim["p_refuted"] if claim["verdict"] == "refuted" else claim["p_supported"]
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return format_p(claim["p_refuted" if claim["verdict"] == "refuted" else "p_supported"])

@@ -1,63 +1,111 @@
-"""A comparison in words: for the terminal, for a Markdown step summary, for JUnit's messages."""
+"""A comparison: for the terminal, for a Markdown step summary, as one HTML page, as JUnit XML.
 
-from collections.abc import Mapping
+The page shows the verdicts and the worst pairs: side by side, under a slider, blinking, and as
+their difference. Like the report it needs nothing else: images are data URIs, and a content
+security policy lets run only what is in the file. In JUnit a test is a setting's dimension; what is
+asked of the comparison as a whole is a suite of its own, so that a gate that failed always has a
+failing test.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from rich.box import SIMPLE_HEAD
+from markupsafe import Markup
+from PIL import Image
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from sd35bench.report.markdown import escape_cell
-
-__all__ = ["compare_markdown", "failed_gates", "figure_cells", "figure_text", "print_comparison"]
+from sd35bench.report.page import content_policy
+from sd35bench.report.render import (
+    MARKDOWN,
+    TERMINAL,
+    WRAPPED,
+    Cell,
+    Heading,
+    Part,
+    Table,
+    html_templates,
+    markdown_document,
+    paragraph,
+    print_document,
+    say,
+    text_table,
+)
+from sd35bench.report.svg import read_asset
+from sd35bench.words import MISSING, bracketed, format_digits, format_number, format_plain
 
 _COLUMNS = ("dimension", "figure", "baseline", "candidate", "effect", "95 %", "margin", "n")
 _COLOURS = {"pass": "green", "fail": "red", "undecided": "yellow", "not applicable": "dim"}
+_PIXEL_ART_PX = 128
+_LONGEST_PX = 384
+"""Images are kept without loss, since small differences are what matters; 24 of them in all."""
+
+FindImage = Callable[[str], Path | None]
 
 
-def compare_markdown(document: dict[str, Any]) -> str:
-    """Render a `compare` document as GitHub's step summary shows it."""
-    whole = document["verdict"]
-    lines = [
-        f"# {str(whole).capitalize()}: {escape_cell(document['candidate'])} against"
-        f" {escape_cell(document['baseline'])}",
-        "",
-        f"Policy `{document['policy']}`, {document['n_pairs']} pairs. {_meaning(document)}",
-        "",
-    ]
-    lines += [f"**{escape_cell(text)}**\n" for text in failed_gates(document)]
-    for comparison in document["comparisons"]:
-        lines += [f"## {escape_cell(comparison['title'])}", "", about(comparison), ""]
-        head = ["verdict", *_COLUMNS]
-        lines += [_line(head), _line(["---"] * 4 + ["---:"] * 5)]
-        for dimension, found in comparison["dimensions"].items():
-            cells = [[f["verdict"], dimension, *figure_cells(f)] for f in found["figures"]]
-            rows = cells if cells else [[found["verdict"], dimension, *["–"] * 7]]
-            lines += [_line([escape_cell(str(c)) for c in row]) for row in rows]
-        lines += ["", *_reasons(comparison), ""]
-    lines += [f"Warning: {escape_cell(text)}\n" for text in document["warnings"]]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def print_comparison(document: dict[str, Any], console: Console) -> None:
+def print_comparison(document: Mapping[str, Any], console: Console) -> None:
     """Print the verdict first, then each setting's figures and what differs."""
+    print_document(_parts(document), console)
+
+
+def compare_markdown(document: Mapping[str, Any]) -> str:
+    """Render a `compare` document as GitHub's step summary shows it."""
+    return markdown_document(_parts(document))
+
+
+def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
     whole = document["verdict"]
-    console.print(
-        f"[bold {_COLOURS[whole]}]{whole}[/]: {escape(document['candidate'])} against"
-        f" {escape(document['baseline'])}, policy {escape(document['policy'])},"
-        f" {document['n_pairs']} pairs"
-    )
+    sides = f": {document['candidate']} against {document['baseline']}"
+    pairs = f"{document['n_pairs']} pairs"
+    policy = document["policy"]
+    yield say((whole, f"bold {_COLOURS[whole]}"), f"{sides}, policy {policy}, {pairs}", wraps=True)
+    yield Heading(f"{str(whole).capitalize()}{sides}", 1, forms=(MARKDOWN,))
+    yield paragraph("Policy ", (policy, "code"), f", {pairs}. {_meaning(document)}")
     for text in failed_gates(document):
-        console.print(f"[{_COLOURS['fail']}]{escape(text)}[/]", soft_wrap=True)
+        yield say((text, _COLOURS["fail"]))
+        yield paragraph((text, "strong"))
     for comparison in document["comparisons"]:
-        console.print(f"\n[bold]{escape(comparison['title'])}[/bold]")
-        console.print(escape(about(comparison)), soft_wrap=True)
-        console.print(_table(comparison))
-        for reason in _reasons(comparison):
-            console.print(escape(reason.removeprefix("- ")), soft_wrap=True)
+        yield Heading(comparison["title"])
+        yield say(about(comparison))
+        yield paragraph((about(comparison), "raw"))
+        yield _table(comparison)
+        yield _paper_table(comparison)
+        for i, reason in enumerate(_reasons(comparison)):
+            yield say(reason)
+            yield paragraph((f"- {reason}", "raw"), joined=i > 0)
     for text in document["warnings"]:
-        console.print(f"[yellow]warning[/yellow] {escape(text)}", soft_wrap=True)
+        yield say(("warning", "yellow"), f" {text}")
+        yield paragraph(f"Warning: {text}")
+
+
+def _table(comparison: Mapping[str, Any]) -> Table:
+    """Figures that were measured, narrow enough for a terminal of 80 columns."""
+    rows = []
+    for dimension, found in comparison["dimensions"].items():
+        for figure in found["figures"]:
+            if figure["verdict"] == "not applicable":
+                continue
+            name, before, after, effect, interval, margin, n = figure_cells(figure)
+            verdict = Cell(text=figure["verdict"], style=_COLOURS[figure["verdict"]])
+            change = Cell(text=effect, beside=interval)
+            rows.append((verdict, f"{dimension} {name}", f"{before} → {after}", change, margin, n))
+    titles = ("", "figure", "baseline → candidate", "effect, 95 %", "margin", "n")
+    first, *others = text_table(titles, rows)
+    columns = (replace(first, wraps=False), *others)
+    return Table(columns=columns, layouts=WRAPPED, frame="edged", forms=(TERMINAL,))
+
+
+def _paper_table(comparison: Mapping[str, Any]) -> Table:
+    rows = []
+    for dimension, found in comparison["dimensions"].items():
+        cells = [[f["verdict"], dimension, *figure_cells(f)] for f in found["figures"]]
+        rows += cells if cells else [[found["verdict"], dimension, *[MISSING] * 7]]
+    columns = text_table(("verdict", *_COLUMNS), rows, _COLUMNS[3:])
+    return Table(columns=columns, forms=(MARKDOWN,))
 
 
 def failed_gates(document: Mapping[str, Any]) -> list[str]:
@@ -66,23 +114,7 @@ def failed_gates(document: Mapping[str, Any]) -> list[str]:
     return [f"{name}: fail: {found['reason']}" for name, found in failed]
 
 
-def _table(comparison: dict[str, Any]) -> Table:
-    """Figures that were measured, narrow enough for a terminal of 80 columns."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "figure", "baseline → candidate", "effect, 95 %", "margin", "n"):
-        table.add_column(name, no_wrap=name == "")
-    for dimension, found in comparison["dimensions"].items():
-        for figure in found["figures"]:
-            if figure["verdict"] == "not applicable":
-                continue
-            name, before, after, effect, interval, margin, n = map(escape, figure_cells(figure))
-            verdict = f"[{_COLOURS[figure['verdict']]}]{figure['verdict']}[/]"
-            sides = f"{before} → {after}"
-            table.add_row(verdict, f"{dimension} {name}", sides, f"{effect} {interval}", margin, n)
-    return table
-
-
-def about(comparison: dict[str, Any]) -> str:
+def about(comparison: Mapping[str, Any]) -> str:
     """Pairs, prompts, and the fields in which the sides differ."""
     fields = {**comparison["differs"], **comparison["environment_differs"]}
     said = [f"{name}: {_short(a)} → {_short(b)}" for name, (a, b) in fields.items()]
@@ -92,24 +124,24 @@ def about(comparison: dict[str, Any]) -> str:
     )
 
 
-def figure_cells(figure: dict[str, Any]) -> list[str]:
+def figure_cells(figure: Mapping[str, Any]) -> list[str]:
     """Name, baseline, candidate, effect, interval, margin and n of a figure."""
     ratio = figure["kind"] == "ratio"
     ends = figure["ci95"]
     share = figure["unit"] == "share of trials"
-    margin = f"×{figure['margin']:g}" if ratio else _amount(figure["margin"], share)
+    margin = f"×{format_plain(figure['margin'])}" if ratio else _amount(figure["margin"], share)
     return [
         str(figure["name"]),
         _value(figure["baseline"], figure["unit"]),
         _value(figure["candidate"], figure["unit"]),
         _effect(figure["effect"], ratio, share),
-        "–" if ends is None else f"[{', '.join(_effect(end, ratio, share) for end in ends)}]",
+        MISSING if ends is None else bracketed(*(_effect(end, ratio, share) for end in ends)),
         margin,
-        str(figure["n"]) if figure["n"] else "–",
+        str(figure["n"]) if figure["n"] else MISSING,
     ]
 
 
-def figure_text(figure: dict[str, Any]) -> str:
+def figure_text(figure: Mapping[str, Any]) -> str:
     """One figure on one line."""
     if figure["effect"] is None:
         return f"{figure['name']}: {figure['verdict']}: {figure['note']}"
@@ -121,32 +153,32 @@ def figure_text(figure: dict[str, Any]) -> str:
     return text if figure["note"] is None else f"{text}; {figure['note']}"
 
 
-def _reasons(comparison: dict[str, Any]) -> list[str]:
+def _reasons(comparison: Mapping[str, Any]) -> list[str]:
     """Why a dimension did not pass, and the notes of figures."""
     found = []
     for name, dimension in comparison["dimensions"].items():
         if dimension["verdict"] in ("fail", "not applicable"):
             needed = ", required" if dimension["required"] else ""
-            found.append(f"- {name}{needed}: {dimension['verdict']}: {dimension['reason']}")
+            found.append(f"{name}{needed}: {dimension['verdict']}: {dimension['reason']}")
         notes = [f["note"] for f in dimension["figures"] if f["note"] and _worth_saying(f)]
-        found += [f"- {name}: {note}" for note in dict.fromkeys(notes)]
+        found += [f"{name}: {note}" for note in dict.fromkeys(notes)]
         absent = [f["name"] for f in dimension["figures"] if _unscored(f)]
         if absent:
-            found.append(f"- {name}: scored on neither side: {', '.join(absent)}")
+            found.append(f"{name}: scored on neither side: {', '.join(absent)}")
     return found
 
 
-def _worth_saying(figure: dict[str, Any]) -> bool:
+def _worth_saying(figure: Mapping[str, Any]) -> bool:
     """Whether a note is about a measured number, or says why a set metric was refused."""
     return figure["effect"] is not None or figure["unit"] == "set metric"
 
 
-def _unscored(figure: dict[str, Any]) -> bool:
+def _unscored(figure: Mapping[str, Any]) -> bool:
     """Whether a metric that the policy names is on neither side."""
     return figure["verdict"] == "not applicable" and figure["unit"] == "metric"
 
 
-def _meaning(document: dict[str, Any]) -> str:
+def _meaning(document: Mapping[str, Any]) -> str:
     if document["verdict"] != "undecided":
         return "Brackets: 95 % intervals; a figure fails where its interval is beyond the margin."
     passes = "fails" if document["undecided_fails"] else "passes with a warning"
@@ -155,30 +187,174 @@ def _meaning(document: dict[str, Any]) -> str:
 
 def _effect(value: float | None, ratio: bool, share: bool) -> str:
     if value is None:
-        return "–"
+        return MISSING
     if ratio:
-        return f"×{value:.3f}"
+        return f"×{format_number(value, 3)}"
     return f"{'' if value < 0 else '+'}{_amount(value, share)}"
 
 
 def _amount(value: float, share: bool) -> str:
-    return f"{100 * value:.3g} %" if share else f"{value:.3g}"
+    return f"{format_digits(100 * value)} %" if share else format_digits(value)
 
 
 def _value(value: float | None, unit: str) -> str:
     if value is None:
-        return "–"
+        return MISSING
     if unit == "bytes":
-        return f"{value / 2**20:.0f} MiB"
+        return f"{format_number(value / 2**20, 0)} MiB"
     if unit == "share of trials":
         return _amount(value, True)
-    return f"{value:.4g}{' s' if unit == 's' else ''}"
+    return f"{format_digits(value, 4)}{' s' if unit == 's' else ''}"
 
 
 def _short(value: Any) -> str:
-    text = "–" if value is None else str(value)
+    text = format_plain(value) if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+# The page -------------------------------------------------------------------------------------
+
+
+def compare_page(
+    document: Mapping[str, Any],
+    baseline: FindImage,
+    candidate: FindImage,
+    captions: Mapping[str, str] | None = None,
+) -> str:
+    """Render a `compare` document.
+
+    Args:
+        document: of `compare_sides`.
+        baseline: finds its images by digest.
+        candidate: finds its own.
+        captions: what was asked for a candidate's image, by digest.
+    """
+    said = {} if captions is None else captions
+    script = Markup(read_asset("compare.js"))
+    style = Markup(read_asset("charts.css") + read_asset("report.css") + read_asset("compare.css"))
+    comparisons = [
+        {
+            **comparison,
+            "about": about(comparison),
+            "rows": _rows(comparison),
+            "pairs": _pairs(comparison, baseline, candidate, said),
+        }
+        for comparison in document["comparisons"]
+    ]
+    return (
+        html_templates()
+        .get_template("compare.html.j2")
+        .render(
+            d={**document, "comparisons": comparisons, "failed_gates": failed_gates(document)},
+            policy=content_policy(script, style),
+            script=script,
+            style=style,
+        )
+    )
+
+
+def _rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "verdict": figure["verdict"],
+            "mark": figure["verdict"].replace(" ", "-"),
+            "dimension": dimension,
+            "cells": figure_cells(figure),
+            "note": figure["note"],
+        }
+        for dimension, found in comparison["dimensions"].items()
+        for figure in found["figures"]
+    ]
+
+
+def _pairs(
+    comparison: Mapping[str, Any],
+    baseline: FindImage,
+    candidate: FindImage,
+    captions: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """The worst pairs of which both images are there."""
+    found = []
+    for pair in comparison["worst"]:
+        paths = baseline(pair["baseline_image"]), candidate(pair["candidate_image"])
+        if paths[0] is None or paths[1] is None:
+            continue
+        images = [_decode(path.read_bytes()) for path in paths if path is not None]
+        found.append(
+            {
+                "baseline": _data_uri(images[0]),
+                "candidate": _data_uri(images[1]),
+                "grain": "pixels" if max(images[0].size) <= _PIXEL_ART_PX else "smooth",
+                "caption": captions.get(pair["candidate_image"], ""),
+                "lost": f"{pair['by']} {pair['value']:+.3g}",
+            }
+        )
+    return found
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Pixels of an image file, at most 384 px wide and high."""
+    with Image.open(io.BytesIO(data)) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
+    return image
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# JUnit ----------------------------------------------------------------------------------------
+
+
+def junit_xml(document: Mapping[str, Any]) -> str:
+    """Render a `compare` document.
+
+    A failed dimension is a failure; what does not apply is skipped, and so is what is undecided,
+    unless the policy says that it fails.
+    """
+    root = ElementTree.Element("testsuites", name="sd35bench compare")
+    for comparison in document["comparisons"]:
+        name = f"{document['candidate']} against {document['baseline']}: {comparison['title']}"
+        _suite(root, document, name, comparison["dimensions"])
+    _suite(root, document, "the gate as a whole", document["gate"])
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _suite(
+    root: ElementTree.Element, document: Mapping[str, Any], name: str, judged: Mapping[str, Any]
+) -> None:
+    suite = ElementTree.SubElement(root, "testsuite", name=_clean(name))
+    outcomes = []
+    for dimension, found in judged.items():
+        outcome = _outcome(found["verdict"], document["undecided_fails"])
+        outcomes.append(outcome)
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=_clean(f"compare.{document['policy']}"), name=dimension
+        )
+        figures = found.get("figures")
+        text = found["reason"] if figures is None else "\n".join(map(figure_text, figures))
+        if outcome is not None:
+            message = _clean(f"{found['verdict']}: {found['reason']}")
+            ElementTree.SubElement(case, outcome, message=message).text = _clean(text)
+        else:
+            ElementTree.SubElement(case, "system-out").text = _clean(text)
+    suite.set("tests", str(len(outcomes)))
+    suite.set("failures", str(outcomes.count("failure")))
+    suite.set("skipped", str(outcomes.count("skipped")))
+    suite.set("errors", "0")
+
+
+def _outcome(verdict: str, undecided_fails: bool) -> str | None:
+    if verdict == "pass":
+        return None
+    fails = verdict == "fail" or (verdict == "undecided" and undecided_fails)
+    return "failure" if fails else "skipped"
+
+
+def _clean(text: str) -> str:
+    """Leave out the control characters that XML 1.0 cannot hold."""
+    return "".join(c for c in text if c in "\t\n\r" or (c >= " " and c not in "\ufffe\uffff"))

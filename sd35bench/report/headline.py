@@ -6,33 +6,35 @@ named as just that, and without any measurement the report says so.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sd35bench.report.figures import (
-    Estimate,
-    decimals_for,
-    format_bytes,
-    format_estimate,
-    format_latency,
-    format_plain,
-    format_usd,
-)
+from sd35bench.recommend.entry import confirmation_text
 from sd35bench.report.leaderboard import best_first, primary_metric
 from sd35bench.report.recommend import (
-    confirmation_text,
-    default_cells,
+    SHOWN,
+    compared,
+    default_table,
     front_cell,
     front_note,
     front_sentence,
 )
+from sd35bench.report.render import HTML, Table, text_table
 from sd35bench.report.rows import Row, metric_label, metric_names
-
-__all__ = ["Answer", "Headline", "dominated_shares", "objective_estimates", "read_headline"]
+from sd35bench.words import (
+    Estimate,
+    as_sentence,
+    format_bytes,
+    format_estimate,
+    format_latency,
+    format_plain,
+    format_ratio,
+    format_usd,
+    read_estimate,
+)
 
 _MAIN_PROFILE = "balanced"
-_SHOWN_OTHERS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +42,10 @@ class Answer:
     """One profile's answer for one task: the setting, what it gives and costs, and why.
 
     `row_id` is ``None`` where nothing could be recommended; `why` then says the reason. `others`
-    are (setting, difference from the best, dominated, why not); `more` counts those not listed,
-    and `others_note` says what "dominated" means. `defaults` are the named defaults: name, setting,
-    its quality, the choice minus it, how long it takes, and what the choice is beside it.
-    `confirmed` is what held-out prompts say, with a mark for its colour: good, bad or open. `body`
-    is the create of the hosted protocol.
+    are the settings not chosen; `more` counts those not listed, and `others_note` says what
+    "dominated" means. `defaults` are the named defaults beside the choice. `confirmed` is what
+    held-out prompts say, with a mark for its colour: good, bad or open. `body` is the create of the
+    hosted protocol.
     """
 
     profile: str
@@ -53,10 +54,10 @@ class Answer:
     values: tuple[tuple[str, str], ...]
     gives: tuple[tuple[str, str, str], ...]
     why: tuple[str, ...] = ()
-    others: tuple[tuple[str, str, str, str], ...] = ()
+    others: Table | None = None
     others_note: str = ""
     more: int = 0
-    defaults: tuple[tuple[str, ...], ...] = ()
+    defaults: Table | None = None
     confirmed: tuple[str, str] = ("", "")
     adding: tuple[str, ...] = ()
     command: str = ""
@@ -122,16 +123,9 @@ def read_headline(
 def objective_estimates(recommendation: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """Row id → {metric: estimate} of what `recommend` judged by, where rows do not have it."""
     found: dict[str, dict[str, Estimate]] = defaultdict(dict)
-    if not isinstance(recommendation, Mapping):
-        return found
-    entries = (e for tasks in recommendation["profiles"].values() for e in tasks.values() if e)
-    for entry in entries:
-        metric = (entry["evidence"].get("quality") or {}).get("metric")
-        judged = [(entry["setting_id"], entry["evidence"].get("quality"))]
-        judged += [(a["setting_id"], a["quality"]) for a in entry["alternatives"]]
-        for row_id, quality in judged:
-            if metric is not None and quality is not None:
-                found[row_id][metric] = _estimate(quality)
+    for metric, row_id, judged in _judged(recommendation):
+        if judged["quality"] is not None:
+            found[row_id][metric] = read_estimate(judged["quality"])
     return found
 
 
@@ -140,23 +134,25 @@ def dominated_shares(
 ) -> dict[str, dict[str, float]]:
     """Metric → row id → in which share of resamples it is dominated, as `recommend` judged."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
-    if not isinstance(recommendation, Mapping):
-        return found
-    entries = (e for tasks in recommendation["profiles"].values() for e in tasks.values() if e)
-    for entry in entries:
-        if entry["setting"] is None:
-            continue
-        evidence = entry["evidence"]
-        judged = [(entry["setting_id"], evidence["p_dominated"])]
-        judged += [(a["setting_id"], a["p_dominated"]) for a in entry["alternatives"]]
-        known = {row_id: share for row_id, share in judged if share is not None}
-        found[evidence["quality"]["metric"]] |= known
+    for metric, row_id, judged in _judged(recommendation):
+        if judged["p_dominated"] is not None:
+            found[metric][row_id] = judged["p_dominated"]
     return found
 
 
-def _estimate(raw: Mapping[str, Any]) -> Estimate:
-    low, high = raw.get("ci95") or (None, None)
-    return Estimate(value=raw["value"], low=low, high=high, n=raw.get("n"))
+def _judged(
+    recommendation: Mapping[str, Any] | str | None,
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(metric, row id, evidence) of every choice and of every setting that it was held against."""
+    if not isinstance(recommendation, Mapping):
+        return
+    for entry in (e for tasks in recommendation["profiles"].values() for e in tasks.values()):
+        if entry is None or entry["setting"] is None:
+            continue
+        metric = entry["evidence"]["quality"]["metric"]
+        yield metric, entry["setting_id"], entry["evidence"]
+        for other in entry["alternatives"]:
+            yield metric, other["setting_id"], other
 
 
 def _answer(
@@ -169,7 +165,7 @@ def _answer(
     evidence = entry["evidence"]
     row = by_id.get(entry.get("setting_id") or "")
     if row is None:
-        why = (_sentence_of(evidence["reason"]),)
+        why = (as_sentence(evidence["reason"]),)
         return Answer(profile=profile, task=task, row_id=None, values=(), gives=(), why=why)
     return Answer(
         profile=profile,
@@ -178,10 +174,10 @@ def _answer(
         values=setting_values(row, extra),
         gives=gives(row),
         why=tuple(_why(evidence)),
-        others=tuple(_other(a, by_id, extra) for a in entry["alternatives"][:_SHOWN_OTHERS]),
-        others_note=_sentence_of(front_note(dict(evidence))),
-        more=max(0, len(entry["alternatives"]) - _SHOWN_OTHERS),
-        defaults=tuple(tuple(default_cells(d)) for d in entry["named_defaults"]),
+        others=_others_on_page(entry["alternatives"][: SHOWN[HTML]], by_id, extra),
+        others_note=as_sentence(front_note(evidence)),
+        more=max(0, len(entry["alternatives"]) - SHOWN[HTML]),
+        defaults=default_table(entry, HTML),
         confirmed=_confirmed(entry["confirmation"]),
         adding=tuple(d["command"] for d in entry["named_defaults"] if d["command"]),
         command=entry.get("command") or "",
@@ -195,7 +191,7 @@ _MARKS = {"confirmed": "good", "contradicted": "bad"}
 
 def _confirmed(confirmation: Mapping[str, Any]) -> tuple[str, str]:
     """The sentence of a confirmation, and its mark."""
-    text = _sentence_of(confirmation_text(dict(confirmation)))
+    text = as_sentence(confirmation_text(confirmation))
     return text, _MARKS.get(confirmation["status"], "open")
 
 
@@ -205,7 +201,7 @@ def _body(api: Mapping[str, Any]) -> str:
 
 
 def _why(evidence: Mapping[str, Any]) -> list[str]:
-    lines = [_sentence_of(evidence["reason"])]
+    lines = [as_sentence(evidence["reason"])]
     difference = evidence.get("difference_from_best")
     if difference is not None:
         objective = metric_label(evidence["quality"]["metric"])
@@ -214,35 +210,35 @@ def _why(evidence: Mapping[str, Any]) -> list[str]:
         lines.append(f"Against {held} in {objective}: {_signed(difference)}, paired.")
     more = evidence.get("more_images")
     if more is not None:
-        lines.append(_sentence_of(more["text"]))
-    lines.append(
-        f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
-        f" images of {evidence['n_prompts']} prompts each. {front_sentence(dict(evidence))}"
-    )
+        lines.append(as_sentence(more["text"]))
+    lines.append(f"{compared(evidence)} each. {front_sentence(evidence)}")
     return lines
 
 
-def _sentence_of(text: str) -> str:
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+def _others_on_page(
+    others: Sequence[Mapping[str, Any]], by_id: Mapping[str, Row], extra: Sequence[str]
+) -> Table | None:
+    if not others:
+        return None
+    rows = [by_id.get(o["setting_id"]) for o in others]
+    differences = (o.get("difference_from_best") for o in others)
+    return Table(
+        columns=text_table(
+            ("setting", "quality against the best", "dominated", "why not"),
+            zip(
+                ("a setting without a row" if r is None else r.name(extra) for r in rows),
+                ("" if d is None else _signed(d) for d in differences),
+                map(front_cell, others),
+                (o["why_not"] for o in others),
+                strict=True,
+            ),
+            numeric=("quality against the best", "dominated"),
+        )
+    )
 
 
 def _signed(raw: Mapping[str, Any]) -> str:
-    estimate = _estimate(raw)
-    digits = decimals_for(estimate)
-    if not estimate.has_interval:
-        return f"{estimate.value:+.{digits}f}"
-    return f"{estimate.value:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
-
-
-def _other(
-    raw: Mapping[str, Any], by_id: Mapping[str, Row], extra: Sequence[str]
-) -> tuple[str, str, str, str]:
-    row = by_id.get(raw["setting_id"])
-    name = "a setting without a row" if row is None else row.name(extra)
-    difference = raw.get("difference_from_best")
-    signed = "" if difference is None else _signed(difference)
-    return name, signed, front_cell(dict(raw)), raw["why_not"]
+    return format_estimate(read_estimate(raw), sign="+")
 
 
 def _lead(
@@ -278,8 +274,8 @@ def _notes(recommendation: Mapping[str, Any]) -> list[str]:
     places = {f"{p['set']} ({p['split']})" for p in recommendation.get("prompts") or ()}
     notes = [f"Prompts: {', '.join(sorted(places))}."] if places else []
     if recommendation.get("confirmation"):
-        notes.append(_sentence_of(recommendation["confirmation"]))
-    notes += [_sentence_of(n) for n in recommendation.get("notes") or ()]
+        notes.append(as_sentence(recommendation["confirmation"]))
+    notes += [as_sentence(n) for n in recommendation.get("notes") or ()]
     return notes
 
 
@@ -343,7 +339,7 @@ def gives(row: Row) -> tuple[tuple[str, str, str], ...]:
     if row.latency is not None:
         found.append(("latency", format_latency(row.latency), _n(row.latency)))
     if row.target_ratio is not None:
-        found.append(("of target", f"{row.target_ratio:.2f}×", ""))
+        found.append(("of target", format_ratio(row.target_ratio), ""))
     if row.usd_per_image is not None:
         usd = row.usd_per_image
         found.append(("price", f"{format_usd(usd.value)} an image", _n(usd)))

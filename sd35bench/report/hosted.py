@@ -9,20 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sd35bench.report.bars import CallBar, plot_calls
-from sd35bench.report.blocks import Block, Titles, with_interval
-from sd35bench.report.figures import (
+from sd35bench.report.blocks import block, figures, title_columns
+from sd35bench.report.plots import CallBar, plot_calls
+from sd35bench.report.render import Cell, Column, Figure, Table, estimate_cell
+from sd35bench.report.rows import Row, has_far, usd_text
+from sd35bench.words import (
     MISSING,
     Estimate,
+    bracketed,
+    decimals_for,
+    format_estimate,
     format_number,
+    format_percent,
     format_plain,
     format_seconds,
     format_usd,
+    read_estimate,
 )
-from sd35bench.report.plots import Figure
-from sd35bench.report.rows import Row, usd_text
-
-__all__ = ["hosted_blocks", "hosted_figures", "hosted_sentences", "network_note"]
 
 _MOST_BARS = 24
 _MOST_SENTENCES = 4
@@ -58,7 +61,7 @@ def _hosted(rows: Sequence[Row]) -> list[_Hosted]:
 
 def network_note(rows: Sequence[Row]) -> str:
     """A line for below the settings, where a hosted row is held against one of this machine."""
-    if any(r.remote is not None and r.speedup is not None for r in rows):
+    if has_far(rows):
         return "× eager of a hosted service: its time includes queue and network."
     return ""
 
@@ -66,38 +69,32 @@ def network_note(rows: Sequence[Row]) -> str:
 # Tables ---------------------------------------------------------------------------------------
 
 
-def hosted_blocks(rows: Sequence[Row]) -> list[Block]:
+def hosted_blocks(rows: Sequence[Row]) -> list[Table]:
     """Seconds of lone calls by part, then throughput and money."""
     found = _hosted(rows)
     if not found:
         return []
-    titles = Titles([h.row for h in found])
-    blocks = [_money_block(found, titles)]
+    names = title_columns([h.row for h in found])
+    blocks = [_money_block(found, names)]
     if any(h.mean("total").value is not None for h in found):
-        blocks.insert(0, _seconds_block(found, titles))
+        blocks.insert(0, _seconds_block(found, names))
     return blocks
 
 
-def _seconds_block(found: Sequence[_Hosted], titles: Titles) -> Block:
+def _seconds_block(found: Sequence[_Hosted], names: Sequence[Column]) -> Table:
     parts = [(k, t) for k, t in _SECONDS if any(_is_told(h, k) for h in found)]
-    return Block(
-        title="Hosted calls made alone, seconds",
-        columns=(
-            *titles.columns,
-            ("n", True),
-            ("inference share", True),
-            *((title, True) for _, title in parts),
-        ),
-        rows=tuple(
-            (
-                *titles.of(h.row),
-                str(h.remote["single_stream_n"]),
-                _share_text(h),
-                *(_text(h.mean(key)) for key, _ in parts),
-            )
-            for h in found
-        ),
-        note="Means over calls that had no other of this run beside them. Inference: what the"
+    return block(
+        "Hosted calls made alone, seconds",
+        names,
+        [
+            figures("n", (str(h.remote["single_stream_n"]) for h in found)),
+            figures("inference share", map(_share_cell, found)),
+            *(
+                figures(title, (estimate_cell(h.mean(key), decimals_for) for h in found))
+                for key, title in parts
+            ),
+        ],
+        "Means over calls that had no other of this run beside them. Inference: what the"
         " service says it computed; queue: what it took beyond that; network: submit and download."
         " Late by: the end was seen by polling, so total is at most this much too long; where the"
         " service itself tells its queue, that wait is not told apart.",
@@ -111,31 +108,26 @@ def _is_told(hosted: _Hosted, part: str) -> bool:
     return total is not None and mean > 0.01 * total
 
 
-def _text(estimate: Estimate) -> str:
-    return MISSING if estimate.value is None else with_interval(estimate)
-
-
-def _share_text(hosted: _Hosted) -> str:
+def _share_cell(hosted: _Hosted) -> Cell:
     share = hosted.remote.get("inference_share")
     if share is None:
-        return MISSING
-    ends = share.get("ci95")
-    interval = "" if ends is None else f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]"
-    return f"{100 * share['value']:.0f} %{interval}"
+        return Cell(text=MISSING)
+    ends = [format_number(100 * end, 0) for end in share.get("ci95") or ()]
+    return Cell(text=format_percent(share["value"]), beside=bracketed(*ends) if ends else "")
 
 
-def _money_block(found: Sequence[_Hosted], titles: Titles) -> Block:
+def _money_block(found: Sequence[_Hosted], names: Sequence[Column]) -> Table:
     shared = any((h.remote.get("throughput") or {}).get("settings", 1) > 1 for h in found)
-    return Block(
-        title="Hosted calls: throughput and price",
-        columns=(
-            *titles.columns,
-            *((t, True) for t in ("images/min", "images", "in flight", "polls/image")),
-            *((t, True) for t in ("USD/image", "reported", "USD/1,000", "USD in all")),
-            *((t, True) for t in ("found again", "ambiguous")),
-        ),
-        rows=tuple((*titles.of(h.row), *_money_cells(h)) for h in found),
-        note=" ".join(
+    titles = (
+        *("images/min", "images", "in flight", "polls/image", "USD/image", "reported"),
+        *("USD/1,000", "USD in all", "found again", "ambiguous"),
+    )
+    rows = [_money_cells(h) for h in found]
+    return block(
+        "Hosted calls: throughput and price",
+        names,
+        [figures(title, (row[i] for row in rows)) for i, title in enumerate(titles)],
+        " ".join(
             [
                 "Images/min: images over the wall time in which calls ran beside others, waits for"
                 " rate limits included"
@@ -149,16 +141,15 @@ def _money_block(found: Sequence[_Hosted], titles: Titles) -> Block:
     )
 
 
-def _money_cells(hosted: _Hosted) -> tuple[str, ...]:
+def _money_cells(hosted: _Hosted) -> tuple[Cell | str, ...]:
     remote, usd = hosted.remote, hosted.row.usd_per_image
     rate = remote.get("throughput") or {}
-    low, high = rate.get("ci95") or (None, None)
     cost = remote["cost_usd"]
     more = f" + {cost['unknown']} unknown" if cost["unknown"] else ""
     stake = f" ({format_usd(cost['at_stake'])})" if cost["at_stake"] else ""
     value = None if usd is None else usd.value
     return (
-        _text(Estimate(value=rate.get("images_per_min"), low=low, high=high)),
+        estimate_cell(read_estimate(rate, "images_per_min"), decimals_for),
         format_plain(rate.get("n")),
         format_plain(rate.get("in_flight", remote["in_flight"])),
         format_number((remote["polls_per_image"] or {}).get("value"), 1),
@@ -300,6 +291,6 @@ def _time_words(hosted: _Hosted) -> str:
     parts = [(word, hosted.mean(key).value) for key, word in kinds]
     told = [f"{format_seconds(seconds)} {word}" for word, seconds in parts if seconds is not None]
     if share is not None:
-        told[0] += f" ({100 * share['value']:.0f} %)"
+        told[0] += f" ({format_percent(share['value'])})"
     tail = f": {', '.join(told)}" if told else ""
-    return f"an image takes {with_interval(total)} s on average (n = {total.n}){tail}."
+    return f"an image takes {format_estimate(total)} s on average (n = {total.n}){tail}."

@@ -1,73 +1,71 @@
-"""The leaderboard: one sortable row per setting, every figure with its interval and n."""
+"""The settings as columns: a table of `show`, and the report's leaderboard.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+A further column is one more entry of `setting_columns`; every form that does not rule it out shows
+it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
 
 from sd35bench.fields import label
 from sd35bench.recommend.pareto import pareto_front
-from sd35bench.report.figures import (
-    MISSING,
-    Estimate,
-    column_decimals,
-    decimals_for,
-    format_bytes,
-    format_interval,
-    format_number,
-    format_plain,
-)
-from sd35bench.report.recommend import share_text
+from sd35bench.report.render import HTML, MARKDOWN, TERMINAL, Cell, Column, Layout, Table
 from sd35bench.report.rows import (
     Row,
     failed_text,
+    has_far,
     lower_is_better,
     metric_label,
     metric_names,
     usd_text,
 )
 from sd35bench.report.svg import element
-
-__all__ = ["Cell", "Leaderboard", "best_first", "build_leaderboard", "front_ids", "primary_metric"]
+from sd35bench.words import (
+    MISSING,
+    Estimate,
+    column_decimals,
+    format_bytes,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_percent,
+    format_plain,
+    format_share,
+    format_significant,
+)
 
 _GLYPH = 64.0
+_PLAIN, _PAGE = (TERMINAL, MARKDOWN), (HTML,)
+# Columns of this rank and above are left out before intervals move below their values.
+_EXTRA = 3
+_SHOW = (Layout(drops=_EXTRA), Layout(between="\n", drops=1, wraps=True))
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One cell: text, a muted second part, a glyph, and the number that sorting uses."""
-
-    text: str
-    sub: str = ""
-    sort: float | str | None = None
-    glyph: Markup | None = None
-    numeric: bool = True
-    hint: str = ""
+Shares = Mapping[str, Mapping[str, float]]
+"""Metric → row id → in which share of resamples the row is dominated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaderboard:
-    """Column heads (title, hint), and rows (row id, badges, on the front, cells).
+    """A sortable table, and per row: its id, the profiles that chose it, whether on the front.
 
     `notes` says of metrics that no row has a value for, and which therefore have no column, why.
     """
 
-    columns: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[str, tuple[str, ...], bool, tuple[Cell, ...]], ...]
+    table: Table
+    marks: tuple[tuple[str, tuple[str, ...], bool], ...]
     notes: tuple[str, ...] = ()
 
 
 def primary_metric(rows: Sequence[Row]) -> str | None:
     """The first metric, in reading order, that some row has a value for."""
-    names = metric_names(rows)
-    return next((m for m in names if any(_value(r, m) is not None for r in rows)), None)
+    return next(iter(_measured(rows)), None)
 
 
-def _value(row: Row, metric: str) -> float | None:
-    found = row.metrics.get(metric)
-    return None if found is None else found.value
+def _measured(rows: Sequence[Row]) -> list[str]:
+    return [m for m in metric_names(rows) if any(r.value(m) is not None for r in rows)]
 
 
 def front_ids(rows: Sequence[Row], metric: str | None) -> set[str]:
@@ -79,7 +77,7 @@ def front_ids(rows: Sequence[Row], metric: str | None) -> set[str]:
         (r.id, sign * value, r.latency.value)
         for r in rows
         if r.latency is not None and r.latency.value is not None
-        for value in [_value(r, metric)]
+        for value in [r.value(metric)]
         if value is not None
     ]
     quality, cost = (np.array([k[i] for k in known], np.float64) for i in (1, 2))
@@ -93,7 +91,7 @@ def best_first(rows: Sequence[Row], metric: str | None) -> list[Row]:
     sign = 1.0 if metric is not None and lower_is_better(metric) else -1.0
 
     def rank(row: Row) -> tuple[float, float]:
-        value = None if metric is None else _value(row, metric)
+        value = None if metric is None else row.value(metric)
         seconds = None if row.latency is None else row.latency.value
         return (
             float("inf") if value is None else sign * value,
@@ -103,34 +101,22 @@ def best_first(rows: Sequence[Row], metric: str | None) -> list[Row]:
     return sorted(rows, key=rank)
 
 
-def build_leaderboard(
-    rows: Sequence[Row],
-    badges: Mapping[str, tuple[str, ...]],
-    extra: Sequence[str],
-    shares: Mapping[str, Mapping[str, float]],
-) -> Leaderboard:
-    """Leaderboard of one task's `rows`; `extra` are further setting fields that vary.
+def setting_table(rows: Sequence[Row], extra: Sequence[str]) -> Table:
+    """One task's `rows` as `show` prints them; `extra` are further setting fields that vary."""
+    columns = tuple(setting_columns(rows, extra, {}))
+    return Table(title=rows[0].task, columns=columns, layouts=_SHOW)
 
-    `shares` is metric → row id → in which share of resamples the row is dominated.
-    """
+
+def build_leaderboard(
+    rows: Sequence[Row], badges: Mapping[str, tuple[str, ...]], extra: Sequence[str], shares: Shares
+) -> Leaderboard:
+    """Leaderboard of one task's `rows`; `extra` are further setting fields that vary."""
     metric = primary_metric(rows)
-    ordered = best_first(rows, metric)
-    front = front_ids(rows, metric)
-    measured = [m for m in metric_names(rows) if any(_value(r, m) is not None for r in rows)]
-    missing = [m for m in metric_names(rows) if m not in measured]
-    columns = [
-        *_setting_columns(ordered, extra),
-        _count_column("n", "images that the quality figures rest on", [r.n for r in ordered]),
-        *(_metric_column(name, ordered) for name in measured),
-        *_cost_columns(ordered),
-        *_dominated_column(ordered, shares),
-    ]
+    ordered, front = best_first(rows, metric), front_ids(rows, metric)
+    missing = [m for m in metric_names(rows) if m not in _measured(rows)]
     return Leaderboard(
-        columns=tuple((title, hint) for title, hint, _ in columns),
-        rows=tuple(
-            (row.id, badges.get(row.id, ()), row.id in front, tuple(c[2][i] for c in columns))
-            for i, row in enumerate(ordered)
-        ),
+        table=Table(columns=tuple(setting_columns(ordered, extra, shares))),
+        marks=tuple((r.id, badges.get(r.id, ()), r.id in front) for r in ordered),
         notes=tuple(note for m in missing if (note := _missing_note(m, rows))),
     )
 
@@ -150,27 +136,68 @@ def _missing_note(metric: str, rows: Sequence[Row]) -> str:
     return "" if reason.startswith("not applicable") else f"{metric_label(metric)}: {reason}."
 
 
-_Column = tuple[str, str, list[Cell]]
+# Columns --------------------------------------------------------------------------------------
 
 
-def _setting_columns(rows: Sequence[Row], extra: Sequence[str]) -> list[_Column]:
-    names = ["steps", "cfg"]
-    if any(r.prompt_strength is not None for r in rows):
-        names.append("prompt_strength")
-    columns: list[_Column] = []
-    backend = [name for name in extra if name == "backend"]
-    for name in (*backend, *names, *(name for name in extra if name != "backend")):
-        cells = [_setting_cell(r, name, name in names) for r in rows]
-        columns.append((label(name), "", cells))
-    return columns
+def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -> list[Column]:
+    """Every column of `rows`, in reading order."""
+    ratio = _known(
+        "× target", rows, lambda r: r.target_ratio, lambda v: format_number(v, 2), rank=4
+    )
+    usd = _usd(rows)
+    return [
+        *(c for name in extra if name == "backend" for c in _field(name, rows)),
+        _number("steps", rows, lambda r: r.steps),
+        _number("cfg", rows, lambda r: r.cfg),
+        *_known("strength", rows, lambda r: r.prompt_strength),
+        *(c for name in extra if name != "backend" for c in _field(name, rows)),
+        _number("n", rows, lambda r: r.n, hint="images that the quality figures rest on"),
+        *_metrics(rows),
+        _estimates(
+            "latency s",
+            [r.latency for r in rows],
+            "glyph cost",
+            most=3,
+            hint="p50 of batch-1 trials; 95 % interval",
+        ),
+        *_timed(rows),
+        *(replace(c, hint="latency over target", forms=_PAGE) for c in ratio),
+        *_against_reference(rows),
+        *(replace(c, forms=_PLAIN) for c in ratio),
+        *(replace(c, forms=_PLAIN) for c in usd),
+        *_memory(rows),
+        *(replace(c, forms=_PAGE) for c in usd),
+        *_failed(rows),
+        *_dominated(rows, shares),
+    ]
 
 
-def _setting_cell(row: Row, name: str, numeric: bool) -> Cell:
-    value: Any = row.setting.get(name)
-    plain = isinstance(value, int | float | str)
-    text = format_plain(value) if plain else row.text(name)
-    short = text if len(text) <= 24 else text[:10] + "…"
-    return Cell(text=short, sort=_sortable(value), numeric=numeric)
+def _number(
+    title: str,
+    rows: Sequence[Row],
+    value: Callable[[Row], float | None],
+    words: Callable[[float | None], str] = format_plain,
+    *,
+    rank: int = 0,
+    hint: str = "",
+    forms: tuple[str, ...] = (*_PLAIN, *_PAGE),
+) -> Column:
+    cells = tuple(Cell(text=words(value(r)), sort=_sortable(value(r))) for r in rows)
+    return Column(title=title, cells=cells, rank=rank, hint=hint, forms=forms)
+
+
+def _known(
+    title: str,
+    rows: Sequence[Row],
+    value: Callable[[Row], float | None],
+    words: Callable[[float | None], str] = format_plain,
+    *,
+    rank: int = 0,
+) -> list[Column]:
+    """A column of numbers, where some row has one."""
+    if all(value(r) is None for r in rows):
+        return []
+    return [_number(title, rows, value, words, rank=rank)]
 
 
 def _sortable(value: object) -> float | str | None:
@@ -179,130 +206,189 @@ def _sortable(value: object) -> float | str | None:
     return float(value)
 
 
-def _count_column(title: str, hint: str, counts: Sequence[int]) -> _Column:
-    return title, hint, [Cell(text=str(c), sort=float(c)) for c in counts]
-
-
-def _metric_column(name: str, rows: Sequence[Row]) -> _Column:
-    estimates = [r.metrics.get(name) for r in rows]
-    hint = "lower is better" if lower_is_better(name) else "higher is better"
-    cells = _estimate_cells(estimates, "glyph " + ("down" if lower_is_better(name) else "up"))
-    return metric_label(name), f"{hint}; 95 % interval", cells
-
-
-def _dominated_column(
-    rows: Sequence[Row], shares: Mapping[str, Mapping[str, float]]
-) -> list[_Column]:
-    """How surely a row is off the front, by the metric that these rows were judged by."""
-    ids = {r.id for r in rows}
-    judged = next((m for m in shares if ids & shares[m].keys()), None)
-    if judged is None:
-        return []
-    known = [shares[judged].get(r.id) for r in rows]
-    hint = (
-        f"resamples of the prompts in which another setting has no lower {metric_label(judged)} and"
-        " takes no longer, and is better in one of the two"
-    )
-    cells = [Cell(text=MISSING if p is None else share_text(p), sort=p) for p in known]
-    return [("dominated", hint, cells)]
-
-
-def _cost_columns(rows: Sequence[Row]) -> list[_Column]:
-    latency = _estimate_cells([r.latency for r in rows], "glyph cost", most=3)
-    columns: list[_Column] = [("latency s", "p50 of batch-1 trials; 95 % interval", latency)]
-    timed = [0 if r.latency is None or r.latency.n is None else r.latency.n for r in rows]
-    if any(t != r.n for t, r in zip(timed, rows, strict=True)):
-        columns.append(_count_column("timed n", "images made one at a time", timed))
-    p90 = [r.latency_s.get("p90") for r in rows]
-    decimals = min(3, column_decimals([Estimate(value=v) for v in p90]))
-    columns.append(("p90 s", "", [_plain_cell(v, decimals) for v in p90]))
-    if any(r.target_ratio is not None for r in rows):
-        ratios = [r.target_ratio for r in rows]
-        columns.append(("× target", "latency over target", [_plain_cell(v, 2) for v in ratios]))
-    columns += _rate_columns(rows)
-    vram = any(r.peak_vram_bytes is not None for r in rows)
-    memory = [r.peak_vram_bytes if vram else r.peak_rss_bytes for r in rows]
-    hint = "peak GPU memory of the worker" if vram else "peak host memory of the worker so far"
-    cells = [Cell(text=format_bytes(m), sort=None if m is None else float(m)) for m in memory]
-    columns.append(("memory", hint, cells))
-    if any(r.usd_per_image is not None for r in rows):
-        columns.append(("USD/image", "what the service asks for one image", _usd_cells(rows)))
-    if any(r.failed for r in rows):
-        hint = "trials that failed; ambiguous ones may have been billed"
-        failed = [Cell(text=failed_text(r), sort=float(r.failed)) for r in rows]
-        columns.append(("failed", hint, failed))
+def _field(name: str, rows: Sequence[Row]) -> list[Column]:
+    """A field of the setting; a page has room for four characters more."""
+    columns = []
+    for forms, most, kept in ((_PLAIN, 20, 8), (_PAGE, 24, 10)):
+        cells = tuple(
+            Cell(
+                text=text if len(text) <= most else text[:kept] + "…",
+                sort=_sortable(row.setting.get(name)),
+            )
+            for row, text in ((r, r.text(name)) for r in rows)
+        )
+        columns.append(Column(title=label(name), cells=cells, numeric=False, forms=forms))
     return columns
 
 
-def _usd_cells(rows: Sequence[Row]) -> list[Cell]:
-    known = [(usd_text(r), r.usd_per_image) for r in rows]
-    return [
-        Cell(text=text) if e is None else Cell(text=text, sort=e.value, hint=f"n = {e.n}")
-        for text, e in known
-    ]
+def _metrics(rows: Sequence[Row]) -> list[Column]:
+    measured = _measured(rows)
+    refused = [m for m in metric_names(rows) if m not in measured and _needs(rows, m)]
+    columns = []
+    for rank, name in enumerate((*measured, *refused)):
+        better = "lower is better" if lower_is_better(name) else "higher is better"
+        column = _estimates(
+            metric_label(name),
+            [r.metrics.get(name) for r in rows],
+            f"glyph {'down' if lower_is_better(name) else 'up'}",
+            most=4,
+            rank=rank if name in measured else _EXTRA,
+            hint=f"{better}; 95 % interval",
+        )
+        folded = replace(column, title=column.title.replace(" ", "\n", 1))
+        forms = column.forms if name in measured else _PLAIN
+        columns.append(replace(column, narrow=folded, forms=forms))
+    return columns
 
 
-def _rate_columns(rows: Sequence[Row]) -> list[_Column]:
+def _needs(rows: Sequence[Row], metric: str) -> bool:
+    return any(r.metrics[metric].needs is not None for r in rows if metric in r.metrics)
+
+
+def _timed(rows: Sequence[Row]) -> list[Column]:
+    """How many images were timed, where that is not `n`, and the slow end."""
+    columns = []
+    timed = {r.id: 0 if r.latency is None or r.latency.n is None else r.latency.n for r in rows}
+    if any(timed[r.id] != r.n for r in rows):
+        hint = "images made one at a time"
+        columns.append(_number("timed n", rows, lambda r: timed[r.id], hint=hint, forms=_PAGE))
+    p90 = {r.id: r.latency_s.get("p90") for r in rows}
+    decimals = min(3, column_decimals([Estimate(value=v) for v in p90.values()]))
+    words: Callable[[float | None], str] = lambda v: format_number(v, decimals)  # noqa: E731
+    return [*columns, _number("p90 s", rows, lambda r: p90[r.id], words, forms=_PAGE)]
+
+
+def _against_reference(rows: Sequence[Row]) -> list[Column]:
     """Speed and drift against the reference backend, and the rate against the machine's limit."""
-    columns: list[_Column] = []
+    columns = []
     if any(r.speedup is not None for r in rows):
+        far = has_far(rows)
         hint = "times faster than the reference backend on the same prompts and seeds"
-        far = any(r.remote is not None and r.speedup is not None for r in rows)
-        if far:
-            hint += "; a hosted service's time includes queue and network"
-        cells = _estimate_cells([r.speedup for r in rows], "glyph up", most=3 if far else 2)
-        columns.append(("× eager", f"{hint}; 95 % interval", cells))
+        hint += "; a hosted service's time includes queue and network" if far else ""
+        most = 3 if far else 2  # what is far away is a small share
+        kept = {"rank": 1, "hint": f"{hint}; 95 % interval"}
+        speedups = [r.speedup for r in rows]
+        column = _estimates("× eager", speedups, "glyph up", most=most, **kept)
+        alone = _estimates("× eager", _values_only(speedups), "", most=most, **kept)
+        columns.append(replace(column, narrow=alone))
     if any(r.psnr_db is not None for r in rows):
-        cells = _estimate_cells([r.psnr_db for r in rows], "glyph up", most=1)
-        cells = [_identical_cell(r, c) for r, c in zip(rows, cells, strict=True)]
-        columns.append(("PSNR dB", "against the reference backend's images", cells))
+        psnr, hint = [r.psnr_db for r in rows], "against the reference backend's images"
+        for estimates, forms in ((_values_only(psnr), _PLAIN), (psnr, _PAGE)):
+            column = _estimates("PSNR dB", estimates, "glyph up", most=1, rank=2, hint=hint)
+            cells = tuple(_identical(r, c) for r, c in zip(rows, column.cells, strict=True))
+            columns.append(replace(column, cells=cells, forms=forms))
     if any(r.achieved_tflops is not None for r in rows):
         hint = "operations over time, and the share of this machine's measured limit"
-        columns.append(("TFLOP/s", hint, [_rate_cell(r) for r in rows]))
+        cells = tuple(_rate(r, "{} of limit") for r in rows)
+        column = Column(title="TFLOP/s", cells=cells, rank=3, hint=hint, forms=_PAGE)
+        lines = tuple(Cell(text=_rate(r, "({})").line) for r in rows)
+        columns += [column, replace(column, cells=lines, forms=_PLAIN)]
     return columns
 
 
-def _identical_cell(row: Row, cell: Cell) -> Cell:
+def _values_only(estimates: Sequence[Estimate | None]) -> list[Estimate | None]:
+    """Without intervals, which --json has."""
+    return [None if e is None else e.without_interval for e in estimates]
+
+
+def _identical(row: Row, cell: Cell) -> Cell:
     """An exact match has no finite PSNR, and is better than all that have one."""
     if row.identical_pairs is None:
         return cell
     return Cell(text="identical", sort=1e9, hint=f"n = {row.identical_pairs}")
 
 
-def _rate_cell(row: Row) -> Cell:
-    share = "" if row.limit_fraction is None else f"{100 * row.limit_fraction:.0f} % of limit"
-    decimals = decimals_for(Estimate(value=row.achieved_tflops))
-    text = format_number(row.achieved_tflops, decimals)
-    return Cell(text=text, sub=share, sort=row.achieved_tflops)
+def _rate(row: Row, of: str) -> Cell:
+    if row.achieved_tflops is None:
+        return Cell(text=MISSING)
+    share = row.limit_fraction
+    beside = "" if share is None else of.format(format_percent(share))
+    return Cell(
+        text=format_significant(row.achieved_tflops), beside=beside, sort=row.achieved_tflops
+    )
 
 
-def _plain_cell(value: float | None, decimals: int) -> Cell:
-    return Cell(text=format_number(value, decimals), sort=value)
+def _usd(rows: Sequence[Row]) -> list[Column]:
+    if all(r.usd_per_image is None for r in rows):
+        return []
+    cells = tuple(
+        Cell(text=usd_text(r))
+        if r.usd_per_image is None
+        else Cell(text=usd_text(r), sort=r.usd_per_image.value, hint=f"n = {r.usd_per_image.n}")
+        for r in rows
+    )
+    hint = "what the service asks for one image"
+    return [Column(title="USD/image", cells=cells, rank=1, hint=hint)]
 
 
-def _estimate_cells(estimates: Sequence[Estimate | None], class_: str, most: int = 4) -> list[Cell]:
+def _memory(rows: Sequence[Row]) -> list[Column]:
+    """Both peaks; on the page the one that is scarcer."""
+    vram = _known("VRAM", rows, lambda r: r.peak_vram_bytes, format_bytes, rank=5)
+    rank = 2 if len({r.setting.get("backend") for r in rows}) > 1 else 6
+    rss = _number("peak RSS", rows, lambda r: r.peak_rss_bytes, format_bytes, rank=rank)
+    hint = "peak GPU memory of the worker" if vram else "peak host memory of the worker so far"
+    page = replace(vram[0] if vram else rss, title="memory", hint=hint, forms=_PAGE)
+    return [*(replace(c, forms=_PLAIN) for c in (*vram, rss)), page]
+
+
+def _failed(rows: Sequence[Row]) -> list[Column]:
+    if not any(r.failed for r in rows):
+        return []
+    cells = tuple(Cell(text=failed_text(r), sort=float(r.failed)) for r in rows)
+    hint = "trials that failed; ambiguous ones may have been billed"
+    return [Column(title="failed", cells=cells, hint=hint)]
+
+
+def _dominated(rows: Sequence[Row], shares: Shares) -> list[Column]:
+    """How surely a row is off the front, by the metric that these rows were judged by."""
+    ids = {r.id for r in rows}
+    judged = next((m for m in shares if ids & shares[m].keys()), None)
+    if judged is None:
+        return []
+    hint = (
+        f"resamples of the prompts in which another setting has no lower {metric_label(judged)} and"
+        " takes no longer, and is better in one of the two"
+    )
+    words: Callable[[float | None], str] = lambda p: MISSING if p is None else format_share(p)  # noqa: E731
+    known = shares[judged]
+    return [_number("dominated", rows, lambda r: known.get(r.id), words, hint=hint, forms=_PAGE)]
+
+
+# Cells ----------------------------------------------------------------------------------------
+
+
+def _estimates(
+    title: str,
+    estimates: Sequence[Estimate | None],
+    class_: str,
+    *,
+    most: int,
+    rank: int = 0,
+    hint: str = "",
+) -> Column:
+    """A column of figures with one number of decimals, and a glyph on one common scale."""
     decimals = min(most, column_decimals(estimates))
     ends = [v for e in estimates if e is not None for v in (e.low, e.value, e.high)]
     known = [v for v in ends if v is not None]
     extent = (min(known), max(known)) if known else (0.0, 1.0)
-    return [_estimate_cell(e, decimals, extent, class_) for e in estimates]
+    cells = tuple(_estimate(e, decimals, extent, class_) for e in estimates)
+    return Column(title=title, cells=cells, rank=rank, hint=hint)
 
 
-def _estimate_cell(
+def _estimate(
     estimate: Estimate | None, decimals: int, extent: tuple[float, float], class_: str
 ) -> Cell:
     if estimate is None:
         return Cell(text=MISSING)
+    hint = "" if estimate.n is None else f"n = {estimate.n}"
     if estimate.value is None:
-        why = f"needs n ≥ {estimate.needs:,}" if estimate.needs is not None else MISSING
-        return Cell(text=why, sub="" if estimate.n is None else f"n = {estimate.n}")
-    glyph = _glyph(estimate, extent, class_) if estimate.has_interval else None
+        return Cell(text=format_estimate(estimate), hint=hint, style="dim")
     return Cell(
         text=format_number(estimate.value, decimals),
-        sub=format_interval(estimate, decimals),
+        beside=format_interval(estimate, decimals),
         sort=estimate.value,
-        glyph=glyph,
-        hint="" if estimate.n is None else f"n = {estimate.n}",
+        glyph=_glyph(estimate, extent, class_),
+        hint=hint,
     )
 
 

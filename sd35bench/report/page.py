@@ -1,15 +1,29 @@
-"""The report as data: what the template shows, gathered from a study and its two documents.
+"""The report: gathered from a study and its documents, and written as one HTML file.
 
-Nothing here renders a page and nothing in the template computes. A partial study (no metrics, no
-image-to-image, failures only) gives a document with fewer parts, each still true.
+Nothing in the template computes. A partial study (no metrics, no image-to-image, failures only)
+gives a page with fewer parts, each still true. The file needs nothing else: no network, no other
+file, no server. Jinja2 escapes every value; images are data URIs; the wall's data is JSON whose
+markup characters are escaped. A content security policy lets run only the script and the styles
+that are in the file, by their hashes, and forbids every connection.
 """
 
+import base64
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from sd35bench.analysis.settings import is_hosted
-from sd35bench.report.blocks import Block, comparison_blocks
+from sd35bench.analysis.summary import show_document
+from sd35bench.claims.verdicts import claims_document, is_claims_study
+from sd35bench.disk import write_atomic
+from sd35bench.errors import ConfigError
+from sd35bench.recommend.advice import recommend_document
+from sd35bench.report.blocks import comparison_blocks
 from sd35bench.report.charts import (
     front_figures,
     line_figures,
@@ -18,7 +32,6 @@ from sd35bench.report.charts import (
     tradeoff_figures,
 )
 from sd35bench.report.claims import ClaimsSection, claims_section
-from sd35bench.report.figures import format_estimate
 from sd35bench.report.headline import (
     Headline,
     dominated_shares,
@@ -27,7 +40,6 @@ from sd35bench.report.headline import (
 )
 from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences
 from sd35bench.report.leaderboard import Leaderboard, build_leaderboard
-from sd35bench.report.plots import Figure
 from sd35bench.report.provenance import (
     list_environments,
     list_failures,
@@ -35,26 +47,21 @@ from sd35bench.report.provenance import (
     list_warnings,
     rerun_commands,
 )
-from sd35bench.report.rows import (
-    Row,
-    match_records,
-    metric_label,
-    read_rows,
-    varying_fields,
-)
+from sd35bench.report.render import Figure, Table, html_templates, text_table
+from sd35bench.report.rows import Row, match_records, metric_label, read_rows, varying_fields
+from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import build_wall
 from sd35bench.store import Study
 from sd35bench.types import Record, Session, Status
+from sd35bench.words import format_estimate
 
-__all__ = ["Document", "TaskSection", "build_document"]
+# ASCII output already writes U+2028 and lone surrogates as escapes.
+_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSection:
-    """Everything about one task: leaderboard and charts of quality.
-
-    `levels` is (metric label, level names, [(setting, figure per level)]).
-    """
+    """Everything about one task: leaderboard, charts of quality, figures by level of difficulty."""
 
     task: str
     anchor: str
@@ -63,7 +70,7 @@ class TaskSection:
     tradeoffs: tuple[Figure, ...]
     lines: tuple[Figure, ...]
     lines_note: str
-    levels: tuple[str, tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]] | None
+    levels: Table | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +85,10 @@ class Document:
     speed: tuple[Figure, ...]
     speed_note: str
     loads: tuple[dict[str, Any], ...]
-    hosted: tuple[Block, ...]
+    hosted: tuple[Table, ...]
     hosted_lead: tuple[tuple[str, str], ...]
     hosted_figures: tuple[Figure, ...]
-    backends: tuple[Block, ...]
+    backends: tuple[Table, ...]
     throughput: tuple[Figure, ...]
     wall: dict[str, Any]
     environments: tuple[dict[str, Any], ...]
@@ -200,9 +207,7 @@ def _tasks(
     return sections
 
 
-def _levels(
-    rows: Sequence[Row], headline: Headline, extra: Sequence[str]
-) -> tuple[str, tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]] | None:
+def _levels(rows: Sequence[Row], headline: Headline, extra: Sequence[str]) -> Table | None:
     """By difficulty, for the recommended settings: where the average hides what fails."""
     shown = [r for r in rows if r.id in headline.badges and r.levels]
     if not shown:
@@ -211,14 +216,10 @@ def _levels(
     names = tuple(dict.fromkeys(level for r in shown for level in r.levels.get(metric, {})))
     if len(names) < 2:
         return None
-    table = tuple(
-        (
-            r.name(extra),
-            tuple(format_estimate(r.levels.get(metric, {}).get(level)) for level in names),
-        )
-        for r in shown
-    )
-    return metric_label(metric), names, table
+    known = [r.levels.get(metric, {}) for r in shown]
+    cells = ([format_estimate(levels.get(name)) for name in names] for levels in known)
+    named = ([r.name(extra), *row] for r, row in zip(shown, cells, strict=True))
+    return Table(title=metric_label(metric), columns=text_table(("setting", *names), named, names))
 
 
 def _wall(
@@ -231,3 +232,69 @@ def _wall(
     wall = build_wall(study, rows, matched, list(headline.badges), extra)
     first = headline.compare(rows)
     return {**wall, "first": first, "badges": {k: list(v) for k, v in headline.badges.items()}}
+
+
+# The file -------------------------------------------------------------------------------------
+
+
+def write_report(study: Study, profiles: Mapping[str, Any] | None = None) -> Path:
+    """Write `results/<study>/report.html` and return its path; replaced whole or not at all.
+
+    `profiles` are those of `recommend`; without them the report names no recommended setting.
+
+    Raises: DiskFull, StoreError.
+    """
+    show = show_document(study)
+    claims = claims_document(study) if is_claims_study(study) else None
+    document = build_document(study, show, _recommend(study, profiles), claims)
+    path = study.path / "report.html"
+    write_atomic(path, render_report(document).encode("utf-8", "replace"))
+    return path
+
+
+def _recommend(study: Study, profiles: Mapping[str, Any] | None) -> dict[str, Any] | str | None:
+    """The recommendation, or why there is none."""
+    if profiles is None:
+        return None
+    try:
+        return recommend_document(study, profiles)
+    except ConfigError as exc:
+        return f"No recommendation: {exc}"
+
+
+def render_report(document: Document) -> str:
+    """HTML of a document; pure."""
+    script, style = (
+        Markup(read_asset("report.js")),
+        Markup(read_asset("charts.css") + read_asset("report.css")),
+    )
+    policy = content_policy(script, style)
+    template = html_templates().get_template("report.html.j2")
+    return template.render(
+        d=document, policy=policy, script=script, style=style, data=embed_json(document.wall)
+    )
+
+
+def content_policy(script: str, style: str) -> str:
+    """Policy under which only this script and this style run, and nothing is fetched."""
+    return "; ".join(
+        [
+            "default-src 'none'",
+            "img-src data:",
+            f"script-src '{_hash(script)}'",
+            f"style-src '{_hash(style)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def embed_json(value: Mapping[str, Any]) -> Markup:
+    """JSON that is safe inside a `<script>` element, whatever its strings hold."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup("".join(_ESCAPES.get(c, c) for c in text))
+
+
+def _hash(content: str) -> str:
+    digest = hashlib.sha256(content.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"

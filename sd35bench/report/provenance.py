@@ -10,11 +10,14 @@ from typing import Any
 from sd35bench.analysis.settings import is_hosted
 from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
 from sd35bench.recommend.reproduce import remote_overrides
-from sd35bench.report.figures import format_bytes, format_plain, format_seconds
 from sd35bench.report.rows import Row
 from sd35bench.types import Record, Request, Session, Status
+from sd35bench.words import format_bytes, format_plain, format_seconds
 
-__all__ = ["list_environments", "list_failures", "list_loads", "list_warnings", "rerun_commands"]
+_FACTS = (
+    *("sd35bench", "commit", "dirty", "torch", "diffusers", "cpu_model", "gpu_name", "threads"),
+    "service",
+)
 
 _RARE = tuple(
     name for name in SETTING if name not in ("steps", "cfg", "prompt_strength") and name not in PAIR
@@ -36,6 +39,15 @@ def list_environments(sessions: Mapping[str, Session]) -> list[dict[str, Any]]:
         }
         for environment_id, members in groups.items()
     ]
+
+
+def environment_lines(environments: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What ran a document's images: a line for each unlike environment."""
+    facts = [
+        ", ".join(f"{name} {environment[name]}" for name in _FACTS if environment.get(name))
+        for environment in environments.values()
+    ]
+    return [f"Environment: {text}." for text in dict.fromkeys(facts)]
 
 
 def list_loads(sessions: Mapping[str, Session], records: Sequence[Record]) -> list[dict[str, Any]]:

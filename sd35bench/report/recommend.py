@@ -1,35 +1,49 @@
-"""A recommendation for people: `recommended.yaml`, and the same on a terminal."""
+"""A recommendation for people: `recommended.yaml`, a terminal, Markdown."""
 
 import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from sd35bench.disk import write_atomic
 from sd35bench.fields import describe
+from sd35bench.recommend.entry import confirmation_text
 from sd35bench.recommend.pareto import SAME_COST
+from sd35bench.report.render import (
+    HTML,
+    MARKDOWN,
+    TERMINAL,
+    WRAPPED,
+    Code,
+    Heading,
+    Part,
+    Table,
+    markdown_document,
+    paragraph,
+    print_document,
+    say,
+    text_column,
+    text_table,
+)
+from sd35bench.words import (
+    first_upper,
+    format_digits,
+    format_estimate,
+    format_number,
+    format_percent,
+    format_plain,
+    format_share,
+    read_estimate,
+)
 
-__all__ = [
-    "confirmation_text",
-    "default_cells",
-    "estimate_text",
-    "failures_text",
-    "first_upper",
-    "front_cell",
-    "front_note",
-    "front_sentence",
-    "print_confirming",
-    "print_recommendation",
-    "share_text",
-    "write_recommended",
-]
-
-_SHOWN_ALTERNATIVES = 5
+SHOWN = {TERMINAL: 5, MARKDOWN: 8, HTML: 12}
+"""Settings not chosen that a form lists."""
+_Entries = list[tuple[str, str, Any]]
+"""(profile, task, entry)"""
 
 
 def write_recommended(study: Any, document: dict[str, Any]) -> Path:
@@ -46,275 +60,6 @@ def write_recommended(study: Any, document: dict[str, Any]) -> Path:
     return path
 
 
-def print_recommendation(document: dict[str, Any], console: Console) -> None:
-    """Print the answers first, then per setting the evidence and how to reproduce it."""
-    console.print(f"[bold]Recommended settings[/bold] from study {escape(document['study'])}\n")
-    entries = [
-        (profile, task, entry)
-        for profile, tasks in document["profiles"].items()
-        for task, entry in tasks.items()
-        if entry is not None
-    ]
-    answers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for profile, task, entry in entries:
-        headline = escape(entry["evidence"]["headline"])
-        answers.add_row(f"[bold]{escape(profile)}[/bold]", task, headline)
-    console.print(answers)
-    where = sorted({f"{p['set']} ({p['split']})" for p in document["prompts"]})
-    console.print(f"\nChosen on prompts: {escape(', '.join(where))}.", soft_wrap=True)
-    console.print(f"{escape(first_upper(document['confirmation']))}.", soft_wrap=True)
-    images = document["confirm"]["images"]
-    if images:
-        console.print(
-            f"{images} held-out images would confirm it: sd35bench recommend"
-            f" {escape(document['study'])} --confirm",
-            soft_wrap=True,
-        )
-    for note in (*document["notes"], *document["warnings"]):
-        console.print(f"[yellow]note[/yellow] {escape(note)}")
-    for group in _by_setting(entries):
-        _print_setting(group, console)
-
-
-def _by_setting(entries: list[tuple[str, str, Any]]) -> list[list[tuple[str, str, Any]]]:
-    """Put entries that chose the same setting together."""
-    groups: dict[Any, list[tuple[str, str, Any]]] = {}
-    for entry in entries:
-        if entry[2]["setting"] is not None:
-            groups.setdefault((entry[1], entry[2]["setting_id"]), []).append(entry)
-    return list(groups.values())
-
-
-def _print_setting(group: list[tuple[str, str, Any]], console: Console) -> None:
-    """Print one setting: which profiles chose it and why, the others, command and snippet."""
-    _, task, entry = group[-1]
-    names = " and ".join(profile for profile, _, _ in group)
-    console.print()
-    console.rule(f"[bold]{escape(names)}, {task}[/bold]", align="left")
-    for profile, _, each in group:
-        console.print(f"{escape(profile)}: {escape(each['evidence']['reason'])}.")
-    evidence = entry["evidence"]
-    console.print(
-        f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
-        f" images of {evidence['n_prompts']} prompts.{failures_text(evidence)}"
-    )
-    console.print(front_sentence(evidence), soft_wrap=True)
-    for line in _confirmed_lines(group):
-        console.print(escape(line), soft_wrap=True)
-    for line in _open_lines(group):
-        console.print(escape(line), soft_wrap=True)
-    _print_alternatives(entry, console)
-    _print_defaults(entry, console)
-    console.print(f"\n[dim]$[/dim] {escape(entry['command'])}", soft_wrap=True, highlight=False)
-    if entry["snippet"] is not None:
-        console.print(f"\n{escape(entry['snippet'])}", soft_wrap=True, highlight=False)
-    _print_api(entry["api"], console)
-
-
-def print_confirming(document: dict[str, Any], console: Console) -> None:
-    """Print the commands that make the held-out images that are not there, one a line."""
-    confirm = document["confirm"]
-    if not confirm["commands"]:
-        console.print(f"{escape(first_upper(document['confirmation']))}.", soft_wrap=True)
-        console.print("no held-out image is missing")
-        return
-    console.print(f"{confirm['images']} held-out images are missing; these commands make them:")
-    for run in confirm["commands"]:
-        console.print(escape(run["command"]), soft_wrap=True, highlight=False)
-
-
-def confirmation_text(confirmation: dict[str, Any]) -> str:
-    """One choice's confirmation in a sentence, without a full stop."""
-    status = confirmation["status"]
-    if status == "impossible":
-        return f"not confirmed: {confirmation['why']}"
-    if status == "nothing to hold it against":
-        return "not confirmed: there is nothing within the limits to hold it against"
-    if status == "not run":
-        return "not confirmed on held-out prompts: they have not been run"
-    if status == "not run enough":
-        run, wanted = confirmation["n_prompts"], confirmation["wanted"]
-        return f"not confirmed: held-out prompts not run enough, {run} of the planned {wanted}"
-    found = estimate_text(confirmation["difference"], "+")
-    text = (
-        f"{status} on {confirmation['n_prompts']} held-out prompts"
-        f" ({confirmation['n_pairs']} images): {found} against"
-        f" {describe(confirmation['against'])}, margin {confirmation['margin']:g}"
-    )
-    more = confirmation["more"]
-    if more is None:
-        return text
-    return (
-        f"{text}; about {more['images']} more images would decide, in a new plan on other prompts:"
-        " adding to these would be looking twice"
-    )
-
-
-def default_cells(default: dict[str, Any]) -> list[str]:
-    """A named default as cells: name, setting, quality, the choice minus it, speed, verdict."""
-    strength = default["prompt_strength"]
-    name = f"{default['steps']} steps, cfg {default['cfg']:g}"
-    name += "" if strength is None else f", prompt_strength {strength:g}"
-    name += "" if default["sampler"] == "euler" else f", {default['sampler']}"
-    name += ", skip-layer guidance" if default["skip_layer_guidance"] else ""
-    verdict = default["verdict"]
-    if default["status"] == "not in the study":
-        verdict = "not in the study"
-    elif default["on"] is not None:
-        verdict = f"{verdict} (on {default['on']})"
-    ratio = default["speed_ratio"]
-    speed = "" if ratio is None else f"{ratio['value']:.2f}x as long"
-    quality = estimate_text(default["quality"])
-    return [
-        default["name"],
-        name,
-        quality,
-        estimate_text(default["difference"], "+"),
-        speed,
-        verdict,
-    ]
-
-
-def first_upper(text: str) -> str:
-    """A sentence's beginning; the rest stays as it is."""
-    return text[:1].upper() + text[1:]
-
-
-def _confirmed_lines(group: list[tuple[str, str, Any]]) -> list[str]:
-    """What held-out prompts say, once per claim."""
-    found: dict[str, list[str]] = {}
-    for profile, _, entry in group:
-        found.setdefault(confirmation_text(entry["confirmation"]), []).append(profile)
-    return [f"{' and '.join(names)}: {text}." for text, names in found.items()]
-
-
-def _open_lines(group: list[tuple[str, str, Any]]) -> list[str]:
-    """What more images would decide, once per question."""
-    found = [e["evidence"]["more_images"] for _, _, e in group]
-    return list(dict.fromkeys(f"{first_upper(m['text'])}." for m in found if m is not None))
-
-
-def _print_defaults(entry: dict[str, Any], console: Console) -> None:
-    if not entry["named_defaults"]:
-        return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = (
-        "named default",
-        "setting",
-        "its quality",
-        "choice minus it",
-        "takes",
-        "the choice is",
-    )
-    for column in columns:
-        table.add_column(column)
-    for default in entry["named_defaults"]:
-        table.add_row(*map(escape, default_cells(default)))
-    console.print(table)
-    for default in entry["named_defaults"]:
-        if default["command"] is not None:
-            console.print(
-                f"[dim]add {escape(default['name'])}:[/dim] {escape(default['command'])}",
-                soft_wrap=True,
-                highlight=False,
-            )
-
-
-def _print_api(api: dict[str, Any], console: Console) -> None:
-    if api["body"] is None:
-        console.print(f"\nNo API body: {escape(api['why_not'])}.", soft_wrap=True)
-        return
-    text = json.dumps(api["body"], ensure_ascii=False)
-    console.print(f"\nPOST /v1/prediction {escape(text)}", soft_wrap=True, highlight=False)
-
-
-def _print_alternatives(entry: dict[str, Any], console: Console) -> None:
-    if not entry["alternatives"]:
-        return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    speed = _unit(entry["evidence"])
-    for column in ("not chosen", "quality", "minus the best", speed, "dominated", "why not"):
-        table.add_column(column)
-    for other in entry["alternatives"][:_SHOWN_ALTERNATIVES]:
-        table.add_row(*map(escape, _cells(other, entry["setting"])))
-    console.print(table)
-    more = len(entry["alternatives"]) - _SHOWN_ALTERNATIVES
-    if more > 0:
-        console.print(f"… and {more} more in recommended.yaml")
-    console.print(f"[dim]{front_note(entry['evidence'])}[/dim]", soft_wrap=True)
-
-
-def _unit(evidence: dict[str, Any]) -> str:
-    return "p50 s" if evidence["speed_basis"] == "latency_s" else "evaluations"
-
-
-def _cells(other: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
-    speed = "" if other["speed"] is None else f"{other['speed']:.3g}"
-    quality = estimate_text(other["quality"])
-    difference = estimate_text(other["difference_from_best"], "+")
-    name = describe(other["setting"], [chosen])
-    return [name, quality, difference, speed, front_cell(other), other["why_not"]]
-
-
-def estimate_text(entry: dict[str, Any] | None, sign: str = "") -> str:
-    """A value with its 95 % interval; empty where there is none."""
-    if entry is None:
-        return ""
-    value = format(entry["value"], f"{sign}.2f")
-    if entry["ci95"] is None:
-        return value
-    low, high = (format(end, f"{sign}.2f") for end in entry["ci95"])
-    return f"{value} [{low}, {high}]"
-
-
-def failures_text(evidence: dict[str, Any]) -> str:
-    """What of the choice's trials failed, as one more sentence; empty where none did."""
-    failed = evidence["failed"]
-    if not failed:
-        return ""
-    return f" {failed} of its {evidence['n_trials']} trials failed, which count as 0."
-
-
-def front_cell(entry: dict[str, Any]) -> str:
-    """Its probability of being dominated, and whether it is on the front; empty if not compared."""
-    if entry["on_front"] is None:
-        return ""
-    share = entry["p_dominated"]
-    said = "" if share is None else share_text(share)
-    return f"{said} (front)".strip() if entry["on_front"] else said
-
-
-def front_sentence(evidence: dict[str, Any]) -> str:
-    """Where the choice lies beside the front."""
-    where = "on" if evidence["on_front"] else "not on"
-    share = evidence["p_dominated"]
-    sure = "" if share is None else f"; dominated in {share_text(share)} of resamples"
-    return f"The choice is {where} the Pareto front of quality and {_cost_word(evidence)}{sure}."
-
-
-def front_note(evidence: dict[str, Any]) -> str:
-    """What the column about the front means."""
-    return (
-        "dominated: in how many of"
-        f" {evidence['resamples']} resamples of the prompts another setting is no worse and no"
-        " slower, and better in one of the two; front: in what was measured, none is."
-        f" {100 * SAME_COST:.0f} % of {_cost_word(evidence)} is no difference"
-    )
-
-
-def share_text(share: float) -> str:
-    """A share of resamples in percent; never 0 or 100, which no number of them shows."""
-    if share < 0.001:
-        return "< 0.1 %"
-    if share > 0.999:
-        return "> 99.9 %"
-    return f"{100 * share:.{0 if 0.01 <= share <= 0.99 else 1}f} %"
-
-
-def _cost_word(evidence: dict[str, Any]) -> str:
-    return "latency" if evidence["speed_basis"] == "latency_s" else "evaluations"
-
-
 class _Dumper(yaml.SafeDumper):
     """Plain YAML without anchors, long texts as blocks."""
 
@@ -328,3 +73,305 @@ def _block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _block)
+
+
+def print_recommendation(document: Mapping[str, Any], console: Console) -> None:
+    """Print the answers first, then per setting the evidence and how to reproduce it."""
+    print_document(_terminal(document), console)
+
+
+def print_confirming(document: Mapping[str, Any], console: Console) -> None:
+    """Print the commands that make the held-out images that are not there, one a line."""
+    print_document(_confirming(document), console)
+
+
+def recommendation_markdown(document: Mapping[str, Any]) -> str:
+    """Write a `recommend` document as Markdown, commands and API bodies included."""
+    return markdown_document(_paper(document))
+
+
+def _entries(document: Mapping[str, Any]) -> _Entries:
+    return [
+        (profile, task, entry)
+        for profile, tasks in document["profiles"].items()
+        for task, entry in tasks.items()
+        if entry is not None
+    ]
+
+
+def _prompts(document: Mapping[str, Any]) -> str:
+    return ", ".join(sorted({f"{p['set']} ({p['split']})" for p in document.get("prompts") or ()}))
+
+
+# Terminal -------------------------------------------------------------------------------------
+
+
+def _terminal(document: Mapping[str, Any]) -> Iterator[Part]:
+    entries = _entries(document)
+    yield say(("Recommended settings", "bold"), f" from study {document['study']}\n", wraps=True)
+    answers = (
+        text_column("", (profile for profile, _, _ in entries), style="bold"),
+        text_column("", (task for _, task, _ in entries)),
+        text_column("", (entry["evidence"]["headline"] for _, _, entry in entries)),
+    )
+    yield Table(columns=answers, layouts=WRAPPED, frame="bare")
+    yield say(f"Chosen on prompts: {_prompts(document)}.", gap=True)
+    yield say(f"{first_upper(document['confirmation'])}.")
+    images = document["confirm"]["images"]
+    if images:
+        yield say(
+            f"{images} held-out images would confirm it: sd35bench recommend"
+            f" {document['study']} --confirm"
+        )
+    for note in (*document["notes"], *document["warnings"]):
+        yield say(("note", "yellow"), f" {note}", wraps=True)
+    groups: dict[Any, _Entries] = defaultdict(list)
+    for found in entries:
+        if found[2]["setting"] is not None:
+            groups[found[1], found[2]["setting_id"]].append(found)
+    for group in groups.values():
+        yield from _setting(group)
+
+
+def _setting(group: _Entries) -> Iterator[Part]:
+    """One setting: which profiles chose it and why, the others, command and snippet."""
+    _, task, entry = group[-1]
+    evidence = entry["evidence"]
+    yield Heading(f"{' and '.join(profile for profile, _, _ in group)}, {task}", 3)
+    for profile, _, each in group:
+        yield say(f"{profile}: {each['evidence']['reason']}.", wraps=True)
+    yield say(f"{compared(evidence)}.{_failures(evidence)}", wraps=True)
+    yield say(front_sentence(evidence))
+    confirmed: dict[str, list[str]] = defaultdict(list)
+    for profile, _, each in group:
+        confirmed[confirmation_text(each["confirmation"])].append(profile)
+    for text, names in confirmed.items():
+        yield say(f"{' and '.join(names)}: {text}.")
+    more = [each["evidence"]["more_images"] for _, _, each in group]
+    for text in dict.fromkeys(f"{first_upper(m['text'])}." for m in more if m is not None):
+        yield say(text)
+    others = len(entry["alternatives"])
+    if others:
+        yield _others(entry, TERMINAL)
+        if others > SHOWN[TERMINAL]:
+            yield say(f"… and {others - SHOWN[TERMINAL]} more in recommended.yaml")
+        yield say((front_note(evidence), "dim"))
+    if (defaults := default_table(entry, TERMINAL)) is not None:
+        yield defaults
+    for default in entry["named_defaults"]:
+        if default["command"] is not None:
+            yield say((f"add {default['name']}:", "dim"), f" {default['command']}")
+    yield say(("$", "dim"), f" {entry['command']}", gap=True)
+    if entry["snippet"] is not None:
+        yield Code(entry["snippet"])
+    api = entry["api"]
+    body = json.dumps(api["body"], ensure_ascii=False)
+    text = (
+        f"No API body: {api['why_not']}." if api["body"] is None else f"POST /v1/prediction {body}"
+    )
+    yield say(text, gap=True)
+
+
+def _confirming(document: Mapping[str, Any]) -> Iterator[Part]:
+    confirm = document["confirm"]
+    if not confirm["commands"]:
+        yield say(f"{first_upper(document['confirmation'])}.")
+        yield say("no held-out image is missing", wraps=True)
+        return
+    images = confirm["images"]
+    yield say(f"{images} held-out images are missing; these commands make them:", wraps=True)
+    for run in confirm["commands"]:
+        yield say(run["command"])
+
+
+# Markdown -------------------------------------------------------------------------------------
+
+_ANSWERS = ("profile", "task", "setting", "quality", "latency p50", "margin", "held-out prompts")
+
+
+def _paper(document: Mapping[str, Any]) -> Iterator[Part]:
+    entries = _entries(document)
+    yield Heading(f"Recommended settings from study {document['study']}")
+    yield Table(columns=text_table(_ANSWERS, (_answer_row(*e) for e in entries)))
+    yield paragraph(
+        f"Chosen on prompts: {_prompts(document)}.",
+        (f" {first_upper(document['confirmation'])}.", "raw"),
+        " Brackets are 95 % intervals, clustered by prompt.",
+    )
+    for note in (*document["notes"], *document["warnings"]):
+        yield paragraph(f"Note: {note}.")
+    for profile, task, entry in entries:
+        if entry["setting"] is not None:
+            yield from _section(profile, task, entry)
+
+
+def _answer_row(profile: str, task: str, entry: Mapping[str, Any]) -> list[str]:
+    evidence = entry["evidence"]
+    if entry["setting"] is None:
+        return [profile, task, f"none: {evidence['reason']}", "", "", "", ""]
+    quality, p50 = evidence["quality"], evidence["latency_s"]["p50"]
+    named = evidence["reference"]
+    reference = f"{named}: {describe(evidence['best'])}" if named == "best" else named
+    return [
+        profile,
+        task,
+        describe(entry["setting"]),
+        f"{quality['metric']} {_figure(quality)} (n={quality['n']})",
+        "" if p50 is None else f"{format_digits(p50)} s (n={evidence['latency_s']['n']})",
+        f"{format_plain(evidence['margin'])} against {reference}",
+        confirmation_text(entry["confirmation"]),
+    ]
+
+
+def _section(profile: str, task: str, entry: Mapping[str, Any]) -> Iterator[Part]:
+    evidence = entry["evidence"]
+    yield Heading(f"{first_upper(profile)}, {task}", 3)
+    said = (f"{compared(evidence)}.{_failures(evidence)}", front_sentence(evidence))
+    yield paragraph((f"{first_upper(evidence['reason'])}. {' '.join(said)}", "raw"))
+    if evidence["more_images"] is not None:
+        yield paragraph((f"{first_upper(evidence['more_images']['text'])}.", "raw"))
+    if (defaults := default_table(entry, MARKDOWN)) is not None:
+        yield defaults
+    others = len(entry["alternatives"])
+    if others:
+        yield _others(entry, MARKDOWN)
+        yield paragraph((f"{first_upper(front_note(evidence))}.", "raw"))
+    if others > SHOWN[MARKDOWN]:
+        yield paragraph(f"{others - SHOWN[MARKDOWN]} more are in recommended.yaml.")
+    adding = [
+        f"# adds the default of {d['name']} to the study\n{d['command']}"
+        for d in entry["named_defaults"]
+        if d["command"] is not None
+    ]
+    yield Code("\n".join([entry["command"], *adding]), "sh")
+    if entry["snippet"] is not None:
+        yield Code(entry["snippet"], "python")
+    api = entry["api"]
+    if api["body"] is None:
+        yield paragraph((f"No API body: {api['why_not']}.", "raw"))
+    else:
+        yield Code(json.dumps(api["body"], indent=2, ensure_ascii=False), "json")
+
+
+# Words and tables that the forms share --------------------------------------------------------
+
+
+def _figure(entry: Mapping[str, Any] | None, sign: str = "") -> str:
+    """A value with its 95 % interval; empty where there is none."""
+    return "" if entry is None else format_estimate(read_estimate(entry), 2, sign)
+
+
+def compared(evidence: Mapping[str, Any]) -> str:
+    """How much the choice was made from."""
+    return (
+        f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
+        f" images of {evidence['n_prompts']} prompts"
+    )
+
+
+def _failures(evidence: Mapping[str, Any]) -> str:
+    """What of the choice's trials failed, as one more sentence; empty where none did."""
+    failed = evidence["failed"]
+    if not failed:
+        return ""
+    return f" {failed} of its {evidence['n_trials']} trials failed, which count as 0."
+
+
+def front_cell(entry: Mapping[str, Any]) -> str:
+    """Its probability of being dominated, and whether it is on the front; empty if not compared."""
+    if entry["on_front"] is None:
+        return ""
+    share = entry["p_dominated"]
+    said = "" if share is None else format_share(share)
+    return f"{said} (front)".strip() if entry["on_front"] else said
+
+
+def front_sentence(evidence: Mapping[str, Any]) -> str:
+    """Where the choice lies beside the front."""
+    where = "on" if evidence["on_front"] else "not on"
+    share = evidence["p_dominated"]
+    sure = "" if share is None else f"; dominated in {format_share(share)} of resamples"
+    return f"The choice is {where} the Pareto front of quality and {_cost_word(evidence)}{sure}."
+
+
+def front_note(evidence: Mapping[str, Any]) -> str:
+    """What the column about the front means."""
+    return (
+        "dominated: in how many of"
+        f" {evidence['resamples']} resamples of the prompts another setting is no worse and no"
+        " slower, and better in one of the two; front: in what was measured, none is."
+        f" {format_percent(SAME_COST)} of {_cost_word(evidence)} is no difference"
+    )
+
+
+def _cost_word(evidence: Mapping[str, Any]) -> str:
+    return "latency" if evidence["speed_basis"] == "latency_s" else "evaluations"
+
+
+def _others(entry: Mapping[str, Any], form: str) -> Table:
+    """The settings not chosen, best first."""
+    others, chosen = entry["alternatives"][: SHOWN[form]], entry["setting"]
+    timed = entry["evidence"]["speed_basis"] == "latency_s"
+    tests = [o["non_inferiority"] for o in others]
+    on_screen = form == TERMINAL
+    columns = (
+        text_column(
+            "not chosen" if on_screen else "setting",
+            (describe(o["setting"], [chosen]) for o in others),
+        ),
+        text_column("quality", (_figure(o["quality"]) for o in others)),
+        text_column(
+            "minus the best" if on_screen else "minus the reference",
+            (_figure(o["difference_from_best"], "+") for o in others),
+        ),
+        text_column(
+            "p50 s" if timed else "evaluations",
+            ("" if o["speed"] is None else format_digits(o["speed"]) for o in others),
+            forms=(TERMINAL,),
+        ),
+        text_column(
+            "p (Holm)",
+            ("" if t is None else format_digits(t["p_holm"], 2) for t in tests),
+            forms=(MARKDOWN,),
+        ),
+        text_column("dominated", map(front_cell, others)),
+        text_column("why not", (o["why_not"] for o in others)),
+    )
+    return Table(columns=columns, layouts=WRAPPED, frame="padded", forms=(form,))
+
+
+_DEFAULTS = {
+    TERMINAL: ("named default", "its quality", "choice minus it", "the choice is"),
+    MARKDOWN: ("default", "quality", "choice minus it", "the choice is"),
+    HTML: ("default of", "its quality", "this minus it", "this setting is"),
+}
+
+
+def default_table(entry: Mapping[str, Any], form: str) -> Table | None:
+    """The named defaults beside the choice."""
+    defaults = entry["named_defaults"]
+    if not defaults:
+        return None
+    name, quality, difference, verdict = _DEFAULTS[form]
+    titles = (name, "setting", quality, difference, "takes", verdict)
+    numeric = titles[2:5] if form == HTML else ()
+    columns = text_table(titles, map(_default_row, defaults), numeric)
+    return Table(columns=columns, layouts=WRAPPED, frame="padded", forms=(form,))
+
+
+def _default_row(default: Mapping[str, Any]) -> list[str]:
+    """Name, setting, quality, the choice minus it, speed, verdict."""
+    strength = default["prompt_strength"]
+    name = f"{default['steps']} steps, cfg {format_plain(default['cfg'])}"
+    name += "" if strength is None else f", prompt_strength {format_plain(strength)}"
+    name += "" if default["sampler"] == "euler" else f", {default['sampler']}"
+    name += ", skip-layer guidance" if default["skip_layer_guidance"] else ""
+    verdict = default["verdict"]
+    if default["status"] == "not in the study":
+        verdict = "not in the study"
+    elif default["on"] is not None:
+        verdict = f"{verdict} (on {default['on']})"
+    ratio = default["speed_ratio"]
+    speed = "" if ratio is None else f"{format_number(ratio['value'], 2)}x as long"
+    quality, difference = _figure(default["quality"]), _figure(default["difference"], "+")
+    return [default["name"], name, quality, difference, speed, verdict]

@@ -13,25 +13,8 @@ from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import setting_key
 from sd35bench.fields import SETTING
 from sd35bench.guidance import skip_layer_text
-from sd35bench.report.figures import Estimate, format_plain, format_usd
 from sd35bench.types import Record, Session, SkipLayerGuidance, from_json, to_json
-
-__all__ = [
-    "SETTING_FIELDS",
-    "UNTOLD",
-    "Row",
-    "failed_text",
-    "lower_is_better",
-    "match_records",
-    "metric_label",
-    "metric_names",
-    "metric_rank",
-    "read_rows",
-    "setting_text",
-    "told_by_threads",
-    "usd_text",
-    "varying_fields",
-]
+from sd35bench.words import Estimate, format_plain, format_usd, read_estimate
 
 # The fields of a setting, in the order in which a person would name them.
 _CURVES = ("steps", "cfg", "prompt_strength")
@@ -46,6 +29,12 @@ UNTOLD = ("threads", "weights_digest")
 """What a hosted service does not tell, and what therefore sets its rows apart from none."""
 _AXES = ("task", *_CURVES)
 _ALSO = ("task", "environment_id")
+_AS_IT_IS = (
+    *("load_s", "first_call_s", "cold_compile_s", "warm_compile_s", "cold_first_call_s"),
+    *("warm_first_call_s", "start_spread", "peak_vram_bytes", "peak_rss_bytes", "effective_steps"),
+    *("quality_batch_size", "achieved_tflops", "limit_fraction", "gpu", "remote"),
+)
+"""Fields of a row that are the document's."""
 _METRIC_ORDER = (
     *("edit_quality", "prompt_accuracy", "init_kept", "clip_score"),
     *("fid", "kid", "cmmd", "precision", "recall"),
@@ -138,6 +127,11 @@ class Row:
         """Everything but steps, cfg and strength: what the curves must hold fixed."""
         return tuple((k, _hashable(v)) for k, v in self.setting.items() if k not in _AXES)
 
+    def value(self, metric: str) -> float | None:
+        """A metric's value, where it has one."""
+        found = self.metrics.get(metric)
+        return None if found is None else found.value
+
     def text(self, name: str) -> str:
         """A field of the setting as a table shows it; a service has neither threads nor digest."""
         if name in UNTOLD and self.remote is not None:
@@ -180,39 +174,27 @@ def _read_row(raw: Mapping[str, Any], row_id: str, drift: Mapping[str, Any]) -> 
         setting=setting,
         n=raw.get("n", 0),
         failed=raw.get("failed", 0),
-        latency=_read_latency(latency),
+        latency=None if latency.get("p50") is None else read_estimate(latency, "p50"),
         latency_s=dict(latency),
         stage_s={k.removesuffix("_s"): v for k, v in stages.items() if v is not None},
         target_ratio=raw.get("latency_ratio"),
-        load_s=raw.get("load_s"),
-        first_call_s=raw.get("first_call_s"),
-        peak_vram_bytes=raw.get("peak_vram_bytes"),
-        peak_rss_bytes=raw.get("peak_rss_bytes"),
-        metrics={k: _read_metric(v) for k, v in _quality(raw).items()},
+        metrics={k: read_estimate(v) for k, v in _quality(raw).items()},
         levels=_read_levels(_quality(raw)),
-        effective_steps=raw.get("effective_steps"),
-        quality_batch_size=raw.get("quality_batch_size"),
         warnings=tuple(str(w) for w in raw.get("warnings") or ()),
         in_force=dict(raw.get("in_force") or {}),
-        speedup=None if raw.get("speedup") is None else _read_metric(raw["speedup"]),
-        achieved_tflops=raw.get("achieved_tflops"),
-        limit_fraction=raw.get("limit_fraction"),
-        cold_compile_s=raw.get("cold_compile_s"),
-        warm_compile_s=raw.get("warm_compile_s"),
-        cold_first_call_s=raw.get("cold_first_call_s"),
-        warm_first_call_s=raw.get("warm_first_call_s"),
+        speedup=_known(raw.get("speedup")),
         starts=raw.get("starts", 0),
-        start_spread=raw.get("start_spread"),
         throughput=_read_throughput(raw.get("throughput") or ()),
-        gpu=raw.get("gpu"),
-        psnr_db=None if drift.get("psnr_db") is None else _read_metric(drift["psnr_db"]),
+        psnr_db=_known(drift.get("psnr_db")),
         identical_pairs=_identical_pairs(drift),
         ambiguous=raw.get("ambiguous", 0),
-        usd_per_image=None
-        if raw.get("usd_per_image") is None
-        else _read_metric(raw["usd_per_image"]),
-        remote=raw.get("remote"),
+        usd_per_image=_known(raw.get("usd_per_image")),
+        **{name: raw.get(name) for name in _AS_IT_IS},
     )
+
+
+def _known(raw: Mapping[str, Any] | None) -> Estimate | None:
+    return None if raw is None else read_estimate(raw)
 
 
 def _identical_pairs(drift: Mapping[str, Any]) -> int | None:
@@ -226,44 +208,16 @@ def _quality(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_throughput(raw: Iterable[Mapping[str, Any]]) -> dict[int, Estimate]:
-    return {
-        entry["batch_size"]: _read_metric({**entry, "value": entry["images_per_s"]})
-        for entry in raw
-    }
-
-
-def _read_latency(latency: Mapping[str, Any]) -> Estimate | None:
-    if latency.get("p50") is None:
-        return None
-    low, high = _ends(latency.get("ci95"))
-    return Estimate(value=latency["p50"], low=low, high=high, n=latency.get("n"))
-
-
-def _read_metric(raw: Mapping[str, Any] | float | None) -> Estimate:
-    if not isinstance(raw, Mapping):
-        return Estimate(value=raw)
-    low, high = _ends(raw.get("ci95"))
-    return Estimate(
-        value=raw.get("value"),
-        low=low,
-        high=high,
-        n=raw.get("n"),
-        needs=raw.get("needs"),
-        note=raw.get("reason"),
-    )
+    return {entry["batch_size"]: read_estimate(entry, "images_per_s") for entry in raw}
 
 
 def _read_levels(metrics: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
     """Metric → level of difficulty → estimate, where a metric says its levels."""
     return {
-        name: {level: _read_metric(entry) for level, entry in raw["levels"].items()}
+        name: {level: read_estimate(entry) for level, entry in raw["levels"].items()}
         for name, raw in metrics.items()
         if isinstance(raw, Mapping) and raw.get("levels")
     }
-
-
-def _ends(interval: Sequence[float] | None) -> tuple[float | None, float | None]:
-    return (None, None) if not interval else (interval[0], interval[1])
 
 
 def setting_text(value: object) -> str:
@@ -276,6 +230,11 @@ def setting_text(value: object) -> str:
 def failed_text(row: Row) -> str:
     """How many trials failed, and how many of them may have been billed all the same."""
     return f"{row.failed} ({row.ambiguous} ambiguous)" if row.ambiguous else str(row.failed)
+
+
+def has_far(rows: Iterable[Row]) -> bool:
+    """Whether a hosted row is held against one of this machine."""
+    return any(r.remote is not None and r.speedup is not None for r in rows)
 
 
 def usd_text(row: Row) -> str:

@@ -7,25 +7,18 @@ page's light and dark palettes apply. Lengths are user units, about CSS pixels.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 from markupsafe import Markup, escape
-
-__all__ = [
-    "RAMP",
-    "Box",
-    "Label",
-    "Scale",
-    "axes",
-    "element",
-    "mark",
-    "place_labels",
-    "ramp",
-    "spread",
-]
 
 RAMP = 8
 MARKERS = ("circle", "square", "diamond", "triangle", "nabla", "cross")
 _CHARACTER = 6.2
+
+
+def read_asset(name: str) -> str:
+    """Text of a style or script of the pages, a file in `assets/`: ``charts.css``."""
+    return resources.files("sd35bench.report").joinpath("assets", name).read_text("utf-8")
 
 
 def element(tag: str, *children: str, **attributes: object) -> Markup:

@@ -1,53 +1,87 @@
-"""What a search found, as Markdown for a document."""
+"""What a search found: for the terminal, and as Markdown for a document."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sd35bench.report.markdown import escape_cell
-from sd35bench.report.recommend import first_upper
-from sd35bench.tune.document import setting_text, with_interval
+from rich.console import Console
 
-__all__ = ["tuning_markdown"]
+from sd35bench.report.render import (
+    MARKDOWN,
+    TERMINAL,
+    WRAPPED,
+    Heading,
+    Part,
+    Table,
+    estimate_cell,
+    markdown_document,
+    paragraph,
+    print_document,
+    say,
+    text_table,
+)
+from sd35bench.tune.document import setting_text
+from sd35bench.words import first_upper, format_digits, read_estimate
 
-_COLUMNS = ("setting", "n", "latency p50 s", "in the race")
+_SHOWN = 8
+"""Settings that a terminal lists; Markdown has all."""
+
+
+def print_tuning(document: Mapping[str, Any], console: Console) -> None:
+    """Print the answer first, then what it cost and who else was in the race."""
+    print_document(_parts(document), console)
 
 
 def tuning_markdown(document: Mapping[str, Any]) -> str:
     """Write a `tune` document as Markdown: the answer, what it cost, who else was in the race."""
+    return markdown_document(_parts(document))
+
+
+def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
     best, images = document["recommended"], document["images"]
-    answer = f"No setting: {document['stopped']}"
-    if best is not None:
-        reason = first_upper(best["reason"])
-        answer = (
-            f"**{escape_cell(document['profile'])}:** {escape_cell(best['headline'])}. {reason}"
-        )
-    metric = document["objective"].replace("_", " ")
-    head = [_COLUMNS[0], metric, *_COLUMNS[1:]]
-    lines = [
-        f"## Tuned setting from study {escape_cell(document['study'])}",
-        "",
-        f"{answer}.",
-        "",
-        f"{first_upper(escape_cell(document['confirmation']))}.",
-        "",
+    yield Heading(f"Tuned setting from study {document['study']}", forms=(MARKDOWN,))
+    if best is None:
+        yield say(f"no setting: {document['stopped']}")
+        yield paragraph((f"No setting: {document['stopped']}.", "raw"))
+    else:
+        yield say((document["profile"], "bold"), f": {best['headline']}", wraps=True)
+        yield say(best["reason"])
+        reason = (f" {first_upper(best['reason'])}.", "raw")
+        yield paragraph((f"{document['profile']}:", "strong"), f" {best['headline']}.", reason)
+    confirmation = f"{first_upper(document['confirmation'])}."
+    yield paragraph(confirmation)
+    share = format_digits(100 * images["share"])
+    cost = (
         f"{images['used']} images of {document['settings']['tried']} settings; the full grid of"
-        f" {document['settings']['grid']} would take {images['exhaustive']}"
-        f" ({100 * images['share']:.3g} %). Stopped: {escape_cell(document['stopped'])}."
-        " Parentheses are 95 % intervals, clustered by prompt.",
-        "",
-        f"| {' | '.join(head)} |",
-        f"|{' --- |' * len(head)}",
-        *(f"| {' | '.join(map(escape_cell, _cells(row)))} |" for row in document["tried"]),
-    ]
-    return "\n".join(lines) + "\n"
+        f" {document['settings']['grid']} would take {images['exhaustive']} ({share} %)"
+    )
+    yield say(cost)
+    yield say(f"stopped: {document['stopped']}")
+    yield say(confirmation)
+    yield paragraph(
+        f"{cost}. Stopped: {document['stopped']}. Brackets are 95 % intervals, clustered by prompt."
+    )
+    missing = document["confirm"]["images"]
+    if missing:
+        yield say(f"{missing} held-out images would confirm it: the same command with --confirm")
+    yield _tried(document, TERMINAL, "p50 s", _SHOWN)
+    more = len(document["tried"]) - _SHOWN
+    if more > 0:
+        yield say(f"… and {more} more in tune.json", wraps=True)
+    yield _tried(document, MARKDOWN, "latency p50 s", len(document["tried"]))
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    why = row["status"] if row["why"] is None else f"{row['status']}: {row['why']}"
-    return [
-        setting_text(row["setting"]),
-        with_interval(row["quality"], 2),
-        str(row["quality"]["n"]),
-        with_interval(row["latency_s"], 3),
-        why,
-    ]
+def _tried(document: Mapping[str, Any], form: str, latency: str, most: int) -> Table:
+    """The settings that were tried, and what became of each."""
+    metric = document["objective"].replace("_", " ")
+    rows = (
+        (
+            setting_text(row["setting"]),
+            estimate_cell(read_estimate(row["quality"]), 2),
+            str(row["quality"]["n"]),
+            estimate_cell(read_estimate(row["latency_s"]), 3),
+            row["status"] if row["why"] is None else f"{row['status']}: {row['why']}",
+        )
+        for row in document["tried"][:most]
+    )
+    columns = text_table(("setting", metric, "n", latency, "in the race"), rows)
+    return Table(columns=columns, layouts=WRAPPED, frame="padded", forms=(form,))

@@ -21,8 +21,6 @@ from sd35bench.report.rows import Row, metric_label, metric_rank
 from sd35bench.store import Study
 from sd35bench.types import Record, Status
 
-__all__ = ["MAX_BYTES", "MAX_TILES", "build_wall", "choose_pairs", "encode_thumbnail"]
-
 MAX_TILES = 480
 MAX_BYTES = 3_000_000
 """Cap on the encoded images, in characters of base64; the whole report stays below 5 MB."""

@@ -20,17 +20,14 @@ from sd35bench.recommend.confirm import (
     prompts_wanted,
     read_held_out,
 )
-from sd35bench.recommend.entry import setting_of
+from sd35bench.recommend.entry import confirmation_text, setting_of
 from sd35bench.recommend.held_out_runs import Run, runs_document
 from sd35bench.recommend.profiles import Profile
 from sd35bench.recommend.reproduce import results_dir_of
-from sd35bench.report.recommend import confirmation_text
 from sd35bench.store import Study
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS
 from sd35bench.tune.session import Outcome
-
-__all__ = ["Confirmation", "confirm_choice", "held_out_at_most", "rival"]
 
 _NO_CHOICE = "no setting was chosen, so there is nothing to confirm"
 _HOPELESS = ("failed", *OVER_LIMITS)

@@ -1,19 +1,14 @@
-"""What a search found, as one JSON document and as text for a terminal."""
+"""What a search found, as one JSON document."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from sd35bench.analysis.settings import setting_key
 from sd35bench.disk import write_atomic
 from sd35bench.recommend.profiles import BEST, Profile
-from sd35bench.report.recommend import first_upper
 from sd35bench.stats.clustered import mean_t, quantile_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.store import Study
@@ -23,10 +18,8 @@ from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS, Evidence
 from sd35bench.tune.session import Budget, Outcome
 from sd35bench.tune.space import Point, Space
+from sd35bench.words import format_estimate, format_plain, read_estimate
 
-__all__ = ["print_tuning", "setting_text", "tune_document", "with_interval", "write_tuning"]
-
-_SHOWN = 8
 _ORDER = ("winner", "racing", "set aside", "dominated", "out of reach", *OVER_LIMITS, "failed")
 
 
@@ -79,47 +72,6 @@ def write_tuning(study: Study, document: dict[str, Any]) -> None:
     write_atomic(study.path / "tune.json", data.encode())
 
 
-def print_tuning(document: dict[str, Any], out: Console) -> None:
-    """Print the answer first, then what it cost and who else was in the race."""
-    best, images = document["recommended"], document["images"]
-    if best is None:
-        out.print(f"no setting: {document['stopped']}", markup=False, soft_wrap=True)
-    else:
-        out.print(f"[bold]{escape(document['profile'])}[/bold]: {escape(best['headline'])}")
-        out.print(escape(best["reason"]), soft_wrap=True)
-    out.print(
-        f"{images['used']} images of {document['settings']['tried']} settings; the full grid of"
-        f" {document['settings']['grid']} would take {images['exhaustive']}"
-        f" ({100 * images['share']:.3g} %)",
-        soft_wrap=True,
-    )
-    out.print(f"stopped: {escape(document['stopped'])}", soft_wrap=True)
-    out.print(f"{escape(first_upper(document['confirmation']))}.", soft_wrap=True)
-    images = document["confirm"]["images"]
-    if images:
-        out.print(
-            f"{images} held-out images would confirm it: the same command with --confirm",
-            soft_wrap=True,
-        )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("setting", document["objective"].replace("_", " "), "n", "p50 s", "in the race"):
-        table.add_column(column)
-    for row in document["tried"][:_SHOWN]:
-        why = row["status"] if row["why"] is None else f"{row['status']}: {row['why']}"
-        quality, latency = with_interval(row["quality"], 2), with_interval(row["latency_s"], 3)
-        table.add_row(
-            escape(setting_text(row["setting"])),
-            quality,
-            str(row["quality"]["n"]),
-            latency,
-            escape(why),
-        )
-    out.print(table)
-    more = len(document["tried"]) - _SHOWN
-    if more > 0:
-        out.print(f"… and {more} more in tune.json")
-
-
 def _recommended(
     lab: StudyLab, found: Outcome, winner: Point, profile: Profile, held: Confirmation
 ) -> dict[str, Any]:
@@ -129,7 +81,9 @@ def _recommended(
     quality, latency = _quality(lab, evidence), _latency(evidence)
     setting = space.named(winner)
     metric = lab.metric.replace("_", " ")
-    figures = f"{metric} {with_interval(quality, 2)}, {with_interval(latency, 3)} s an image"
+    figures = f"{metric} {format_estimate(read_estimate(quality), 2)}"
+    if latency["value"] is not None:
+        figures += f", {format_estimate(read_estimate(latency), 3)} s an image"
     return {
         "setting": setting,
         "setting_key": setting_key(lab.trial(winner)),
@@ -238,21 +192,7 @@ def _entry(interval: Interval, images: int) -> dict[str, Any]:
 
 def setting_text(setting: Mapping[str, Any]) -> str:
     """A point of the space in a few words."""
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in setting.items()
-    )
-
-
-def with_interval(entry: Mapping[str, Any], digits: int) -> str:
-    """A figure with the ends of its interval; `digits` after the point."""
-    if entry["value"] is None:
-        return "unknown"
-    text = f"{entry['value']:.{digits}f}"
-    if entry["ci95"] is None:
-        return text
-    low, high = entry["ci95"]
-    return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+    return ", ".join(f"{name} {format_plain(value)}" for name, value in setting.items())
 
 
 def _number(value: float | None) -> float:

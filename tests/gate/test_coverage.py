@@ -15,9 +15,7 @@ from sd35bench.gate.judge import compare_sides, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import read_sides
 from sd35bench.metrics.base import METRICS
-from sd35bench.report.compare_page import compare_page
-from sd35bench.report.gate import compare_markdown
-from sd35bench.report.junit import junit_xml
+from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 from sd35bench.types import Status, Timings
 from tests.analysis.synthetic import MemoryStudy, planted, record, session
 

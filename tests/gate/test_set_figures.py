@@ -19,9 +19,7 @@ from sd35bench.gate.baseline import (
 from sd35bench.gate.judge import compare_sides, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import merge_starts, read_sides
-from sd35bench.report.compare_page import compare_page
-from sd35bench.report.gate import compare_markdown
-from sd35bench.report.junit import junit_xml
+from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 from tests.analysis.set_studies import EXTRACTOR, set_studies
 from tests.validity.set_figures import World
 

@@ -14,7 +14,7 @@ from sd35bench.recommend import advice as recommend
 from sd35bench.recommend import confirm
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.confirm import most_prompts, part_rows, prompts_to_confirm
-from sd35bench.report.recommend import confirmation_text
+from sd35bench.recommend.entry import confirmation_text
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import Status
 from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session

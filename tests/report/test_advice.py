@@ -8,8 +8,7 @@ import pytest
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import as_profiles
 from sd35bench.report.headline import read_headline
-from sd35bench.report.html import render_report
-from sd35bench.report.page import build_document
+from sd35bench.report.page import build_document, render_report
 from tests.report.synthetic import PROFILES, Synthetic
 
 
@@ -79,8 +78,9 @@ def test_report_says_how_surely_each_setting_is_dominated(demo: Synthetic):
         entry = demo.recommend["profiles"]["final"][section.task]
         said = {a["setting_id"]: a["p_dominated"] for a in entry["alternatives"]}
         said[entry["setting_id"]] = entry["evidence"]["p_dominated"]
-        heads = [title for title, _ in section.leaderboard.columns]
-        cells = {row[0]: row[3][heads.index("dominated")] for row in section.leaderboard.rows}
+        board = section.leaderboard
+        column = next(c for c in board.table.columns if c.title == "dominated")
+        cells = {mark[0]: c for mark, c in zip(board.marks, column.cells, strict=True)}
         assert {row_id: cell.sort for row_id, cell in cells.items()} == said
         # Only the chart of the metric that was judged by says it.
         titles = [str(figure.svg).count("dominated in") for figure in section.fronts]
@@ -93,4 +93,4 @@ def test_report_says_how_surely_each_setting_is_dominated(demo: Synthetic):
 def test_report_without_a_recommendation_has_no_column_about_the_front(demo: Synthetic):
     document = build_document(demo.study, demo.show, None)
     for section in document.tasks:
-        assert "dominated" not in [title for title, _ in section.leaderboard.columns]
+        assert "dominated" not in [c.title for c in section.leaderboard.table.columns]

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from sd35bench.report.html import render_report
-from sd35bench.report.page import build_document
+from sd35bench.report.page import build_document, render_report
 from tests.report.synthetic import Synthetic
 
 CHROMIUM = shutil.which("chromium")

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from sd35bench.report.compare_page import compare_page
+from sd35bench.report.gate import compare_page
 from tests.report.test_browser import ARGUMENTS, CHROMIUM
 
 pytestmark = [

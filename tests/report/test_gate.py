@@ -9,9 +9,7 @@ from PIL import Image
 from sd35bench.gate.judge import compare_sides
 from sd35bench.gate.policy import as_policy
 from sd35bench.gate.sides import read_sides
-from sd35bench.report.compare_page import compare_page
-from sd35bench.report.gate import compare_markdown
-from sd35bench.report.junit import junit_xml
+from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 from tests.analysis.synthetic import planted
 
 POLICY = {

@@ -6,8 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sd35bench.report.html import embed_json, render_report, write_report
-from sd35bench.report.page import build_document
+from sd35bench.report.page import build_document, embed_json, render_report, write_report
 from sd35bench.store import Study
 from tests.report.synthetic import HOSTILE, PROFILES, Synthetic, make_study, show_of
 

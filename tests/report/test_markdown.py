@@ -1,5 +1,5 @@
 from sd35bench.analysis.summary import show_document
-from sd35bench.report.markdown import settings_markdown
+from sd35bench.report.tables import settings_markdown
 from sd35bench.store import Study
 from sd35bench.trials import run_plan
 from tests.fakes import fake_load, fake_plan

@@ -7,12 +7,21 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench.report.bars import Samples, plot_distributions, plot_memory, plot_stages, quantile
-from sd35bench.report.figures import Estimate
 from sd35bench.report.leaderboard import front_ids
-from sd35bench.report.plots import Line, Point, plot_front, plot_lines
+from sd35bench.report.plots import (
+    Line,
+    Point,
+    Samples,
+    plot_distributions,
+    plot_front,
+    plot_lines,
+    plot_memory,
+    plot_stages,
+    quantile,
+)
 from sd35bench.report.rows import Row, read_rows
 from sd35bench.report.svg import Box, Label, Scale, place_labels, ramp, spread
+from sd35bench.words import Estimate
 from tests.report.synthetic import HOSTILE, Synthetic
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profiles
-from sd35bench.report.recommend_markdown import recommendation_markdown
+from sd35bench.report.recommend import recommendation_markdown
 from tests.analysis.synthetic import planted
 
 PROFILES = Path(__file__).parents[2] / "configs" / "profile"
@@ -65,7 +65,7 @@ def test_hostile_prompt_stays_inside_its_block_and_its_cell(document):
     hostile = entry | {"api": entry["api"] | {"body": body}, "snippet": "x = '''\n```\n'''\n"}
     profiles = {"final": {"text-to-image": hostile}}
     text = recommendation_markdown(document | {"study": study, "profiles": profiles})
-    assert "a \\| \\`b\\` &lt;i&gt;" in text
+    assert "a \\| \\`b\\` \\<i>" in text
     assert "````python\nx = '''\n```\n'''\n````" in text
     assert "\n# title" not in text
 
@@ -82,4 +82,4 @@ def test_others_say_how_surely_they_are_dominated(document):
     assert text.count("Dominated: in how many of 2000 resamples") == 3
     sentence = "The choice is on the Pareto front of quality and latency; dominated in "
     assert text.count(sentence) == 3
-    assert "| &lt; 0.1 % (front) |" in text
+    assert "| \\< 0.1 % (front) |" in text

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sd35bench.report.plots import Figure
+from sd35bench.report.render import Figure
 from sd35bench.report.svg import Box, Scale, axes, element, mark
 
 __all__ = ["FIGURES", "regret_figure"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd35bench.report.figures import (
+from sd35bench.words import (
     Estimate,
     column_decimals,
     format_bytes,

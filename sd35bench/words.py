@@ -1,0 +1,235 @@
+"""Numbers in words: the only place where a figure, an interval or a share becomes text.
+
+A figure has as many digits as its interval supports, its unit, and never a 0 that was not measured.
+An interval is written ``0.77 [0.60, 0.88]`` everywhere.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "–"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A figure with its 95 % interval and its sample count; unknown parts are ``None``.
+
+    `needs` is the sample count below which the figure is refused; `note` says why in words.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    needs: int | None = None
+    note: str | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        """Both ends are known."""
+        return self.low is not None and self.high is not None
+
+    @property
+    def without_interval(self) -> "Estimate":
+        """The value alone, for a table that has no room."""
+        return Estimate(value=self.value, n=self.n)
+
+
+def read_estimate(raw: Mapping[str, Any] | float | None, value: str = "value") -> Estimate:
+    """Read an entry of a document, ``{"value", "ci95", "n", "needs", "reason"}``, or a number.
+
+    `value` is the key of the value where it is another.
+    """
+    if not isinstance(raw, Mapping):
+        return Estimate(value=raw)
+    low, high = raw.get("ci95") or (None, None)
+    return Estimate(
+        value=raw.get(value),
+        low=low,
+        high=high,
+        n=raw.get("n"),
+        needs=raw.get("needs"),
+        note=raw.get("reason"),
+    )
+
+
+# Digits ---------------------------------------------------------------------------------------
+
+
+def decimals_for(estimate: Estimate) -> int:
+    """Decimals that the interval's half-width supports; three digits where there is none.
+
+    One digit of the half-width, two where it begins with 1; figures below 1 keep two decimals.
+    """
+    if estimate.value is None:
+        return 0
+    half = 0.0
+    if estimate.low is not None and estimate.high is not None:
+        half = (estimate.high - estimate.low) / 2
+    if half > 0:
+        first = math.floor(math.log10(half))
+        begins_with_1 = half / 10**first < 2
+        least = 2 if abs(estimate.value) <= 1 else 0
+        return _clamp_decimals(max(least, -first + begins_with_1))
+    if estimate.value == 0:
+        return 2
+    return _clamp_decimals(2 - math.floor(math.log10(abs(estimate.value))))
+
+
+def _clamp_decimals(decimals: int) -> int:
+    return max(0, min(4, decimals))
+
+
+def column_decimals(estimates: Iterable[Estimate | None]) -> int:
+    """One number of decimals for a whole column (the median need), so that points line up."""
+    needs = sorted(decimals_for(e) for e in estimates if e is not None and e.value is not None)
+    return needs[len(needs) // 2] if needs else 2
+
+
+def latency_decimals(estimate: Estimate) -> int:
+    """Like `decimals_for`, but no finer than a millisecond for what takes 10 ms or more."""
+    fine = estimate.value is not None and estimate.value < 0.01
+    return decimals_for(estimate) if fine else min(3, decimals_for(estimate))
+
+
+# Figures --------------------------------------------------------------------------------------
+
+
+def format_number(value: float | None, decimals: int, sign: str = "") -> str:
+    """`value` with fixed decimals; a dash where it is unknown; `sign` "+" shows a plus."""
+    if value is None or math.isnan(value):
+        return MISSING
+    return format(value, f"{sign}.{decimals}f")
+
+
+def format_interval(estimate: Estimate, decimals: int, sign: str = "") -> str:
+    """``[low, high]``, empty where there is no interval."""
+    if not estimate.has_interval:
+        return ""
+    ends = (format_number(end, decimals, sign) for end in (estimate.low, estimate.high))
+    return bracketed(*ends)
+
+
+def bracketed(low: str, high: str) -> str:
+    """The two ends of an interval, which have their units and signs already."""
+    return f"[{low}, {high}]"
+
+
+def format_estimate(estimate: Estimate | None, decimals: int | None = None, sign: str = "") -> str:
+    """``value [low, high]``, or why there is none."""
+    if estimate is None:
+        return MISSING
+    if estimate.value is None:
+        return f"needs n ≥ {estimate.needs:,}" if estimate.needs is not None else MISSING
+    digits = decimals_for(estimate) if decimals is None else decimals
+    value = format_number(estimate.value, digits, sign)
+    return f"{value} {format_interval(estimate, digits, sign)}".strip()
+
+
+def format_significant(value: float) -> str:
+    """Three significant digits, never in exponents."""
+    return format_number(value, decimals_for(Estimate(value=value)))
+
+
+def format_count(value: float) -> str:
+    """A whole number with commas between thousands."""
+    return f"{value:,.0f}"
+
+
+def format_digits(value: float, digits: int = 3) -> str:
+    """Significant digits, with an exponent where that is shorter."""
+    return f"{value:.{digits}g}"
+
+
+def format_scientific(value: float) -> str:
+    """Two digits and an exponent, for what decimals would show as 0."""
+    return f"{value:.1e}"
+
+
+def format_plain(value: object) -> str:
+    """A setting's value as a person types it: 4 not 4.0, a dash for ``None``."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+def format_latency(estimate: Estimate | None) -> str:
+    """``0.113 [0.109, 0.115] s``, a dash where unknown."""
+    if estimate is None or estimate.value is None:
+        return MISSING
+    return f"{format_estimate(estimate, latency_decimals(estimate))} s"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Seconds with three significant digits: ``0.112 s``, ``8.00 s``, ``134 s``."""
+    if seconds is None:
+        return MISSING
+    if seconds == 0:
+        return "0 s"
+    return f"{format_significant(seconds)} s"
+
+
+def format_bytes(count: int | float | None) -> str:
+    """Bytes in MiB or GiB, a dash where unknown."""
+    if count is None:
+        return MISSING
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    if count >= 2**20:
+        return f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**10:.0f} KiB"
+
+
+def format_usd(dollars: float | None) -> str:
+    """Dollars: ``$1,234.50``, below one with three significant digits, a dash where unknown."""
+    if dollars is None:
+        return MISSING
+    if dollars == 0:
+        return "$0"
+    decimals = 2 if dollars >= 1 else 2 - math.floor(math.log10(dollars))
+    return f"${dollars:,.{decimals}f}"
+
+
+# Shares and probabilities ---------------------------------------------------------------------
+
+
+def format_percent(share: float | None) -> str:
+    """A share as a whole number of percent, a dash where unknown."""
+    return MISSING if share is None else f"{100 * share:.0f} %"
+
+
+def format_share(share: float) -> str:
+    """A share of resamples in percent; never 0 or 100, which no number of them shows."""
+    if share < 0.001:
+        return "< 0.1 %"
+    if share > 0.999:
+        return "> 99.9 %"
+    return f"{100 * share:.{0 if 0.01 <= share <= 0.99 else 1}f} %"
+
+
+def format_p(p: float) -> str:
+    """A p-value with three decimals, never 0."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def format_ratio(ratio: float | None, decimals: int = 2) -> str:
+    """``1.53×``, a dash where unknown."""
+    return MISSING if ratio is None else f"{ratio:.{decimals}f}×"
+
+
+# Sentences ------------------------------------------------------------------------------------
+
+
+def first_upper(text: str) -> str:
+    """A sentence's beginning; the rest stays as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def as_sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    text = text.strip()
+    return first_upper(text) + ("" if text.endswith(".") else ".")
