@@ -9,9 +9,10 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
@@ -57,14 +58,43 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises: DiskFull, StoreError.
     """
+    with _whole(path) as file:
+        file.write(data)
+
+
+def copy_atomic(source: Path, path: Path) -> None:
+    """Copy a file of any size, all or nothing. Raises: DiskFull, StoreError."""
+    with _whole(path) as file, open(source, "rb") as read:
+        shutil.copyfileobj(read, file)
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Add to a file, made if need be; where it cannot be done, the file stays as it was.
+
+    Raises: DiskFull, StoreError.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    with disk_errors(path, cleanup=lambda: os.truncate(path, before)), open(path, "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with disk_errors(path, cleanup=lambda: temporary.unlink(missing_ok=True)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether the system says that there is no room, or that the quota is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -75,7 +105,7 @@ def disk_errors(path: Path, cleanup: Callable[[], None] = lambda: None) -> Itera
     except OSError as exc:
         with contextlib.suppress(OSError):
             cleanup()
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(exc):
             raise DiskFull(
                 f"the disk of {path.parent} is full; free some space and run the same command"
                 " again: nothing that was stored is lost"

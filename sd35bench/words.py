@@ -122,7 +122,7 @@ def format_estimate(estimate: Estimate | None, decimals: int | None = None, sign
     if estimate is None:
         return MISSING
     if estimate.value is None:
-        return f"needs n ≥ {estimate.needs:,}" if estimate.needs is not None else MISSING
+        return MISSING if estimate.needs is None else f"needs n ≥ {format_count(estimate.needs)}"
     digits = decimals_for(estimate) if decimals is None else decimals
     value = format_number(estimate.value, digits, sign)
     return f"{value} {format_interval(estimate, digits, sign)}".strip()
@@ -138,9 +138,9 @@ def format_count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def format_digits(value: float, digits: int = 3) -> str:
+def format_digits(value: float, digits: int = 3, sign: str = "") -> str:
     """Significant digits, with an exponent where that is shorter."""
-    return f"{value:.{digits}g}"
+    return format(value, f"{sign}.{digits}g")
 
 
 def format_scientific(value: float) -> str:

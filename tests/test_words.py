@@ -1,7 +1,11 @@
-"""Figures are written with the digits that their interval supports."""
+"""Figures are written with the digits that their interval supports, and in one place."""
+
+import ast
+from pathlib import Path
 
 import pytest
 
+import sd35bench
 from sd35bench.words import (
     Estimate,
     column_decimals,
@@ -10,6 +14,7 @@ from sd35bench.words import (
     format_latency,
     format_plain,
     format_seconds,
+    read_estimate,
 )
 
 
@@ -62,3 +67,68 @@ def test_format_bytes_picks_the_unit(count: int | None, text: str):
 
 def test_format_plain_types_4_not_4_0():
     assert [format_plain(v) for v in (4.0, 0.85, None, "euler")] == ["4", "0.85", "–", "euler"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "decimals", "sign", "text"),
+    [
+        pytest.param({"value": 0.0, "ci95": [0.0, 0.21]}, 2, "", "0.00 [0.00, 0.21]", id="tune"),
+        pytest.param({"value": 0.77, "ci95": [0.6, 0.88]}, 2, "", "0.77 [0.60, 0.88]", id="plain"),
+        pytest.param(
+            {"value": 0.1, "ci95": [-0.1, 0.3]}, 2, "+", "+0.10 [-0.10, +0.30]", id="sign"
+        ),
+        pytest.param({"value": 0.5, "ci95": None}, 2, "", "0.50", id="no interval"),
+    ],
+)
+def test_an_entry_of_a_document_has_one_form(raw, decimals, sign, text):
+    assert format_estimate(read_estimate(raw), decimals, sign) == text
+
+
+PACKAGE = Path(sd35bench.__file__).parent
+MODULES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
+COORDINATES = {"report/plots.py", "report/svg.py"}
+"""Write positions in user units, which are no figures of a study."""
+
+
+def _formats(source: str) -> list[list[ast.expr]]:
+    """The parts of every f-string."""
+    return [n.values for n in ast.walk(ast.parse(source)) if isinstance(n, ast.JoinedStr)]
+
+
+def _precise(part: ast.expr) -> bool:
+    """Whether a number is written with a precision, ``{x:.2f}`` or ``{x:.{digits}f}``."""
+    spec = part.format_spec if isinstance(part, ast.FormattedValue) else None
+    return spec is not None and any(sign in ast.unparse(spec) for sign in (".", ","))
+
+
+def intervals(source: str) -> list[str]:
+    """The f-strings that put two precise numbers side by side: an interval written by hand."""
+    found = []
+    for parts in _formats(source):
+        for low, between, high in zip(parts, parts[1:], parts[2:], strict=False):
+            told = between.value if isinstance(between, ast.Constant) else None
+            if told in (", ", " to ") and _precise(low) and _precise(high):
+                found.append(f"{ast.unparse(low)}{told}{ast.unparse(high)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    ['f"{v:.2f} [{low:.2f}, {high:.2f}]"', 'f"{v:.2f} ({low:.{d}f} to {high:.{d}f})"'],
+    ids=["brackets", "parentheses"],
+)
+def test_an_interval_written_by_hand_is_seen(mutant):
+    assert intervals(mutant)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "words.py"])
+def test_no_other_module_writes_an_interval(name):
+    assert intervals((PACKAGE / name).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in MODULES if n.startswith("report/") and n not in COORDINATES]
+)
+def test_a_page_leaves_digits_to_words(name):
+    source = (PACKAGE / name).read_text()
+    assert [ast.unparse(p) for parts in _formats(source) for p in parts if _precise(p)] == []

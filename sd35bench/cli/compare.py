@@ -1,6 +1,5 @@
 """`compare`, the gate, and `baseline make`, the small file that a gate is held against."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def _rerun(before: _Source, after: _Source, rounds: int) -> None:
 
 def _write(given: Given, document: dict[str, Any], before: _Source, after: _Source) -> list[Path]:
     """Write the files that were asked for and return their paths."""
-    from sd35bench.disk import disk_errors, write_atomic
+    from sd35bench.disk import append_whole, write_atomic
     from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 
     written = []
@@ -129,8 +128,7 @@ def _write(given: Given, document: dict[str, Any], before: _Source, after: _Sour
     if markdown is not None:
         written.append(Path(markdown))
         # A step summary is one file that every step adds to.
-        with disk_errors(written[-1]), open(written[-1], "a", encoding="utf-8") as file:
-            file.write(compare_markdown(document))
+        append_whole(written[-1], compare_markdown(document).encode("utf-8", "replace"))
     if html is not None:
         written.append(Path(html))
         page = compare_page(document, before.find_image, after.find_image, after.captions())
@@ -143,7 +141,7 @@ def baseline(given: Given) -> Answer:
 
     Raises: ConfigError for an unknown study, or one without an image.
     """
-    from sd35bench.disk import disk_errors, write_atomic
+    from sd35bench.disk import copy_atomic, write_atomic
     from sd35bench.gate.baseline import (
         baseline_features,
         baseline_text,
@@ -166,12 +164,8 @@ def baseline(given: Given) -> Answer:
         write_atomic(features_file(path), features)
     digests = sorted({d for side in sides for d in side.images if d is not None})
     if given.has("--images"):
-        folder = images_folder(path)
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for digest in digests:
-                source = study.image_path(digest)
-                shutil.copyfile(source, folder / source.name)
+        for source in map(study.image_path, digests):
+            copy_atomic(source, images_folder(path) / source.name)
     trials = sum(len(side.pairs) for side in sides)
     out = console(given.as_json)
     for text in (f"written: {path} ({len(sides)} settings, {trials} trials)", *warnings):

@@ -1,6 +1,5 @@
 """`sd35bench export`: make an exported denoiser, prove it, and say where it is."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import CONFIG_DIR, Command, Given, nearest
 from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.overrides import expand_short_names
-from sd35bench.errors import ConfigError
+from sd35bench.disk import copy_atomic, is_full
+from sd35bench.errors import BackendError, ConfigError, DiskFull, StoreError
 from sd35bench.types import Load
 
 KINDS = ("onnx", "openvino")
@@ -63,7 +63,12 @@ def _made(load: Load) -> dict[str, Any]:
     """Load the backend, which exports and proves; return what it says of the artifact."""
     from sd35bench.backends.base import load_backend
 
-    backend = load_backend(load)
+    try:
+        backend = load_backend(load)
+    except BackendError as exc:
+        if is_full(exc.__cause__):
+            raise DiskFull(str(exc)) from exc
+        raise
     try:
         proven = backend.in_force
     finally:
@@ -86,14 +91,15 @@ def _made(load: Load) -> dict[str, Any]:
 def _copy(folder: Path, output: Path) -> str:
     """Copy the model's files, the weights beside the graph that names them.
 
-    Raises: ConfigError where the folder cannot be written.
+    Raises: DiskFull; ConfigError where the folder cannot be written.
     """
     try:
-        output.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("model.*")):
-            shutil.copyfile(path, output / path.name)
-    except OSError as exc:
-        raise ConfigError(f"output={output}: cannot be written: {exc}") from exc
+            copy_atomic(path, output / path.name)
+    except DiskFull:
+        raise
+    except StoreError as exc:
+        raise ConfigError(f"output={output}: {exc}") from exc
     return str(output)
 
 

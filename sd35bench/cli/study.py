@@ -1,6 +1,6 @@
 """The verbs that read a study: score, show, recommend, claims, report: a call and a print."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 

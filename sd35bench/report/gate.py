@@ -286,7 +286,7 @@ def _pairs(
                 "candidate": _data_uri(images[1]),
                 "grain": "pixels" if max(images[0].size) <= _PIXEL_ART_PX else "smooth",
                 "caption": captions.get(pair["candidate_image"], ""),
-                "lost": f"{pair['by']} {pair['value']:+.3g}",
+                "lost": f"{pair['by']} {format_digits(pair['value'], sign='+')}",
             }
         )
     return found

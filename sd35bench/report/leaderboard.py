@@ -28,6 +28,7 @@ from sd35bench.words import (
     Estimate,
     column_decimals,
     format_bytes,
+    format_count,
     format_estimate,
     format_interval,
     format_number,
@@ -128,8 +129,8 @@ def _missing_note(metric: str, rows: Sequence[Row]) -> str:
     if needs:
         most = max((e.n for e in entries if e.n is not None), default=0)
         return (
-            f"{metric_label(metric)} is refused here: it needs n ≥ {max(needs):,} images per"
-            f" setting, and there are at most {most:,}."
+            f"{metric_label(metric)} is refused here: it needs n ≥ {format_count(max(needs))}"
+            f" images per setting, and there are at most {format_count(most)}."
         )
     reason = next((e.note for e in entries if e.note), "no value")
     # What does not apply to a task at all (init kept without an init image) is not worth a line.

@@ -53,7 +53,7 @@ from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import build_wall
 from sd35bench.store import Study
 from sd35bench.types import Record, Session, Status
-from sd35bench.words import format_estimate
+from sd35bench.words import format_count, format_estimate
 
 # ASCII output already writes U+2028 and lone surrogates as escapes.
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -153,12 +153,12 @@ def _facts(
         ("size", _listed(f"{r.width}×{r.height}" for r in requests)),
         ("device", _listed(_device(s) for s in sessions.values())),
         ("settings", str(len(rows))),
-        ("images", f"{len(ok):,}"),
-        ("prompts", f"{len({(r.prompt, r.init_image) for r in requests}):,}"),
+        ("images", format_count(len(ok))),
+        ("prompts", format_count(len({(r.prompt, r.init_image) for r in requests}))),
         ("seeds", str(len({r.seed for r in requests}))),
     ]
     failed = len(records) - len(ok)
-    facts += [("failed", f"{failed:,}")] if failed else []
+    facts += [("failed", format_count(failed))] if failed else []
     facts += [("run", started[0][:16].replace("T", " "))] if started else []
     return [(name, value) for name, value in facts if value]
 
