@@ -19,17 +19,6 @@ from typing import Any
 
 from sd35bench.errors import ConfigError
 
-__all__ = [
-    "LAYOUT",
-    "NANO_WEIGHTS",
-    "find_checkpoint",
-    "find_components",
-    "parts_in_file",
-    "parts_of_components",
-    "revision_of",
-    "weights_digest",
-]
-
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 INDEX = "model_index.json"
 CACHE_ABOVE_BYTES = 64_000_000

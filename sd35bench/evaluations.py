@@ -8,14 +8,6 @@ not counted: it is in the same call.
 from sd35bench.guidance import acting_steps
 from sd35bench.types import Request, SkipLayerGuidance, Task
 
-__all__ = [
-    "SAMPLERS",
-    "evaluations",
-    "sampler_order",
-    "skip_layer_evaluations",
-    "skip_layer_window",
-]
-
 EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}
 SAMPLERS = tuple(EVALUATIONS_PER_STEP)
 

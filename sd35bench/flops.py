@@ -20,15 +20,6 @@ from typing import Any
 from sd35bench.evaluations import skip_layer_evaluations
 from sd35bench.types import Flops, Request, Task
 
-__all__ = [
-    "clip_flops",
-    "decode_flops",
-    "encode_flops",
-    "image_flops",
-    "mmdit_flops",
-    "t5_flops",
-]
-
 Config = Mapping[str, Any]
 
 TIME_CHANNELS = 256

@@ -10,8 +10,6 @@ import re
 from sd35bench.core import guidance
 from sd35bench.types import SkipLayerGuidance
 
-__all__ = ["acting_steps", "parse_skip_layers", "skip_layer_text"]
-
 _NUMBER = r"(\d+(?:\.\d*)?(?:e[-+]?\d+)?)"
 WRITTEN = re.compile(rf"(\d+(?:-\d+)*)@{_NUMBER}:{_NUMBER}-{_NUMBER}")
 

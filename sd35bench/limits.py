@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from sd35bench.types import Request
 
-__all__ = ["Limits", "work_of"]
-
 BATCH_FACTOR = 20
 BATCH_FLOOR_S = 120.0
 START_FACTOR = 10

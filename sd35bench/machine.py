@@ -24,8 +24,6 @@ from sd35bench.measure import RATE_FIELDS, environment
 from sd35bench.store import Study
 from sd35bench.types import Load, content_hash
 
-__all__ = ["machine_key", "measure_once", "measure_rates"]
-
 NO_WEIGHTS = "none"
 CHILD_TIMEOUT_S = 180.0
 RATE_SECONDS = 0.6

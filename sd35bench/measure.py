@@ -23,17 +23,6 @@ from typing import Any
 
 from sd35bench.types import GpuState, Memory, Scalar, content_hash
 
-__all__ = [
-    "COMPARABLE",
-    "RATE_FIELDS",
-    "DeviceClock",
-    "Stopwatch",
-    "environment",
-    "environment_id",
-    "gpu_state",
-    "memory",
-]
-
 GIT_TIMEOUT_S = 5.0
 
 COMPARABLE = (

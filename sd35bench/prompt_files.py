@@ -14,8 +14,6 @@ from sd35bench.errors import ConfigError
 from sd35bench.prompts import PromptItem, PromptSpec, read_init_image
 from sd35bench.types import PromptRef
 
-__all__ = ["SUFFIXES", "read_coco", "read_file", "read_geneval"]
-
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 COLUMNS = ("prompt", "negative_prompt", "init_image", "id")
 

@@ -21,19 +21,6 @@ from PIL import Image
 from sd35bench.errors import ConfigError
 from sd35bench.types import PromptRef
 
-__all__ = [
-    "READERS",
-    "SPLITS",
-    "TASKS",
-    "PromptItem",
-    "PromptSpec",
-    "encode_png",
-    "init_size",
-    "load_prompts",
-    "read_init_image",
-    "with_init_image",
-]
-
 SPLITS = ("all", "tune", "heldout")
 TASKS = ("t2i", "edit", "overlap")
 INIT_FORMATS = ("PNG", "JPEG", "WEBP")

@@ -35,8 +35,6 @@ from sd35bench.metrics.selection import select_metrics
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Status
 
-__all__ = ["Progress", "guard_image", "score_study"]
-
 Progress = Callable[[int, int], None]
 """Called with images done and images to do."""
 

@@ -35,14 +35,6 @@ from sd35bench.config.schema import SWEEPER_MODULE
 from sd35bench.errors import ConfigError
 from sd35bench.plan import PAIR_AXES, SETTING_AXES
 
-__all__ = [
-    "GroupingSweeper",
-    "companion_overrides",
-    "job_overrides",
-    "noise_overrides",
-    "sweep",
-]
-
 NOISE_BATCH = 8
 
 REQUEST_AXES = (

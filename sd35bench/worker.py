@@ -41,8 +41,6 @@ from sd35bench.types import (
     Timings,
 )
 
-__all__ = ["Answer", "Failed", "Job", "Made", "Ready", "Settle", "Settled", "encode_image"]
-
 PR_SET_PDEATHSIG = 1
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 # Below this spread of 8-bit levels over the whole image nothing is shown: a constant image.

@@ -17,8 +17,6 @@ import numpy as np
 from sd35bench.errors import ConfigError
 from sd35bench.types import Flops, Load, Request, Scalar
 
-__all__ = ["KINDS", "Backend", "Generation", "Probe", "backend_class", "load_backend"]
-
 KINDS = {
     "compile": "sd35bench.backends.compile:CompileBackend",
     "core": "sd35bench.backends.core:CoreBackend",

@@ -37,8 +37,6 @@ from sd35bench.backends.probes import probe_compiler
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Request, Scalar
 
-__all__ = ["CompileBackend", "cache_folder"]
-
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 CACHES = ("keep", "fresh")
 

@@ -29,8 +29,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from sd35bench.backends.probes import hush_cuda_remark
 from sd35bench.errors import OptimizationNotApplied
 
-__all__ = ["COMPILERS", "MODES", "CompileCounts", "CompiledRegion", "HowToCompile", "hush_dynamo"]
-
 # aot_eager runs the captured graph operation by operation: no code is generated, so it starts in a
 # second and needs no C++ compiler; it shows what capture alone costs and changes.
 COMPILERS = ("inductor", "aot_eager")

@@ -18,8 +18,6 @@ from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.loading.sources import load_model, prove_device
 from sd35bench.types import Load, Scalar
 
-__all__ = ["EagerBackend"]
-
 OFFLOADS = ("none", "model")
 T5 = ("text_encoder_3", "tokenizer_3")
 

@@ -23,8 +23,6 @@ from sd35bench.export.denoiser import INPUTS, OUTPUT, ExportableDenoiser, GraphD
 from sd35bench.export.onnx_model import export_onnx, probe_error
 from sd35bench.types import Request, Scalar
 
-__all__ = ["PARITY", "QUANTISATIONS", "Engine", "ExportedBackend"]
-
 QUANTISATIONS = ("none", "int8")
 PARITY = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest relative error on the probe: each dtype's rounding, through all blocks."""

@@ -18,8 +18,6 @@ from sd35bench.backends.faults import FAULTS, PHASES
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Load, Request, content_hash, to_json
 
-__all__ = ["FakeBackend"]
-
 BLOCK_PX = 8
 
 

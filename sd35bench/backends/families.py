@@ -33,8 +33,6 @@ from sd35bench.evaluations import SAMPLERS, skip_layer_window
 from sd35bench.loading.sources import hush_truncation_warnings
 from sd35bench.types import Request, Task
 
-__all__ = ["FAMILIES", "Family", "family_of"]
-
 SANA_MULTIPLE = 32
 """Source: diffusers `SanaPipeline.check_inputs`."""
 

@@ -13,8 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["FAULTS", "PHASES"]
-
 ALLOCATE_BYTES = 2 * 2**30
 STEP_BYTES = 16 * 2**20
 STEP_S = 0.005

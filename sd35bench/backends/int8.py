@@ -33,8 +33,6 @@ from sd35bench.backends.quantised import (
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Load, Request, Scalar
 
-__all__ = ["CALIBRATION_PROMPTS", "Int8Backend"]
-
 ACTIVATIONS = ("none", "int8")
 CALIBRATION_PROMPTS = (
     "a red circle on a blue background",

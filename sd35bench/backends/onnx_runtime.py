@@ -28,8 +28,6 @@ from sd35bench.export.graph import leave_out, read_graph
 from sd35bench.export.onnx_model import MODEL, quantise_onnx
 from sd35bench.types import Scalar
 
-__all__ = ["OnnxBackend", "OnnxEngine", "open_session", "prove_session"]
-
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",

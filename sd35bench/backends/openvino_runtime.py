@@ -26,8 +26,6 @@ from sd35bench.export.openvino_model import (
 )
 from sd35bench.types import Scalar
 
-__all__ = ["OpenVinoBackend", "OpenVinoEngine"]
-
 DEVICE = "CPU"
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 

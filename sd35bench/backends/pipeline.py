@@ -39,8 +39,6 @@ from sd35bench.loading.sources import DTYPES, load_model, prove_device, prove_dt
 from sd35bench.measure import DeviceClock
 from sd35bench.types import Flops, Load, Request, Scalar, Task
 
-__all__ = ["DiffusersBackend", "choice", "foreign_errors", "generator"]
-
 DEVICES = ("auto", "cpu", "cuda")
 
 

@@ -13,8 +13,6 @@ import torch
 from sd35bench.backends.base import Probe
 from sd35bench.types import Scalar
 
-__all__ = ["cpu_features", "hush_cuda_remark", "probe_compiler", "probe_device"]
-
 # Names in torch.cpu.get_capabilities(), in the order in which a reader wants them.
 FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 

@@ -17,16 +17,6 @@ from torch import nn
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Scalar, content_hash
 
-__all__ = [
-    "EXCLUDED",
-    "Proof",
-    "choose_layers",
-    "outputs",
-    "proof",
-    "prove_layers",
-    "state_bytes",
-]
-
 EXCLUDED = (
     "time_text_embed*,time_embed*,adaln_single*,context_embedder,caption_projection*,proj_out"
 )

@@ -30,14 +30,6 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 
 from sd35bench.errors import BackendError, UnsupportedRequest
 
-__all__ = [
-    "FlowDPMSolver",
-    "FlowUniPC",
-    "flow_scheduler",
-    "noise_scheduler",
-    "own_shift",
-]
-
 
 class _Multistep(Protocol):
     """What `_FlowStart` asks of the scheduler that it is mixed into."""

@@ -14,8 +14,6 @@ from typing import Any
 
 from sd35bench.measure import DeviceClock
 
-__all__ = ["DECODE", "DENOISER", "TEXT", "StageMeter", "StageTimes"]
-
 TEXT = "text"
 DENOISER = "denoiser"
 DECODE = "decode"

@@ -26,8 +26,6 @@ from sd35bench.backends.quantised import (
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Scalar
 
-__all__ = ["W8A8Backend"]
-
 WEIGHTS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 

@@ -26,8 +26,6 @@ from typing import Any
 from sd35bench.errors import BackendError
 from sd35bench.types import content_hash
 
-__all__ = ["Artifact", "Recipe", "artifact_root", "find_artifact", "locked", "make_artifact"]
-
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")

@@ -7,8 +7,6 @@ are in nano's closed vocabulary and mean something to any other model.
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CALIBRATION", "Calibration", "calibration_side_px"]
-
 MAX_LATENT_SIDE = 32
 """Longer sides would take minutes per image for a full model on a CPU."""
 

@@ -15,17 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "INPUTS",
-    "OUTPUT",
-    "ExportableDenoiser",
-    "GraphDenoiser",
-    "boundaries",
-    "crop_positions",
-    "patchify",
-    "unpatchify",
-]
-
 INPUTS = ("patches", "positions", "timestep", "text", "pooled")
 """The graph's inputs: [B, T, C·p·p], [1, T, D], [B] in float32, [B, L, E] and [B, P]."""
 OUTPUT = "velocity"

@@ -21,16 +21,6 @@ from onnx import TensorProto
 from sd35bench.errors import BackendError, UnsupportedRequest
 from sd35bench.export.denoiser import INPUTS, OUTPUT, ExportableDenoiser, boundaries
 
-__all__ = [
-    "OPSET",
-    "example_inputs",
-    "export_graph",
-    "leave_out",
-    "module_of",
-    "read_graph",
-    "weight_counts",
-]
-
 OPSET = 23
 """The first with Attention, RMSNormalization and Gelu as operators; 18 takes them apart."""
 DTYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}

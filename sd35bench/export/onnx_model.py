@@ -29,17 +29,6 @@ from sd35bench.export.graph import (
     weight_counts,
 )
 
-__all__ = [
-    "DATA",
-    "MODEL",
-    "PROBE",
-    "export_onnx",
-    "probe_error",
-    "quantise_onnx",
-    "relative_error",
-    "write_probe",
-]
-
 MODEL, DATA, PROBE = "model.onnx", "model.onnx.data", "probe.safetensors"
 PROBE_SHAPES = ((1, 15, 7), (2, 24, 5), (3, 8, 11))
 """Batch, image tokens and text tokens: all different from the export's example."""

@@ -22,8 +22,6 @@ from sd35bench.export.denoiser import INPUTS
 from sd35bench.export.graph import module_of
 from sd35bench.export.onnx_model import MODEL, PROBE, write_probe
 
-__all__ = ["IR", "REMEDY", "import_extra", "leave_out", "quantise_openvino"]
-
 IR = "model.xml"
 REMEDY = "pip install 'sd35bench[openvino]'"
 DTYPES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "uint8"}

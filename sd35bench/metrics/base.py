@@ -24,25 +24,6 @@ from numpy.typing import NDArray
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.types import Record, Task
 
-__all__ = [
-    "METRICS",
-    "Extractor",
-    "FeatureMetric",
-    "Image",
-    "ImageMetric",
-    "Metric",
-    "Pair",
-    "PairMetric",
-    "ReferenceData",
-    "SetMetric",
-    "Value",
-    "default_metrics",
-    "is_nano",
-    "judges",
-    "load_metric",
-    "require_uint8_rgb",
-]
-
 Image = NDArray[np.uint8]
 
 METRICS = {

@@ -17,8 +17,6 @@ from sd35bench.metrics.base import FeatureMetric, Value, is_nano
 from sd35bench.metrics.extractors import ClipExtractor, NanoEvaluator, clip_extractor
 from sd35bench.types import Record
 
-__all__ = ["DEFAULT_LABEL", "ClipScore", "load"]
-
 DEFAULT_LABEL = "ViT-L-14_openai"
 
 

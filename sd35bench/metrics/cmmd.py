@@ -12,8 +12,6 @@ from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.kid import MIN_IMAGES
 from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
 
-__all__ = ["Cmmd", "load"]
-
 _DEFAULT_LABEL = "ViT-L-14-336_openai"
 
 

@@ -26,8 +26,6 @@ from numpy.typing import NDArray
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Extractor, Image, require_uint8_rgb
 
-__all__ = ["FAMILY", "Dinov2", "dinov2_model", "network_input"]
-
 FAMILY = "dinov2"
 _DEFAULT = "facebook/dinov2-large"
 _LOCAL = "local-dir:"

@@ -29,16 +29,6 @@ from sd35bench.metrics.flip import PIXELS_PER_DEGREE, flip
 from sd35bench.metrics.lpips import LPIPS_REMEDY, Lpips, find_lpips
 from sd35bench.types import BackendSpec, Record, Request
 
-__all__ = [
-    "STANDARD_REFERENCE",
-    "Drift",
-    "differences",
-    "load",
-    "psnr_db",
-    "relative_error",
-    "ssim",
-]
-
 STANDARD_REFERENCE = "eager"
 _LEVELS = 255.0
 # The Gaussian window's side; torchmetrics fails below half of it, and less says nothing.

@@ -22,16 +22,6 @@ from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Extractor, Image, require_uint8_rgb
 from sd35bench.metrics.dinov2 import FAMILY, Dinov2, dinov2_model
 
-__all__ = [
-    "Backbone",
-    "ClipExtractor",
-    "Inception",
-    "NanoEvaluator",
-    "OpenClip",
-    "choose_extractor",
-    "clip_extractor",
-]
-
 _INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 

@@ -9,8 +9,6 @@ that are kept.
 from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
 
-__all__ = ["Fid", "load"]
-
 
 class Fid(ReferencedMetric):
     """Fréchet distance; `reference` is ``prompts``, a folder, or an .npz file."""

@@ -10,8 +10,6 @@ Source: Chong and Forsyth 2020 (arXiv 1911.07023).
 from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
 
-__all__ = ["FidInfinity", "load"]
-
 
 class FidInfinity(ReferencedMetric):
     """Extrapolated Fréchet distance."""

@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Image, require_uint8_rgb
 
-__all__ = ["PIXELS_PER_DEGREE", "flip", "flip_map"]
-
 PIXELS_PER_DEGREE = 67.0
 """The paper's viewer: 0.7 m from a screen 0.7 m and 3840 pixels wide."""
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from sd35bench.metrics.base import Image, ImageMetric, Value, is_nano
 from sd35bench.types import Record, Task
 
-__all__ = ["InitKept", "load"]
-
 
 class InitKept(ImageMetric):
     """Share of the init image's parts that an edit should keep and did keep."""

@@ -17,8 +17,6 @@ from sd35bench.errors import ConfigError
 from sd35bench.metrics.extractors import Backbone, ClipExtractor, choose_extractor
 from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
 
-__all__ = ["MIN_IMAGES", "Kid", "load"]
-
 MIN_IMAGES = 64
 """Fewest images: with as many prompts the interval held what it says (tests, on Gaussians); with 32
 it missed up to 9 times in 100. The value itself has no bias at any n."""

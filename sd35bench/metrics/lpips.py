@@ -22,8 +22,6 @@ import numpy as np
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, require_uint8_rgb
 
-__all__ = ["LPIPS_REMEDY", "Lpips", "cached_weights", "find_lpips"]
-
 _WEIGHTS = "alexnet-owt-7be5be79.pth"
 LPIPS_REMEDY = (
     f"for it put torchvision's https://download.pytorch.org/models/{_WEIGHTS} (244 MB) into"

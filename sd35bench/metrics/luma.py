@@ -19,8 +19,6 @@ from sd35bench.errors import ConfigError
 from sd35bench.metrics.base import Image, ImageMetric, Value, require_uint8_rgb
 from sd35bench.types import Record
 
-__all__ = ["LumaMetric", "contrast", "load", "luma", "sharpness"]
-
 _WEIGHTS = np.array([0.299, 0.587, 0.114])
 
 

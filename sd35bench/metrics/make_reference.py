@@ -30,8 +30,6 @@ from sd35bench.metrics.reference import (
 from sd35bench.stats.frechet import Gaussian
 from sd35bench.types import Record, Task
 
-__all__ = ["Choice", "Progress", "from_folder", "from_study"]
-
 Progress = Callable[[int, int], None]
 """Called with images done and images to do."""
 

@@ -16,8 +16,6 @@ from sd35bench.metrics.kid import MIN_IMAGES
 from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
 from sd35bench.stats.neighbours import NEIGHBOURS
 
-__all__ = ["Precision", "Recall", "load"]
-
 
 class _Manifold(ReferencedMetric):
     needs_features = True

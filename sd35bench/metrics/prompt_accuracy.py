@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from sd35bench.metrics.base import Image, ImageMetric, Value, is_nano
 from sd35bench.types import Record
 
-__all__ = ["PromptAccuracy", "load"]
-
 
 class PromptAccuracy(ImageMetric):
     """Share of images with all parts of the prompt right."""

@@ -29,21 +29,6 @@ from sd35bench.stats.frechet import Gaussian
 from sd35bench.store import decode_rgb
 from sd35bench.types import Record, Task, content_hash
 
-__all__ = [
-    "KEPT",
-    "PROMPTS",
-    "ReferencedMetric",
-    "batched_images",
-    "folder_digest",
-    "image_files",
-    "keep_reference",
-    "read_image",
-    "read_images",
-    "reduce_features",
-    "reduce_images",
-    "true_renders",
-]
-
 PROMPTS = "prompts"
 KEPT = 10_000
 """Rows of features that a reference keeps: 82 MB of Inception's; mean and covariance are of all."""

@@ -24,8 +24,6 @@ from sd35bench.metrics.base import (
 from sd35bench.metrics.drift import STANDARD_REFERENCE
 from sd35bench.types import Load, Record
 
-__all__ = ["RANDOM_WEIGHTS", "Selection", "select_metrics"]
-
 RANDOM_WEIGHTS = (
     "made with random weights, which say nothing about quality; for quality run with"
     " model.weights=checkpoint (drift, latency and memory need no weights)"

@@ -15,8 +15,6 @@ from sd35bench.nano.occlusion import judge_overlap
 from sd35bench.nano.segment import Found, Picture, Pixels, overlap, segment
 from sd35bench.nano.world import SIZE_BOUNDARY, Thing, holds, in_place
 
-__all__ = ["EditVerdict", "Verdict", "parse", "verify", "verify_edit"]
-
 
 @dataclass(frozen=True)
 class Verdict:

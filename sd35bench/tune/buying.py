@@ -8,8 +8,6 @@ from sd35bench.recommend.profiles import Profile
 from sd35bench.tune.race import Evidence
 from sd35bench.tune.space import Point
 
-__all__ = ["Lab"]
-
 
 class Lab(Protocol):
     """Makes images of settings on prompts, and says what they gave."""

@@ -15,8 +15,6 @@ from sd35bench.stats.clustered import quantile_t
 from sd35bench.tune.race import SAME_SPEED
 from sd35bench.tune.space import Point
 
-__all__ = ["Final", "decide", "settled"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Final:

@@ -22,8 +22,6 @@ from optuna.storages.journal import JournalFileBackend
 
 from sd35bench.disk import disk_errors, open_lock, try_flock
 
-__all__ = ["JournalLock", "Worker", "open_journal"]
-
 FOLDER = "tune"
 
 

@@ -31,8 +31,6 @@ from sd35bench.tune.reference import reference_point
 from sd35bench.tune.space import Point, Space
 from sd35bench.types import Record, Scalar, SkipLayerGuidance, Task, Trial, content_hash
 
-__all__ = ["Source", "StudyLab", "shuffled"]
-
 _WAIT_S = 0.5
 _MOSTLY = 0.5
 """A setting of whose images fewer than this share may be judged is one that failed."""

@@ -26,18 +26,6 @@ from sd35bench.stats.clustered import mean_bounds, quantile_t
 from sd35bench.stats.intervals import resampled_means
 from sd35bench.tune.space import Point
 
-__all__ = [
-    "OVER_LIMITS",
-    "SAME_SPEED",
-    "Evidence",
-    "Look",
-    "Out",
-    "judge",
-    "look",
-    "promise",
-    "seconds_limit",
-]
-
 SAME_SPEED = 0.02
 OVER_LIMITS = ("too slow", "too large", "too dear")
 """Kinds of `Out` that are the profile's limits, not another setting's doing."""

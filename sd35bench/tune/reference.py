@@ -9,8 +9,6 @@ from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.tune.space import Point, Space
 from sd35bench.types import Request, Task
 
-__all__ = ["reference_point"]
-
 
 def reference_point(
     profile: Profile, space: Space, task: Task, request: Callable[[Point], Request]

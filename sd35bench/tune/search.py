@@ -25,8 +25,6 @@ from optuna.trial import FrozenTrial, TrialState
 from sd35bench.errors import ConfigError
 from sd35bench.tune.space import Axis, Point, Space
 
-__all__ = ["WAVE", "Found", "Search"]
-
 _STUDY = "settings"
 _ASKS = 5
 WAVE = 10

@@ -33,8 +33,6 @@ from sd35bench.tune.race import (
 from sd35bench.tune.search import Found, Search
 from sd35bench.tune.space import Point, Space
 
-__all__ = ["SHARE", "Budget", "Lab", "Outcome", "default_images", "tune"]
-
 SHARE = 0.4
 """Images that are bought where none are stated, as a share of all prompts for every setting."""
 _EXPLORED = 0.7

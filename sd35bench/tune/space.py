@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from sd35bench import fields
 from sd35bench.types import Scalar
 
-__all__ = ["GRIDS", "Axis", "Point", "Space", "spread"]
-
 Point = tuple[Scalar, ...]
 """One value per axis, in the space's order."""
 
