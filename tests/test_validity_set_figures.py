@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd35bench.gate.set_differences import LEAST_PROMPTS
+from sd35bench.gate.set_figures import LEAST_PROMPTS
 from tests.validity import set_figures as validity
 from tests.validity_runs.kept import read
 

@@ -24,8 +24,6 @@ from sd35bench.analysis.table import Row, Table
 from sd35bench.stats.intervals import mean_interval
 from sd35bench.types import Record
 
-__all__ = ["drift_document", "psnr_db"]
-
 _MEANS = ("mean_abs", "ssim", "flip", "latent_rel_first", "latent_rel_last")
 _WHO = frozenset({"setting", "backend", "backend_options", "threads"})
 

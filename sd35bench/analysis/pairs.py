@@ -25,16 +25,6 @@ from sd35bench.stats.clustered import mean_bounds, mean_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import Record, Status, Task
 
-__all__ = [
-    "EDIT_QUALITY",
-    "Candidate",
-    "Comparison",
-    "candidates",
-    "compare",
-    "paired_difference",
-    "pick_family",
-]
-
 EDIT_QUALITY = "edit_quality"
 _ENOUGH_PAIRS = 0.5
 """A setting with fewer than this share of the largest one's pairs is not compared."""

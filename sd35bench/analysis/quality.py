@@ -12,10 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.reference import (
-    Reference,
     read_reference,
-    reference_path,
-    write_reference,
 )
 from sd35bench.analysis.set_metrics import FRECHET, compute
 from sd35bench.analysis.settings import cluster_key
@@ -25,18 +22,6 @@ from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.kernel import Sample
 from sd35bench.types import Record, Task
-
-__all__ = [
-    "MetricFacts",
-    "Reference",
-    "cluster_labels",
-    "facts",
-    "known_metrics",
-    "read_reference",
-    "reference_path",
-    "row_metric",
-    "write_reference",
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,15 +27,6 @@ from sd35bench.errors import MetricError, StoreError
 from sd35bench.stats.frechet import Gaussian
 from sd35bench.stats.kernel import Sample
 
-__all__ = [
-    "Reference",
-    "load_reference",
-    "read_reference",
-    "reference_path",
-    "save_reference",
-    "write_reference",
-]
-
 _NEEDED = frozenset({"mean", "cov", "n"})
 
 

@@ -29,8 +29,6 @@ from sd35bench.analysis.table import BESIDE, RESUMED, Row, Table
 from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Record, RemoteCall, Status
 
-__all__ = ["Phase", "concurrent_phases", "remote_summary", "usd_per_image"]
-
 Phase = list[Record]
 """Calls of one session that ran beside others, in order of their start."""
 

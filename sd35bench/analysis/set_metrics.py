@@ -24,16 +24,6 @@ from sd35bench.stats.kernel import (
 )
 from sd35bench.stats.neighbours import precision_interval, recall_interval
 
-__all__ = [
-    "CMMD_SCALE",
-    "CMMD_SIGMA",
-    "FRECHET",
-    "STATISTICS",
-    "Outcome",
-    "at_length",
-    "compute",
-]
-
 FRECHET = "frechet"
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 

@@ -22,16 +22,6 @@ from sd35bench.measure import RATE_FIELDS
 from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Flops, Record, Session, Status
 
-__all__ = [
-    "compile_seconds",
-    "machine_document",
-    "reference_rows",
-    "speed_summary",
-    "speed_warnings",
-    "speedup",
-    "throughput",
-]
-
 TOLERANCE = 1.25
 """A rate this far above the measured limit is impossible.
 

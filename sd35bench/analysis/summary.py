@@ -34,8 +34,6 @@ from sd35bench.analysis.table import (
 from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Record, Session, Status
 
-__all__ = ["latency_summary", "show_document", "summarise"]
-
 
 def show_document(study: Any) -> dict[str, Any]:
     """Summarise a study (`sd35bench.store.Study`) as `show --json` prints it."""

@@ -14,19 +14,6 @@ from typing import Any, Protocol
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
 from sd35bench.types import Record, Session, Status
 
-__all__ = [
-    "GUARD",
-    "Row",
-    "ScoreLike",
-    "Table",
-    "ambiguous_text",
-    "keep_records",
-    "part_held_out",
-    "read_table",
-    "repeated_seeds",
-    "why_untimed",
-]
-
 GUARD = "guard"
 """Name under which `score` keeps what the guards saw in an image: value 1 passed, 0 refused."""
 

@@ -20,8 +20,6 @@ from math import ceil
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import TAIL, holm, p_within, prompts_needed, spread
 
-__all__ = ["Contrast", "Judged", "Side", "Verdict", "judge_claims", "more_images"]
-
 
 class Verdict(StrEnum):
     """What a study says of a claim."""

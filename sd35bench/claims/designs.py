@@ -41,8 +41,6 @@ from sd35bench.claims.evidence import (
 from sd35bench.nano.captions import Spec
 from sd35bench.stats.clustered import mean_t
 
-__all__ = ["Design"]
-
 Design = Callable[[Evidence], list[Contrast]]
 
 SUGGESTED_CFG = (7.0, 10.0)

@@ -27,22 +27,6 @@ from sd35bench.claims.evidence import (
 from sd35bench.nano.captions import Spec, parse
 from sd35bench.types import Record
 
-__all__ = [
-    "COUNTS",
-    "errors_against_png",
-    "level_contrast",
-    "name_settings",
-    "neighbour_distances",
-    "psnr_contrast",
-    "quality_contrast",
-    "score_contrast",
-    "seed_against_cfg",
-    "sides_of",
-    "singles_contrast",
-    "size_contrast",
-    "variety_contrast",
-]
-
 ALLOWED = {"share": 0.08, "points": 0.8}
 """What "as good" may lose, by unit: the profiles' margins (docs/adr/0010)."""
 COUNTS = {"share": 0.04, "points": 0.4}

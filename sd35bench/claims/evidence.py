@@ -23,20 +23,6 @@ from sd35bench.stats.clustered import mean_t, ratio_of_sums
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import Record, Task
 
-__all__ = [
-    "Evidence",
-    "Ladder",
-    "Unmeasured",
-    "Untestable",
-    "group_difference",
-    "ladder",
-    "log_interval",
-    "pair_clusters",
-    "paired_mean",
-    "read_evidence",
-    "variety",
-]
-
 Ladder = dict[Any, Row]
 """A field's value → the setting that has it; all else is the same."""
 

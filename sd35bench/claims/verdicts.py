@@ -19,8 +19,6 @@ from sd35bench.claims.evidence import Evidence, Unmeasured, Untestable, read_evi
 from sd35bench.stats.verdicts import TAIL
 from sd35bench.types import to_json
 
-__all__ = ["CLAIMS", "METRICS", "Claim", "claims_document", "is_claims_study"]
-
 METRICS = ("sharpness",)
 """What claims need beside a model's default metrics."""
 

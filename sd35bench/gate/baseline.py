@@ -24,17 +24,7 @@ from numpy.typing import NDArray
 
 from sd35bench.errors import ConfigError
 from sd35bench.fields import ASKED, completed
-from sd35bench.gate.set_scores import FeatureReader, Features, SetScore
-from sd35bench.gate.sides import Side, Start, told_apart
-
-__all__ = [
-    "SCHEMA",
-    "baseline_features",
-    "baseline_text",
-    "features_file",
-    "images_folder",
-    "read_baseline",
-]
+from sd35bench.gate.sides import FeatureReader, Features, SetScore, Side, Start, told_apart
 
 SCHEMA = 1
 _KIND = "sd35bench baseline"

@@ -21,8 +21,6 @@ from sd35bench.stats.clustered import mean_t, student
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.latency import Spread, couple_starts, log_ratio, run_drift
 
-__all__ = ["Distances", "Figure", "figures", "start_drifts"]
-
 Distances = Callable[[Side, Side, Matched], NDArray[np.float64] | str]
 """Mean absolute difference (levels of 255) [n] of matched images; NaN where one is not there.
 

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from sd35bench.gate.sides import Matched, Side
 from sd35bench.store import decode_rgb
 
-__all__ = ["FindImage", "ImageDistances"]
-
 FindImage = Callable[[str], Path | None]
 """Path of an image by its digest; ``None`` where it is not there."""
 

@@ -9,8 +9,6 @@ import numpy as np
 from sd35bench.gate.policy import MetricMargin
 from sd35bench.stats.intervals import Interval
 
-__all__ = ["Figure", "difference", "missing", "ratio"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:

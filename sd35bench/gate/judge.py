@@ -5,6 +5,14 @@ shows that more is, and is undecided in between. All figures of a comparison, ov
 are one family for Holm's correction: what a gate fails by chance is at most 2.5 % in all. Two
 things are asked of the comparison as a whole: that it covers what the baseline made, and that
 anything could be measured at all.
+
+Coverage: every figure compares pairs that both sides have, so a candidate that died after its first
+images would be judged by those alone. A trial that was recorded counts as there, however it ended,
+since the failures dimension judges how it ended; under a policy without that dimension nothing else
+would, and then only what was made counts. What ran in another environment is missing: figures from
+unlike environments are never pooled.
+
+Beside the verdicts stand the pairs that lost most, which a person looks at when a gate fails.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +20,124 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sd35bench.errors import ConfigError
-from sd35bench.gate.coverage import judge_coverage
-from sd35bench.gate.dimensions import Distances, Figure, figures, start_drifts
+from sd35bench.gate.dimensions import Distances, figures, start_drifts
+from sd35bench.gate.figure import Figure
 from sd35bench.gate.policy import Dimension, Policy
 from sd35bench.gate.sides import Side, match_pairs, match_sides
-from sd35bench.gate.worst import worst_pairs
-from sd35bench.stats.verdicts import Judgement, Verdict, decide, holm, judge, worst
+from sd35bench.stats.verdicts import Direction, Judgement, Verdict, decide, holm, judge, worst
 
-__all__ = ["compare_sides", "gate_fails"]
+_ROUNDING = 1e-9
+"""A share such as 7/10 is below the 0.7 of a policy in the last digit."""
+
+
+def count_covered(baseline: Side, candidate: Side, policy: Policy) -> tuple[int, int]:
+    """How many of the baseline's pairs the candidate has, and how many there are to have."""
+    pairs, made = (_recorded(side, policy) for side in (baseline, candidate))
+    asked = np.union1d(pairs, baseline.elsewhere)
+    return len(np.intersect1d(asked, made)), len(asked)
+
+
+def judge_coverage(
+    matches: Sequence[tuple[Side, Side]], alone: Sequence[Side], policy: Policy
+) -> dict[str, Any]:
+    """Hold each setting's share of pairs, and the share of settings, against the policy's.
+
+    Args:
+        matches: settings of the baseline and of the candidate that belong together.
+        alone: settings of the baseline for which the candidate has none.
+        policy: says which share must be there.
+
+    Returns: ``{"verdict", "reason", "share", "required"}``; `share` is the least one.
+    """
+    settings = len({id(a) for a, _ in matches})
+    counts = [(b.title, *count_covered(a, b, policy)) for a, b in matches]
+    shares = [n / total if total else 1.0 for _, n, total in counts]
+    shares.append(settings / (settings + len(alone)))
+    least = min(shares)
+    lacks = [
+        f"{title}: {n} of {total} pairs"
+        for (title, n, total), share in zip(counts, shares, strict=False)
+        if share < 1.0
+    ]
+    lacks += [f"{side.title}: no such setting" for side in alone]
+    passes = least >= policy.coverage - _ROUNDING
+    reason = "everything that the baseline recorded is there"
+    if lacks:
+        kept = "recorded" if "failures" in policy.dimensions else "made"
+        reason = f"of the baseline's, the candidate {kept} {'; '.join(lacks)}"
+    if not passes:
+        reason += (
+            f" (coverage {least:.3g}, the policy asks for {policy.coverage:g}): run the candidate"
+            " on the baseline's settings, prompts and seeds, to its end and in one environment,"
+            " or set the policy's coverage where fewer are meant"
+        )
+    return {
+        "verdict": Verdict.PASS if passes else Verdict.FAIL,
+        "reason": reason,
+        "share": least,
+        "required": policy.coverage,
+    }
+
+
+def _recorded(side: Side, policy: Policy) -> NDArray[np.uint64]:
+    """Pairs that count as there; one that failed at any batch size has failed."""
+    if "failures" in policy.dimensions:
+        return np.unique(side.pairs)
+    return np.setdiff1d(side.pairs, side.pairs[side.failed])
+
+
+SHOWN = 12
+
+
+def worst_pairs(a: Side, b: Side, policy: Policy, distances: Distances) -> list[dict[str, Any]]:
+    """Rank pairs with two images by what they lost, the worst first, at most 12.
+
+    By drift where the policy judges it, else by its first metric that both sides have; pairs that
+    lost nothing are not among them.
+
+    Returns: ``{"by", "value", "baseline_image", "candidate_image"}`` each; `value` is the effect.
+    """
+    there = tuple(np.array([image is not None for image in s.images], bool) for s in (a, b))
+    matched = match_pairs(a, b, (there[0], there[1]))
+    found: tuple[str, NDArray[np.float64], NDArray[np.float64]] | None = None
+    if len(matched.clusters):
+        if "drift" in policy.dimensions:
+            levels = distances(a, b, matched)
+            found = None if isinstance(levels, str) else ("mean_abs", levels, levels)
+        if found is None and "quality" in policy.dimensions:
+            found = _by_metric(a, b, policy, matched.baseline, matched.candidate)
+    if found is None:
+        return []
+    by, effect, harm = found
+    lost = np.flatnonzero(np.nan_to_num(harm, nan=0.0) > 0.0)
+    order = lost[np.argsort(-harm[lost], kind="stable")][:SHOWN]
+    return [
+        {
+            "by": by,
+            "value": float(effect[i]),
+            "baseline_image": a.images[matched.baseline[i]],
+            "candidate_image": b.images[matched.candidate[i]],
+        }
+        for i in order
+    ]
+
+
+def _by_metric(
+    a: Side, b: Side, policy: Policy, mine: NDArray[np.int64], theirs: NDArray[np.int64]
+) -> tuple[str, NDArray[np.float64], NDArray[np.float64]] | None:
+    """The first metric of both sides: its name, effects and harms [n]."""
+    wanted = policy.dimensions["quality"]
+    for name in sorted(set(a.metrics) & set(b.metrics), reverse=True):
+        margin = wanted.margin(name)
+        if margin is not None:
+            effect = b.metrics[name][theirs] - a.metrics[name][mine]
+            harms = {Direction.LESS: -effect, Direction.MORE: effect}
+            return name, effect, harms.get(margin.direction, np.abs(effect))
+    return None
+
 
 _QUIET = frozenset({"setting", "commit", "dirty", "target_latency_s"})
 _ENVIRONMENT_QUIET = frozenset({"hostname", "pid", "boot_id"})

@@ -20,8 +20,6 @@ from sd35bench.errors import ConfigError
 from sd35bench.stats.latency import Spread
 from sd35bench.stats.verdicts import Direction
 
-__all__ = ["DIMENSIONS", "Dimension", "MetricMargin", "Policy", "as_policy", "load_policy"]
-
 DIMENSIONS = ("latency", "memory", "failures", "quality", "drift")
 _MARGINS = {
     "latency": ("p50", "p95"),

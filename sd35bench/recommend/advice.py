@@ -3,25 +3,94 @@
 The choice is made on the prompts of every split but the held-out one. Whether it holds on that one
 is found out afterwards, from the chosen setting and what it was held against alone: each entry has
 a `confirmation`, and ``confirmed`` is true only where all of them say so.
+
+The commands for the missing held-out images make the chosen setting, the one that it has to stand
+against, and the named defaults that the study has. How many prompts is decided from the choice's
+own spread, never from what held-out images say, so that nobody stops when the answer pleases.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_family
+from sd35bench.analysis.pairs import Candidate, Comparison, candidates, compare, pick_family
+from sd35bench.analysis.settings import HELD_OUT, is_hosted
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.errors import ConfigError
-from sd35bench.recommend.choice import Choice, Speeds, choose, speeds
+from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.confirm import Parted, part_rows, read_held_out
 from sd35bench.recommend.entry import Claim, Entry, setting_of
-from sd35bench.recommend.held_out_runs import add_run, confirming_runs, runs_document
 from sd35bench.recommend.named_defaults import check_name, find_default
-from sd35bench.recommend.pareto import Front, front_of
+from sd35bench.recommend.pareto import Front, Speeds, front_of, speeds
 from sd35bench.recommend.profiles import BEST, Profile, as_profiles
+from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command
 from sd35bench.stats.verdicts import holm
-from sd35bench.types import Task
+from sd35bench.types import Record, Task
 
-__all__ = ["recommend_document"]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Held-out images of one setting: on how many prompts they are wanted, and are there."""
+
+    candidate: Candidate
+    task: Task
+    study: str
+    results_dir: str | None
+    prompts: int
+    there: int
+
+    @property
+    def records(self) -> list[Record]:
+        """The records of the choice that the held-out ones are to be like."""
+        return self.candidate.row.quality_records()
+
+
+def confirming_runs(found: Entry, task: Task, planned: Mapping[str, int]) -> list[Run]:
+    """What the confirmation of one choice needs; `planned` counts prompts run, by setting."""
+    if found.against is None:
+        return []
+    indices = dict.fromkeys([found.choice.chosen, found.against, *found.default_indices(task)])
+    candidates = [found.comparison.candidates[i] for i in indices]
+    return [
+        Run(
+            candidate=c,
+            task=task,
+            study=found.study.name,
+            results_dir=results_dir_of(found.study.path),
+            prompts=found.wanted,
+            there=planned.get(c.row.setting["setting"], 0),
+        )
+        for c in candidates
+    ]
+
+
+def add_run(runs: dict[str, Run], run: Run) -> None:
+    """Add a run to those by setting; the larger of two numbers of prompts counts."""
+    key = run.candidate.row.setting["setting"]
+    known = runs.get(key)
+    runs[key] = run if known is None else replace(run, prompts=max(run.prompts, known.prompts))
+
+
+def runs_document(runs: Iterable[Run]) -> dict[str, Any]:
+    """Return ``{"commands", "images"}``: what is missing still, each with its command."""
+    missing = [run for run in runs if run.there < run.prompts]
+    commands = [_document(run) for run in missing]
+    return {"commands": commands, "images": sum(c["images"] for c in commands)}
+
+
+def _document(run: Run) -> dict[str, Any]:
+    records = run.records
+    asked = Elsewhere(split=HELD_OUT, limit=run.prompts, results_dir=run.results_dir)
+    return {
+        "task": run.task.value,
+        "setting": setting_of(run.candidate.row),
+        "prompts": run.prompts,
+        "there": run.there,
+        "images": (run.prompts - run.there) * len({r.trial.request.seed for r in records}),
+        "hosted": is_hosted(records[0].trial.load),
+        "command": run_command(records, run.study, asked),
+    }
+
 
 _NOTHING: dict[str, Any] = {
     "setting": None,

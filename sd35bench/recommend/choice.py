@@ -16,13 +16,10 @@ from math import exp
 from typing import Any
 
 from sd35bench.analysis.pairs import Comparison
-from sd35bench.recommend.constraints import Limits, Speeds, amount, check_limits, speeds
-from sd35bench.recommend.pareto import SAME_COST
+from sd35bench.recommend.pareto import SAME_COST, Limits, Speeds, amount, check_limits
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import TAIL, Tested, against_all, images_between
-
-__all__ = ["Choice", "Speeds", "choose", "speeds"]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -28,19 +28,6 @@ from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import images_between, prompts_needed, spread
 from sd35bench.types import Record, Status, Task
 
-__all__ = [
-    "HELD_OUT",
-    "MOST_TIMES",
-    "HeldOut",
-    "Parted",
-    "most_prompts",
-    "part_rows",
-    "prompts_run",
-    "prompts_to_confirm",
-    "prompts_wanted",
-    "read_held_out",
-]
-
 MOST_TIMES = 2
 """A confirmation asks for at most so many times the prompts of the choice."""
 _SET_SIZES = {"nano": 400, "starter.txt": 14}

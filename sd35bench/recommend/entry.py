@@ -10,10 +10,8 @@ from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.summary import latency_summary
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.fields import SETTING, describe
-from sd35bench.recommend.api_body import api_body
-from sd35bench.recommend.choice import Choice, Speeds
+from sd35bench.recommend.choice import Choice
 from sd35bench.recommend.confirm import HeldOut, prompts_wanted
-from sd35bench.recommend.constraints import peak_bytes, usd
 from sd35bench.recommend.named_defaults import (
     NAMED,
     PRESET,
@@ -23,9 +21,9 @@ from sd35bench.recommend.named_defaults import (
     records_with,
     verdict_beside,
 )
-from sd35bench.recommend.pareto import RESAMPLES, Front
+from sd35bench.recommend.pareto import RESAMPLES, Front, Speeds, peak_bytes, usd
 from sd35bench.recommend.profiles import Profile
-from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command, snippet
+from sd35bench.recommend.reproduce import Elsewhere, api_body, results_dir_of, run_command, snippet
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import POWER, TAIL, p_within
 from sd35bench.types import Task

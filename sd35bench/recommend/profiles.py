@@ -14,8 +14,6 @@ import yaml
 
 from sd35bench.errors import ConfigError
 
-__all__ = ["BEST", "OBJECTIVES", "Profile", "as_profiles", "load_profile", "load_profiles"]
-
 OBJECTIVES = ("fastest", "best-quality")
 """The fastest setting that is shown to be as good within the margin, or the best quality."""
 

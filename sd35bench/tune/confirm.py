@@ -13,6 +13,7 @@ from typing import Any
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
 from sd35bench.analysis.settings import setting_key
 from sd35bench.analysis.table import Row, read_table
+from sd35bench.recommend.advice import Run, runs_document
 from sd35bench.recommend.confirm import (
     most_prompts,
     part_rows,
@@ -21,7 +22,6 @@ from sd35bench.recommend.confirm import (
     read_held_out,
 )
 from sd35bench.recommend.entry import confirmation_text, setting_of
-from sd35bench.recommend.held_out_runs import Run, runs_document
 from sd35bench.recommend.profiles import Profile
 from sd35bench.recommend.reproduce import results_dir_of
 from sd35bench.store import Study

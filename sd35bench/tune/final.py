@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sd35bench.analysis.pairs import Candidate, Comparison
-from sd35bench.recommend.choice import Choice, Speeds, choose
+from sd35bench.recommend.choice import Choice, choose
+from sd35bench.recommend.pareto import Speeds
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.clustered import quantile_t
 from sd35bench.tune.race import SAME_SPEED

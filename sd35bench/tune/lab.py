@@ -23,7 +23,7 @@ from sd35bench.errors import ConfigError, StudyLocked
 from sd35bench.guidance import acting_steps
 from sd35bench.plan import AxisValue, Batch, Plan, Sweep, expand
 from sd35bench.prompts import PromptItem
-from sd35bench.recommend.constraints import peak_bytes
+from sd35bench.recommend.pareto import peak_bytes
 from sd35bench.recommend.profiles import Profile
 from sd35bench.store import Study
 from sd35bench.tune.race import Evidence

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sd35bench.analysis.quality import Reference, write_reference
+from sd35bench.analysis.reference import Reference, write_reference
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import GUARD
 from sd35bench.stats.frechet import fit, frechet_distance

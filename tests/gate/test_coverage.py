@@ -10,8 +10,7 @@ import pytest
 from sd35bench.analysis.quality import known_metrics
 from sd35bench.errors import ConfigError
 from sd35bench.gate.baseline import baseline_text, read_baseline
-from sd35bench.gate.coverage import count_covered
-from sd35bench.gate.judge import compare_sides, gate_fails
+from sd35bench.gate.judge import compare_sides, count_covered, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import read_sides
 from sd35bench.metrics.base import METRICS

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from sd35bench.analysis.pairs import Candidate, Comparison
 from sd35bench.analysis.settings import PairKey, pair_key, setting_fields
 from sd35bench.analysis.table import Row, Table
-from sd35bench.recommend.choice import Choice, choose, speeds
+from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.confirm import HeldOut
 from sd35bench.recommend.entry import Entry
-from sd35bench.recommend.pareto import Front
+from sd35bench.recommend.pareto import Front, speeds
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.verdicts import holm
 from sd35bench.types import Record, SkipLayerGuidance, Task

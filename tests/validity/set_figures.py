@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.disk import write_atomic
-from sd35bench.gate.set_differences import LEAST_PROMPTS
+from sd35bench.gate.set_figures import LEAST_PROMPTS
 from sd35bench.stats.clustered import mean_bounds
 from sd35bench.stats.frechet import Gaussian, fit, frechet_difference, frechet_distance
 from sd35bench.stats.intervals import Interval
