@@ -14,8 +14,8 @@ Source: Bińkowski et al. 2018 (arXiv 1801.01401).
 from typing import Any
 
 from sd35bench.errors import ConfigError
-from sd35bench.metrics.extractors import Backbone, ClipExtractor, choose_extractor
-from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
+from sd35bench.metrics.extractors import ClipExtractor
+from sd35bench.metrics.reference import ReferencedMetric
 
 MIN_IMAGES = 64
 """Fewest images: with as many prompts the interval held what it says (tests, on Gaussians); with 32
@@ -46,37 +46,23 @@ class Kid(ReferencedMetric):
 def load(
     name: str,
     *,
-    extractor: str | None = None,
-    reference: str = PROMPTS,
-    model: str | None = None,
-    pretrained: str | None = None,
-    weights: str | None = None,
-    min_images: int | None = None,
     subset_size: int | None = None,
     subsets: int = 100,
     subset_seed: int = 0,
+    **options: Any,
 ) -> Kid:
     """Load `kid`, `kid_inception`, `kid_nano` or `kid_<clip model>_<pretrained>`.
 
     Args:
         name: the metric's name; the bare family is Inception.
-        extractor: instead of the name's: ``inception``, ``nano``, ``clip`` (with `model`) or
-            ``dinov2``.
-        reference: ``prompts``, a folder of images, or an .npz of `sd35bench reference make`.
-        model: for ``clip``: an open_clip model; for ``dinov2``: a Hub id; or ``local-dir:PATH``.
-        pretrained: its pretrained tag or checkpoint path.
-        weights: for ``inception``: its checkpoint's path.
-        min_images: fewest images for a value instead of 64.
         subset_size: images a subset; ``None`` uses all pairs at once.
         subsets: how many.
         subset_seed: of their draws.
+        options: what `ReferencedMetric.load` takes.
 
     Raises: ConfigError for a reference that is not there, or subsets that cannot be.
     """
-    label = name.removeprefix("kid").removeprefix("_")
-    backbone = Backbone(extractor, model, pretrained, weights)
-    chosen = choose_extractor(label if label else "inception", backbone)
-    metric = Kid(*chosen, reference, min_images)
+    metric = Kid.load(name, **options)
     if subset_size is not None:
         for option, value, least in (("subset_size", subset_size, 2), ("subsets", subsets, 1)):
             if value < least:

@@ -11,9 +11,8 @@ Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991).
 from typing import Any
 
 from sd35bench.errors import ConfigError
-from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.kid import MIN_IMAGES
-from sd35bench.metrics.reference import PROMPTS, ReferencedMetric
+from sd35bench.metrics.reference import ReferencedMetric
 from sd35bench.stats.neighbours import NEIGHBOURS
 
 
@@ -44,37 +43,18 @@ class Recall(_Manifold):
     statistic = "recall"
 
 
-def load(
-    name: str,
-    *,
-    extractor: str | None = None,
-    reference: str = PROMPTS,
-    model: str | None = None,
-    pretrained: str | None = None,
-    weights: str | None = None,
-    min_images: int | None = None,
-    k: int = NEIGHBOURS,
-) -> Precision | Recall:
+def load(name: str, *, k: int = NEIGHBOURS, **options: Any) -> Precision | Recall:
     """Load `precision` or `recall`, or either with an extractor: `precision_nano` and so on.
 
     Args:
         name: the metric's name; the bare families are Inception.
-        extractor: instead of the name's: ``inception``, ``nano``, ``clip`` (with `model`) or
-            ``dinov2``.
-        reference: ``prompts``, a folder of images, or an .npz of `sd35bench reference make`.
-        model: for ``clip``: an open_clip model; for ``dinov2``: a Hub id; or ``local-dir:PATH``.
-        pretrained: its pretrained tag or checkpoint path.
-        weights: for ``inception``: its checkpoint's path.
-        min_images: fewest images for a value instead of 64.
         k: neighbours, at least 1.
+        options: what `ReferencedMetric.load` takes.
 
     Raises: ConfigError for a reference that is not there, or a `k` that cannot be.
     """
     kind = Precision if name.startswith("precision") else Recall
-    label = name.removeprefix(kind.family).removeprefix("_")
-    backbone = Backbone(extractor, model, pretrained, weights)
-    chosen = choose_extractor(label if label else "inception", backbone)
-    metric = kind(*chosen, reference, min_images)
+    metric = kind.load(name, **options)
     if not 1 <= k < metric.min_images // 2:
         raise ConfigError(
             f"metric.{kind.family}.k={k} must be from 1 to less than half of min_images"

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from sd35bench.analysis.reference import (
 )
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Extractor, Image, ReferenceData, SetMetric, is_nano
-from sd35bench.metrics.extractors import NanoEvaluator
+from sd35bench.metrics.extractors import Backbone, NanoEvaluator, choose_extractor
 from sd35bench.stats.frechet import Gaussian
 from sd35bench.store import decode_rgb
 from sd35bench.types import Record, Task, content_hash
@@ -46,6 +46,47 @@ class ReferencedMetric(SetMetric):
 
     tasks = frozenset({Task.TEXT_TO_IMAGE})
     family: str
+    default_extractor: str = "inception"
+    not_taken: frozenset[str] = frozenset()
+    """Options of `load` that have no meaning for this family."""
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        reference: str = PROMPTS,
+        min_images: int | None = None,
+        extractor: str | None = None,
+        model: str | None = None,
+        pretrained: str | None = None,
+        weights: str | None = None,
+    ) -> Self:
+        """Load the family on its default extractor, or `<family>_nano` and so on.
+
+        Args:
+            name: the metric's name, with the extractor's label behind the family.
+            reference: ``prompts``, a folder of images, or an .npz of `sd35bench reference make`;
+                a Fréchet distance also takes one of `mean`, `cov` and `n` alone.
+            min_images: fewest images for a value instead of the family's own.
+            extractor: instead of the name's: ``inception``, ``nano``, ``clip`` (with `model`) or
+                ``dinov2``.
+            model: for ``clip``: an open_clip model; for ``dinov2``: a Hub id; or
+                ``local-dir:PATH``.
+            pretrained: its pretrained tag or checkpoint path.
+            weights: for ``inception``: its checkpoint's path.
+
+        Raises: ConfigError for a reference that is not there or an option that is not taken,
+        MetricError for an unknown backbone.
+        """
+        given = {"min_images": min_images, "extractor": extractor, "weights": weights}
+        for option in sorted(cls.not_taken):
+            if given[option] is not None:
+                raise ConfigError(f"metric.{cls.family}.{option}: this metric has no such option")
+        label = name.removeprefix(cls.family).removeprefix("_")
+        backbone = Backbone(extractor, model, pretrained, weights)
+        chosen = choose_extractor(label if label else cls.default_extractor, backbone)
+        return cls(*chosen, reference, min_images)
 
     def __init__(
         self,

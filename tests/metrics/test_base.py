@@ -19,6 +19,7 @@ from sd35bench.metrics.base import (
     load_metric,
     require_uint8_rgb,
 )
+from sd35bench.metrics.reference import ReferencedMetric
 from sd35bench.metrics.selection import ON_FEATURES
 from sd35bench.types import Task
 from tests.analysis.synthetic import LOAD, record
@@ -41,7 +42,12 @@ def test_metric_contract(family):
 def test_metric_yaml_names_the_options_that_load_takes(family):
     conf = yaml.safe_load((CONFIGS / f"{family}.yaml").read_text())
     function = importlib.import_module(METRICS[family].split(":")[0]).load
-    taken = set(inspect.signature(function).parameters) - {"name"}
+    own = inspect.signature(function).parameters
+    taken = {name for name, p in own.items() if p.kind is not p.VAR_KEYWORD} - {"name"}
+    if any(p.kind is p.VAR_KEYWORD for p in own.values()):
+        taken |= inspect.signature(ReferencedMetric.load).parameters.keys() - {"name"}
+    metric = load_metric(f"{family}_nano" if family in ON_FEATURES else family)
+    taken -= getattr(metric, "not_taken", frozenset())
     assert set(conf.get("options", {})) == set(conf.get("allowed", {})) == taken
 
 
