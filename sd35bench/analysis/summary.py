@@ -35,13 +35,12 @@ from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Record, Session, Status
 
 
-def show_document(study: Any) -> dict[str, Any]:
-    """Summarise a study (`sd35bench.store.Study`) as `show --json` prints it."""
-    return summarise(study, read_table(study))
+def show_document(study: Any, table: Table | None = None) -> dict[str, Any]:
+    """Summarise a study (`sd35bench.store.Study`) as `show --json` prints it.
 
-
-def summarise(study: Any, table: Table) -> dict[str, Any]:
-    """Summarise a table that was read already."""
+    `table` is the study's, where it was read already.
+    """
+    table = read_table(study) if table is None else table
     kept, held_out = part_held_out(table.rows)
     table = replace(table, rows=kept)
     notes = [_apart(held_out)] if held_out else []

@@ -121,15 +121,17 @@ NOTES = {
 }
 
 
-def claims_document(study: Any, claims: tuple[Claim, ...] = CLAIMS) -> dict[str, Any]:
-    """Judge every claim on a study.
+def claims_document(
+    study: Any, claims: tuple[Claim, ...] = CLAIMS, table: Table | None = None
+) -> dict[str, Any]:
+    """Judge every claim on a study; `table` is the study's, where it was read already.
 
     Returns: ``{"study", "quality", "counts", "claims", "environments", "notes"}``. A claim has
     "name", "says", "design", "note", "verdict", "reason", "command", "more_images", "p_supported",
     "p_refuted" (after Holm), "contrasts", each with its effect, interval, threshold and n, and
     "deciding", the name of the one that the verdict hangs on; effects of unit "ratio" are ratios.
     """
-    table = read_table(study)
+    table = read_table(study) if table is None else table
     evidence = read_evidence(study, table, study.read_image)
     found = {claim.name: _measure(claim, evidence) for claim in claims}
     tested = {name: each for name, each in found.items() if isinstance(each, list)}
@@ -145,7 +147,7 @@ def claims_document(study: Any, claims: tuple[Claim, ...] = CLAIMS) -> dict[str,
     }
 
 
-def is_claims_study(study: Any) -> bool:
+def is_claims_study(study: Any, table: Table | None = None) -> bool:
     """Whether a study was made to test claims: cfg, steps and file formats were all swept for it.
 
     Cheap where it was not: other studies write one format.
@@ -154,7 +156,7 @@ def is_claims_study(study: Any) -> bool:
     if len(formats) < 3:
         return False
     claims = tuple(c for c in CLAIMS if c.name in ("cfg-start", "steps-previews", "output-format"))
-    verdicts = [entry["verdict"] for entry in claims_document(study, claims)["claims"]]
+    verdicts = [entry["verdict"] for entry in claims_document(study, claims, table)["claims"]]
     return Verdict.NOT_MEASURED.value not in verdicts
 
 

@@ -59,7 +59,6 @@ def recommend(given: Given) -> Answer:
     exit_code = 0
     if given.has("--run"):
         exit_code = run_confirming(document["confirm"]["commands"])
-        study = _open(given)
         score_missing(study)
         document = recommend_document(study, profiles)
     path = write_recommended(study, document)

@@ -105,9 +105,13 @@ _NOTHING: dict[str, Any] = {
 
 
 def recommend_document(
-    study: Any, profiles: Mapping[str, Profile | Mapping[str, Any]]
+    study: Any,
+    profiles: Mapping[str, Profile | Mapping[str, Any]],
+    table: Table | None = None,
 ) -> dict[str, Any]:
     """Recommend a setting of the study (`sd35bench.store.Study`) for each profile and task.
+
+    `table` is the study's, where it was read already.
 
     Returns: ``{"study", "confirmed", "confirmation", "prompts", "profiles": {name:
     {"text-to-image": entry or None, "image-to-image": entry or None}}, "confirm", "notes",
@@ -121,7 +125,7 @@ def recommend_document(
     Raises: ConfigError where neither task has two settings to compare, or for a bad profile.
     """
     checked = as_profiles(profiles)
-    table = read_table(study)
+    table = read_table(study) if table is None else table
     parted = part_rows(table.rows)
     tasks: dict[str, _Task] = {}
     notes = list(parted.notes)

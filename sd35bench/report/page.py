@@ -19,6 +19,8 @@ from markupsafe import Markup
 
 from sd35bench.analysis.settings import is_hosted
 from sd35bench.analysis.summary import show_document
+from sd35bench.analysis.table import Table as StudyTable
+from sd35bench.analysis.table import read_table
 from sd35bench.claims.verdicts import claims_document, is_claims_study
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
@@ -244,20 +246,23 @@ def write_report(study: Study, profiles: Mapping[str, Any] | None = None) -> Pat
 
     Raises: DiskFull, StoreError.
     """
-    show = show_document(study)
-    claims = claims_document(study) if is_claims_study(study) else None
-    document = build_document(study, show, _recommend(study, profiles), claims)
+    table = read_table(study)
+    show = show_document(study, table)
+    claims = claims_document(study, table=table) if is_claims_study(study, table) else None
+    document = build_document(study, show, _recommend(study, profiles, table), claims)
     path = study.path / "report.html"
     write_atomic(path, render_report(document).encode("utf-8", "replace"))
     return path
 
 
-def _recommend(study: Study, profiles: Mapping[str, Any] | None) -> dict[str, Any] | str | None:
+def _recommend(
+    study: Study, profiles: Mapping[str, Any] | None, table: StudyTable
+) -> dict[str, Any] | str | None:
     """The recommendation, or why there is none."""
     if profiles is None:
         return None
     try:
-        return recommend_document(study, profiles)
+        return recommend_document(study, profiles, table)
     except ConfigError as exc:
         return f"No recommendation: {exc}"
 
