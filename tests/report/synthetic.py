@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from sd35bench.analysis.summary import show_document
@@ -58,7 +59,9 @@ def draw(colour: str, clarity: float, seed: int) -> bytes:
     image = Image.new("RGB", (64, 64), (235, 235, 235))
     x, y = rng.randint(18, 46), rng.randint(18, 46)
     ImageDraw.Draw(image).ellipse((x - 14, y - 14, x + 14, y + 14), fill=COLOURS[colour])
-    noise = Image.effect_noise((64, 64), 120 * (1 - clarity)).convert("RGB")
+    # Pillow's own noise takes C's rand(): other pixels after each other test.
+    grey = np.random.default_rng(seed).normal(128, 120 * (1 - clarity), (64, 64))
+    noise = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
     buffer = io.BytesIO()
     Image.blend(image, noise, 0.6 * (1 - clarity)).save(buffer, "PNG")
     return buffer.getvalue()

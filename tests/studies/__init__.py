@@ -1,0 +1,1 @@
+"""Studies that tests read: builders, and one that old code wrote."""
