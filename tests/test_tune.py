@@ -195,7 +195,7 @@ def test_decide_takes_the_fastest_within_the_margin_and_says_when_more_would_cha
     wide, narrow = (Profile(name="p", margins={"prompt_accuracy": m}) for m in (0.3, 0.01))
     found = decision(seen, wide)
     assert (found.chosen, found.shown, settled(found, wide)) == (("fast",), True, True)
-    found = decision(seen, narrow, beaten=True)
+    found = decision(seen, narrow)
     assert (found.chosen, found.shown) == (("slow",), False)
     assert not settled(found, narrow), "the fast one might still be as good"
 
@@ -453,8 +453,8 @@ def test_judge_lets_an_unsure_latency_go_on():
     assert verdicts({("a",): unsure, ("b",): evidence(POOR, 0.1)}, profile=limited) == {}
 
 
-def test_decide_corrects_for_the_number_of_settings():
-    # 0.02 +- 0.05 worse, margin 0.08: shown (p 0.01) alone, but not as one of nine.
+def test_decide_is_not_changed_by_slower_settings_that_are_no_better():
+    # 0.02 +- 0.05 worse, margin 0.08: shown (p 0.01), and as one of nine too.
     best = np.full(64, 0.5)
     almost = best - 0.02 + 0.2 * np.tile([1.0, -1.0], 32)
     profile = Profile(name="p", margins={"prompt_accuracy": 0.08})
@@ -462,11 +462,11 @@ def test_decide_corrects_for_the_number_of_settings():
         ("best",): evidence(best.tolist(), 1.0),
         ("fast",): evidence(almost.tolist(), 0.1),
     }
-    assert decision(two, profile, beaten=True).chosen == ("fast",)
+    assert decision(two, profile).chosen == ("fast",)
     rest = {(str(i),): evidence(almost.tolist(), 0.5 + i / 20) for i in range(7)}
-    found = decision(two | rest, profile, beaten=True)
-    assert found.chosen == ("best",)
-    assert found.choice.tests[1].p < 0.025 < found.choice.tests[1].p_holm
+    found = decision(two | rest, profile)
+    assert found.chosen == ("fast",)
+    assert found.choice.tests[1].shown
 
 
 def test_tune_does_not_say_shown_while_one_that_left_early_may_be_better():

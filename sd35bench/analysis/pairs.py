@@ -100,6 +100,12 @@ class Comparison:
         ends = zip(found.value, found.low, found.high, strict=True)
         return [Interval(float(v), float(low), float(high), n, k) for v, low, high in ends]
 
+    @property
+    def largest_loss(self) -> float | None:
+        """The most that one pair can lose, where the metric is a share; ``None`` if unknown."""
+        span = _span(self.metric)
+        return None if span is None else span[1]
+
     def log_speed_ratio(self, index: int, base: int) -> Interval | None:
         """Mean paired log ratio of latencies, `index` over `base`; ``None`` without pairs."""
         a, b = self.candidates[index].latency_s, self.candidates[base].latency_s

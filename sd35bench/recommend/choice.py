@@ -1,25 +1,21 @@
 """One profile's choice among compared candidates, and why the others were not chosen.
 
-Within the profile's limits, *best* is the highest mean quality. A candidate is *as good* if it is
-shown (Holm over the candidates) to be within the margin of every other one, or of the named
-default that the profile holds it against. The objective "fastest" takes the fastest of those, and
-the reference itself is always allowed; where latencies cannot be told apart (2 % or the interval
-of the paired ratio), the better one. The objective "best-quality" takes the best.
-
-If no candidate is distinguishably worse than the best, the data do not decide: the fastest is
-chosen, which is said, with the number of images that would decide. That one looks at uncorrected
-intervals: any sign of a difference keeps the speed from deciding alone.
+`stats.decision` names the setting: the cheapest one that is shown to be within the margin, else the
+best-looking one (or the named default that the profile holds others against), which is then said to
+be provisional. Here a profile's limits are applied first, and the decision is put into words.
 """
 
 from dataclasses import dataclass, field
-from math import exp
 from typing import Any
 
+import numpy as np
+
 from sd35bench.analysis.pairs import Comparison
-from sd35bench.recommend.pareto import SAME_COST, Limits, Speeds, amount, check_limits
+from sd35bench.recommend.pareto import Limits, Speeds, amount, check_limits
 from sd35bench.recommend.profiles import Profile
+from sd35bench.stats.decision import LEVEL, Decision, Tested, decide
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.verdicts import TAIL, Tested, against_all, images_between
+from sd35bench.stats.verdicts import images_between
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,9 +24,12 @@ class Choice:
 
     `reference` is what "as good" is held against: the best, or a named default, which may be
     outside of the limits. `rival` is the best of the others within the limits: what the choice has
-    to stand against on other prompts. `differences` are paired differences from the reference,
-    `tests` those of non-inferiority, both of the candidates within the limits. `more` says which
-    question more images would decide, and how many; empty where none is open.
+    to stand against on other prompts. `differences` are paired differences from the reference of
+    the candidates within the limits, `tests` those of the candidates that were tested. `definitive`
+    says whether the answer is shown; else it is provisional. `expected_loss` is the mean shortfall
+    from the best within the limits, `unshown` the setting within the limits that the choice is not
+    shown to be as good as, with the difference from it. `more` says which question more images
+    would decide, and how many; empty where none is open.
     """
 
     chosen: int
@@ -40,8 +39,12 @@ class Choice:
     limits: Limits
     margin: float
     distinguishable: bool
+    definitive: bool
+    expected_loss: float
+    unshown: tuple[int, Interval] | None
     differences: dict[int, Interval]
     tests: dict[int, Tested]
+    front: list[int]
     verdicts: dict[int, str] = field(default_factory=dict)
     reason: str = ""
     more: dict[str, Any] = field(default_factory=dict)
@@ -56,14 +59,10 @@ def choose(
     speed: Speeds,
     profile: Profile,
     named: int | None = None,
-    *,
-    worse_elsewhere: bool = False,
 ) -> Choice | str:
     """Choose for a profile; a text says why nothing can be chosen.
 
     `named` is the candidate that is the profile's reference, where that is a named default.
-    `worse_elsewhere`: settings that are not compared here any more were found to be worse, so that
-    the data do tell settings apart, though perhaps not these.
     """
     limits = check_limits(comparison, speed, profile)
     if isinstance(limits, str):
@@ -72,31 +71,19 @@ def choose(
     if not feasible:
         return _nothing_feasible(speed, limits)
     margin = profile.margin(comparison.metric)
-    means = comparison.quality.mean(axis=1)
-    best = max(feasible, key=lambda i: (means[i], -speed.values[i]))
-    from_best = {i: comparison.differences(i) for i in feasible}
-    worse = [i for i in feasible if i != best and _high(from_best[i][best]) < 0.0]
-    decided = bool(worse) or worse_elsewhere or len(feasible) == 1
-    reference = best if named is None else named
-    rivals = feasible if named is None else [named]
-    pairwise = {i: {j: from_best[i][j] for j in rivals if j != i} for i in feasible}
-    choice = Choice(
-        chosen=best,
-        best=best,
-        reference=reference,
-        rival=None,
-        limits=limits,
-        margin=margin,
-        distinguishable=decided,
-        differences={i: from_best[i][reference] for i in feasible},
-        tests=against_all(feasible, pairwise, margin),
+    found = decide(
+        comparison.quality,
+        comparison.clusters,
+        np.array(speed.values),
+        margin,
+        span=comparison.largest_loss,
+        fastest=profile.objective == "fastest",
+        reference=named,
+        within=feasible,
     )
-    allowed = _allowed(choice, profile, feasible)
-    choice.chosen = _fastest(comparison, speed, allowed)
-    others = [i for i in feasible if i != choice.chosen]
-    choice.rival = max(others, key=lambda i: means[i], default=None)
-    choice.more = _open_question(choice, speed, from_best)
-    choice.reason = _reason(choice, comparison, profile)
+    choice = _choice(comparison, found, limits, margin, named, feasible)
+    choice.more = _open_question(choice, found)
+    choice.reason = _reason(choice, comparison, speed, profile)
     choice.verdicts = {
         i: limits.broken[i] if i in limits.broken else _verdict(choice, speed, i)
         for i in range(len(speed.values))
@@ -105,111 +92,123 @@ def choose(
     return choice
 
 
-def _allowed(choice: Choice, profile: Profile, feasible: list[int]) -> list[int]:
-    """The candidates that the objective leaves to speed."""
-    held_against_best = choice.reference == choice.best
-    if not choice.distinguishable and (held_against_best or choice.reference in feasible):
-        return feasible
-    if profile.objective == "best-quality":
-        return [choice.best]
-    shown = [i for i in feasible if choice.as_good(i)]
-    return shown if shown else [choice.best]
-
-
-def _fastest(comparison: Comparison, speed: Speeds, allowed: list[int]) -> int:
-    """The fastest of those allowed; of those no slower, the best."""
-    first = min(allowed, key=lambda i: speed.values[i])
-    tied = [i for i in allowed if i == first or _same_speed(comparison, speed, i, first)]
+def _choice(
+    comparison: Comparison,
+    found: Decision,
+    limits: Limits,
+    margin: float,
+    named: int | None,
+    feasible: list[int],
+) -> Choice:
     means = comparison.quality.mean(axis=1)
-    return max(tied, key=lambda i: (means[i], -speed.values[i]))
-
-
-def _same_speed(comparison: Comparison, speed: Speeds, i: int, first: int) -> bool:
-    if speed.values[i] <= speed.values[first] * (1.0 + SAME_COST):
-        return True
-    if speed.basis != "latency_s":
-        return False
-    ratio = comparison.log_speed_ratio(i, first)
-    if ratio is None or ratio.low is None:
-        return False
-    return ratio.low <= 0.0 or exp(ratio.value) <= 1.0 + SAME_COST
-
-
-def _open_question(
-    choice: Choice, speed: Speeds, pairwise: dict[int, list[Interval]]
-) -> dict[str, Any]:
-    """The question that fewest more images would decide, of those that matter to the choice.
-
-    Either a faster candidate is neither shown to be within the margin nor to be beyond it, or the
-    chosen one itself is not shown to be. Holm's next step asks for its share of the level.
-    """
-    left = sum(not t.shown for t in choice.tests.values())
-    tail = TAIL / max(1, left)
-    asked: list[tuple[int, int, Interval]] = []
-    for i, test in choice.tests.items():
-        faster = speed.values[i] < speed.values[choice.chosen]
-        if test.shown or not (faster or i == choice.chosen):
-            continue
-        if _high(pairwise[i][choice.reference]) > -choice.margin:
-            asked.append((i, test.rival, test.difference))
-    found = []
-    for i, rival, difference in asked:
-        needed = images_between(difference, choice.margin, tail)
-        if needed is not None:
-            found.append({"candidate": i, "against": rival, **needed})
-    if found:
-        return min(found, key=lambda f: f["prompts"])
-    if asked:
-        return {"candidate": asked[0][0], "against": asked[0][1], "prompts": None, "images": None}
-    return {}
-
-
-def _verdict(choice: Choice, speed: Speeds, i: int) -> str:
-    difference = choice.differences[i]
-    what = "the best" if choice.reference == choice.best else "the named default"
-    if choice.distinguishable and not choice.as_good(i):
-        if _high(difference) < -choice.margin:
-            return f"worse than {what} by more than the margin"
-        if _high(difference) < 0.0:
-            return f"worse than {what}; not shown to be within the margin"
-        if i != choice.best:
-            return f"not shown to be within the margin of {what}"
-    if speed.values[i] > speed.values[choice.chosen] * (1.0 + SAME_COST):
-        if i == choice.best:
-            return "the best mean quality, but slower"
-        return "as good within the margin, but slower" if choice.as_good(i) else "slower"
-    if speed.values[i] < speed.values[choice.chosen] * (1.0 - SAME_COST):
-        return "faster, with lower mean quality"
-    return "as fast, with lower mean quality"
-
-
-def _reason(choice: Choice, comparison: Comparison, profile: Profile) -> str:
-    n, feasible = comparison.quality.shape[1], len(choice.differences)
-    if not choice.distinguishable:
-        return (
-            f"not distinguishable with n={n} pairs: none of the {feasible} settings is shown to be"
-            " worse than the best; chosen because fastest"
-        )
-    if feasible == 1:
-        return "the only setting within the limits"
-    what = "the best" if choice.reference == choice.best else profile.reference
-    if profile.objective == "best-quality":
-        alike = sum(_high(d) >= 0.0 for d in choice.differences.values()) - 1
-        told = f"; {alike} others cannot be told apart from it with n={n} pairs" if alike else ""
-        return f"the best quality within the limits{told}"
-    if choice.chosen == choice.reference:
-        within = " within the limits" if choice.limits.broken and what == "the best" else ""
-        return f"{_first(what)} quality{within}; no faster setting is shown to be within the margin"
-    if not choice.as_good(choice.chosen):
-        return f"the best within the limits; none is shown to be within the margin of {what}"
-    return (
-        f"the fastest whose quality is shown to be within {choice.margin:g} of {what}"
-        f" (Holm over {len(choice.tests)} candidates, one-sided 2.5 %, n={n} pairs)"
+    reference = found.best if named is None else named
+    from_best = {i: comparison.differences(i)[found.best] for i in feasible}
+    others = [i for i in feasible if i != found.chosen]
+    return Choice(
+        chosen=found.chosen,
+        best=found.best,
+        reference=reference,
+        rival=max(others, key=lambda i: means[i], default=None),
+        limits=limits,
+        margin=margin,
+        distinguishable=len(feasible) == 1 or any(_high(d) < 0.0 for d in from_best.values()),
+        definitive=found.definitive,
+        expected_loss=found.expected_loss,
+        unshown=None
+        if found.against is None
+        else (found.against, comparison.differences(found.chosen)[found.against]),
+        differences={i: comparison.differences(i)[reference] for i in feasible},
+        tests=found.tests,
+        front=found.front,
     )
 
 
-def _first(what: str) -> str:
-    return "the best" if what == "the best" else f"{what}'s"
+def _open_question(choice: Choice, found: Decision) -> dict[str, Any]:
+    """What is open first: whether the choice is as good as it has to be, or the next cheaper one.
+
+    Empty where the choice is shown and every cheaper setting is shown to be beyond the margin.
+    """
+    if choice.unshown is not None:
+        difference = choice.unshown[1]
+        return _needed(choice.chosen, choice.unshown[0], difference, choice.margin)
+    start = found.walk.index(choice.chosen) + 1 if choice.chosen in found.walk else 0
+    for i in found.walk[start:]:
+        test = found.tests[i]
+        if not test.shown and not test.beyond:
+            return _needed(i, test.rival, test.difference, choice.margin)
+    return {}
+
+
+def _needed(i: int, rival: int, difference: Interval, margin: float) -> dict[str, Any]:
+    numbers = images_between(difference, margin, LEVEL)
+    return {
+        "candidate": i,
+        "against": rival,
+        **({"prompts": None, "images": None} if numbers is None else numbers),
+    }
+
+
+def _verdict(choice: Choice, speed: Speeds, i: int) -> str:
+    what = "the best" if choice.reference == choice.best else "the named default"
+    test = choice.tests.get(i)
+    if i not in choice.front:
+        return "slower or as slow, with no better quality than another"
+    if speed.values[i] > speed.values[choice.chosen]:
+        if i == choice.best:
+            return "the best mean quality, but slower"
+        return "as good within the margin, but slower" if choice.as_good(i) else "slower"
+    if test is not None and test.beyond:
+        return f"faster; worse than {what} by more than the margin"
+    return f"faster; not shown to be within the margin of {what}"
+
+
+def _reason(choice: Choice, comparison: Comparison, speed: Speeds, profile: Profile) -> str:
+    if len(choice.differences) == 1:
+        return "the only setting within the limits"
+    what = "the best" if choice.reference == choice.best else profile.reference
+    return _named_because(choice, comparison, speed, profile, what) + _provisional(choice, what)
+
+
+def _named_because(
+    choice: Choice, comparison: Comparison, speed: Speeds, profile: Profile, what: str
+) -> str:
+    """Why this setting, whether shown or not."""
+    n = comparison.quality.shape[1]
+    within = " within the limits" if choice.limits.broken else ""
+    if profile.objective == "best-quality":
+        return f"the best mean quality{within} (n={n} pairs)"
+    if choice.chosen in (choice.best, choice.reference):
+        name = (
+            f"{profile.reference}'s setting"
+            if choice.chosen != choice.best
+            else "the best mean quality"
+        )
+        return (
+            f"{name}{within}; no faster setting is shown to be within {choice.margin:g} of it"
+            f" (n={n} pairs)"
+        )
+    text = (
+        f"the fastest whose quality is shown to be within {choice.margin:g} of {what}"
+        f" (one-sided 5 %, tested from slow to fast, n={n} pairs)"
+    )
+    ratio = comparison.log_speed_ratio(choice.chosen, choice.reference)
+    if speed.basis == "latency_s" and (ratio is None or ratio.high is None or ratio.high >= 0.0):
+        text += "; that it is faster is not shown by the timed images"
+    return text
+
+
+def _provisional(choice: Choice, what: str) -> str:
+    """What keeps the answer from being definitive, or nothing."""
+    if choice.definitive:
+        return ""
+    if choice.unshown is not None:
+        return "; provisional: another setting may be better by more than the margin"
+    if choice.margin > 0.0 and choice.expected_loss > choice.margin:
+        return (
+            f"; provisional: the expected loss against the best is {choice.expected_loss:.2g},"
+            f" the margin {choice.margin:g}"
+        )
+    return f"; provisional: a faster setting may be within {choice.margin:g} of {what}"
 
 
 def _nothing_feasible(speed: Speeds, limits: Limits) -> str:

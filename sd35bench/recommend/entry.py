@@ -121,6 +121,8 @@ class Entry:
             "headline": self._headline(quality, latency),
             "reason": choice.reason,
             "distinguishable": choice.distinguishable,
+            "definitive": choice.definitive,
+            "expected_loss": choice.expected_loss,
             "objective": _objective(self.comparison.metric),
             "wanted": self.profile.objective,
             "reference": self.profile.reference,
@@ -285,7 +287,7 @@ class Entry:
         if test is None:
             return None
         rival = setting_of(self._row(test.rival))
-        found = {"shown": test.shown, "p": test.p, "p_holm": test.p_holm}
+        found = {"shown": test.shown, "p": test.p, "p_adjusted": test.p_adjusted}
         return {**found, "rival": rival, "difference": _interval(test.difference)}
 
     def _more(self) -> dict[str, Any] | None:
@@ -316,7 +318,11 @@ class Entry:
         figures = [f"{self.comparison.metric.replace('_', ' ')} {found}"]
         if latency["p50"] is not None:
             figures.append(f"{format_digits(latency['p50'])} s an image")
-        return f"{name} ({', '.join(figures)})"
+        more = self.choice.more
+        sure = "" if self.choice.definitive else ", provisional"
+        if sure and more and more["images"] is not None:
+            sure += f": about {more['images']} more images would decide"
+        return f"{name} ({', '.join(figures)}){sure}"
 
     def _beside(self, default: NamedDefault, p_holm: Mapping[Claim, float]) -> dict[str, Any]:
         """One named default beside the choice: in the study, or with the command that adds it."""

@@ -330,8 +330,8 @@ def _others(entry: Mapping[str, Any], form: str) -> Table:
             forms=(TERMINAL,),
         ),
         text_column(
-            "p (Holm)",
-            ("" if t is None else format_digits(t["p_holm"], 2) for t in tests),
+            "p (adjusted)",
+            ("" if t is None else format_digits(t["p_adjusted"], 2) for t in tests),
             forms=(MARKDOWN,),
         ),
         text_column("dominated", map(front_cell, others)),

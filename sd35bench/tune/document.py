@@ -114,13 +114,13 @@ def _test(space: Space, found: Outcome, final: Final) -> dict[str, Any] | None:
     """Whether the choice is shown to be as good, as in `recommend`'s document.
 
     `unshown` counts the settings that left the race early, of which that is not shown; `p` and
-    `p_holm` are about those left.
+    `p_adjusted` are about those left.
     """
     test = final.choice.tests.get(final.choice.chosen)
     if test is None:
         return None
     rival = space.named(final.points[test.rival])
-    said = {"shown": found.shown, "p": test.p, "p_holm": test.p_holm}
+    said = {"shown": found.shown, "p": test.p, "p_adjusted": test.p_adjusted}
     left_early = {"settings": len(final.choice.tests), "unshown": len(found.unshown)}
     ends = {"value": test.difference.value, "ci95": test.difference.ci95}
     return {**said, **left_early, "rival": rival, "difference": ends}

@@ -1,8 +1,8 @@
 """What is chosen of the settings that a race left: `recommend`'s own rule, on what they share.
 
-The choice is `recommend.choice.choose`'s, with all that a profile asks for. As good means shown to
-be within the margin of every rival left, or of the named default, corrected by Holm over those
-left. Where that is not shown, it is not said, and the best mean within the limits is chosen.
+The choice is `recommend.choice.choose`'s, with all that a profile asks for. A cheaper setting has
+to be shown to be within the margin of every rival left, or of the named default. Where none is
+shown, the best mean within the limits is chosen.
 """
 
 from collections.abc import Sequence
@@ -33,15 +33,11 @@ class Final:
 
     @property
     def shown(self) -> bool:
-        """Whether the chosen one is shown, Holm over those left, to be as good as it has to be.
+        """Whether the chosen one is shown to be as good as it has to be.
 
         Within the margin of every other one left, or of the named default that it may itself be.
         """
-        choice = self.choice
-        test = choice.tests.get(choice.chosen)
-        if test is None:  # alone, or itself what the others are held against
-            return len(self.points) > 1 and choice.chosen == choice.reference
-        return test.shown
+        return len(self.points) > 1 and self.choice.unshown is None
 
 
 def decide(
@@ -50,16 +46,15 @@ def decide(
     profile: Profile,
     *,
     reference: Point | None = None,
-    beaten: bool = False,
 ) -> Final | str:
     """Choose as `recommend` would; a text says why nothing can be chosen.
 
     `points` [S] are those of the comparison's candidates; a share of the slowest one's latency
-    must be seconds by now. `beaten`: others are known to be worse than one of these.
+    must be seconds by now.
     """
     speed = _speeds(comparison)
     named = None if reference is None else list(points).index(reference)
-    choice = choose(comparison, speed, profile, named, worse_elsewhere=beaten)
+    choice = choose(comparison, speed, profile, named)
     if isinstance(choice, str):
         return choice
     return Final(points=list(points), comparison=comparison, speed=speed, choice=choice)

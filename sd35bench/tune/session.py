@@ -314,7 +314,6 @@ class _Race:
             comparison,
             replace(self._profile, latency_limit_frac=None, latency_limit_s=limit),
             reference=self._reference,
-            beaten=any(o.kind not in (*OVER_LIMITS, "failed") for o in self._out.values()),
         )
 
     @property

@@ -18,6 +18,8 @@ from tests.validity.coverage import (
     quantile_table,
     ratio_table,
 )
+from tests.validity.decisions import decision_table
+from tests.validity.decisions import power_table as decision_power
 from tests.validity.drawn import BUSY_SHARE, BUSY_SHIFT, BUSY_STAY, FAILURES, MEANS, SEEDS, SHARES
 from tests.validity.kinds import FAILURE_KINDS, MEAN_KINDS, SHARE_KINDS
 from tests.validity.population import REFERENCE, population, population_table
@@ -42,6 +44,8 @@ def tables(seed: int) -> dict[str, Callable[[], Iterator[list[str]]]]:
         "population": lambda: population_table(seed),
         "alarms": lambda: alarm_table(seed),
         "power": lambda: power_table(seed),
+        "decisions": lambda: decision_table(seed),
+        "decided": lambda: decision_power(seed),
     }
 
 
@@ -79,6 +83,14 @@ def _introductions() -> dict[str, str]:
         "alarms": (
             "**A/A: false alarms** in 1,000 comparisons each. *At the margin*: every figure loses"
             " exactly what is allowed."
+        ),
+        "decisions": (
+            "**Which setting to name.** Two settings, the slow one right in 80 % of images, the"
+            " cheap one truly worse by more than the margin: how often `recommend` names the cheap"
+            " one, as shown or provisionally, and how often the rule before this one did."
+        ),
+        "decided": (
+            "**Equal quality:** in how many % of studies the cheap setting is named definitively."
         ),
         "power": (
             "**Power,** one figure, 400 comparisons each. Starts of a couple share the machine's"
