@@ -71,7 +71,7 @@ def _asked_device(load: Load, has_gpu: bool) -> str:
 
 def _ask_child(threads: int, device: str) -> dict[str, Any]:
     """Run the measurement in a process of its own; its JSON, or why there is none."""
-    command = [sys.executable, "-m", "sd35bench.machine"]
+    command = [sys.executable, "-P", "-m", "sd35bench.machine"]
     command += ["--threads", str(threads), "--device", device]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     try:

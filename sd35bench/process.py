@@ -49,7 +49,7 @@ class WorkerProcess:
         with theirs:
             handle = theirs.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sd35bench.worker", str(handle)],
+                [sys.executable, "-P", "-m", "sd35bench.worker", str(handle)],
                 pass_fds=[handle],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sd35bench.config.fields import FIELDS, nearest
 from sd35bench.config.files import config_dir
+from sd35bench.config.group_files import check_group_file
 from sd35bench.config.schema import register
 from sd35bench.errors import ConfigError
 
@@ -60,8 +61,15 @@ def hydra_session() -> Iterator[Any]:
 
 
 def search_path(extra: Path | None) -> list[str]:
-    """The override that adds the user's own YAML folder."""
-    return [] if extra is None else [f'hydra.searchpath=["file://{extra.resolve()}"]']
+    """The override that adds the user's own YAML folder, once it was looked at.
+
+    Raises: ConfigError, naming file and line, for what a group may not carry.
+    """
+    if extra is None:
+        return []
+    for path in sorted(extra.rglob("*.yaml")):
+        check_group_file(path, extra)
+    return [f'hydra.searchpath=["file://{extra.resolve()}"]']
 
 
 def _one_line(exc: BaseException) -> str:
