@@ -126,7 +126,8 @@ def main(handle: int) -> None:
     """Serve one parent until it says stop or goes away."""
     _die_with_parent()
     faulthandler.enable()  # a segmentation fault says where
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError), Connection(handle) as connection:
         _serve(connection)
 

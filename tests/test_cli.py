@@ -1,15 +1,19 @@
+import dataclasses
 import json
+import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import sd35bench.trials
-from sd35bench.cli import main
+from sd35bench.cli import VERBS, main
 from sd35bench.cli.run import RunTask
 from sd35bench.config import compose
 from sd35bench.errors import DiskFull, StoreError, StudyLocked, WorkerDied
@@ -261,6 +265,44 @@ def test_what_goes_wrong_while_running_has_its_exit_code(call, monkeypatch, erro
     found, document = call("run", *FAKE)
     assert found == code
     assert document["error"]["type"] == type(error).__name__
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+@pytest.mark.parametrize("verb", ["run", "tune", "score"])
+def test_sigterm_ends_a_verb_as_ctrl_c_does(call, monkeypatch, verb, handler):
+    def killed(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    commands = import_module(f"sd35bench.cli.{VERBS[verb][0]}").COMMANDS
+    monkeypatch.setitem(commands, verb, dataclasses.replace(commands[verb], call=killed))
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        code, document = call(verb, "study=t" if verb != "score" else "t")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, document["error"]["type"]) == (3, "KeyboardInterrupt")
+    assert "the same command goes on" in document["error"]["message"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_keeps_what_a_run_has_made(call):
+    command = [sys.executable, "-m", "sd35bench", "run", "backend=fake", "backend.delay_s=0.1"]
+    command += ["prompts.limit=40", "study=t", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        until = time.monotonic() + 120
+        while not (there := list(Path().glob("results/t/images/*/*"))):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        out, err = running.communicate()
+    assert running.returncode == 3, err
+    assert json.loads(out)["error"]["type"] == "KeyboardInterrupt"
+    assert b"Traceback" not in err
+    study = Study.open(Path("results"), "t")
+    made = [r.image for r in study.records()]
+    assert len(there) - 1 <= len(made) < 40
+    assert len(set(made)) == len(made)
 
 
 def test_a_real_lock_is_exit_code_3(call):

@@ -24,10 +24,9 @@ def starts() -> list[tuple[str, int, list[str]]]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.List | ast.Tuple) and node.elts:
-                if ast.unparse(node.elts[0]) == "sys.executable":
-                    words = [ast.unparse(word) for word in node.elts[1:]]
-                    found.append((path.name, node.lineno, words))
+            words = list(map(ast.unparse, node.elts)) if isinstance(node, ast.List) else []
+            if words[:1] == ["sys.executable"]:
+                found.append((path.name, node.lineno, words[1:]))
     return found
 
 

@@ -6,10 +6,13 @@ document goes to stdout and everything else to stderr.
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
@@ -68,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_version())
         return DONE
     try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        with quiet, _ended_as_by_ctrl_c():
             found = answer(arguments[0], arguments[1:], as_json)
     except SD35BenchError as exc:
         return _failed(exc, _exit_code(exc), as_json)
@@ -82,6 +86,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_json and found.document is not None:
         print(json.dumps(found.document, allow_nan=False))
     return found.exit_code
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end a verb as Ctrl-C does: Slurm, Docker and `timeout` send it.
+
+    It is turned into SIGINT, whose handler may be asyncio's; where SIGINT is ignored, as in a
+    shell's background jobs, it is raised here.
+    """
+
+    def end(_: int, __: FrameType | None) -> None:
+        if not callable(signal.getsignal(signal.SIGINT)):
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:

@@ -8,10 +8,13 @@ from tests.reliability.malformed import MALFORMED_REPLIES
 from tests.reliability.openapi import OPENAPI
 from tests.reliability.server_kills import SERVER_KILLS
 from tests.reliability.ssrf import SSRF
+from tests.reliability.strangers import STRANGERS
 
 __all__ = ["EXPERIMENTS", "named"]
 
-EXPERIMENTS = (CLIENT_KILLS, MALFORMED_REPLIES, SSRF, LIMITS, OPENAPI, SERVER_KILLS, LOAD)
+EXPERIMENTS = (
+    *(CLIENT_KILLS, MALFORMED_REPLIES, SSRF, LIMITS, OPENAPI, SERVER_KILLS, LOAD, STRANGERS),
+)
 
 
 def named(name: str) -> Experiment:

@@ -28,7 +28,7 @@ from sd35bench.server.settings import ServedModel
 from tests.reliability.answers import body_of, is_own_image
 from tests.reliability.experiment import Experiment, Figure
 
-__all__ = ["LOAD", "Heard", "slope_of"]
+__all__ = ["LOAD", "Heard", "serving", "slope_of"]
 
 CLIENTS = 200
 SPAN_S = 180.0
@@ -73,7 +73,7 @@ def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
     model = freeze_serve(compose_serve(overrides)).model
     heard = Heard()
     others = round(os.getloadavg()[0], 1)
-    with _served(folder, overrides) as (url, pid):
+    with serving(folder, overrides) as (url, pid):
         started = time.monotonic()
         sizes = asyncio.run(_all(url, count, span_s, model, heard, psutil.Process(pid)))
         wall_s = time.monotonic() - started
@@ -83,7 +83,7 @@ def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
 
 
 @contextlib.contextmanager
-def _served(folder: Path, overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
+def serving(folder: Path, overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "sd35bench", "serve", "--json", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(folder / "log", "wb") as log:

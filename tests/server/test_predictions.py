@@ -111,6 +111,24 @@ def test_balance_covers_what_was_made_and_what_is_open(store):
     assert store.get("me", "c").cost_usd is None
 
 
+def test_what_is_over_for_long_is_forgotten_but_not_what_it_cost(store):
+    bounds = Bounds(concurrency=None, balance_usd=0.12)
+    for name in ("made", "failed", "open"):
+        add(store, name, price=0.035, bounds=bounds)
+    store.take()
+    store.succeed("made", "/outputs/a", 0.1)
+    store.take()
+    store.fail("failed", "error", "why")
+    assert store.prune(3600) == 0
+    store._now.now += 3600
+    add(store, "new", price=0.035, bounds=bounds)
+    assert store.prune(3600) == 2
+    assert [p.id for p in store.listing("me", Query()).predictions] == ["new", "open"]
+    with pytest.raises(Refusal) as caught:  # 0.035 are spent, 0.07 are open
+        add(store, "more", price=0.035, bounds=bounds)
+    assert caught.value.status == 402
+
+
 def test_many_threads_cannot_pass_the_bound_together(store):
     bounds, refused = Bounds(concurrency=5, balance_usd=None), []
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
+
+from sd35bench.server.auth import make_key
 
 pytestmark = pytest.mark.model  # many processes
 ROOT = Path(__file__).parents[2]
@@ -37,6 +40,10 @@ class Served:
         self.said = json.loads(line)
         self.client = httpx2.Client(base_url=self.said["url"], timeout=WAIT_S, trust_env=False)
         return self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self.client.base_url.host, self.client.base_url.port or 80
 
     def create(self, number: int) -> str:
         body = {"model": "nano", "input": {"prompt": f"secret prompt {number}", "seed": number}}
@@ -129,6 +136,33 @@ def test_sigterm_while_loading_ends_it_quietly(tmp_path):
     assert server.end(signal.SIGTERM) == 0
     assert "Traceback" not in server.errors.read_text()
     server.process.stdout.close()
+
+
+def test_a_second_ctrl_c_ends_at_once_and_without_a_word(tmp_path):
+    slow = ("no_auth=true", "backend.delay_s=3")
+    with served(tmp_path, *slow) as server, socket.create_connection(server.address) as wire:
+        body = json.dumps({"model": "nano", "input": {"prompt": "x"}}).encode()
+        head = "POST /v1/prediction/run HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body) + 1}\r\n\r\n"
+        wire.sendall(head.encode() + body)  # one byte is missing: the request is never whole
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.end(signal.SIGINT) == 0
+        said = server.errors.read_text()
+    assert "CancelledError" not in said
+    assert "Traceback" not in said
+
+
+def test_sighup_reads_the_keys_again_and_ends_nothing(tmp_path):
+    key = make_key("a", tmp_path / "k.txt")
+    with served(tmp_path, "key_file=k.txt") as server:
+        (tmp_path / "k.txt").write_text("# nobody\n")
+        server.process.send_signal(signal.SIGHUP)
+        answer = server.client.get("/v1/model", headers={"X-API-Key": key})
+        assert answer.status_code == 401
+        assert server.end(signal.SIGTERM) == 0
+        assert "key file read again" in server.errors.read_text()
 
 
 def test_keys_are_in_no_log_and_no_file(tmp_path):

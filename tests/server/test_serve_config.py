@@ -47,6 +47,7 @@ def test_values_arrive(tmp_path):
         "usd_per_image=0.035",
         "balance_usd=1",
         "output_lifetime_s=60",
+        "keep_days=30",
         "deadline_s=5",
         "memory_limit_gb=2",
         "allow_loopback=true",
@@ -54,6 +55,7 @@ def test_values_arrive(tmp_path):
     assert (settings.port, settings.host, settings.state_dir) == (0, "localhost", tmp_path)
     assert (settings.requests_per_minute, settings.concurrency) == (None, 3)
     assert (settings.usd_per_image, settings.balance_usd) == (0.035, 1.0)
+    assert settings.keep_days == 30
     assert settings.limits.memory_limit_bytes == 2_000_000_000
     assert settings.allow_loopback
 
@@ -89,6 +91,7 @@ def test_model_without_ratios_has_its_own_size():
         (["concurrency=0"], "concurrency=0"),
         (["requests_per_minute=0"], "requests_per_minute=0"),
         (["output_lifetime_s=0"], "output_lifetime_s=0"),
+        (["keep_days=0"], "keep_days=0"),
         (["balance_usd=1"], "usd_per_image"),
         (["usd_per_image=-1"], "usd_per_image=-1"),
     ],
