@@ -2,15 +2,18 @@
 
 The server is `sd35bench serve` with a key file, a process of its own. Each load is held for some
 seconds by connections of another process, which opens a new one wherever one is closed. Meanwhile a
-client asks /healthz on a connection of its own, and the server's memory is read.
+client in a process of its own asks /healthz, and reads the server's memory.
 """
 
 import asyncio
 import contextlib
 import resource
+import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -121,7 +124,7 @@ def _figures(name: str, seen: Seen) -> list[Figure]:
 
 async def _hold(url: str, attack: Attack, count: int, scale: float, server: psutil.Process) -> Seen:
     parts = urlsplit(url)
-    host, port, seen = parts.hostname, parts.port, Seen()
+    host, port, seen = f"{parts.hostname}", parts.port or 80, Seen()
     until = time.monotonic() + max(3.0, SPAN_S * scale)
 
     async def stranger() -> None:
@@ -140,26 +143,34 @@ async def _hold(url: str, attack: Attack, count: int, scale: float, server: psut
                     writer.close()
             await asyncio.sleep(0.1)
 
-    async def client() -> None:
-        while time.monotonic() < until:
-            started = time.monotonic()
-            try:
-                reader, writer = await asyncio.open_connection(host, port)
-                writer.write(HEALTH)
-                async with asyncio.timeout(30):
-                    answer = await reader.read()
-                writer.close()
-            except (TimeoutError, OSError) as exc:
-                seen.failures.append(f"{type(exc).__name__}: {exc}")
-            else:
-                seen.health_s.append(time.monotonic() - started)
-                if not answer.startswith(b"HTTP/1.1 200"):
-                    seen.failures.append(answer[:60].decode("latin-1"))
-            seen.most_bytes = max(seen.most_bytes, server.memory_info().rss)
-            await asyncio.sleep(0.2)
-
-    await asyncio.gather(client(), *(stranger() for _ in range(count)))
+    client = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with client:
+        asked = client.submit(ask_health, host, port, server.pid, until)
+        await asyncio.gather(*(stranger() for _ in range(count)))
+        seen.health_s, seen.failures, seen.most_bytes = await asyncio.wrap_future(asked)
     return seen
+
+
+def ask_health(host: str, port: int, pid: int, until: float) -> tuple[list[float], list[str], int]:
+    """Ask /healthz on fresh connections, in a process that has nothing else to do."""
+    took: list[float] = []
+    failures: list[str] = []
+    most_bytes, server = 0, psutil.Process(pid)
+    while time.monotonic() < until:
+        started = time.monotonic()
+        try:
+            with socket.create_connection((host, port), timeout=30) as wire:
+                wire.sendall(HEALTH)
+                answer = b"".join(iter(lambda: wire.recv(65536), b""))
+        except OSError as exc:
+            failures.append(f"{type(exc).__name__}: {exc}")
+        else:
+            took.append(time.monotonic() - started)
+            if not answer.startswith(b"HTTP/1.1 200"):
+                failures.append(answer[:60].decode("latin-1"))
+        most_bytes = max(most_bytes, server.memory_info().rss)
+        time.sleep(0.2)
+    return took, failures, most_bytes
 
 
 STRANGERS = Experiment(
@@ -173,13 +184,12 @@ STRANGERS = Experiment(
         " asks /healthz five times a second on a connection of its own."
     ),
     fails_if=(
-        f"/healthz takes more than {MOST_HEALTH_S:g} s or is not answered 200, the server's resident"
-        f" set passes {MOST_MB:g} MB, or its log {MOST_LOG_MB:g} MB in all."
+        f"/healthz takes more than {MOST_HEALTH_S:g} s or is not answered 200, the server's"
+        f" resident set passes {MOST_MB:g} MB, or its log {MOST_LOG_MB:g} MB in all."
     ),
     shows_not=(
-        "Loads from many addresses that fill the network or the cores: a proxy in front has to"
-        " bound these. The client shares its process, and the machine's cores, with the load, so"
-        " its times are too long rather than too short."
+        "Loads that fill the network or the cores: a proxy in front has to bound these. The client"
+        " shares the machine's cores with the load, so its times are rather too long."
     ),
     run=run,
     parallel=False,
