@@ -32,6 +32,8 @@ SPARE_FILES = 256
 """File descriptors for everything that is not a connection."""
 BACKLOG = 64
 """The event loop accepts as many at once, before the oldest can be closed."""
+QUEUE = 1024
+"""The kernel keeps as many until then; one that it drops is tried again after 1 s, then 3 s."""
 NO_PLACE = "too many connections: try again"
 HEAD_S = 10.0
 MOST_HEAD_BYTES = 16 * 2**10

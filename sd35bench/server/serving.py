@@ -24,7 +24,7 @@ from sd35bench.disk import disk_errors, open_lock, try_flock
 from sd35bench.errors import ConfigError
 from sd35bench.server.app import create_app
 from sd35bench.server.auth import KeyRing
-from sd35bench.server.connection import BACKLOG, Connection, Door
+from sd35bench.server.connection import BACKLOG, QUEUE, Connection, Door
 from sd35bench.server.envelope import configure_logs, log
 from sd35bench.server.file_store import FileStore
 from sd35bench.server.generation import Generator, InitFiles
@@ -148,6 +148,8 @@ class Server(uvicorn.Server):
             await super().startup(sockets=sockets)
         except OSError as exc:
             raise ConfigError(f"the port cannot be listened on: {exc.strerror}") from exc
+        for each in sockets or []:
+            each.listen(QUEUE)
         self._loop = asyncio.get_running_loop()
         self._on_ready()
 

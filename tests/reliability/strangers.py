@@ -7,6 +7,7 @@ client in a process of its own asks /healthz, and reads the server's memory.
 
 import asyncio
 import contextlib
+import os
 import resource
 import socket
 import time
@@ -125,6 +126,8 @@ def _figures(name: str, seen: Seen) -> list[Figure]:
 async def _hold(url: str, attack: Attack, count: int, scale: float, server: psutil.Process) -> Seen:
     parts = urlsplit(url)
     host, port, seen = f"{parts.hostname}", parts.port or 80, Seen()
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    pool.submit(os.getpid).result()  # it is there before the load begins
     until = time.monotonic() + max(3.0, SPAN_S * scale)
 
     async def stranger() -> None:
@@ -143,9 +146,8 @@ async def _hold(url: str, attack: Attack, count: int, scale: float, server: psut
                     writer.close()
             await asyncio.sleep(0.1)
 
-    client = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    with client:
-        asked = client.submit(ask_health, host, port, server.pid, until)
+    with pool:
+        asked = pool.submit(ask_health, host, port, server.pid, until)
         await asyncio.gather(*(stranger() for _ in range(count)))
         seen.health_s, seen.failures, seen.most_bytes = await asyncio.wrap_future(asked)
     return seen
