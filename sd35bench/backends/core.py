@@ -6,6 +6,7 @@ that the eager backend can do. Which executor runs a step is asked for and prove
 be had is refused, never replaced.
 """
 
+import contextlib
 import gc
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -56,10 +57,19 @@ class CoreBackend(DiffusersBackend):
     Options: `dtype` (fp32, bf16), `device`, `executor` (auto: the fastest for the device), `vae`
     (memory layout of the decoder; auto: the faster by timing), `text_cache` (negative: only
     negative prompts are kept, so that an image's time is that of a new prompt; all: prompts too).
+    Lossy, off by default: `guidance_interval` (LO-HI: fractions of the steps between which guidance
+    acts), `step_cache` (N: of N steps one is evaluated, the others are predicted).
     """
 
     options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
-        {**DiffusersBackend.options, "executor": "auto", "vae": "auto", "text_cache": "negative"}
+        {
+            **DiffusersBackend.options,
+            "executor": "auto",
+            "vae": "auto",
+            "text_cache": "negative",
+            "guidance_interval": "0-1",
+            "step_cache": 1,
+        }
     )
 
     def prepare(self, pipe: Any) -> None:
@@ -95,6 +105,8 @@ class CoreBackend(DiffusersBackend):
             spatial=pipe.vae_scale_factor,
             keep_prompts=kept == "all",
         )
+        self._interval = _interval(self.asked["guidance_interval"])
+        self._step_cache = _count("step_cache", self.asked["step_cache"])
         self._clock = DeviceClock(str(self.device))
         self._shift = own_shift(pipe.scheduler)
 
@@ -103,6 +115,7 @@ class CoreBackend(DiffusersBackend):
         assert self._core is not None
         facts = self._core.executor.facts
         proven = {**super().prove(pipe), "core": facts, "attention": facts["executor"]}
+        proven |= {"guidance_interval": list(self._interval), "step_cache": self._step_cache}
         return {**proven, **self._seen()}
 
     def settle(self) -> None:
@@ -205,6 +218,8 @@ class CoreBackend(DiffusersBackend):
                 start=skipping.start,
                 stop=skipping.stop,
             ),
+            guidance_interval=self._interval,
+            step_cache=self._step_cache,
         )
 
     def _seen(self) -> dict[str, Any]:
@@ -224,6 +239,28 @@ _BUILD: dict[str, Callable[[Config, Weights], Executor]] = {
     "auto": TorchExecutor,
     "torch": TorchExecutor,
 }
+
+
+def _interval(value: Scalar) -> tuple[float, float]:
+    """Read LO-HI.
+
+    Raises: BackendError.
+    """
+    low, _, high = str(value).partition("-")
+    with contextlib.suppress(ValueError):
+        if 0 <= float(low) < float(high) <= 1:
+            return float(low), float(high)
+    raise BackendError(f"backend.guidance_interval={value!r}: needs LO-HI, 0 <= LO < HI <= 1")
+
+
+def _count(name: str, value: Scalar) -> int:
+    """Read a whole number of at least 1.
+
+    Raises: BackendError.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BackendError(f"backend.{name}={value!r}: must be a whole number of at least 1")
+    return value
 
 
 class _Absent:

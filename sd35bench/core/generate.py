@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sd35bench.core.guidance import acting_steps
+from sd35bench.core.cache import evaluated_steps, predict_between
+from sd35bench.core.guidance import acting_steps, guided_steps
 from sd35bench.core.model import Conditions, Config, Embedder, Executor
-from sd35bench.core.samplers import SAMPLERS, See
+from sd35bench.core.samplers import SAMPLERS, Model, See
 from sd35bench.core.schedule import Schedule, schedule
 from sd35bench.core.text import CachedText
 from sd35bench.core.vae import Vae
@@ -51,6 +52,10 @@ class Ask:
     inits: Sequence[np.ndarray] = ()
     strength: float = 1.0
     skip_layers: SkipLayers | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Fractions of the steps between which guidance acts; lossy unless (0, 1)."""
+    step_cache: int = 1
+    """Of so many steps one is evaluated, the others are predicted; lossy unless 1."""
 
     @property
     def guided(self) -> bool:
@@ -84,6 +89,9 @@ class Core:
     keep_prompts: bool = False
     """Whether a prompt that comes again is not encoded again; negative prompts never are."""
     evaluations: int = field(default=0, init=False)
+    """Calls of the denoiser for the last batch."""
+    sequences: int = field(default=0, init=False)
+    """Images that these calls carried, without and with their prompts; skipped layers' apart."""
 
 
 def ignore(stage: str) -> None:
@@ -113,8 +121,10 @@ def generate(
         torch.tensor(plan.timesteps, device=core.device),
         (latents.shape[-2], latents.shape[-1]),
     )
-    core.evaluations = 0
+    core.evaluations = core.sequences = 0
     velocity = guided_velocity(core, ask, plan, conditions)
+    if ask.step_cache > 1:
+        velocity = predict_between(velocity, plan, evaluated_steps(plan, ask.step_cache))
     latents = SAMPLERS[ask.sampler](velocity, latents, plan.sigmas, see)
     stage("decode")
     pixels = core.vae.decode(latents)
@@ -149,31 +159,45 @@ def start(
     return sigma * noise + (1.0 - sigma) * clean.to(core.device)
 
 
-def guided_velocity(
-    core: Core, ask: Ask, plan: Schedule, conditions: Conditions
-) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def guided_velocity(core: Core, ask: Ask, plan: Schedule, conditions: Conditions) -> Model:
     """Return the velocity that the sampler follows, guidance of both kinds applied.
 
     With guidance the batch is the images without their prompts, then the images with them.
     """
-    size, position, run = len(ask.seeds), conditions.position, core.executor.step
-    skipping = ask.skip_layers if ask.guided else None
-    acting = (
-        set() if skipping is None else set(acting_steps(skipping.start, skipping.stop, ask.steps))
-    )
-    prompted = conditions.rows(slice(size, None)) if skipping is not None else conditions
+    size, run = len(ask.seeds), core.executor.step
+    if not ask.guided:
+        return _counted(core, conditions)
+    guided = guided_steps(ask.guidance_interval, ask.steps)
+    skipping, acting = ask.skip_layers, frozenset[int]()
+    if skipping is not None:
+        acting = frozenset(acting_steps(skipping.start, skipping.stop, ask.steps)) & guided
+    alone = acting or not guided.issuperset(plan.steps)
+    prompted = conditions.rows(slice(size, None)) if alone else conditions
+    both, text_alone = _counted(core, conditions), _counted(core, prompted)
+
+    def velocity(x: torch.Tensor, e: int) -> torch.Tensor:
+        step = plan.steps[e]
+        if step not in guided:
+            return text_alone(x, e)
+        empty, text = both(torch.cat([x, x]), e).chunk(2)
+        v = empty + ask.cfg * (text - empty)
+        if skipping is None or step not in acting:
+            return v
+        core.evaluations += 1
+        row = prompted.table[e]
+        without = run(x, prompted.context, row, prompted.position, skipping.layers)
+        return v + skipping.scale * (text - without)
+
+    return velocity
+
+
+def _counted(core: Core, conditions: Conditions) -> Model:
+    """Return one counted call of the denoiser under `conditions`."""
 
     def velocity(x: torch.Tensor, e: int) -> torch.Tensor:
         core.evaluations += 1
-        if not ask.guided:
-            return run(x, conditions.context, conditions.table[e], position)
-        both = run(torch.cat([x, x]), conditions.context, conditions.table[e], position)
-        empty, text = both.chunk(2)
-        guided = empty + ask.cfg * (text - empty)
-        if skipping is None or plan.steps[e] not in acting:
-            return guided
-        core.evaluations += 1
-        without = run(x, prompted.context, prompted.table[e], position, skipping.layers)
-        return guided + skipping.scale * (text - without)
+        core.sequences += len(x)
+        row = conditions.table[e]
+        return core.executor.step(x, conditions.context, row, conditions.position)
 
     return velocity
