@@ -10,6 +10,7 @@ import contextlib
 import gc
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -19,11 +20,15 @@ import torch
 from PIL import Image
 
 from sd35_kernels import KernelUnavailable
-from sd35bench.backends.base import Generation
+from sd35bench.backends.base import Generation, Probe
+from sd35bench.backends.compile import cache_folder
+from sd35bench.backends.compiled import CompiledRegion, HowToCompile, hush_dynamo
 from sd35bench.backends.pipeline import DiffusersBackend, choice, foreign_errors, refuse_not_finite
+from sd35bench.backends.probes import probe_compiler
 from sd35bench.backends.samplers import own_shift
+from sd35bench.core.executors import EXECUTORS, build, pick
 from sd35bench.core.generate import Ask, Core, SkipLayers, generate
-from sd35bench.core.model import Config, Embedder, Executor, TorchExecutor, Weights
+from sd35bench.core.model import Config, Embedder, Executor, Weights
 from sd35bench.core.schedule import TRAIN_STEPS
 from sd35bench.core.text import CachedText, SD3Text
 from sd35bench.core.vae import LAYOUTS, Choices, Vae
@@ -33,9 +38,10 @@ from sd35bench.evaluations import sampler_order
 from sd35bench.export import artifact
 from sd35bench.loading.sources import DTYPES
 from sd35bench.measure import DeviceClock
-from sd35bench.types import Request, Scalar, Task, content_hash
+from sd35bench.types import Flops, Request, Scalar, Task, content_hash
 
-EXECUTORS = ("auto", "torch")
+QUANTISATIONS = {"none": "exact", "int8": "int8"}
+"""Options, and the executor's tier that each asks for."""
 VAE_LAYOUTS = ("auto", *LAYOUTS)
 TEXT_CACHES = ("negative", "all")
 PLAIN_SCHEDULE = {
@@ -54,23 +60,35 @@ PLAIN_SCHEDULE = {
 class CoreBackend(DiffusersBackend):
     """SD3's denoiser on fused weights in a loop of our own.
 
-    Options: `dtype` (fp32, bf16), `device`, `executor` (auto: the fastest for the device), `vae`
-    (memory layout of the decoder; auto: the faster by timing), `text_cache` (negative: only
-    negative prompts are kept, so that an image's time is that of a new prompt; all: prompts too).
-    Lossy, off by default: `guidance_interval` (LO-HI: fractions of the steps between which guidance
-    acts), `step_cache` (N: of N steps one is evaluated, the others are predicted).
+    Options: `dtype` (fp32, bf16), `device`, `executor` (cpp, compile, torch; auto: the fastest for
+    the device), `vae` (memory layout of the decoder; auto: the faster by timing), `text_cache`
+    (negative: only negative prompts are kept, so that an image's time is that of a new prompt; all:
+    prompts too). Lossy, off by default: `quantisation` (int8: 8-bit products, C++ only),
+    `guidance_interval` (LO-HI: fractions of the steps between which guidance acts), `step_cache`
+    (N: of N steps one is evaluated, the others are predicted).
     """
 
     options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
         {
             **DiffusersBackend.options,
             "executor": "auto",
+            "quantisation": "none",
             "vae": "auto",
             "text_cache": "negative",
             "guidance_interval": "0-1",
             "step_cache": 1,
         }
     )
+
+    @classmethod
+    def probe(cls, options: Mapping[str, Scalar]) -> Probe:
+        """Look for the device, and for the compiler that the executor's code goes through."""
+        base = super().probe(options)
+        asked = {**cls.options, **options}
+        if base.ok is not True or asked["executor"] == "torch":
+            return base
+        found = probe_compiler(str(asked["device"]))
+        return Probe(ok=found.ok, detail=f"{base.detail}; {found.detail}", remedy=found.remedy)
 
     def prepare(self, pipe: Any) -> None:
         """Fuse the denoiser's weights and put the core together.
@@ -83,6 +101,8 @@ class CoreBackend(DiffusersBackend):
                 f"backend {self._load.backend.name} runs SD3's denoiser; a model of the family"
                 f" {self._load.model.family!r} runs on the eager and compile backends"
             )
+        self._region: CompiledRegion | None = None
+        self._settled = False
         _refuse_other_schedules(pipe.scheduler)
         dtype = DTYPES[self._dtype]
         config = config_of_diffusers(pipe.transformer.config)
@@ -121,6 +141,7 @@ class CoreBackend(DiffusersBackend):
     def settle(self) -> None:
         """Add what the warm-up chose and kept."""
         super().settle()
+        self._settled = True
         self.in_force = {**self.in_force, **self._seen()}
 
     def generate(
@@ -131,6 +152,8 @@ class CoreBackend(DiffusersBackend):
         Raises: UnsupportedRequest, OutOfMemory, InvalidImage, BackendError.
         """
         self._refuse(requests, inits)
+        if self._region is not None:
+            self._region.sealed = self._settled and self.timed
         core, first = self._core, requests[0]
         assert core is not None
         order, stamp = sampler_order(first.sampler), self._clock.stamp
@@ -148,6 +171,7 @@ class CoreBackend(DiffusersBackend):
 
         with foreign_errors():
             last, decoded = generate(core, self._ask(requests, inits), see, stage)
+            self._take_faults()
             refuse_not_finite(last, decoded)
             pixels = (decoded * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
             images = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
@@ -170,9 +194,17 @@ class CoreBackend(DiffusersBackend):
             latents_last=_host(last) if self.keep_latents else None,
         )
 
+    def flops(self, request: Request, evaluations: int | None) -> Flops | None:
+        """Count one image; where a lossy tier leaves evaluations out, what the last one had."""
+        found, core = super().flops(request, evaluations), self._core
+        if found is None or core is None or (self._interval, self._step_cache) == ((0.0, 1.0), 1):
+            return found
+        one = super().flops(replace(request, cfg=1.0, skip_layer_guidance=None), 1)
+        return None if one is None else replace(found, denoise=one.denoise * core.sequences)
+
     def close(self) -> None:
         """Drop the core too."""
-        self._core = None
+        self._core = self._region = None
         super().close()
 
     def _executor(self, config: Config, fused: Weights) -> Executor:
@@ -180,11 +212,51 @@ class CoreBackend(DiffusersBackend):
 
         Raises: OptimizationNotApplied where it cannot be had.
         """
-        name = choice("executor", self.asked["executor"], EXECUTORS)
+        asked = choice("executor", self.asked["executor"], EXECUTORS)
+        tier = QUANTISATIONS[choice("quantisation", self.asked["quantisation"], QUANTISATIONS)]
+        name = pick(asked, self.device)
+        if name == "cpp" and (self.device.type, self._dtype) != ("cpu", "fp32"):
+            raise OptimizationNotApplied(
+                f"backend.executor=cpp runs in fp32 on a CPU, not in {self._dtype} on"
+                f" {self.device}; use backend.executor=compile"
+            )
         try:
-            return _BUILD[name](config, fused)
+            return build(
+                name,
+                config,
+                fused,
+                tier=tier,
+                threads=self._load.threads,
+                compiled=self._compiled,
+            )
         except KernelUnavailable as exc:
-            raise OptimizationNotApplied(f"backend.executor={name}: {exc}") from exc
+            raise OptimizationNotApplied(
+                f"backend.executor={name}, quantisation={self.asked['quantisation']}: {exc};"
+                " backend.executor=torch runs everywhere"
+            ) from exc
+
+    def _compiled(self, function: Callable[..., torch.Tensor]) -> CompiledRegion:
+        """Compile the step for each shape, one graph without breaks, kept on disk."""
+        hush_dynamo()
+        how = HowToCompile(
+            compiler="inductor",
+            mode="default",
+            fullgraph=True,
+            dynamic=False,
+            cuda_graphs=False,
+            cache_dir=cache_folder(),
+        )
+        self._region = CompiledRegion("denoiser", function, how)
+        return self._region
+
+    def _take_faults(self) -> None:
+        """Refuse an image during which the step did not run compiled.
+
+        Raises: OptimizationNotApplied.
+        """
+        faults = [] if self._region is None else list(dict.fromkeys(self._region.take_faults()))
+        if faults:
+            raise OptimizationNotApplied("; ".join(faults))
 
     def _choices_path(self) -> Path:
         """Where what was timed is kept: a file for each model, machine and version of torch."""
@@ -226,6 +298,7 @@ class CoreBackend(DiffusersBackend):
         core = self._core
         assert core is not None
         return {
+            "compile": None if self._region is None else asdict(self._region.counts),
             "vae_layout": dict(core.vae.chosen),
             "text_cache": {
                 "kept": self.asked["text_cache"],
@@ -233,12 +306,6 @@ class CoreBackend(DiffusersBackend):
                 "misses": core.text.misses,
             },
         }
-
-
-_BUILD: dict[str, Callable[[Config, Weights], Executor]] = {
-    "auto": TorchExecutor,
-    "torch": TorchExecutor,
-}
 
 
 def _interval(value: Scalar) -> tuple[float, float]:

@@ -91,7 +91,7 @@ class Core:
     evaluations: int = field(default=0, init=False)
     """Calls of the denoiser for the last batch."""
     sequences: int = field(default=0, init=False)
-    """Images that these calls carried, without and with their prompts; skipped layers' apart."""
+    """What these calls carried for each image: two with guidance, else one."""
 
 
 def ignore(stage: str) -> None:
@@ -166,14 +166,14 @@ def guided_velocity(core: Core, ask: Ask, plan: Schedule, conditions: Conditions
     """
     size, run = len(ask.seeds), core.executor.step
     if not ask.guided:
-        return _counted(core, conditions)
+        return _counted(core, conditions, 1)
     guided = guided_steps(ask.guidance_interval, ask.steps)
     skipping, acting = ask.skip_layers, frozenset[int]()
     if skipping is not None:
         acting = frozenset(acting_steps(skipping.start, skipping.stop, ask.steps)) & guided
     alone = acting or not guided.issuperset(plan.steps)
     prompted = conditions.rows(slice(size, None)) if alone else conditions
-    both, text_alone = _counted(core, conditions), _counted(core, prompted)
+    both, text_alone = _counted(core, conditions, 2), _counted(core, prompted, 1)
 
     def velocity(x: torch.Tensor, e: int) -> torch.Tensor:
         step = plan.steps[e]
@@ -184,6 +184,7 @@ def guided_velocity(core: Core, ask: Ask, plan: Schedule, conditions: Conditions
         if skipping is None or step not in acting:
             return v
         core.evaluations += 1
+        core.sequences += 1
         row = prompted.table[e]
         without = run(x, prompted.context, row, prompted.position, skipping.layers)
         return v + skipping.scale * (text - without)
@@ -191,12 +192,12 @@ def guided_velocity(core: Core, ask: Ask, plan: Schedule, conditions: Conditions
     return velocity
 
 
-def _counted(core: Core, conditions: Conditions) -> Model:
+def _counted(core: Core, conditions: Conditions, sequences: int) -> Model:
     """Return one counted call of the denoiser under `conditions`."""
 
     def velocity(x: torch.Tensor, e: int) -> torch.Tensor:
         core.evaluations += 1
-        core.sequences += len(x)
+        core.sequences += sequences
         row = conditions.table[e]
         return core.executor.step(x, conditions.context, row, conditions.position)
 

@@ -191,10 +191,20 @@ class TorchExecutor:
 
     def __init__(self, config: Config, weights: Weights, *, compiled: Any = None) -> None:
         """`compiled` wraps the step's function, as torch.compile does."""
-        self._config, self._weights = config, weights
-        self._velocity = velocity if compiled is None else compiled(velocity)
+
+        def run(
+            latents: torch.Tensor,
+            context: torch.Tensor,
+            modulation: torch.Tensor,
+            position: torch.Tensor,
+            skip: tuple[int, ...],
+        ) -> torch.Tensor:
+            return velocity(config, weights, latents, context, modulation, position, skip)
+
+        self._run = run if compiled is None else compiled(run)
         self.facts: dict[str, Any] = {
             "executor": "torch" if compiled is None else "torch.compile",
+            "tier": "exact",
             "weight_bytes": sum(tensor.nbytes for tensor in weights.values()),
         }
 
@@ -208,9 +218,7 @@ class TorchExecutor:
         skip: tuple[int, ...] = (),
     ) -> torch.Tensor:
         """Return the velocity of `latents`; see `Executor`."""
-        return self._velocity(
-            self._config, self._weights, latents, context, modulation, position, skip
-        )
+        return self._run(latents, context, modulation, position, skip)
 
 
 def velocity(

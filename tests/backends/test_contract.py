@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,7 +59,12 @@ CONTESTANTS = [
         batch_levels=4,
         reference_levels=BF16_LEVELS,
     ),
-    Contestant(name="core", kind="core", options={"device": "cpu"}, batch_levels=1),
+    Contestant(
+        name="core-torch",
+        kind="core",
+        options={"device": "cpu", "executor": "torch"},
+        batch_levels=1,
+    ),
     Contestant(name="onnx", kind="onnx", options={"device": "cpu"}, batch_levels=1),
     # Activations share one scale per product, so whoever else is in the batch moves it (29 seen).
     Contestant(
@@ -83,6 +90,19 @@ W8A8_CONTESTANTS = [
         reference_levels=1.8,
     ),
 ]
+CORE_CONTESTANTS = [
+    Contestant(name="core", kind="core", options={"device": "cpu"}, batch_levels=1),
+    Contestant(
+        name="core-int8",
+        kind="core",
+        options={"device": "cpu", "quantisation": "int8"},
+        batch_levels=4,
+        reference_levels=1.8,
+    ),
+]
+NO_CPP = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler for the core"
+)
 NO_VNNI = pytest.mark.skipif(not EXACT, reason="this CPU's int8 products saturate: no VNNI")
 OPENVINO_CONTESTANTS = [
     Contestant(name="openvino", kind="openvino", options={"device": "cpu"}, batch_levels=1),
@@ -97,6 +117,10 @@ ALL = [
     *CONTESTANTS,
     *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW_CONTESTANTS),
     *(pytest.param(c, marks=NO_VNNI) for c in W8A8_CONTESTANTS),
+    *(
+        pytest.param(c, marks=[NO_CPP, *([NO_VNNI] if "int8" in c.name else [])])
+        for c in CORE_CONTESTANTS
+    ),
     *(pytest.param(c, marks=NO_OPENVINO) for c in OPENVINO_CONTESTANTS),
 ]
 

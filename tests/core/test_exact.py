@@ -43,10 +43,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tiny_path: Path) -> Iterator[tuple[Backend, Backend]]:
+@pytest.fixture(scope="module", params=["cpp", "torch"])
+def pair(tiny_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Backend, Backend]]:
     """The core and its reference, on one checkpoint."""
-    backends = (CoreBackend(make_load(tiny_path, "core")), EagerBackend(make_load(tiny_path)))
+    core = CoreBackend(make_load(tiny_path, "core", executor=request.param))
+    backends = (core, EagerBackend(make_load(tiny_path)))
     for backend in backends:
         backend.keep_latents = True
     yield backends
