@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
+from sd35bench.store import image_digests
 from sd35bench.types import Record, Session, Status
 
 GUARD = "guard"
@@ -109,7 +110,7 @@ def read_table(study: Any) -> Table:
     for score in study.scores():
         scores[score.metric][score.key, score.image] = score
     refused = {where: str(s.detail.get("reason")) for where, s in _guarded(scores) if not s.value}
-    present = _present_images(study)
+    present = image_digests(study.path / "images")
     rows = _rows(study.records(), sessions)
     for row in rows:
         _sort_out(row, refused, present)
@@ -229,10 +230,6 @@ def _sort_out(row: Row, refused: Mapping[tuple[str, str], str], present: set[str
             row.timed.append(record)
         elif why is not None and record.remote is not None:
             row.untimed[why] += 1
-
-
-def _present_images(study: Any) -> set[str]:
-    return {path.stem for path in (study.path / "images").glob("*/*")}
 
 
 def _warnings(rows: Iterable[Row]) -> list[str]:
