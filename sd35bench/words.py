@@ -58,24 +58,24 @@ def read_estimate(raw: Mapping[str, Any] | float | None, value: str = "value") -
 # Digits ---------------------------------------------------------------------------------------
 
 
-def decimals_for(estimate: Estimate) -> int:
+def decimals_for(figure: Estimate) -> int:
     """Decimals that the interval's half-width supports; three digits where there is none.
 
     One digit of the half-width, two where it begins with 1; figures below 1 keep two decimals.
     """
-    if estimate.value is None:
+    if figure.value is None:
         return 0
     half = 0.0
-    if estimate.low is not None and estimate.high is not None:
-        half = (estimate.high - estimate.low) / 2
+    if figure.low is not None and figure.high is not None:
+        half = (figure.high - figure.low) / 2
     if half > 0:
         first = math.floor(math.log10(half))
         begins_with_1 = half / 10**first < 2
-        least = 2 if abs(estimate.value) <= 1 else 0
+        least = 2 if abs(figure.value) <= 1 else 0
         return _clamp_decimals(max(least, -first + begins_with_1))
-    if estimate.value == 0:
+    if figure.value == 0:
         return 2
-    return _clamp_decimals(2 - math.floor(math.log10(abs(estimate.value))))
+    return _clamp_decimals(2 - math.floor(math.log10(abs(figure.value))))
 
 
 def _clamp_decimals(decimals: int) -> int:
@@ -88,27 +88,27 @@ def column_decimals(estimates: Iterable[Estimate | None]) -> int:
     return needs[len(needs) // 2] if needs else 2
 
 
-def latency_decimals(estimate: Estimate) -> int:
+def latency_decimals(figure: Estimate) -> int:
     """Like `decimals_for`, but no finer than a millisecond for what takes 10 ms or more."""
-    fine = estimate.value is not None and estimate.value < 0.01
-    return decimals_for(estimate) if fine else min(3, decimals_for(estimate))
+    fine = figure.value is not None and figure.value < 0.01
+    return decimals_for(figure) if fine else min(3, decimals_for(figure))
 
 
 # Figures --------------------------------------------------------------------------------------
 
 
-def format_number(value: float | None, decimals: int, sign: str = "") -> str:
+def number(value: float | None, decimals: int, sign: str = "") -> str:
     """`value` with fixed decimals; a dash where it is unknown; `sign` "+" shows a plus."""
     if value is None or math.isnan(value):
         return MISSING
     return format(value, f"{sign}.{decimals}f")
 
 
-def format_interval(estimate: Estimate, decimals: int, sign: str = "") -> str:
+def interval(figure: Estimate, decimals: int, sign: str = "") -> str:
     """``[low, high]``, empty where there is no interval."""
-    if not estimate.has_interval:
+    if not figure.has_interval:
         return ""
-    ends = (format_number(end, decimals, sign) for end in (estimate.low, estimate.high))
+    ends = (number(end, decimals, sign) for end in (figure.low, figure.high))
     return bracketed(*ends)
 
 
@@ -117,38 +117,38 @@ def bracketed(low: str, high: str) -> str:
     return f"[{low}, {high}]"
 
 
-def format_estimate(estimate: Estimate | None, decimals: int | None = None, sign: str = "") -> str:
+def estimate(figure: Estimate | None, decimals: int | None = None, sign: str = "") -> str:
     """``value [low, high]``, or why there is none."""
-    if estimate is None:
+    if figure is None:
         return MISSING
-    if estimate.value is None:
-        return MISSING if estimate.needs is None else f"needs n ≥ {format_count(estimate.needs)}"
-    digits = decimals_for(estimate) if decimals is None else decimals
-    value = format_number(estimate.value, digits, sign)
-    return f"{value} {format_interval(estimate, digits, sign)}".strip()
+    if figure.value is None:
+        return MISSING if figure.needs is None else f"needs n ≥ {count(figure.needs)}"
+    digits = decimals_for(figure) if decimals is None else decimals
+    value = number(figure.value, digits, sign)
+    return f"{value} {interval(figure, digits, sign)}".strip()
 
 
-def format_significant(value: float) -> str:
+def significant(value: float) -> str:
     """Three significant digits, never in exponents."""
-    return format_number(value, decimals_for(Estimate(value=value)))
+    return number(value, decimals_for(Estimate(value=value)))
 
 
-def format_count(value: float) -> str:
+def count(value: float) -> str:
     """A whole number with commas between thousands."""
     return f"{value:,.0f}"
 
 
-def format_digits(value: float, digits: int = 3, sign: str = "") -> str:
+def digits(value: float, digits: int = 3, sign: str = "") -> str:
     """Significant digits, with an exponent where that is shorter."""
     return format(value, f"{sign}.{digits}g")
 
 
-def format_scientific(value: float) -> str:
+def scientific(value: float) -> str:
     """Two digits and an exponent, for what decimals would show as 0."""
     return f"{value:.1e}"
 
 
-def format_plain(value: object) -> str:
+def plain(value: object) -> str:
     """A setting's value as a person types it: 4 not 4.0, a dash for ``None``."""
     if value is None:
         return MISSING
@@ -157,23 +157,23 @@ def format_plain(value: object) -> str:
     return str(value)
 
 
-def format_latency(estimate: Estimate | None) -> str:
+def latency(figure: Estimate | None) -> str:
     """``0.113 [0.109, 0.115] s``, a dash where unknown."""
-    if estimate is None or estimate.value is None:
+    if figure is None or figure.value is None:
         return MISSING
-    return f"{format_estimate(estimate, latency_decimals(estimate))} s"
+    return f"{estimate(figure, latency_decimals(figure))} s"
 
 
-def format_seconds(seconds: float | None) -> str:
+def seconds(seconds: float | None) -> str:
     """Seconds with three significant digits: ``0.112 s``, ``8.00 s``, ``134 s``."""
     if seconds is None:
         return MISSING
     if seconds == 0:
         return "0 s"
-    return f"{format_significant(seconds)} s"
+    return f"{significant(seconds)} s"
 
 
-def format_bytes(count: int | float | None) -> str:
+def size(count: int | float | None) -> str:
     """Bytes in MiB or GiB, a dash where unknown."""
     if count is None:
         return MISSING
@@ -184,7 +184,7 @@ def format_bytes(count: int | float | None) -> str:
     return f"{count / 2**10:.0f} KiB"
 
 
-def format_usd(dollars: float | None) -> str:
+def usd(dollars: float | None) -> str:
     """Dollars: ``$1,234.50``, below one with three significant digits, a dash where unknown."""
     if dollars is None:
         return MISSING
@@ -197,13 +197,15 @@ def format_usd(dollars: float | None) -> str:
 # Shares and probabilities ---------------------------------------------------------------------
 
 
-def format_percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     """A share as a whole number of percent, a dash where unknown."""
     return MISSING if share is None else f"{100 * share:.0f} %"
 
 
-def format_share(share: float) -> str:
+def share(share: float | None) -> str:
     """A share of resamples in percent; never 0 or 100, which no number of them shows."""
+    if share is None:
+        return MISSING
     if share < 0.001:
         return "< 0.1 %"
     if share > 0.999:
@@ -211,12 +213,12 @@ def format_share(share: float) -> str:
     return f"{100 * share:.{0 if 0.01 <= share <= 0.99 else 1}f} %"
 
 
-def format_p(p: float) -> str:
+def p_value(p: float) -> str:
     """A p-value with three decimals, never 0."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def format_ratio(ratio: float | None, decimals: int = 2) -> str:
+def ratio(ratio: float | None, decimals: int = 2) -> str:
     """``1.53×``, a dash where unknown."""
     return MISSING if ratio is None else f"{ratio:.{decimals}f}×"
 

@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 
 import sd35bench
-from sd35bench.words import (
-    Estimate,
-    column_decimals,
-    format_bytes,
-    format_estimate,
-    format_latency,
-    format_plain,
-    format_seconds,
-    read_estimate,
-)
+from sd35bench import words
+from sd35bench.words import Estimate
 
 
 @pytest.mark.parametrize(
@@ -32,21 +24,21 @@ from sd35bench.words import (
     ],
 )
 def test_format_estimate_writes_supported_digits(estimate: Estimate, text: str):
-    assert format_estimate(estimate) == text
+    assert words.estimate(estimate) == text
 
 
 def test_format_latency_stops_at_milliseconds():
-    assert format_latency(Estimate(value=0.04941, low=0.0464, high=0.0496)) == (
+    assert words.latency(Estimate(value=0.04941, low=0.0464, high=0.0496)) == (
         "0.049 [0.046, 0.050] s"
     )
-    assert format_latency(Estimate(value=0.00412, low=0.0041, high=0.0042)).startswith("0.0041")
-    assert format_latency(None) == "–"
+    assert words.latency(Estimate(value=0.00412, low=0.0041, high=0.0042)).startswith("0.0041")
+    assert words.latency(None) == "–"
 
 
 def test_column_decimals_is_the_median_need():
     column = [Estimate(value=0.5, low=0.4, high=0.6), Estimate(value=50.0, low=20.0, high=80.0)]
-    assert column_decimals([*column, column[0], None, Estimate(value=None)]) == 2
-    assert column_decimals([]) == 2
+    assert words.column_decimals([*column, column[0], None, Estimate(value=None)]) == 2
+    assert words.column_decimals([]) == 2
 
 
 @pytest.mark.parametrize(
@@ -54,7 +46,7 @@ def test_column_decimals_is_the_median_need():
     [(0.11234, "0.112 s"), (8.0, "8.00 s"), (134.2, "134 s"), (0, "0 s"), (None, "–")],
 )
 def test_format_seconds_keeps_three_digits(seconds: float | None, text: str):
-    assert format_seconds(seconds) == text
+    assert words.seconds(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -62,11 +54,11 @@ def test_format_seconds_keeps_three_digits(seconds: float | None, text: str):
     [(None, "–"), (900 * 2**20, "900 MiB"), (3 * 2**30, "3.00 GiB"), (2048, "2 KiB")],
 )
 def test_format_bytes_picks_the_unit(count: int | None, text: str):
-    assert format_bytes(count) == text
+    assert words.size(count) == text
 
 
 def test_format_plain_types_4_not_4_0():
-    assert [format_plain(v) for v in (4.0, 0.85, None, "euler")] == ["4", "0.85", "–", "euler"]
+    assert [words.plain(v) for v in (4.0, 0.85, None, "euler")] == ["4", "0.85", "–", "euler"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +73,7 @@ def test_format_plain_types_4_not_4_0():
     ],
 )
 def test_an_entry_of_a_document_has_one_form(raw, decimals, sign, text):
-    assert format_estimate(read_estimate(raw), decimals, sign) == text
+    assert words.estimate(words.read_estimate(raw), decimals, sign) == text
 
 
 PACKAGE = Path(sd35bench.__file__).parent

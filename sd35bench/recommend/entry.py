@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import exp
 from typing import Any
 
+from sd35bench import words
 from sd35bench.analysis.pairs import Comparison
 from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.summary import latency_summary
@@ -27,7 +28,6 @@ from sd35bench.recommend.reproduce import Elsewhere, api_body, results_dir_of, r
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import POWER, TAIL, p_within
 from sd35bench.types import Task
-from sd35bench.words import format_digits, format_estimate, format_plain, read_estimate
 
 Claim = tuple[str, str]
 """The chosen setting and a default, by their hashes: that the first is better."""
@@ -53,11 +53,11 @@ def confirmation_text(confirmation: Mapping[str, Any]) -> str:
     if status == "not run enough":
         run, wanted = confirmation["n_prompts"], confirmation["wanted"]
         return f"not confirmed: held-out prompts not run enough, {run} of the planned {wanted}"
-    found = format_estimate(read_estimate(confirmation["difference"]), 2, "+")
+    found = words.estimate(words.read_estimate(confirmation["difference"]), 2, "+")
     text = (
         f"{status} on {confirmation['n_prompts']} held-out prompts"
         f" ({confirmation['n_pairs']} images): {found} against"
-        f" {describe(confirmation['against'])}, margin {format_plain(confirmation['margin'])}"
+        f" {describe(confirmation['against'])}, margin {words.plain(confirmation['margin'])}"
     )
     more = confirmation["more"]
     if more is None:
@@ -314,10 +314,10 @@ class Entry:
         name = describe(setting_of(self.row))
         if len({c.row.setting["backend"] for c in self.comparison.candidates}) > 1:
             name += f", on {self.row.setting['backend']}"
-        found = format_estimate(read_estimate(quality), 2)
+        found = words.estimate(words.read_estimate(quality), 2)
         figures = [f"{self.comparison.metric.replace('_', ' ')} {found}"]
         if latency["p50"] is not None:
-            figures.append(f"{format_digits(latency['p50'])} s an image")
+            figures.append(f"{words.digits(latency['p50'])} s an image")
         more = self.choice.more
         sure = "" if self.choice.definitive else ", provisional"
         if sure and more and more["images"] is not None:

@@ -9,23 +9,11 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from sd35bench import words
 from sd35bench.fields import label
 from sd35bench.report.render import Cell, Column, Table, estimate_cell, text_column
 from sd35bench.report.rows import SETTING_FIELDS, UNTOLD, Row, setting_text, told_by_threads
-from sd35bench.words import (
-    MISSING,
-    Estimate,
-    decimals_for,
-    first_upper,
-    format_number,
-    format_percent,
-    format_plain,
-    format_ratio,
-    format_scientific,
-    format_seconds,
-    format_significant,
-    read_estimate,
-)
+from sd35bench.words import MISSING, Estimate
 
 _TINY = 1e-3
 """Below this four decimals say nothing: written with an exponent, without its interval."""
@@ -80,9 +68,7 @@ def _throughput_block(rows: Sequence[Row]) -> Table | None:
         title_columns(shown),
         [
             *(
-                figures(
-                    f"batch {s}", (estimate_cell(r.throughput.get(s), decimals_for) for r in shown)
-                )
+                figures(f"batch {s}", (estimate_cell(r.throughput.get(s)) for r in shown))
                 for s in sizes
             ),
             figures("gain", map(_gain, shown)),
@@ -93,13 +79,9 @@ def _throughput_block(rows: Sequence[Row]) -> Table | None:
     )
 
 
-def _cell(estimate: Estimate | None) -> Cell:
-    return estimate_cell(estimate, decimals_for)
-
-
 def _gain(row: Row) -> str:
     rates = {size: e.value for size, e in row.throughput.items() if e.value is not None}
-    return format_ratio(max(rates.values()) / rates[min(rates)])
+    return words.ratio(max(rates.values()) / rates[min(rates)])
 
 
 # Load, compilation, first image ---------------------------------------------------------------
@@ -145,11 +127,11 @@ def _first_image_s(row: Row) -> float | None:
 
 def _middle_s(values: Iterable[float | None]) -> str:
     known = [v for v in values if v is not None]
-    return format_seconds(median(known) if known else None)
+    return words.seconds(median(known) if known else None)
 
 
 def _spread(values: Iterable[float | None]) -> str:
-    return format_ratio(max((v for v in values if v is not None), default=None), 3)
+    return words.ratio(max((v for v in values if v is not None), default=None), 3)
 
 
 # Drift ----------------------------------------------------------------------------------------
@@ -159,7 +141,7 @@ def _drift_blocks(drift: Mapping[str, Any]) -> list[Table]:
     """Distance of every backend from the reference, then the reference's from itself."""
     name = str((drift.get("reference") or {}).get("backend") or "the reference")
     rows, floor = list(drift.get("rows") or ()), list(drift.get("noise_floor") or ())
-    warnings = " ".join(f"{first_upper(text)}." for text in drift.get("warnings") or ())
+    warnings = " ".join(f"{words.first_upper(text)}." for text in drift.get("warnings") or ())
     blocks = []
     if rows:
         note = (
@@ -191,7 +173,7 @@ def _drift_block(
         title,
         [text_column(label(n), (_text(r.get(n)) for r in rows)) for n in names],
         [
-            figures("pairs", (format_plain(r.get("n_pairs")) for r in rows)),
+            figures("pairs", (words.plain(r.get("n_pairs")) for r in rows)),
             *(figures(t, (_yes_no(r.get(k)) for r in rows)) for k, t in verdicts),
             *(figures(t, (_drift_cell(r, k) for r in rows)) for k, t in measures),
         ],
@@ -207,7 +189,7 @@ def _drift_estimate(row: Mapping[str, Any], key: str) -> Estimate | None:
     raw = row.get(key)
     if raw is None or (raw.get("value") is None and not (key == "psnr_db" and _identical(row))):
         return None
-    return read_estimate(raw)
+    return words.read_estimate(raw)
 
 
 def _identical(row: Mapping[str, Any]) -> bool:
@@ -221,12 +203,12 @@ def _drift_cell(row: Mapping[str, Any], key: str) -> Cell:
     if estimate.value is None:
         return Cell(text="identical")
     if key.startswith("latent") or 0 < estimate.value < _TINY:
-        return Cell(text=format_scientific(estimate.value))
+        return Cell(text=words.scientific(estimate.value))
     if _identical(row) and key in ("mean_abs", "max_abs"):
         return Cell(text="exactly 0")
     if key == "max_abs":
-        return Cell(text=format_number(estimate.value, 0))
-    return estimate_cell(estimate, decimals_for)
+        return Cell(text=words.number(estimate.value, 0))
+    return estimate_cell(estimate)
 
 
 # GPU and machine ------------------------------------------------------------------------------
@@ -243,10 +225,10 @@ def _gpu_block(rows: Sequence[Row]) -> Table | None:
         "GPU while images were made",
         title_columns(shown),
         [
-            figures("SM clock MHz", (format_number(c.get("median"), 0) for c in clocks)),
-            figures("lowest", (format_number(c.get("min"), 0) for c in clocks)),
-            figures("power W", (format_number(gpu.get("power_w"), 0) for gpu in gpus)),
-            figures("throttled", (format_percent(gpu.get("throttled_share")) for gpu in gpus)),
+            figures("SM clock MHz", (words.number(c.get("median"), 0) for c in clocks)),
+            figures("lowest", (words.number(c.get("min"), 0) for c in clocks)),
+            figures("power W", (words.number(gpu.get("power_w"), 0) for gpu in gpus)),
+            figures("throttled", (words.percent(gpu.get("throttled_share")) for gpu in gpus)),
             text_column("why", why),
         ],
         "Medians of what NVML said right after each image. Throttled: share of images.",
@@ -263,9 +245,9 @@ def machine_block(document: Mapping[str, Any]) -> Table | None:
     failed = [f"Not measured on {m['device']}: {m['error']}." for m in machines if m.get("error")]
     return block(
         "What this machine can do at most",
-        [text_column("device", (format_plain(m.get("name") or m["device"]) for m in machines))],
+        [text_column("device", (words.plain(m.get("name") or m["device"]) for m in machines))],
         [
-            figures("threads", (format_plain(m["threads"]) for m in machines)),
+            figures("threads", (words.plain(m["threads"]) for m in machines)),
             *(
                 figures(title, (_limit(m["rates"].get(n)) for m in machines))
                 for n, title in {**titles, "copy": "copy GB/s"}.items()
@@ -284,7 +266,7 @@ def machine_block(document: Mapping[str, Any]) -> Table | None:
 def _limit(rate: Mapping[str, Any] | None) -> str:
     if rate is None:
         return MISSING
-    return f"{format_significant(rate['best'])} ({format_significant(rate['median'])})"
+    return f"{words.significant(rate['best'])} ({words.significant(rate['median'])})"
 
 
 # What rows are called -------------------------------------------------------------------------

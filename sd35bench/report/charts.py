@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sd35bench import words
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.table import why_untimed
 from sd35bench.report.leaderboard import front_ids
@@ -30,7 +31,7 @@ from sd35bench.report.rows import (
 )
 from sd35bench.report.svg import MARKERS, ramp
 from sd35bench.types import Record, Status
-from sd35bench.words import Estimate, format_plain
+from sd35bench.words import Estimate
 
 _MAX_SPEED_ROWS = 40
 _MAX_LINES = 8
@@ -72,7 +73,7 @@ def front_figures(
         figure = plot_front(
             points, metric=metric_label(metric), lower=lower_is_better(metric), target_s=target_s
         )
-        legend = tuple((c, "circle", f"{title} {format_plain(v)}") for v, c in colours.items())
+        legend = tuple((c, "circle", f"{title} {words.plain(v)}") for v, c in colours.items())
         legend += tuple(("plain", m, v) for v, m in shapes.items() if v)
         figures.append(replace(figure, legend=legend))
     return figures
@@ -145,7 +146,7 @@ def line_figures(rows: Sequence[Row], pinned: Row | None) -> tuple[list[Figure],
                         log=axis == "steps",
                     )
                 )
-    note = "" if fixed is None else f"At prompt_strength {format_plain(fixed)}."
+    note = "" if fixed is None else f"At prompt_strength {words.plain(fixed)}."
     return figures, note
 
 
@@ -167,7 +168,7 @@ def _lines(rows: Sequence[Row], metric: str, axis: str, other: str) -> list[Line
             ((getattr(r, axis), r.metrics[metric]) for r in rows if getattr(r, other) == value),
             key=lambda p: p[0],
         )
-        name = f"cfg {format_plain(value)}" if other == "cfg" else f"{value} steps"
+        name = f"cfg {words.plain(value)}" if other == "cfg" else f"{value} steps"
         lines.append(
             Line(
                 name=name,
@@ -204,11 +205,11 @@ def tradeoff_figures(rows: Sequence[Row], pinned: Row | None) -> list[Figure]:
         return []
     lines = [
         (
-            f"{steps} steps · cfg {format_plain(cfg)}",
+            f"{steps} steps · cfg {words.plain(cfg)}",
             ramp(i, len(pairs)),
             MARKERS[i % len(MARKERS)],
             [
-                (format_plain(r.prompt_strength), r.metrics[followed], r.metrics[kept])
+                (words.plain(r.prompt_strength), r.metrics[followed], r.metrics[kept])
                 for r in sorted(by_pair[steps, cfg], key=lambda r: r.prompt_strength or 0.0)
             ],
         )
@@ -233,7 +234,7 @@ def _over_strength(
         Line(name="kept", class_="c6", marker="square", points=points(kept), dashed=True),
     ]
     figure = plot_lines(lines, axis="prompt_strength", metric="followed and kept")
-    note = f"At {chosen[0]} steps, cfg {format_plain(chosen[1])}."
+    note = f"At {chosen[0]} steps, cfg {words.plain(chosen[1])}."
     return replace(
         figure,
         title="Followed and kept over prompt_strength",

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sd35bench import words
 from sd35bench.report.provenance import environment_lines
 from sd35bench.report.render import (
     MARKDOWN,
@@ -24,17 +25,7 @@ from sd35bench.report.render import (
     text_table,
 )
 from sd35bench.report.rows import metric_label
-from sd35bench.words import (
-    MISSING,
-    decimals_for,
-    first_upper,
-    format_count,
-    format_digits,
-    format_interval,
-    format_number,
-    format_p,
-    read_estimate,
-)
+from sd35bench.words import MISSING
 
 _COLOURS = {
     "supported": "green",
@@ -146,9 +137,9 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
 def _detail(claim: Mapping[str, Any]) -> Iterator[Part]:
     """A claim's design and all its effects, in Markdown."""
     view = _view(claim)
-    yield Heading(f"{first_upper(claim['says'])}: {claim['verdict']}", forms=(MARKDOWN,))
+    yield Heading(f"{words.first_upper(claim['says'])}: {claim['verdict']}", forms=(MARKDOWN,))
     yield paragraph(" ".join(part for part in (view.design, view.note) if part))
-    yield paragraph(f"{first_upper(view.reason)}.")
+    yield paragraph(f"{words.first_upper(view.reason)}.")
     if view.command:
         yield paragraph((view.command, "code"))
     if view.contrasts is not None:
@@ -200,19 +191,19 @@ def _figures(one: Mapping[str, Any] | None) -> tuple[Cell, str, str]:
     """An effect with its interval, the least that counts, and the images behind it."""
     if one is None:
         return Cell(text=MISSING), MISSING, MISSING
-    estimate = read_estimate(one, "effect")
-    digits = max(2, decimals_for(estimate)) if one["unit"] != "points" else decimals_for(estimate)
+    estimate = words.read_estimate(one, "effect")
+    digits = max(0 if one["unit"] == "points" else 2, words.decimals_for(estimate))
     ratio = one["unit"] == "ratio"
     unit = f" {one['unit']}" if one["unit"] in ("dB", "levels", "points") else ""
-    value = format_number(one["effect"], digits, "" if ratio else "+")
-    least = format_number(one["least"], 2, "" if ratio else "+")
+    value = words.number(one["effect"], digits, "" if ratio else "+")
+    least = words.number(one["least"], 2, "" if ratio else "+")
     sign = "×" if ratio else ""
-    found = Cell(text=f"{sign}{value}{unit}", beside=format_interval(estimate, digits))
-    return found, f"{sign}{least}{unit}", format_count(one["images"])
+    found = Cell(text=f"{sign}{value}{unit}", beside=words.interval(estimate, digits))
+    return found, f"{sign}{least}{unit}", words.count(one["images"])
 
 
 def _mean(value: float) -> str:
-    return format_count(value) if abs(value) >= 1000 else format_digits(value)
+    return words.count(value) if abs(value) >= 1000 else words.digits(value)
 
 
 def _lead(document: Mapping[str, Any]) -> str:
@@ -226,4 +217,4 @@ def _lead(document: Mapping[str, Any]) -> str:
 def _p(claim: Mapping[str, Any]) -> str:
     if claim["p_supported"] is None:
         return MISSING
-    return format_p(claim["p_refuted" if claim["verdict"] == "refuted" else "p_supported"])
+    return words.p_value(claim["p_refuted" if claim["verdict"] == "refuted" else "p_supported"])

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 
+from sd35bench import words
 from sd35bench.report.page import content_policy
 from sd35bench.report.render import (
     MARKDOWN,
@@ -36,7 +37,7 @@ from sd35bench.report.render import (
     text_table,
 )
 from sd35bench.report.svg import read_asset
-from sd35bench.words import MISSING, bracketed, format_digits, format_number, format_plain
+from sd35bench.words import MISSING
 
 _COLUMNS = ("dimension", "figure", "baseline", "candidate", "effect", "95 %", "margin", "n")
 _COLOURS = {"pass": "green", "fail": "red", "undecided": "yellow", "not applicable": "dim"}
@@ -129,13 +130,13 @@ def figure_cells(figure: Mapping[str, Any]) -> list[str]:
     ratio = figure["kind"] == "ratio"
     ends = figure["ci95"]
     share = figure["unit"] == "share of trials"
-    margin = f"×{format_plain(figure['margin'])}" if ratio else _amount(figure["margin"], share)
+    margin = f"×{words.plain(figure['margin'])}" if ratio else _amount(figure["margin"], share)
     return [
         str(figure["name"]),
         _value(figure["baseline"], figure["unit"]),
         _value(figure["candidate"], figure["unit"]),
         _effect(figure["effect"], ratio, share),
-        MISSING if ends is None else bracketed(*(_effect(end, ratio, share) for end in ends)),
+        MISSING if ends is None else words.bracketed(*(_effect(end, ratio, share) for end in ends)),
         margin,
         str(figure["n"]) if figure["n"] else MISSING,
     ]
@@ -189,26 +190,26 @@ def _effect(value: float | None, ratio: bool, share: bool) -> str:
     if value is None:
         return MISSING
     if ratio:
-        return f"×{format_number(value, 3)}"
+        return f"×{words.number(value, 3)}"
     return f"{'' if value < 0 else '+'}{_amount(value, share)}"
 
 
 def _amount(value: float, share: bool) -> str:
-    return f"{format_digits(100 * value)} %" if share else format_digits(value)
+    return f"{words.digits(100 * value)} %" if share else words.digits(value)
 
 
 def _value(value: float | None, unit: str) -> str:
     if value is None:
         return MISSING
     if unit == "bytes":
-        return f"{format_number(value / 2**20, 0)} MiB"
+        return f"{words.number(value / 2**20, 0)} MiB"
     if unit == "share of trials":
         return _amount(value, True)
-    return f"{format_digits(value, 4)}{' s' if unit == 's' else ''}"
+    return f"{words.digits(value, 4)}{' s' if unit == 's' else ''}"
 
 
 def _short(value: Any) -> str:
-    text = format_plain(value) if value is None else str(value)
+    text = words.plain(value) if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
@@ -286,7 +287,7 @@ def _pairs(
                 "candidate": _data_uri(images[1]),
                 "grain": "pixels" if max(images[0].size) <= _PIXEL_ART_PX else "smooth",
                 "caption": captions.get(pair["candidate_image"], ""),
-                "lost": f"{pair['by']} {format_digits(pair['value'], sign='+')}",
+                "lost": f"{pair['by']} {words.digits(pair['value'], sign='+')}",
             }
         )
     return found

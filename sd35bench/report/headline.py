@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sd35bench import words
 from sd35bench.recommend.entry import confirmation_text
 from sd35bench.report.leaderboard import best_first, primary_metric
 from sd35bench.report.recommend import (
@@ -22,17 +23,7 @@ from sd35bench.report.recommend import (
 )
 from sd35bench.report.render import HTML, Table, text_table
 from sd35bench.report.rows import Row, metric_label, metric_names
-from sd35bench.words import (
-    Estimate,
-    as_sentence,
-    format_bytes,
-    format_estimate,
-    format_latency,
-    format_plain,
-    format_ratio,
-    format_usd,
-    read_estimate,
-)
+from sd35bench.words import Estimate
 
 _MAIN_PROFILE = "balanced"
 
@@ -125,7 +116,7 @@ def objective_estimates(recommendation: Mapping[str, Any] | str | None) -> dict[
     found: dict[str, dict[str, Estimate]] = defaultdict(dict)
     for metric, row_id, judged in _judged(recommendation):
         if judged["quality"] is not None:
-            found[row_id][metric] = read_estimate(judged["quality"])
+            found[row_id][metric] = words.read_estimate(judged["quality"])
     return found
 
 
@@ -165,7 +156,7 @@ def _answer(
     evidence = entry["evidence"]
     row = by_id.get(entry.get("setting_id") or "")
     if row is None:
-        why = (as_sentence(evidence["reason"]),)
+        why = (words.as_sentence(evidence["reason"]),)
         return Answer(profile=profile, task=task, row_id=None, values=(), gives=(), why=why)
     return Answer(
         profile=profile,
@@ -175,7 +166,7 @@ def _answer(
         gives=gives(row),
         why=tuple(_why(evidence)),
         others=_others_on_page(entry["alternatives"][: SHOWN[HTML]], by_id, extra),
-        others_note=as_sentence(front_note(evidence)),
+        others_note=words.as_sentence(front_note(evidence)),
         more=max(0, len(entry["alternatives"]) - SHOWN[HTML]),
         defaults=default_table(entry, HTML),
         confirmed=_confirmed(entry["confirmation"]),
@@ -191,7 +182,7 @@ _MARKS = {"confirmed": "good", "contradicted": "bad"}
 
 def _confirmed(confirmation: Mapping[str, Any]) -> tuple[str, str]:
     """The sentence of a confirmation, and its mark."""
-    text = as_sentence(confirmation_text(confirmation))
+    text = words.as_sentence(confirmation_text(confirmation))
     return text, _MARKS.get(confirmation["status"], "open")
 
 
@@ -201,7 +192,7 @@ def _body(api: Mapping[str, Any]) -> str:
 
 
 def _why(evidence: Mapping[str, Any]) -> list[str]:
-    lines = [as_sentence(evidence["reason"])]
+    lines = [words.as_sentence(evidence["reason"])]
     difference = evidence.get("difference_from_best")
     if difference is not None:
         objective = metric_label(evidence["quality"]["metric"])
@@ -210,7 +201,7 @@ def _why(evidence: Mapping[str, Any]) -> list[str]:
         lines.append(f"Against {held} in {objective}: {_signed(difference)}, paired.")
     more = evidence.get("more_images")
     if more is not None:
-        lines.append(as_sentence(more["text"]))
+        lines.append(words.as_sentence(more["text"]))
     lines.append(f"{compared(evidence)} each. {front_sentence(evidence)}")
     return lines
 
@@ -238,7 +229,7 @@ def _others_on_page(
 
 
 def _signed(raw: Mapping[str, Any]) -> str:
-    return format_estimate(read_estimate(raw), sign="+")
+    return words.estimate(words.read_estimate(raw), sign="+")
 
 
 def _lead(
@@ -261,12 +252,12 @@ def _lead(
 def _cost(row: Row) -> str:
     said = []
     if row.latency is not None:
-        said.append(f"{format_latency(row.latency)} an image")
+        said.append(f"{words.latency(row.latency)} an image")
     if row.usd_per_image is not None:
-        said.append(f"{format_usd(row.usd_per_image.value)} an image")
+        said.append(f"{words.usd(row.usd_per_image.value)} an image")
     metric = next((m for m in metric_names([row]) if row.metrics[m].value is not None), None)
     if metric is not None:
-        said.append(f"{metric_label(metric)} {format_estimate(row.metrics[metric])}")
+        said.append(f"{metric_label(metric)} {words.estimate(row.metrics[metric])}")
     return ", ".join(said)
 
 
@@ -274,8 +265,8 @@ def _notes(recommendation: Mapping[str, Any]) -> list[str]:
     places = {f"{p['set']} ({p['split']})" for p in recommendation.get("prompts") or ()}
     notes = [f"Prompts: {', '.join(sorted(places))}."] if places else []
     if recommendation.get("confirmation"):
-        notes.append(as_sentence(recommendation["confirmation"]))
-    notes += [as_sentence(n) for n in recommendation.get("notes") or ()]
+        notes.append(words.as_sentence(recommendation["confirmation"]))
+    notes += [words.as_sentence(n) for n in recommendation.get("notes") or ()]
     return notes
 
 
@@ -326,9 +317,9 @@ def _badges(answers: Sequence[Answer]) -> dict[str, tuple[str, ...]]:
 
 def setting_values(row: Row, extra: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """(name, value) of what a person would type."""
-    values = [("steps", str(row.steps)), ("cfg", format_plain(row.cfg))]
+    values = [("steps", str(row.steps)), ("cfg", words.plain(row.cfg))]
     if row.prompt_strength is not None:
-        values.append(("prompt_strength", format_plain(row.prompt_strength)))
+        values.append(("prompt_strength", words.plain(row.prompt_strength)))
     varying = [f for f in extra if row.setting.get(f) is not None]
     return (*values, *((f, row.text(f)) for f in varying))
 
@@ -337,20 +328,20 @@ def gives(row: Row) -> tuple[tuple[str, str, str], ...]:
     """(name, figure with interval, n) of what a setting gives and costs."""
     found = []
     if row.latency is not None:
-        found.append(("latency", format_latency(row.latency), _n(row.latency)))
+        found.append(("latency", words.latency(row.latency), _n(row.latency)))
     if row.target_ratio is not None:
-        found.append(("of target", format_ratio(row.target_ratio), ""))
+        found.append(("of target", words.ratio(row.target_ratio), ""))
     if row.usd_per_image is not None:
         usd = row.usd_per_image
-        found.append(("price", f"{format_usd(usd.value)} an image", _n(usd)))
+        found.append(("price", f"{words.usd(usd.value)} an image", _n(usd)))
     for name in metric_names([row]):
         estimate = row.metrics[name]
         if estimate.value is not None:
-            found.append((metric_label(name), format_estimate(estimate), _n(estimate)))
+            found.append((metric_label(name), words.estimate(estimate), _n(estimate)))
     memory = row.peak_rss_bytes if row.peak_vram_bytes is None else row.peak_vram_bytes
     kind = "host memory" if row.peak_vram_bytes is None else "GPU memory"
     if memory is not None:
-        found.append((kind, format_bytes(memory), ""))
+        found.append((kind, words.size(memory), ""))
     return tuple(found)
 
 

@@ -9,23 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sd35bench import words
 from sd35bench.report.blocks import block, figures, title_columns
 from sd35bench.report.plots import CallBar, plot_calls
 from sd35bench.report.render import Cell, Column, Figure, Table, estimate_cell
 from sd35bench.report.rows import Row, has_far, usd_text
-from sd35bench.words import (
-    MISSING,
-    Estimate,
-    bracketed,
-    decimals_for,
-    format_estimate,
-    format_number,
-    format_percent,
-    format_plain,
-    format_seconds,
-    format_usd,
-    read_estimate,
-)
+from sd35bench.words import MISSING, Estimate
 
 _MOST_BARS = 24
 _MOST_SENTENCES = 4
@@ -89,10 +78,7 @@ def _seconds_block(found: Sequence[_Hosted], names: Sequence[Column]) -> Table:
         [
             figures("n", (str(h.remote["single_stream_n"]) for h in found)),
             figures("inference share", map(_share_cell, found)),
-            *(
-                figures(title, (estimate_cell(h.mean(key), decimals_for) for h in found))
-                for key, title in parts
-            ),
+            *(figures(title, (estimate_cell(h.mean(key)) for h in found)) for key, title in parts),
         ],
         "Means over calls that had no other of this run beside them. Inference: what the"
         " service says it computed; queue: what it took beyond that; network: submit and download."
@@ -112,8 +98,8 @@ def _share_cell(hosted: _Hosted) -> Cell:
     share = hosted.remote.get("inference_share")
     if share is None:
         return Cell(text=MISSING)
-    ends = [format_number(100 * end, 0) for end in share.get("ci95") or ()]
-    return Cell(text=format_percent(share["value"]), beside=bracketed(*ends) if ends else "")
+    ends = [words.number(100 * end, 0) for end in share.get("ci95") or ()]
+    return Cell(text=words.percent(share["value"]), beside=words.bracketed(*ends) if ends else "")
 
 
 def _money_block(found: Sequence[_Hosted], names: Sequence[Column]) -> Table:
@@ -146,17 +132,17 @@ def _money_cells(hosted: _Hosted) -> tuple[Cell | str, ...]:
     rate = remote.get("throughput") or {}
     cost = remote["cost_usd"]
     more = f" + {cost['unknown']} unknown" if cost["unknown"] else ""
-    stake = f" ({format_usd(cost['at_stake'])})" if cost["at_stake"] else ""
+    stake = f" ({words.usd(cost['at_stake'])})" if cost["at_stake"] else ""
     value = None if usd is None else usd.value
     return (
-        estimate_cell(read_estimate(rate, "images_per_min"), decimals_for),
-        format_plain(rate.get("n")),
-        format_plain(rate.get("in_flight", remote["in_flight"])),
-        format_number((remote["polls_per_image"] or {}).get("value"), 1),
+        estimate_cell(words.read_estimate(rate, "images_per_min")),
+        words.plain(rate.get("n")),
+        words.plain(rate.get("in_flight", remote["in_flight"])),
+        words.number((remote["polls_per_image"] or {}).get("value"), 1),
         usd_text(hosted.row),
         f"{cost['reported']} of {cost['n']}" if cost["n"] else MISSING,
-        format_usd(None if value is None else 1000 * value),
-        format_usd(cost["total"]) + more,
+        words.usd(None if value is None else 1000 * value),
+        words.usd(cost["total"]) + more,
         str(remote["resumed_n"]),
         str(remote["ambiguous"]) + stake,
     )
@@ -229,9 +215,9 @@ def _label(row: Row, members: Sequence[Row]) -> str:
 
     said = [row.text("backend")]
     said += [f"{row.steps} steps"] if differs("steps", members) else []
-    said += [f"cfg {format_plain(row.cfg)}"] if differs("cfg", members) else []
+    said += [f"cfg {words.plain(row.cfg)}"] if differs("cfg", members) else []
     if differs("prompt_strength", members) and row.prompt_strength is not None:
-        said.append(f"strength {format_plain(row.prompt_strength)}")
+        said.append(f"strength {words.plain(row.prompt_strength)}")
     if differs("width", members) or differs("height", members):
         said.append(f"{row.text('width')}×{row.text('height')}")
     if row.remote is None and differs("threads", [r for r in members if r.remote is None]):
@@ -261,15 +247,15 @@ def _sentences(hosted: _Hosted, rows: Sequence[Row], against: str) -> list[str]:
     said = [_time_words(hosted)]
     late = hosted.mean("poll_bound").value
     if late is not None:
-        said.append(f"Polling saw the end up to {format_seconds(late)} late.")
+        said.append(f"Polling saw the end up to {words.seconds(late)} late.")
     local = _same_request(hosted.row, rows)
     if local:
-        means = [f"{r.text('backend')} {format_seconds(r.latency_s['mean'])}" for r in local[:3]]
+        means = [f"{r.text('backend')} {words.seconds(r.latency_s['mean'])}" for r in local[:3]]
         said.append(f"This machine takes, on average: {', '.join(means)}.")
     usd = hosted.row.usd_per_image
     if usd is not None and usd.value is not None:
         said.append(
-            f"An image costs {format_usd(usd.value)}, a thousand {format_usd(1000 * usd.value)};"
+            f"An image costs {words.usd(usd.value)}, a thousand {words.usd(1000 * usd.value)};"
             " what one made here costs is not known."
         )
     if hosted.row.identical_pairs:
@@ -289,8 +275,8 @@ def _time_words(hosted: _Hosted) -> str:
     kinds = [("predict", "inference"), ("queue", "queue"), ("network", "network")]
     kinds += [("other", "not told apart")] if _is_told(hosted, "other") else []
     parts = [(word, hosted.mean(key).value) for key, word in kinds]
-    told = [f"{format_seconds(seconds)} {word}" for word, seconds in parts if seconds is not None]
+    told = [f"{words.seconds(seconds)} {word}" for word, seconds in parts if seconds is not None]
     if share is not None:
-        told[0] += f" ({format_percent(share['value'])})"
+        told[0] += f" ({words.percent(share['value'])})"
     tail = f": {', '.join(told)}" if told else ""
-    return f"an image takes {format_estimate(total)} s on average (n = {total.n}){tail}."
+    return f"an image takes {words.estimate(total)} s on average (n = {total.n}){tail}."

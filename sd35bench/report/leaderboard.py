@@ -4,12 +4,14 @@ A further column is one more entry of `setting_columns`; every form that does no
 it.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
 
+from sd35bench import words
 from sd35bench.fields import label
 from sd35bench.recommend.pareto import pareto_front
 from sd35bench.report.render import HTML, MARKDOWN, TERMINAL, Cell, Column, Layout, Table
@@ -23,20 +25,7 @@ from sd35bench.report.rows import (
     usd_text,
 )
 from sd35bench.report.svg import element
-from sd35bench.words import (
-    MISSING,
-    Estimate,
-    column_decimals,
-    format_bytes,
-    format_count,
-    format_estimate,
-    format_interval,
-    format_number,
-    format_percent,
-    format_plain,
-    format_share,
-    format_significant,
-)
+from sd35bench.words import MISSING, Estimate
 
 _GLYPH = 64.0
 _PLAIN, _PAGE = (TERMINAL, MARKDOWN), (HTML,)
@@ -129,8 +118,8 @@ def _missing_note(metric: str, rows: Sequence[Row]) -> str:
     if needs:
         most = max((e.n for e in entries if e.n is not None), default=0)
         return (
-            f"{metric_label(metric)} is refused here: it needs n ≥ {format_count(max(needs))}"
-            f" images per setting, and there are at most {format_count(most)}."
+            f"{metric_label(metric)} is refused here: it needs n ≥ {words.count(max(needs))}"
+            f" images per setting, and there are at most {words.count(most)}."
         )
     reason = next((e.note for e in entries if e.note), "no value")
     # What does not apply to a task at all (init kept without an init image) is not worth a line.
@@ -142,10 +131,9 @@ def _missing_note(metric: str, rows: Sequence[Row]) -> str:
 
 def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -> list[Column]:
     """Every column of `rows`, in reading order."""
-    ratio = _known(
-        "× target", rows, lambda r: r.target_ratio, lambda v: format_number(v, 2), rank=4
-    )
-    usd = _usd(rows)
+    target = _known("× target", rows, lambda r: r.target_ratio, _two_decimals, rank=4)
+    usd, latency = _usd(rows), [r.latency for r in rows]
+    hint = "p50 of batch-1 trials; 95 % interval"
     return [
         *(c for name in extra if name == "backend" for c in _field(name, rows)),
         _number("steps", rows, lambda r: r.steps),
@@ -154,18 +142,11 @@ def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -
         *(c for name in extra if name != "backend" for c in _field(name, rows)),
         _number("n", rows, lambda r: r.n, hint="images that the quality figures rest on"),
         *_metrics(rows),
-        _estimates(
-            "latency s",
-            [r.latency for r in rows],
-            "glyph cost",
-            most=3,
-            hint="p50 of batch-1 trials; 95 % interval",
-        ),
+        _estimates("latency s", latency, "glyph cost", most=3, hint=hint),
         *_timed(rows),
-        *(replace(c, hint="latency over target", forms=_PAGE) for c in ratio),
+        *(replace(c, hint="latency over target", forms=_PAGE) for c in target),
         *_against_reference(rows),
-        *(replace(c, forms=_PLAIN) for c in ratio),
-        *(replace(c, forms=_PLAIN) for c in usd),
+        *(replace(c, forms=_PLAIN) for c in (*target, *usd)),
         *_memory(rows),
         *(replace(c, forms=_PAGE) for c in usd),
         *_failed(rows),
@@ -173,17 +154,20 @@ def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -
     ]
 
 
+_two_decimals = functools.partial(words.number, decimals=2)
+
+
 def _number(
     title: str,
     rows: Sequence[Row],
     value: Callable[[Row], float | None],
-    words: Callable[[float | None], str] = format_plain,
+    said: Callable[[float | None], str] = words.plain,
     *,
     rank: int = 0,
     hint: str = "",
     forms: tuple[str, ...] = (*_PLAIN, *_PAGE),
 ) -> Column:
-    cells = tuple(Cell(text=words(value(r)), sort=_sortable(value(r))) for r in rows)
+    cells = tuple(Cell(text=said(value(r)), sort=_sortable(value(r))) for r in rows)
     return Column(title=title, cells=cells, rank=rank, hint=hint, forms=forms)
 
 
@@ -191,14 +175,14 @@ def _known(
     title: str,
     rows: Sequence[Row],
     value: Callable[[Row], float | None],
-    words: Callable[[float | None], str] = format_plain,
+    said: Callable[[float | None], str] = words.plain,
     *,
     rank: int = 0,
 ) -> list[Column]:
     """A column of numbers, where some row has one."""
     if all(value(r) is None for r in rows):
         return []
-    return [_number(title, rows, value, words, rank=rank)]
+    return [_number(title, rows, value, said, rank=rank)]
 
 
 def _sortable(value: object) -> float | str | None:
@@ -254,9 +238,9 @@ def _timed(rows: Sequence[Row]) -> list[Column]:
         hint = "images made one at a time"
         columns.append(_number("timed n", rows, lambda r: timed[r.id], hint=hint, forms=_PAGE))
     p90 = {r.id: r.latency_s.get("p90") for r in rows}
-    decimals = min(3, column_decimals([Estimate(value=v) for v in p90.values()]))
-    words: Callable[[float | None], str] = lambda v: format_number(v, decimals)  # noqa: E731
-    return [*columns, _number("p90 s", rows, lambda r: p90[r.id], words, forms=_PAGE)]
+    decimals = min(3, words.column_decimals([Estimate(value=v) for v in p90.values()]))
+    said = functools.partial(words.number, decimals=decimals)
+    return [*columns, _number("p90 s", rows, lambda r: p90[r.id], said, forms=_PAGE)]
 
 
 def _against_reference(rows: Sequence[Row]) -> list[Column]:
@@ -303,9 +287,9 @@ def _rate(row: Row, of: str) -> Cell:
     if row.achieved_tflops is None:
         return Cell(text=MISSING)
     share = row.limit_fraction
-    beside = "" if share is None else of.format(format_percent(share))
+    beside = "" if share is None else of.format(words.percent(share))
     return Cell(
-        text=format_significant(row.achieved_tflops), beside=beside, sort=row.achieved_tflops
+        text=words.significant(row.achieved_tflops), beside=beside, sort=row.achieved_tflops
     )
 
 
@@ -324,9 +308,9 @@ def _usd(rows: Sequence[Row]) -> list[Column]:
 
 def _memory(rows: Sequence[Row]) -> list[Column]:
     """Both peaks; on the page the one that is scarcer."""
-    vram = _known("VRAM", rows, lambda r: r.peak_vram_bytes, format_bytes, rank=5)
+    vram = _known("VRAM", rows, lambda r: r.peak_vram_bytes, words.size, rank=5)
     rank = 2 if len({r.setting.get("backend") for r in rows}) > 1 else 6
-    rss = _number("peak RSS", rows, lambda r: r.peak_rss_bytes, format_bytes, rank=rank)
+    rss = _number("peak RSS", rows, lambda r: r.peak_rss_bytes, words.size, rank=rank)
     hint = "peak GPU memory of the worker" if vram else "peak host memory of the worker so far"
     page = replace(vram[0] if vram else rss, title="memory", hint=hint, forms=_PAGE)
     return [*(replace(c, forms=_PLAIN) for c in (*vram, rss)), page]
@@ -350,9 +334,10 @@ def _dominated(rows: Sequence[Row], shares: Shares) -> list[Column]:
         f"resamples of the prompts in which another setting has no lower {metric_label(judged)} and"
         " takes no longer, and is better in one of the two"
     )
-    words: Callable[[float | None], str] = lambda p: MISSING if p is None else format_share(p)  # noqa: E731
     known = shares[judged]
-    return [_number("dominated", rows, lambda r: known.get(r.id), words, hint=hint, forms=_PAGE)]
+    return [
+        _number("dominated", rows, lambda r: known.get(r.id), words.share, hint=hint, forms=_PAGE)
+    ]
 
 
 # Cells ----------------------------------------------------------------------------------------
@@ -368,7 +353,7 @@ def _estimates(
     hint: str = "",
 ) -> Column:
     """A column of figures with one number of decimals, and a glyph on one common scale."""
-    decimals = min(most, column_decimals(estimates))
+    decimals = min(most, words.column_decimals(estimates))
     ends = [v for e in estimates if e is not None for v in (e.low, e.value, e.high)]
     known = [v for v in ends if v is not None]
     extent = (min(known), max(known)) if known else (0.0, 1.0)
@@ -383,10 +368,10 @@ def _estimate(
         return Cell(text=MISSING)
     hint = "" if estimate.n is None else f"n = {estimate.n}"
     if estimate.value is None:
-        return Cell(text=format_estimate(estimate), hint=hint, style="dim")
+        return Cell(text=words.estimate(estimate), hint=hint, style="dim")
     return Cell(
-        text=format_number(estimate.value, decimals),
-        beside=format_interval(estimate, decimals),
+        text=words.number(estimate.value, decimals),
+        beside=words.interval(estimate, decimals),
         sort=estimate.value,
         glyph=_glyph(estimate, extent, class_),
         hint=hint,

@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sd35bench import words
 from sd35bench.analysis.settings import is_hosted
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Table as StudyTable
@@ -55,7 +56,6 @@ from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import build_wall
 from sd35bench.store import Study
 from sd35bench.types import Record, Session, Status
-from sd35bench.words import format_count, format_estimate
 
 # ASCII output already writes U+2028 and lone surrogates as escapes.
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -155,12 +155,12 @@ def _facts(
         ("size", _listed(f"{r.width}×{r.height}" for r in requests)),
         ("device", _listed(_device(s) for s in sessions.values())),
         ("settings", str(len(rows))),
-        ("images", format_count(len(ok))),
-        ("prompts", format_count(len({(r.prompt, r.init_image) for r in requests}))),
+        ("images", words.count(len(ok))),
+        ("prompts", words.count(len({(r.prompt, r.init_image) for r in requests}))),
         ("seeds", str(len({r.seed for r in requests}))),
     ]
     failed = len(records) - len(ok)
-    facts += [("failed", format_count(failed))] if failed else []
+    facts += [("failed", words.count(failed))] if failed else []
     facts += [("run", started[0][:16].replace("T", " "))] if started else []
     return [(name, value) for name, value in facts if value]
 
@@ -219,7 +219,7 @@ def _levels(rows: Sequence[Row], headline: Headline, extra: Sequence[str]) -> Ta
     if len(names) < 2:
         return None
     known = [r.levels.get(metric, {}) for r in shown]
-    cells = ([format_estimate(levels.get(name)) for name in names] for levels in known)
+    cells = ([words.estimate(levels.get(name)) for name in names] for levels in known)
     named = ([r.name(extra), *row] for r, row in zip(shown, cells, strict=True))
     return Table(title=metric_label(metric), columns=text_table(("setting", *names), named, names))
 

@@ -9,18 +9,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from sd35bench import words
 from sd35bench.report.render import Figure, estimate_cell
 from sd35bench.report.svg import Box, Label, Scale, axes, element, mark, place_labels, spread
-from sd35bench.words import (
-    Estimate,
-    decimals_for,
-    format_bytes,
-    format_estimate,
-    format_latency,
-    format_seconds,
-    format_share,
-    latency_decimals,
-)
+from sd35bench.words import Estimate
 
 # A target further away than this many times the largest latency would squeeze all points together.
 _TARGET_REACH = 3.0
@@ -88,8 +80,8 @@ def plot_front(
             (
                 p.label,
                 p.badge,
-                estimate_cell(p.y, decimals_for),
-                estimate_cell(p.x, latency_decimals),
+                estimate_cell(p.y),
+                estimate_cell(p.x, words.latency_decimals),
             )
             for p in front
         ),
@@ -136,7 +128,7 @@ def _draw_point(point: Point, x: Scale, y: Scale, metric: str) -> Markup:
     px, py = x(_x(point)), y(_y(point))
     class_ = f"{point.class_} {'pt' if point.on_front else 'pt dim'}"
     title = (
-        f"{point.label}\n{metric}: {_with_n(point.y)}\nlatency p50: {format_latency(point.x)}"
+        f"{point.label}\n{metric}: {_with_n(point.y)}\nlatency p50: {words.latency(point.x)}"
         + ("\non the Pareto front" if point.on_front else "")
         + ("" if point.dominated is None else f"\n{_dominated(point.dominated)}")
         + (f"\nrecommended: {point.badge}" if point.badge else "")
@@ -151,7 +143,7 @@ def _draw_point(point: Point, x: Scale, y: Scale, metric: str) -> Markup:
 
 
 def _dominated(share: float) -> str:
-    return f"dominated in {format_share(share)} of resampled prompts"
+    return f"dominated in {words.share(share)} of resampled prompts"
 
 
 def _whisker(
@@ -168,7 +160,7 @@ def _whisker(
 
 
 def _with_n(estimate: Estimate) -> str:
-    return format_estimate(estimate) + ("" if estimate.n is None else f", n = {estimate.n}")
+    return words.estimate(estimate) + ("" if estimate.n is None else f", n = {estimate.n}")
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale, box: Box) -> list[Markup]:
@@ -368,8 +360,8 @@ def _distribution(sample: Samples, x: Scale, y: float, box: Box) -> Markup:
     ordered = sorted(sample.latencies_s)
     p25, p50, p75, p90 = (quantile(ordered, q) for q in (0.25, 0.5, 0.75, 0.9))
     title = (
-        f"{sample.label}\nn = {len(ordered)}, p50 {format_seconds(p50)}, p90 {format_seconds(p90)},"
-        f" range {format_seconds(ordered[0])} to {format_seconds(ordered[-1])}"
+        f"{sample.label}\nn = {len(ordered)}, p50 {words.seconds(p50)}, p90 {words.seconds(p90)},"
+        f" range {words.seconds(ordered[0])} to {words.seconds(ordered[-1])}"
     )
     stride = -(-len(ordered) // _MAX_DOTS)
     dots = [
@@ -424,7 +416,7 @@ def _segments(
     for class_, name, seconds in parts:
         if seconds <= 0:
             continue
-        text = f"{label}\n{name}: {format_seconds(seconds)} ({seconds / total:.0%})"
+        text = f"{label}\n{name}: {words.seconds(seconds)} ({seconds / total:.0%})"
         width = max(x(start + seconds) - x(start), 0.5)
         drawn.append(
             element(
@@ -464,13 +456,13 @@ def _call(bar: CallBar, x: Scale, y: float, box: Box) -> Markup:
     parts, total = _segments(bar.label, named, x, y)
     if bar.late_by_s:
         parts.append(_late(x(max(total - bar.late_by_s, 0.0)), x(total), y, bar))
-    text = element("text", format_seconds(total), class_="row", x=x(total) + 6, y=y, dy="0.32em")
+    text = element("text", words.seconds(total), class_="row", x=x(total) + 6, y=y, dy="0.32em")
     return element("g", _row_label(bar.label, y, box, bar.strong), *parts, text)
 
 
 def _late(start: float, end: float, y: float, bar: CallBar) -> Markup:
     """A bracket over the end of the bar: somewhere in it the image was ready."""
-    title = f"{bar.label}\npolling saw the end at most {format_seconds(bar.late_by_s)} late"
+    title = f"{bar.label}\npolling saw the end at most {words.seconds(bar.late_by_s)} late"
     low, high = f"{start:.1f}", f"{end:.1f}"
     path = f"M{low},{y - 5:.1f}v10M{high},{y - 5:.1f}v10M{low},{y:.1f}H{high}"
     return element(
@@ -492,7 +484,7 @@ def plot_memory(rows: Sequence[tuple[str, str, float]]) -> Figure:
         bar = element(
             "rect", class_=f"mem-{kind}", x=box.left, y=y - 7, width=max(width, 1.0), height=14
         )
-        text = element("text", format_bytes(count), class_="row", x=box.left + 6, y=y, dy="0.32em")
+        text = element("text", words.size(count), class_="row", x=box.left + 6, y=y, dy="0.32em")
         parts.append(element("g", _row_label(label, y, box, False), bar, text))
     kinds = {"rss": "host memory (RSS)", "vram": "GPU memory"}
     return Figure(

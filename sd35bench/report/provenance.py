@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from sd35bench import words
 from sd35bench.analysis.settings import is_hosted
 from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
 from sd35bench.recommend.reproduce import remote_overrides
 from sd35bench.report.rows import Row
 from sd35bench.types import Record, Request, Session, Status
-from sd35bench.words import format_bytes, format_plain, format_seconds
 
 _FACTS = (
     *("sd35bench", "commit", "dirty", "torch", "diffusers", "cpu_model", "gpu_name", "threads"),
@@ -71,7 +71,7 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Sequence[Any]]) -> di
     options = {**load.backend.options, "threads": "n/a" if hosted else load.threads}
 
     def middle(seconds: Iterable[float]) -> str:
-        return format_seconds(None if hosted else median(seconds))
+        return words.seconds(None if hosted else median(seconds))
 
     return {
         "model": load.model.name,
@@ -82,8 +82,8 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Sequence[Any]]) -> di
         "load": middle(s.load_s for s in sessions),
         "first_call": middle(s.first_call_s for s in sessions),
         "warmup": middle(s.warmup_s for s in sessions),
-        "rss": format_bytes(None if hosted else rss),
-        "vram": format_bytes(max(vram, default=None)),
+        "rss": words.size(None if hosted else rss),
+        "vram": words.size(max(vram, default=None)),
         "in_force": [(k, _plain(v)) for k, v in sessions[-1].in_force.items()],
     }
 
@@ -93,7 +93,7 @@ def _plain(value: object) -> str:
         return ", ".join(f"{k}={_plain(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_plain(v) for v in value)
-    return format_plain(value)
+    return words.plain(value)
 
 
 def list_failures(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -161,12 +161,12 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
         **_batches(records),
         "study": study,
     }
-    words = [shlex.quote(f"{k}={v}") for k, v in axes.items() if v]
+    typed = [shlex.quote(f"{k}={v}") for k, v in axes.items() if v]
     names = ("steps", "cfg", "prompt_strength", "seed", *_RARE)
     settings = {tuple(getattr(r, name) for name in names) for r in requests}
     product = math.prod(len({getattr(r, name) for r in requests}) for name in names)
     note = "" if len(settings) == product else "The study holds only a part of this grid."
-    return {"task": task, "command": "sd35bench run -m " + " ".join(words), "note": note}
+    return {"task": task, "command": "sd35bench run -m " + " ".join(typed), "note": note}
 
 
 def _rare_axis(name: str, requests: Sequence[Request]) -> str:
@@ -192,4 +192,4 @@ def _batches(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _axis(values: Any) -> str:
-    return ",".join(format_plain(v) for v in sorted(set(values)))
+    return ",".join(words.plain(v) for v in sorted(set(values)))

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from sd35bench import words
 from sd35bench.disk import write_atomic
 from sd35bench.fields import describe
 from sd35bench.recommend.entry import confirmation_text
@@ -28,16 +29,6 @@ from sd35bench.report.render import (
     say,
     text_column,
     text_table,
-)
-from sd35bench.words import (
-    first_upper,
-    format_digits,
-    format_estimate,
-    format_number,
-    format_percent,
-    format_plain,
-    format_share,
-    read_estimate,
 )
 
 SHOWN = {TERMINAL: 5, MARKDOWN: 8, HTML: 12}
@@ -116,7 +107,7 @@ def _terminal(document: Mapping[str, Any]) -> Iterator[Part]:
     )
     yield Table(columns=answers, layouts=WRAPPED, frame="bare")
     yield say(f"Chosen on prompts: {_prompts(document)}.", gap=True)
-    yield say(f"{first_upper(document['confirmation'])}.")
+    yield say(f"{words.first_upper(document['confirmation'])}.")
     images = document["confirm"]["images"]
     if images:
         yield say(
@@ -148,7 +139,7 @@ def _setting(group: _Entries) -> Iterator[Part]:
     for text, names in confirmed.items():
         yield say(f"{' and '.join(names)}: {text}.")
     more = [each["evidence"]["more_images"] for _, _, each in group]
-    for text in dict.fromkeys(f"{first_upper(m['text'])}." for m in more if m is not None):
+    for text in dict.fromkeys(f"{words.first_upper(m['text'])}." for m in more if m is not None):
         yield say(text)
     others = len(entry["alternatives"])
     if others:
@@ -175,7 +166,7 @@ def _setting(group: _Entries) -> Iterator[Part]:
 def _confirming(document: Mapping[str, Any]) -> Iterator[Part]:
     confirm = document["confirm"]
     if not confirm["commands"]:
-        yield say(f"{first_upper(document['confirmation'])}.")
+        yield say(f"{words.first_upper(document['confirmation'])}.")
         yield say("no held-out image is missing", wraps=True)
         return
     images = confirm["images"]
@@ -195,7 +186,7 @@ def _paper(document: Mapping[str, Any]) -> Iterator[Part]:
     yield Table(columns=text_table(_ANSWERS, (_answer_row(*e) for e in entries)))
     yield paragraph(
         f"Chosen on prompts: {_prompts(document)}.",
-        (f" {first_upper(document['confirmation'])}.", "raw"),
+        (f" {words.first_upper(document['confirmation'])}.", "raw"),
         " Brackets are 95 % intervals, clustered by prompt.",
     )
     for note in (*document["notes"], *document["warnings"]):
@@ -217,25 +208,25 @@ def _answer_row(profile: str, task: str, entry: Mapping[str, Any]) -> list[str]:
         task,
         describe(entry["setting"]),
         f"{quality['metric']} {_figure(quality)} (n={quality['n']})",
-        "" if p50 is None else f"{format_digits(p50)} s (n={evidence['latency_s']['n']})",
-        f"{format_plain(evidence['margin'])} against {reference}",
+        "" if p50 is None else f"{words.digits(p50)} s (n={evidence['latency_s']['n']})",
+        f"{words.plain(evidence['margin'])} against {reference}",
         confirmation_text(entry["confirmation"]),
     ]
 
 
 def _section(profile: str, task: str, entry: Mapping[str, Any]) -> Iterator[Part]:
     evidence = entry["evidence"]
-    yield Heading(f"{first_upper(profile)}, {task}", 3)
+    yield Heading(f"{words.first_upper(profile)}, {task}", 3)
     said = (f"{compared(evidence)}.{_failures(evidence)}", front_sentence(evidence))
-    yield paragraph((f"{first_upper(evidence['reason'])}. {' '.join(said)}", "raw"))
+    yield paragraph((f"{words.first_upper(evidence['reason'])}. {' '.join(said)}", "raw"))
     if evidence["more_images"] is not None:
-        yield paragraph((f"{first_upper(evidence['more_images']['text'])}.", "raw"))
+        yield paragraph((f"{words.first_upper(evidence['more_images']['text'])}.", "raw"))
     if (defaults := default_table(entry, MARKDOWN)) is not None:
         yield defaults
     others = len(entry["alternatives"])
     if others:
         yield _others(entry, MARKDOWN)
-        yield paragraph((f"{first_upper(front_note(evidence))}.", "raw"))
+        yield paragraph((f"{words.first_upper(front_note(evidence))}.", "raw"))
     if others > SHOWN[MARKDOWN]:
         yield paragraph(f"{others - SHOWN[MARKDOWN]} more are in recommended.yaml.")
     adding = [
@@ -258,7 +249,7 @@ def _section(profile: str, task: str, entry: Mapping[str, Any]) -> Iterator[Part
 
 def _figure(entry: Mapping[str, Any] | None, sign: str = "") -> str:
     """A value with its 95 % interval; empty where there is none."""
-    return "" if entry is None else format_estimate(read_estimate(entry), 2, sign)
+    return "" if entry is None else words.estimate(words.read_estimate(entry), 2, sign)
 
 
 def compared(evidence: Mapping[str, Any]) -> str:
@@ -282,7 +273,7 @@ def front_cell(entry: Mapping[str, Any]) -> str:
     if entry["on_front"] is None:
         return ""
     share = entry["p_dominated"]
-    said = "" if share is None else format_share(share)
+    said = "" if share is None else words.share(share)
     return f"{said} (front)".strip() if entry["on_front"] else said
 
 
@@ -290,7 +281,7 @@ def front_sentence(evidence: Mapping[str, Any]) -> str:
     """Where the choice lies beside the front."""
     where = "on" if evidence["on_front"] else "not on"
     share = evidence["p_dominated"]
-    sure = "" if share is None else f"; dominated in {format_share(share)} of resamples"
+    sure = "" if share is None else f"; dominated in {words.share(share)} of resamples"
     return f"The choice is {where} the Pareto front of quality and {_cost_word(evidence)}{sure}."
 
 
@@ -300,7 +291,7 @@ def front_note(evidence: Mapping[str, Any]) -> str:
         "dominated: in how many of"
         f" {evidence['resamples']} resamples of the prompts another setting is no worse and no"
         " slower, and better in one of the two; front: in what was measured, none is."
-        f" {format_percent(SAME_COST)} of {_cost_word(evidence)} is no difference"
+        f" {words.percent(SAME_COST)} of {_cost_word(evidence)} is no difference"
     )
 
 
@@ -326,12 +317,12 @@ def _others(entry: Mapping[str, Any], form: str) -> Table:
         ),
         text_column(
             "p50 s" if timed else "evaluations",
-            ("" if o["speed"] is None else format_digits(o["speed"]) for o in others),
+            ("" if o["speed"] is None else words.digits(o["speed"]) for o in others),
             forms=(TERMINAL,),
         ),
         text_column(
             "p (adjusted)",
-            ("" if t is None else format_digits(t["p_adjusted"], 2) for t in tests),
+            ("" if t is None else words.digits(t["p_adjusted"], 2) for t in tests),
             forms=(MARKDOWN,),
         ),
         text_column("dominated", map(front_cell, others)),
@@ -362,8 +353,8 @@ def default_table(entry: Mapping[str, Any], form: str) -> Table | None:
 def _default_row(default: Mapping[str, Any]) -> list[str]:
     """Name, setting, quality, the choice minus it, speed, verdict."""
     strength = default["prompt_strength"]
-    name = f"{default['steps']} steps, cfg {format_plain(default['cfg'])}"
-    name += "" if strength is None else f", prompt_strength {format_plain(strength)}"
+    name = f"{default['steps']} steps, cfg {words.plain(default['cfg'])}"
+    name += "" if strength is None else f", prompt_strength {words.plain(strength)}"
     name += "" if default["sampler"] == "euler" else f", {default['sampler']}"
     name += ", skip-layer guidance" if default["skip_layer_guidance"] else ""
     verdict = default["verdict"]
@@ -372,6 +363,6 @@ def _default_row(default: Mapping[str, Any]) -> list[str]:
     elif default["on"] is not None:
         verdict = f"{verdict} (on {default['on']})"
     ratio = default["speed_ratio"]
-    speed = "" if ratio is None else f"{format_number(ratio['value'], 2)}x as long"
+    speed = "" if ratio is None else f"{words.number(ratio['value'], 2)}x as long"
     quality, difference = _figure(default["quality"]), _figure(default["difference"], "+")
     return [default["name"], name, quality, difference, speed, verdict]

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text as Rich
 
+from sd35bench import words
 from sd35bench.report.svg import element, mark, read_asset
-from sd35bench.words import Estimate, first_upper, format_interval, format_number
+from sd35bench.words import Estimate
 
 TERMINAL, MARKDOWN, HTML = "terminal", "markdown", "html"
 ALL = (TERMINAL, MARKDOWN, HTML)
@@ -194,14 +195,14 @@ def text_table(
 
 
 def estimate_cell(
-    estimate: Estimate | None, decimals: Callable[[Estimate], int] | int, unit: str = ""
+    estimate: Estimate | None, decimals: Callable[[Estimate], int] | int = words.decimals_for
 ) -> Cell:
     """A cell of a figure whose interval stands apart; a dash where it is unknown."""
     if estimate is None or estimate.value is None:
-        return Cell(text=format_number(None, 0))
+        return Cell(text=words.number(None, 0))
     digits = decimals if isinstance(decimals, int) else decimals(estimate)
-    text = format_number(estimate.value, digits) + unit
-    return Cell(text=text, beside=format_interval(estimate, digits), sort=estimate.value)
+    text = words.number(estimate.value, digits)
+    return Cell(text=text, beside=words.interval(estimate, digits), sort=estimate.value)
 
 
 # Terminal -------------------------------------------------------------------------------------
@@ -393,7 +394,7 @@ def html_templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["sentence"] = first_upper
+    environment.filters["sentence"] = words.first_upper
     return environment
 
 

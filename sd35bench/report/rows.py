@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sd35bench import words
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import setting_key
-from sd35bench.fields import SETTING
-from sd35bench.guidance import skip_layer_text
-from sd35bench.types import Record, Session, SkipLayerGuidance, from_json, to_json
-from sd35bench.words import Estimate, format_plain, format_usd, read_estimate
+from sd35bench.fields import SETTING, value_text
+from sd35bench.types import Record, Session, to_json
+from sd35bench.words import MISSING, Estimate
 
 # The fields of a setting, in the order in which a person would name them.
 _CURVES = ("steps", "cfg", "prompt_strength")
@@ -140,9 +140,9 @@ class Row:
 
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4 · strength 0.6``, then the `extra` fields that vary."""
-        parts = [f"{self.steps} steps", f"cfg {format_plain(self.cfg)}"]
+        parts = [f"{self.steps} steps", f"cfg {words.plain(self.cfg)}"]
         if self.prompt_strength is not None:
-            parts.append(f"strength {format_plain(self.prompt_strength)}")
+            parts.append(f"strength {words.plain(self.prompt_strength)}")
         shown = [f for f in extra if f in self.setting and f not in _AXES]
         shown = [f for f in shown if f not in UNTOLD or self.remote is None]
         parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
@@ -174,11 +174,11 @@ def _read_row(raw: Mapping[str, Any], row_id: str, drift: Mapping[str, Any]) -> 
         setting=setting,
         n=raw.get("n", 0),
         failed=raw.get("failed", 0),
-        latency=None if latency.get("p50") is None else read_estimate(latency, "p50"),
+        latency=None if latency.get("p50") is None else words.read_estimate(latency, "p50"),
         latency_s=dict(latency),
         stage_s={k.removesuffix("_s"): v for k, v in stages.items() if v is not None},
         target_ratio=raw.get("latency_ratio"),
-        metrics={k: read_estimate(v) for k, v in _quality(raw).items()},
+        metrics={k: words.read_estimate(v) for k, v in _quality(raw).items()},
         levels=_read_levels(_quality(raw)),
         warnings=tuple(str(w) for w in raw.get("warnings") or ()),
         in_force=dict(raw.get("in_force") or {}),
@@ -194,7 +194,7 @@ def _read_row(raw: Mapping[str, Any], row_id: str, drift: Mapping[str, Any]) -> 
 
 
 def _known(raw: Mapping[str, Any] | None) -> Estimate | None:
-    return None if raw is None else read_estimate(raw)
+    return None if raw is None else words.read_estimate(raw)
 
 
 def _identical_pairs(drift: Mapping[str, Any]) -> int | None:
@@ -208,23 +208,21 @@ def _quality(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_throughput(raw: Iterable[Mapping[str, Any]]) -> dict[int, Estimate]:
-    return {entry["batch_size"]: read_estimate(entry, "images_per_s") for entry in raw}
+    return {entry["batch_size"]: words.read_estimate(entry, "images_per_s") for entry in raw}
 
 
 def _read_levels(metrics: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
     """Metric → level of difficulty → estimate, where a metric says its levels."""
     return {
-        name: {level: read_estimate(entry) for level, entry in raw["levels"].items()}
+        name: {level: words.read_estimate(entry) for level, entry in raw["levels"].items()}
         for name, raw in metrics.items()
         if isinstance(raw, Mapping) and raw.get("levels")
     }
 
 
 def setting_text(value: object) -> str:
-    """A setting's value as a person types it; skip-layer guidance as the command line takes it."""
-    if isinstance(value, Mapping) and "layers" in value:
-        return skip_layer_text(from_json(SkipLayerGuidance, value))
-    return format_plain(value)
+    """A setting's value as a person types it, a dash where there is none."""
+    return MISSING if value is None else value_text(value)
 
 
 def failed_text(row: Row) -> str:
@@ -239,7 +237,7 @@ def has_far(rows: Iterable[Row]) -> bool:
 
 def usd_text(row: Row) -> str:
     """Dollars of one image; a dash where they are unknown."""
-    return format_usd(None if row.usd_per_image is None else row.usd_per_image.value)
+    return words.usd(None if row.usd_per_image is None else row.usd_per_image.value)
 
 
 def _in_words(field: str, value: object) -> str:

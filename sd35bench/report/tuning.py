@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sd35bench import words
 from sd35bench.report.render import (
     MARKDOWN,
     TERMINAL,
@@ -20,7 +21,6 @@ from sd35bench.report.render import (
     text_table,
 )
 from sd35bench.tune.document import setting_text
-from sd35bench.words import first_upper, format_digits, read_estimate
 
 _SHOWN = 8
 """Settings that a terminal lists; Markdown has all."""
@@ -45,11 +45,11 @@ def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
     else:
         yield say((document["profile"], "bold"), f": {best['headline']}", wraps=True)
         yield say(best["reason"])
-        reason = (f" {first_upper(best['reason'])}.", "raw")
+        reason = (f" {words.first_upper(best['reason'])}.", "raw")
         yield paragraph((f"{document['profile']}:", "strong"), f" {best['headline']}.", reason)
-    confirmation = f"{first_upper(document['confirmation'])}."
+    confirmation = f"{words.first_upper(document['confirmation'])}."
     yield paragraph(confirmation)
-    share = format_digits(100 * images["share"])
+    share = words.digits(100 * images["share"])
     cost = (
         f"{images['used']} images of {document['settings']['tried']} settings; the full grid of"
         f" {document['settings']['grid']} would take {images['exhaustive']} ({share} %)"
@@ -76,9 +76,9 @@ def _tried(document: Mapping[str, Any], form: str, latency: str, most: int) -> T
     rows = (
         (
             setting_text(row["setting"]),
-            estimate_cell(read_estimate(row["quality"]), 2),
+            estimate_cell(words.read_estimate(row["quality"]), 2),
             str(row["quality"]["n"]),
-            estimate_cell(read_estimate(row["latency_s"]), 3),
+            estimate_cell(words.read_estimate(row["latency_s"]), 3),
             row["status"] if row["why"] is None else f"{row['status']}: {row['why']}",
         )
         for row in document["tried"][:most]

@@ -14,13 +14,13 @@ from typing import Any
 
 from PIL import Image
 
+from sd35bench import words
 from sd35bench.analysis.settings import PairKey, pair_key
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import StoreError
 from sd35bench.report.rows import Row, metric_label, metric_rank
 from sd35bench.store import Study
 from sd35bench.types import Record, Status
-from sd35bench.words import format_number
 
 MAX_TILES = 480
 MAX_BYTES = 3_000_000
@@ -220,7 +220,7 @@ def _parts(detail: Mapping[str, Any]) -> list[list[Any]]:
             if isinstance(held, bool):
                 parts.append([f"{prefix}{name}", held])
             elif isinstance(held, float):
-                parts.append([f"{prefix}{name} {format_number(held, 2)}", None])
+                parts.append([f"{prefix}{name} {words.number(held, 2)}", None])
     return parts
 
 

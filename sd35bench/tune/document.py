@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench import words
 from sd35bench.analysis.settings import setting_key
 from sd35bench.disk import write_atomic
 from sd35bench.recommend.profiles import BEST, Profile
@@ -18,7 +19,6 @@ from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS, Evidence
 from sd35bench.tune.session import Budget, Outcome
 from sd35bench.tune.space import Point, Space
-from sd35bench.words import format_estimate, format_plain, read_estimate
 
 _ORDER = ("winner", "racing", "set aside", "dominated", "out of reach", *OVER_LIMITS, "failed")
 
@@ -81,9 +81,9 @@ def _recommended(
     quality, latency = _quality(lab, evidence), _latency(evidence)
     setting = space.named(winner)
     metric = lab.metric.replace("_", " ")
-    figures = f"{metric} {format_estimate(read_estimate(quality), 2)}"
+    figures = f"{metric} {words.estimate(words.read_estimate(quality), 2)}"
     if latency["value"] is not None:
-        figures += f", {format_estimate(read_estimate(latency), 3)} s an image"
+        figures += f", {words.estimate(words.read_estimate(latency), 3)} s an image"
     return {
         "setting": setting,
         "setting_key": setting_key(lab.trial(winner)),
@@ -192,7 +192,7 @@ def _entry(interval: Interval, images: int) -> dict[str, Any]:
 
 def setting_text(setting: Mapping[str, Any]) -> str:
     """A point of the space in a few words."""
-    return ", ".join(f"{name} {format_plain(value)}" for name, value in setting.items())
+    return ", ".join(f"{name} {words.plain(value)}" for name, value in setting.items())
 
 
 def _number(value: float | None) -> float:

@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from sd35bench import words
 from sd35bench.report.blocks import comparison_blocks
 from sd35bench.report.charts import speed_figures
 from sd35bench.report.headline import gives
@@ -16,7 +17,6 @@ from sd35bench.report.page import build_document, render_report
 from sd35bench.report.render import TERMINAL, Table
 from sd35bench.report.rows import match_records, read_rows
 from sd35bench.report.tables import print_settings, settings_markdown
-from sd35bench.words import format_usd
 from tests.report.hosted import AMBIGUOUS, LONE, SECONDS, UNTOLD_S, USD
 from tests.report.synthetic import Synthetic
 
@@ -300,4 +300,4 @@ def test_names_from_a_study_are_never_markup(hosted: Synthetic):
     ],
 )
 def test_format_usd(dollars, text):
-    assert format_usd(dollars) == text
+    assert words.usd(dollars) == text

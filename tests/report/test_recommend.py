@@ -6,6 +6,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from sd35bench import words
 from sd35bench.errors import DiskFull
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profiles
@@ -15,7 +16,6 @@ from sd35bench.report.recommend import (
     recommendation_markdown,
     write_recommended,
 )
-from sd35bench.words import format_share
 from tests.analysis.synthetic import planted
 
 PROFILES = Path(__file__).parents[2] / "configs" / "profile"
@@ -102,7 +102,7 @@ def test_print_says_where_no_setting_meets_a_profile(study):
 def test_print_says_how_surely_a_setting_is_dominated(document):
     text = " ".join(_printed(document).split())
     evidence = document["profiles"]["final"]["text-to-image"]["evidence"]
-    share = format_share(evidence["p_dominated"])
+    share = words.share(evidence["p_dominated"])
     sentence = f"on the Pareto front of quality and latency; dominated in {share} of resamples."
     assert f"The choice is {sentence}" in text
     assert "dominated why not" in text
@@ -116,7 +116,7 @@ def test_print_says_how_surely_a_setting_is_dominated(document):
     [(0.0, "< 0.1 %"), (0.0046, "0.5 %"), (0.12, "12 %"), (0.995, "99.5 %"), (1.0, "> 99.9 %")],
 )
 def test_share_is_never_0_or_100_percent(share, text):
-    assert format_share(share) == text
+    assert words.share(share) == text
     assert front_cell({"on_front": True, "p_dominated": share}) == f"{text} (front)"
 
 
