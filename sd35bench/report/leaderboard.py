@@ -12,7 +12,6 @@ import numpy as np
 from markupsafe import Markup
 
 from sd35bench import words
-from sd35bench.fields import label
 from sd35bench.recommend.pareto import pareto_front
 from sd35bench.report.render import HTML, MARKDOWN, TERMINAL, Cell, Column, Layout, Table
 from sd35bench.report.rows import (
@@ -202,7 +201,9 @@ def _field(name: str, rows: Sequence[Row]) -> list[Column]:
             )
             for row, text in ((r, r.text(name)) for r in rows)
         )
-        columns.append(Column(title=label(name), cells=cells, numeric=False, forms=forms))
+        columns.append(
+            Column(title=name.replace("_", " "), cells=cells, numeric=False, forms=forms)
+        )
     return columns
 
 
