@@ -28,6 +28,7 @@ from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.settings import cluster_key
 from sd35bench.analysis.summary import latency_summary
 from sd35bench.recommend.profiles import Profile
+from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import weight_chunks
 from sd35bench.types import Record
 
@@ -174,8 +175,6 @@ def _gib(count: float) -> str:
 
 
 RESAMPLES = 2000
-SAME_COST = 0.02
-"""Costs this close, as a share, are no difference: medians of one setting differ by as much."""
 _SEED = 20261123
 _CHUNK_ELEMENTS = 4_000_000
 

@@ -13,7 +13,6 @@ from sd35bench import words
 from sd35bench.disk import write_atomic
 from sd35bench.fields import describe
 from sd35bench.recommend.entry import confirmation_text
-from sd35bench.recommend.pareto import SAME_COST
 from sd35bench.report.render import (
     HTML,
     MARKDOWN,
@@ -30,6 +29,7 @@ from sd35bench.report.render import (
     text_column,
     text_table,
 )
+from sd35bench.stats.decision import SAME_COST
 
 SHOWN = {TERMINAL: 5, MARKDOWN: 8, HTML: 12}
 """Settings not chosen that a form lists."""

@@ -51,7 +51,7 @@ class Envelope:
     """The outermost layer of the application."""
 
     def __init__(
-        self, app: ASGIApp, *, only_loopback: bool, check_key: Callable[[Headers], None]
+        self, app: ASGIApp, *, only_loopback: bool, check_key: Callable[[Headers], object]
     ) -> None:
         """`only_loopback`: without keys, a name that leads here by DNS rebinding must not work.
 

@@ -50,10 +50,10 @@ _BELOW_2_32 = (
 def _number(kind: type[int] | type[float], low: int, high: int, text: str, null: str = "") -> Any:
     """A number from `low` to `high`, or a string that `text` matches; `null`: or null."""
     doc = DocInfo(allowed(Annotated[kind, Interval(ge=low, le=high)]) + null)
-    number = Annotated[
+    number: Any = Annotated[
         kind, Interval(ge=low, le=high), Field(strict=True), BeforeValidator(_whole(kind))
     ]
-    string = Annotated[StrictStr, Field(pattern=f"^({text})$")]
+    string: Any = Annotated[StrictStr, Field(pattern=f"^({text})$")]
     # + 0 turns -0.0 into 0.0
     either = Annotated[number | string, AfterValidator(lambda value: kind(value) + 0)]
     return Annotated[either | None, doc] if null else Annotated[either, doc]

@@ -247,7 +247,8 @@ def _walked(against: _Against, walk: list[int], rivals: list[int]) -> dict[int, 
 def _by_prompt(quality: Floats, clusters: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
     labels = np.unique(clusters, return_inverse=True)[1]
     counts = np.bincount(labels).astype(np.float64)
-    sums = np.stack([np.bincount(labels, weights=row) for row in quality], axis=1)
+    weighed = [np.bincount(labels, weights=row).astype(np.float64) for row in quality]
+    sums = np.stack(weighed, axis=1)
     return quality.mean(axis=1), sums, counts
 
 

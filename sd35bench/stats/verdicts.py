@@ -10,12 +10,6 @@ The gate: many tests that must all hold need no correction, as every one of them
 of them may fail it, so failures are corrected over the whole comparison (Holm 1979, "A Simple
 Sequentially Rejective Multiple Test Procedure").
 
-The best of many: the best setting is not known, only the one that came out best, and the highest
-of several noisy means is too high. A candidate counts as good as the best only if it is shown to be
-as good as *every* rival: the largest of its p-values tests that (an intersection-union test: Berger
-1982, "Multiparameter Hypothesis Testing and Acceptance Sampling"), whichever rival is truly the
-best. Over the candidates these are corrected by Holm's method.
-
 The number of images that would decide is that of a test of the difference that was seen, with the
 spread that was seen: the prompts k at which ``distance sqrt(k) / sd >= t(k-1, level) + t(k-1,
 power)`` (Chow, Shao and Wang 2008, "Sample Size Calculations in Clinical Research", section 3.2).
@@ -120,24 +114,6 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     return Verdict.NOT_APPLICABLE
 
 
-@dataclass(frozen=True, slots=True)
-class Tested:
-    """One candidate against all rivals: `rival` is the one that `p` (the largest) is against.
-
-    `p_holm` is corrected for the number of candidates; `difference` is candidate minus rival.
-    """
-
-    rival: int
-    difference: Interval
-    p: float
-    p_holm: float
-
-    @property
-    def shown(self) -> bool:
-        """Whether the candidate is shown to be as good as every rival within the margin."""
-        return self.p_holm < TAIL
-
-
 def p_within(difference: Interval, margin: float) -> float:
     """One-sided p-value of "worse by the margin or more" for a difference; 1 without a lower end.
 
@@ -153,25 +129,6 @@ def p_within(difference: Interval, margin: float) -> float:
     if error <= 0.0:
         return 0.0 if above > 0.0 else 1.0
     return float(special.stdtr(degrees, -above / error))
-
-
-def against_all(
-    candidates: Sequence[int], differences: dict[int, dict[int, Interval]], margin: float
-) -> dict[int, Tested]:
-    """Test every candidate against its rivals; `differences[i][j]` is candidate i minus rival j.
-
-    A candidate without rivals is not tested.
-    """
-    tested = [i for i in candidates if differences[i]]
-    rivals = {
-        i: max(differences[i], key=lambda j: _order(differences[i][j], margin)) for i in tested
-    }
-    found = [p_within(differences[i][rivals[i]], margin) for i in tested]
-    adjusted = holm(found)
-    return {
-        i: Tested(rivals[i], differences[i][rivals[i]], p, corrected)
-        for i, p, corrected in zip(tested, found, adjusted, strict=True)
-    }
 
 
 def spread(difference: Interval) -> float | None:
@@ -222,8 +179,3 @@ def images_between(
         return None
     more = max(1, needed - difference.clusters)
     return {"prompts": more, "images": 2 * ceil(more * difference.n / difference.clusters)}
-
-
-def _order(difference: Interval, margin: float) -> tuple[float, float]:
-    """Rivals by p-value, then by how far behind them the candidate is."""
-    return (p_within(difference, margin), -difference.value)

@@ -143,3 +143,26 @@ def test_mutant_that_corrects_over_all_settings_is_seen(monkeypatch):
     )
     hopeless = np.vstack([quality, np.zeros(90)])
     assert _decide(hopeless, [1.0, 2.0, 9.0], 0.08).best == 2
+
+
+def test_share_of_false_claims_is_kept_and_a_mutant_with_the_easiest_rival_fails():
+    # All but the dearest truly lie on the margin below it; a claim for any of them is false.
+    truth, margin, repetitions = np.array([0.5] * 5 + [0.6]), 0.1, 300
+    cost, rng = np.arange(1.0, 7.0), np.random.default_rng(5)
+    false_claims, easiest = 0, 0
+    for _ in range(repetitions):
+        quality = rng.normal(truth[:, None], 0.3, (6, 40))
+        found = decide(quality, np.arange(40), cost, margin)
+        false_claims += found.chosen != 5 and found.definitive
+        p = [
+            min(
+                p_loss(quality[i] - quality[j], np.ones(40), margin, None)
+                for j in range(6)
+                if j != i
+            )
+            for i in range(5)
+        ]
+        easiest += min(p) < decision.LEVEL / 5
+    allowed = decision.LEVEL + 3 * np.sqrt(decision.LEVEL * (1 - decision.LEVEL) / repetitions)
+    assert false_claims / repetitions < allowed
+    assert easiest / repetitions > allowed

@@ -12,7 +12,6 @@ from sd35bench.stats.verdicts import (
     Direction,
     Judgement,
     Verdict,
-    against_all,
     decide,
     holm,
     images_between,
@@ -169,48 +168,6 @@ def test_unknown_and_constant_differences_are_said_plainly():
     assert (p_within(same, 0.1), p_within(same, 0.0)) == (0.0, 1.0)
     assert spread(Interval(0.5, None, None, 4, 1)) is None
     assert images_between(Interval(0.5, None, None, 4, 1), 0.1) is None
-
-
-def _family(truth: list[float], k: int, seed: int):
-    """Candidates of these true qualities: differences of each from every other."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(np.array(truth)[:, None], 0.3, (len(truth), k))
-    return {
-        i: {j: mean_t(x[i] - x[j], np.arange(k)) for j in range(len(truth)) if j != i}
-        for i in range(len(truth))
-    }
-
-
-def test_against_all_takes_the_hardest_rival():
-    found = against_all(range(3), _family([0.5, 0.9, 0.7], 200, 0), 0.05)
-    assert found[0].rival == 1
-    assert found[2].rival == 1
-    assert found[1].rival == 2
-    assert [found[i].shown for i in range(3)] == [False, True, False]
-    assert all(t.p_holm >= t.p for t in found.values())
-
-
-def test_share_of_false_claims_is_kept_and_a_mutant_with_the_easiest_rival_fails():
-    # All but one truly lie on the margin below the true best; a claim for any of them is false.
-    truth, margin, repetitions = np.array([0.6] + [0.5] * 5), 0.1, 300
-    rng, settings = np.random.default_rng(5), range(6)
-    false_claims, easiest = 0, 0
-    for _ in range(repetitions):
-        x = rng.normal(truth[:, None], 0.3, (6, 40))
-        pairwise = {
-            i: {j: mean_t(x[i] - x[j], np.arange(40)) for j in settings if j != i} for i in settings
-        }
-        found = against_all(settings, pairwise, margin)
-        false_claims += any(found[i].shown for i in settings[1:])
-        p = {i: min(p_within(d, margin) for d in pairwise[i].values()) for i in settings}
-        easiest += min(p[i] for i in settings[1:]) < TAIL / 6
-    allowed = TAIL + 3 * np.sqrt(TAIL * (1 - TAIL) / repetitions)
-    assert false_claims / repetitions < allowed
-    assert easiest / repetitions > allowed
-
-
-def test_candidate_without_rivals_is_not_tested():
-    assert against_all([0], {0: {}}, 0.1) == {}
 
 
 @pytest.mark.parametrize("distance", [0.05, 0.15])
