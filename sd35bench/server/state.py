@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sd35bench.server.auth import KeyRing
 from sd35bench.server.file_store import FileStore
@@ -99,7 +100,7 @@ class ServerState:
     is_stopping: bool = False
 
     @property
-    def condition(self) -> str:
+    def condition(self) -> Literal["ready", "no worker", "stopping"]:
         """One word for how the server is."""
         if self.is_stopping:
             return "stopping"
