@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.analysis.settings import setting_key
+from sd35bench.engine import Engine
 from sd35bench.errors import StoreError
 from sd35bench.evaluations import evaluations, skip_layer_evaluations
 from sd35bench.plan import Plan
 from sd35bench.remote.ledger import Ledger
-from sd35bench.remote.providers import PROVIDERS
 from sd35bench.store import Study
 from sd35bench.trials import shares
 from sd35bench.types import Record, Request, Session, Status, Trial
@@ -72,41 +72,34 @@ class Estimate:
         }
 
 
-def estimate(
-    plans: Sequence[tuple[Plan, float]],
-    results_dir: Path,
-    study_name: str,
-    starts: int = 1,
-    resubmit: bool = False,
-) -> Estimate:
-    """Estimate `plans`, each with its price in USD per image, run by `starts` processes each.
-
-    `resubmit`: what a hosted service may or may not have made would be asked for, and paid, again.
-    """
+def estimate(plans: Sequence[tuple[Plan, Engine]], results_dir: Path, study_name: str) -> Estimate:
+    """Estimate `plans`, each on its engine."""
     studies = list(_studies(results_dir))
     done_keys = {k for s in studies if s.name == study_name for k in s.done_keys()}
     ledger = Ledger(results_dir / study_name, None)
-    created = {i.trial for i in ledger.open_intents() if i.prediction is not None or not resubmit}
+    # What a service may or may not have made is bought again where the user agreed to that.
+    again = any(engine.price.resubmits for _, engine in plans)
+    created = {i.trial for i in ledger.open_intents() if i.prediction is not None or not again}
     created -= done_keys
     trials = [t for plan, _ in plans for t in plan.trials]
     disk = usd = 0.0
     seconds: float | None = 0.0
     loads = 0
-    for plan, price in plans:
+    for plan, engine in plans:
         missing = [t for t in plan.trials if t.key not in done_keys]
         if not missing:
             continue
         keys = {t.key for t in missing}
         started = sum(
             any(t.key in keys for batch in share for t in batch.trials)
-            for share in shares(plan.batches, starts)
+            for share in shares(plan.batches, engine.starts)
         )
-        loads += 0 if plan.load.backend.kind in PROVIDERS else started
+        loads += started
         seen = _Seen(plan, studies)
         spent_s = seen.seconds(missing, started)
         seconds = None if seconds is None or spent_s is None else seconds + spent_s
         disk += sum(seen.image_bytes(t.request) + RECORD_BYTES for t in missing)
-        usd += price * len(keys - created)
+        usd += engine.price.usd_per_image * len(keys - created)
     return Estimate(
         trials=len(trials),
         done=sum(t.key in done_keys for t in trials),

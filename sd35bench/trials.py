@@ -1,8 +1,12 @@
-"""Run a plan: one worker process, every trial's record on disk before the next one starts.
+"""Run a plan: every trial's record is on disk before the next one starts.
+
+`run_trials` is the one loop that writes. It holds the load's lock, the open journal shard and the
+counts (`Run`); a *maker* makes the images of what is missing and hands back each record. The maker
+of this module has local worker processes; that of `sd35bench.remote` calls a hosted service.
 
 The parent alone writes. Order for one batch: images (content-addressed, atomic), then one
-journal line per trial with fsync. A kill between the two leaves an image without a record, which
-the next writer sweeps; so what is lost is at most the batch in flight.
+journal line per trial with fsync. A kill between the two leaves an image without a record; so what
+is lost is at most the batch in flight.
 
 A worker that dies, hangs or grows too large leaves a record for the batch that it held, with the
 phase it died in, and a new worker goes on with the rest. One that dies in warm-up takes everything
@@ -12,7 +16,9 @@ Skipped trials have records that say why, and are tried by the next run like all
 Cost of a trial beyond generation: one message each way over a socket pair, two fsyncs.
 """
 
+import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +34,37 @@ from sd35bench.store import Shard, Study, new_shard_id
 from sd35bench.types import Record, Session, Status, Trial
 from sd35bench.worker import Answer, Failed, Job, Made
 
-__all__ = ["Progress", "RunSummary", "run_plan", "shares"]
-
-Progress = Callable[[int, int, Record], None]
 _Kind = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is, `minutes` after its start; `cost_usd` is ``None`` where nobody bills."""
+
+    done: int
+    failed: int
+    total: int
+    minutes: float
+    in_flight: int = 1
+    cost_usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What an engine's images cost, and what it may spend unasked.
+
+    `is_billed`: somebody sends a bill. `confirm_above_usd` is the bill that has to be agreed to.
+    `resubmits`: what may have been made before is bought again.
+    """
+
+    usd_per_image: float = 0.0
+    is_billed: bool = False
+    confirm_above_usd: float = math.inf
+    resubmits: bool = False
+
+
+Observer = Callable[[Progress], None]
+"""Called whenever a run's progress changed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +92,17 @@ class RunSummary:
     ambiguous: int = 0
     paused: str | None = None
 
+    def count(self, record: Record) -> None:
+        """Count what became of one trial."""
+        if record.status is Status.OK:
+            self.done += 1
+            return
+        self.failed += 1
+        self.ambiguous += record.status is Status.AMBIGUOUS
+        text = record.status.value if record.error is None else record.error
+        for counts, name in ((self.errors, text), (self.statuses, record.status.value)):
+            counts[name] = counts.get(name, 0) + 1
+
     @property
     def overhead_frac(self) -> float | None:
         """Share of the wall time that is neither generation nor encoding; None without trials."""
@@ -67,35 +111,129 @@ class RunSummary:
         return max(0.0, 1.0 - self.measured_s / self.wall_s)
 
 
-def run_plan(
-    plan: Plan, study: Study, progress: Progress | None = None, limits: Limits | None = None
-) -> RunSummary:
-    """Run what is missing of `plan` in `study`; safe to interrupt and to repeat.
-
-    Raises: StudyLocked, DiskFull, StoreError. Failures of trials become records.
-    """
-    with study.lock(plan.load.key):
-        run = _Run(plan, study, progress, Limits() if limits is None else limits)
-        run.everything()
-    return run.summary
-
-
 def shares(batches: Sequence[Batch], starts: int) -> list[list[Batch]]:
     """Cut a plan into at most `starts` contiguous runs of whole blocks, one per worker process.
 
     A block is one prompt and seed under every setting, so that every start sees every setting.
+    Without a start (a hosted service has none) there is no share.
     """
     blocks = [list(group) for _, group in itertools.groupby(batches, key=_cell)]
     count = min(starts, len(blocks))
-    edges = [len(blocks) * i // count for i in range(count + 1)]
+    edges = [len(blocks) * i // max(count, 1) for i in range(count + 1)]
     return [
         [batch for block in blocks[low:high] for batch in block]
         for low, high in itertools.pairwise(edges)
     ]
 
 
+class Run:
+    """One run's missing trials, and all that it writes: the open shard and the counts."""
+
+    def __init__(self, plan: Plan, study: Study, observer: Observer | None) -> None:
+        self.plan, self.study, self._observer = plan, study, observer
+        self.done = study.done_keys()
+        trials = {trial.key: trial for trial in plan.trials}.values()
+        self.missing = [trial for trial in trials if trial.key not in self.done]
+        planned = len(plan.trials)
+        self.summary = RunSummary(planned=planned, skipped=planned - len(self.missing))
+        self.session_id = ""
+        self._shard: Shard | None = None
+        self._started = time.perf_counter()
+
+    def new_session(self) -> None:
+        """Go on in a new shard, which is named like its session."""
+        self.close()
+        self.session_id = new_shard_id()
+        self._shard = self.study.shard(self.session_id)
+
+    def close(self) -> None:
+        """Close the shard; safe to call twice."""
+        if self._shard is not None:
+            self._shard.close()
+
+    def append_session(self, session: Session) -> None:
+        """Write down what made the records that follow."""
+        assert self._shard is not None
+        self._shard.append_session(session)
+
+    def append(self, record: Record) -> None:
+        """Write a record down and count it."""
+        assert self._shard is not None
+        self._shard.append_record(record)
+        self.summary.count(record)
+
+    def show(self, in_flight: int = 1, cost_usd: float | None = None) -> None:
+        """Say how far the run is."""
+        if self._observer is not None:
+            self._observer(
+                Progress(
+                    done=self.summary.done,
+                    failed=self.summary.failed,
+                    total=len(self.missing),
+                    minutes=(time.perf_counter() - self._started) / 60,
+                    in_flight=in_flight,
+                    cost_usd=cost_usd,
+                )
+            )
+
+
+def run_trials(
+    plan: Plan, study: Study, make: Callable[[Run], None], observer: Observer | None = None
+) -> RunSummary:
+    """Have `make` make what is missing of `plan` in `study`; safe to interrupt and to repeat.
+
+    Raises: StudyLocked, DiskFull, StoreError; what `make` raises. Failures of trials are records.
+    """
+    with study.lock(plan.load.key):
+        run = Run(plan, study, observer)
+        for digest, data in plan.inits.items():
+            if not study.init_path(digest).exists():
+                study.put_init(data)
+        with contextlib.closing(run):
+            if run.missing:
+                make(run)
+    return run.summary
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Verdict:
+class LocalProcesses:
+    """The engine of backends that run here: worker processes, one after the other."""
+
+    limits: Limits = field(default_factory=Limits)
+    price: Price = field(default_factory=Price)
+
+    @property
+    def starts(self) -> int:
+        """Worker processes that share a plan."""
+        return self.limits.starts
+
+    def prepare(self, plan: Plan, *, dry: bool) -> None:
+        """Nothing to refuse: a backend refuses when it is loaded."""
+
+    def run(self, plan: Plan, study: Study, observer: Observer | None = None) -> RunSummary:
+        """Measure the machine once, then make what is missing.
+
+        Raises: as `run_plan`.
+        """
+        from sd35bench.machine import measure_once
+
+        measure_once(study, plan.load)
+        return run_plan(plan, study, observer, self.limits)
+
+
+def run_plan(
+    plan: Plan, study: Study, observer: Observer | None = None, limits: Limits | None = None
+) -> RunSummary:
+    """Make what is missing of `plan` in worker processes of this machine.
+
+    Raises: StudyLocked, DiskFull, StoreError. Failures of trials become records.
+    """
+    bounds = Limits() if limits is None else limits
+    return run_trials(plan, study, lambda run: _Workers(run, bounds).make(), observer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
     """What becomes of every trial that is left."""
 
     status: Status
@@ -103,45 +241,34 @@ class _Verdict:
     phase: str | None = None
 
 
-class _Run:
-    """The state of one run: the worker that holds the load, where it stands, the open shard."""
+class _Workers:
+    """Makes a run's images on worker processes: which one holds the load, and where it stands."""
 
-    def __init__(self, plan: Plan, study: Study, progress: Progress | None, limits: Limits) -> None:
-        self.plan, self.study, self.progress, self.limits = plan, study, progress, limits
-        self.done = study.done_keys()
-        planned = len(plan.trials)
-        self.total = sum(trial.key not in self.done for trial in plan.trials)
-        self.summary = RunSummary(planned=planned, skipped=planned - self.total)
-        self.shard: Shard | None = None
-        self.session_id = ""
+    def __init__(self, run: Run, limits: Limits) -> None:
+        self.run, self.limits = run, limits
         self.deaths = 0
-        self.verdict: _Verdict | None = None
+        self.failure: _Failure | None = None
         self.unsafe: dict[_Kind, str] = {}  # what a warm-up died of
         self.warm: dict[_Kind, tuple[float, float]] = {}  # seconds and work of this worker's
         self.phase, self.current = "load", 0
 
-    def everything(self) -> None:
-        for digest, data in self.plan.inits.items():
-            if not self.study.init_path(digest).exists():
-                self.study.put_init(data)
-        try:
-            for start, share in enumerate(shares(self.plan.batches, self.limits.starts)):
-                self._share(start, [b for b in share if self._missing(b)])
-        finally:
-            if self.shard is not None:
-                self.shard.close()
+    def make(self) -> None:
+        """Run every missing batch, share by share."""
+        plan_shares = shares(self.run.plan.batches, self.limits.starts)
+        for start, share in enumerate(plan_shares):
+            self._share(start, [batch for batch in share if self._missing(batch)])
 
     def _missing(self, batch: Batch) -> bool:
-        return any(trial.key not in self.done for trial in batch.trials)
+        return any(trial.key not in self.run.done for trial in batch.trials)
 
     def _share(self, start: int, batches: list[Batch]) -> None:
         """One start's batches, on as many workers as die over them."""
         left = self._safe(batches)
-        while left and self.verdict is None:
+        while left and self.failure is None:
             left = self._safe(self._one_worker(start, left))
-        if self.verdict is not None:
+        if self.failure is not None:
             for batch in left:
-                self._fail(batch, self.verdict)
+                self._fail(batch, self.failure)
 
     def _safe(self, batches: list[Batch]) -> list[Batch]:
         """Leave out what has killed a worker in warm-up, and say so."""
@@ -149,18 +276,15 @@ class _Run:
             died_of = self.unsafe.get(_kind(batch))
             if died_of is not None:
                 error = f"not tried: warming up for this size and setting failed ({died_of})"
-                self._fail(batch, _Verdict(status=Status.SKIPPED, error=error, phase="warm-up"))
+                self._fail(batch, _Failure(status=Status.SKIPPED, error=error, phase="warm-up"))
         return [b for b in batches if _kind(b) not in self.unsafe]
 
     def _one_worker(self, start: int, batches: list[Batch]) -> list[Batch]:
         """Run batches on one worker; returns what is left after its end."""
-        if self.shard is not None:
-            self.shard.close()
-        self.session_id = new_shard_id()
-        self.shard = self.study.shard(self.session_id)
+        self.run.new_session()
         self.warm = {}
         self.phase, self.current = "load", 0
-        worker = WorkerProcess(self.plan.load, self.limits)
+        worker = WorkerProcess(self.run.plan.load, self.limits)
         try:
             if not self._begin(worker, start, batches):
                 return batches
@@ -168,60 +292,59 @@ class _Run:
             for self.current, batch in enumerate(batches):
                 started = time.perf_counter()
                 self._one_batch(worker, batch)
-                self.summary.wall_s += time.perf_counter() - started
+                self.run.summary.wall_s += time.perf_counter() - started
             worker.close()
             return []
         except WorkerDied as exc:
-            return self._bury(exc, batches)
+            return self._record_death(exc, batches)
         finally:
             worker.kill()
 
-    def _bury(self, exc: WorkerDied, batches: list[Batch]) -> list[Batch]:
+    def _record_death(self, exc: WorkerDied, batches: list[Batch]) -> list[Batch]:
         """Record what the worker died over; returns what is still to do."""
         victim = batches[self.current]
-        verdict = _Verdict(
+        failure = _Failure(
             status=_status_of(exc), error=f"{type(exc).__name__}: {exc}", phase=self.phase
         )
-        self._fail(victim, verdict)
+        self._fail(victim, failure)
         self.deaths += 1
         if self.phase == "warm-up":
-            self.unsafe[_kind(victim)] = verdict.error
+            self.unsafe[_kind(victim)] = failure.error
             del batches[self.current]
         else:
             batches = batches[self.current + 1 :]
         if self.deaths >= self.limits.max_failures:
             times = "once" if self.deaths == 1 else f"{self.deaths} times"
-            self.verdict = _Verdict(
+            self.failure = _Failure(
                 status=Status.SKIPPED,
                 error=f"not tried: the worker died {times} (last, in {self.phase}:"
-                f" {verdict.error}); fix that or raise max_failures={self.limits.max_failures},"
+                f" {failure.error}); fix that or raise max_failures={self.limits.max_failures},"
                 " and run the same command again",
             )
         return batches
 
     def _begin(self, worker: WorkerProcess, start: int, batches: Sequence[Batch]) -> bool:
         """Load, warm up, settle, and write the session down; False if the backend refused."""
-        assert self.shard is not None
         started_at = _now()
         ready = worker.load()
-        self.summary.loads += 1
+        self.run.summary.loads += 1
         if isinstance(ready, Failed):
-            self.verdict = _Verdict(status=ready.status, error=ready.error, phase="load")
+            self.failure = _Failure(status=ready.status, error=ready.error, phase="load")
             return False
         answers = self._warm_up(worker, batches)
         self.phase, self.current = "settle", 0
         settled = worker.settle()
         if isinstance(settled, Failed):
-            self.verdict = _Verdict(status=settled.status, error=settled.error, phase="warm-up")
+            self.failure = _Failure(status=settled.status, error=settled.error, phase="warm-up")
             return False
         warmup_s = sum(answer.wall_s for answer in answers)
         good = [answer.wall_s for answer in answers if answer.phase is None]
-        self.summary.load_s = (self.summary.load_s or 0.0) + ready.load_s
-        self.summary.warmup_s = (self.summary.warmup_s or 0.0) + warmup_s
-        self.shard.append_session(
+        self.run.summary.load_s = (self.run.summary.load_s or 0.0) + ready.load_s
+        self.run.summary.warmup_s = (self.run.summary.warmup_s or 0.0) + warmup_s
+        self.run.append_session(
             Session(
-                id=self.session_id,
-                load=self.plan.load,
+                id=self.run.session_id,
+                load=self.run.plan.load,
                 started_at=started_at,
                 environment_id=ready.environment_id,
                 environment=ready.environment,
@@ -239,7 +362,7 @@ class _Run:
         self.phase = "warm-up"
         kinds: dict[_Kind, int] = {}
         for index, batch in enumerate(batches):
-            if batch.trials[0].batch_size in self.plan.timed_batch_sizes:
+            if batch.trials[0].batch_size in self.run.plan.timed_batch_sizes:
                 kinds.setdefault(_kind(batch), index)
         answers = []
         for self.current in list(kinds.values()) or [0]:
@@ -258,36 +381,36 @@ class _Run:
     def _job(self, batch: Batch) -> Job:
         requests = tuple(t.request for t in batch.trials)
         inits = tuple(
-            None if r.init_image is None else str(self.study.init_path(r.init_image))
+            None if r.init_image is None else str(self.run.study.init_path(r.init_image))
             for r in requests
         )
         return Job(
             requests=requests,
             inits=inits,
             keep_latents=self.limits.keep_latents,
-            timed=batch.trials[0].batch_size in self.plan.timed_batch_sizes,
+            timed=batch.trials[0].batch_size in self.run.plan.timed_batch_sizes,
         )
 
     def _one_batch(self, worker: WorkerProcess, batch: Batch) -> None:
         started_at = _now()
         answer = worker.run(self._job(batch), self.limits.batch_deadline_s(self._expected_s(batch)))
         if answer.timings is not None:
-            self.summary.measured_s += answer.timings.latency_s
+            self.run.summary.measured_s += answer.timings.latency_s
         for trial, made in zip(batch.trials, answer.made, strict=True):
-            if trial.key not in self.done:
+            if trial.key not in self.run.done:
                 self._keep(trial, made, answer, started_at, len(batch.trials))
 
     def _keep(
         self, trial: Trial, made: Made, answer: Answer, started_at: str, batch_actual: int
     ) -> None:
         ok = made.status is Status.OK
-        image = self.study.put_image(made.data, made.suffix) if ok else None
-        latents = None if made.latents is None else self.study.put_latents(*made.latents)
+        image = self.run.study.put_image(made.data, made.suffix) if ok else None
+        latents = None if made.latents is None else self.run.study.put_latents(*made.latents)
         self._append(
             Record(
                 trial=trial,
                 status=made.status,
-                session_id=self.session_id,
+                session_id=self.run.session_id,
                 started_at=started_at,
                 phase=None if ok else answer.phase,
                 error=made.error,
@@ -305,36 +428,24 @@ class _Run:
             )
         )
 
-    def _fail(self, batch: Batch, verdict: _Verdict) -> None:
+    def _fail(self, batch: Batch, failure: _Failure) -> None:
         for trial in batch.trials:
-            if trial.key not in self.done:
+            if trial.key not in self.run.done:
                 self._append(
                     Record(
                         trial=trial,
-                        status=verdict.status,
-                        session_id=self.session_id,
+                        status=failure.status,
+                        session_id=self.run.session_id,
                         started_at=_now(),
-                        phase=verdict.phase,
-                        error=verdict.error,
+                        phase=failure.phase,
+                        error=failure.error,
                         batch_actual=len(batch.trials),
                     )
                 )
 
     def _append(self, record: Record) -> None:
-        assert self.shard is not None
-        self.shard.append_record(record)
-        if record.status is Status.OK:
-            self.summary.done += 1
-        else:
-            self.summary.failed += 1
-            text = record.error if record.error is not None else record.status.value
-            for counts, name in (
-                (self.summary.errors, text),
-                (self.summary.statuses, record.status.value),
-            ):
-                counts[name] = counts.get(name, 0) + 1
-        if self.progress is not None:
-            self.progress(self.summary.done + self.summary.failed, self.total, record)
+        self.run.append(record)
+        self.run.show()
 
 
 def _kind(batch: Batch) -> _Kind:

@@ -15,6 +15,8 @@ TORCH_FREE = [
     "sd35bench.prompts",
     "sd35bench.store",
     "sd35bench.limits",
+    "sd35bench.engine",
+    "sd35bench.machine",
     "sd35bench.process",
     "sd35bench.trials",
     "sd35bench.worker",

@@ -372,7 +372,7 @@ def test_metric_options_are_checked():
 
 def test_limits_reach_the_job_and_are_no_part_of_a_trial():
     bare = freeze(compose(["backend=fake"]))
-    assert bare.limits == Limits()
+    assert bare.engine.limits == Limits()
     given = freeze(
         compose(
             [
@@ -385,7 +385,7 @@ def test_limits_reach_the_job_and_are_no_part_of_a_trial():
             ]
         )
     )
-    assert given.limits == Limits(
+    assert given.engine.limits == Limits(
         deadline_s=5.0,
         memory_limit_bytes=1_500_000_000,
         max_failures=7,

@@ -1,10 +1,14 @@
 """From overrides to how a service is called: what is refused, what is filled in, what it costs."""
 
+from typing import Any
+
 import pytest
 
 from sd35bench.config import compose, freeze
 from sd35bench.config.models import NO_WEIGHTS
 from sd35bench.errors import ConfigError
+from sd35bench.remote.drive import HostedService
+from sd35bench.trials import LocalProcesses
 
 HOSTED = ("model=sd35-medium", "backend=eachlabs")
 LOCAL = (
@@ -15,17 +19,16 @@ LOCAL = (
 ELSEWHERE = ("backend=eachlabs", "remote.base_url=https://example.org/api/", "remote.slug=mine")
 
 
-def frozen(*overrides: str):
+def frozen(*overrides: str) -> Any:
     return freeze(compose([*overrides]))
 
 
 def test_the_hosted_service_has_its_own_name_price_and_patience():
     job = frozen(*HOSTED)
-    remote = job.remote
-    assert remote is not None
+    remote = job.engine.settings
     assert remote.base_url == "https://api.eachlabs.ai"
     assert remote.slug == "stable-diffusion-3-5-medium"
-    assert (remote.usd_per_image, job.usd_per_image) == (0.035, 0.035)
+    assert (remote.usd_per_image, job.engine.price.usd_per_image) == (0.035, 0.035)
     assert remote.expected_latency_s == 8.0
     assert (remote.concurrency, remote.requests_per_minute, remote.single_stream) == (10, 60, 4)
     assert remote.aspect_ratios[1344, 768] == "16:9"
@@ -35,8 +38,7 @@ def test_the_hosted_service_has_its_own_name_price_and_patience():
 
 
 def test_a_service_on_this_machine_is_free_and_knows_the_model_by_its_name():
-    remote = frozen(*LOCAL).remote
-    assert remote is not None
+    remote = frozen(*LOCAL).engine.settings
     assert (remote.slug, remote.usd_per_image) == ("nano", 0.0)
     assert remote.expected_latency_s < 1
 
@@ -59,15 +61,14 @@ def test_calling_changes_how_and_not_what():
 
 def test_local_backends_have_no_remote_settings():
     job = frozen("backend=fake", *LOCAL[1:])
-    assert job.remote is None
+    assert isinstance(job.engine, LocalProcesses)
     assert "base_url" not in job.sweep.load.backend.options
 
 
 def test_another_service_needs_a_price():
     with pytest.raises(ConfigError, match=r"remote\.usd_per_image.*give it \(0 where it is free\)"):
         frozen(*ELSEWHERE)
-    remote = frozen(*ELSEWHERE, "remote.usd_per_image=0.01").remote
-    assert remote is not None
+    remote = frozen(*ELSEWHERE, "remote.usd_per_image=0.01").engine.settings
     assert (remote.base_url, remote.usd_per_image) == ("https://example.org/api", 0.01)
 
 
@@ -120,6 +121,6 @@ def test_what_acts_on_this_machine_only_is_said(field):
 
 def test_timed_limit_says_how_many_run_alone():
     job = frozen(*LOCAL, "timed_limit=7")
-    assert job.remote is not None
-    assert job.remote.single_stream == 7
+    assert isinstance(job.engine, HostedService)
+    assert job.engine.settings.single_stream == 7
     assert not job.sweep.notes

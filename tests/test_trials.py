@@ -123,7 +123,7 @@ def test_run_leaves_no_process_behind(study, monkeypatch):
     monkeypatch.setattr(WorkerProcess, "__init__", remembering)
     plan = fake_plan(fake_load(delay_s=0.01), 4)
 
-    def interrupt(_done, _total, _record):
+    def interrupt(_progress):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
-from sd35bench.remote.standing import Standing
-from sd35bench.types import Record, Status
+from sd35bench.trials import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,41 +25,24 @@ def console(as_json: bool = False) -> Console:
     return Console(stderr=as_json, highlight=False)
 
 
-class TrialProgress:
-    """Draws one bar over the trials of a load; call it once per record."""
+class RunProgress:
+    """Draws one bar over the trials of a load; call it whenever something changed."""
 
-    def __init__(self, bar: Progress, title: str) -> None:
-        """`bar` is shown by the caller."""
-        self._bar = bar
-        self._task = bar.add_task(title, total=None)
-        self._title = title
-        self._failed = 0
-
-    def __call__(self, done: int, total: int, record: Record) -> None:
-        """Move the bar."""
-        self._failed += record.status is not Status.OK
-        failed = f", {self._failed} failed" if self._failed else ""
-        self._bar.update(
-            self._task, completed=done, total=total, description=f"{self._title}{failed}"
-        )
-
-
-class RemoteProgress:
-    """Draws one bar over a hosted service's trials; call it whenever something changed."""
-
-    def __init__(self, bar: Progress, title: str) -> None:
+    def __init__(self, bar: ProgressBar, title: str) -> None:
         """`bar` is shown by the caller."""
         self._bar = bar
         self._task = bar.add_task(title, total=None)
         self._title = title
 
-    def __call__(self, now: Standing) -> None:
-        """Move the bar; say what is in flight, how fast it goes and what it has cost."""
+    def __call__(self, now: Progress) -> None:
+        """Move the bar; of what is billed, say how fast it goes and what it has cost."""
         finished = now.done + now.failed
-        parts = [self._title, f"{now.in_flight} in flight"]
-        if finished and now.minutes > 0:
-            parts.append(f"{finished / now.minutes:.1f}/min")
-        parts.append(f"{now.cost_usd:.2f} USD")
+        parts = [self._title]
+        if now.cost_usd is not None:
+            parts.append(f"{now.in_flight} in flight")
+            if finished and now.minutes > 0:
+                parts.append(f"{finished / now.minutes:.1f}/min")
+            parts.append(f"{now.cost_usd:.2f} USD")
         if now.failed:
             parts.append(f"{now.failed} failed")
         self._bar.update(
@@ -68,7 +51,7 @@ class RemoteProgress:
 
 
 @contextmanager
-def show_progress() -> Iterator[Progress]:
+def show_progress() -> Iterator[ProgressBar]:
     """A progress display on stderr; silent where stderr is not a terminal."""
     target = Console(stderr=True)
     columns = (
@@ -77,5 +60,5 @@ def show_progress() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=target, disable=not target.is_terminal) as bar:
+    with ProgressBar(*columns, console=target, disable=not target.is_terminal) as bar:
         yield bar

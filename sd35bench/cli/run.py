@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sd35bench.cli.output import Answer, RemoteProgress, TrialProgress, console, show_progress
+from sd35bench.cli.output import Answer, RunProgress, console, show_progress
 from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given, in_columns, parse
 from sd35bench.config import Job, check_overrides, choices, freeze
 from sd35bench.config.fields import FIELDS, Field
@@ -22,7 +22,6 @@ from sd35bench.config.overrides import expand_short_names
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
-from sd35bench.remote.settings import RemoteSettings
 from sd35bench.store import Study
 from sd35bench.sweeper import sweep
 from sd35bench.trials import shares
@@ -50,24 +49,20 @@ class RunTask:
         for config in configs:
             job = freeze(config)
             self.prepared.append((job, expand(job.sweep)))
-        self._prepare_remote()
+        for job, plan in self.prepared:
+            job.engine.prepare(plan, dry=self.dry_run)
+        if not (self.dry_run or self.yes):
+            self._refuse_bill()
         return self.dry_run
 
-    def _prepare_remote(self) -> None:
-        """Refuse what hosted services cannot do, and a bill that nobody agreed to.
+    def _refuse_bill(self) -> None:
+        """Refuse a bill that nobody agreed to.
 
         Raises: ConfigError.
         """
-        hosted = [(job, plan) for job, plan in self.prepared if job.remote is not None]
-        if not hosted:
-            return
-        from sd35bench.remote.drive import prepare_remote
-
-        for job, plan in hosted:
-            assert job.remote is not None
-            prepare_remote(plan, job.remote, key=not self.dry_run)
-        limit = min(job.remote.confirm_above_usd for job, _ in hosted if job.remote is not None)
-        bill = 0.0 if self.dry_run or self.yes else _estimate(hosted).usd
+        billed = [(job, plan) for job, plan in self.prepared if job.engine.price.is_billed]
+        limit = min((job.engine.price.confirm_above_usd for job, _ in billed), default=0.0)
+        bill = _estimate(billed).usd if billed else 0.0
         if bill > limit:
             raise ConfigError(
                 f"remote.confirm_above_usd={limit:g}: this would cost up to {bill:.2f} USD; add"
@@ -76,30 +71,16 @@ class RunTask:
 
     def __call__(self, config: DictConfig) -> dict[str, Any] | SD35BenchError:
         """Run one job; our own errors are returned, so that the other jobs still run."""
-        from sd35bench.machine import measure_once
-        from sd35bench.trials import run_plan
-
         try:
             job = freeze(config)
             plan = expand(job.sweep)
             study = Study.open(job.results_dir, job.study, create=True)
             title = f"{plan.load.model.name} on {plan.load.backend.name}"
-            if job.remote is not None:
-                return _run_remote(plan, study, job.remote, title)
-            measure_once(study, plan.load)
             with show_progress() as bar:
-                summary = run_plan(plan, study, TrialProgress(bar, title), job.limits)
+                summary = job.engine.run(plan, study, RunProgress(bar, title))
         except SD35BenchError as exc:
             return exc
         return dataclasses.asdict(summary)
-
-
-def _run_remote(plan: Plan, study: Study, remote: RemoteSettings, title: str) -> dict[str, Any]:
-    from sd35bench.remote.drive import run_remote
-
-    with show_progress() as bar:
-        summary = run_remote(plan, study, remote, RemoteProgress(bar, title))
-    return dataclasses.asdict(summary)
 
 
 def run(given: Given) -> Answer:
@@ -128,17 +109,13 @@ def run(given: Given) -> Answer:
 
 
 def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> Estimate:
-    """What is still to do and what it takes; hosted jobs that plan the same trials count once."""
-    plans: dict[str, tuple[Plan, float]] = {}
-    for number, (job, plan) in enumerate(prepared):
-        alike = None if job.remote is None else [trial.key for trial in plan.trials]
-        name = f"{number}" if alike is None else content_hash(alike)
-        plans[name] = (plan, job.usd_per_image)
+    """What is still to do and what it takes; jobs that plan the same trials count once."""
+    plans = {
+        content_hash([trial.key for trial in plan.trials]): (plan, job.engine)
+        for job, plan in prepared
+    }
     job, _ = prepared[0]
-    again = any(j.remote is not None and j.remote.on_ambiguous == "resubmit" for j, _ in prepared)
-    return estimate(
-        list(plans.values()), job.results_dir, job.study, job.limits.starts, resubmit=again
-    )
+    return estimate(list(plans.values()), job.results_dir, job.study)
 
 
 def run_confirming(
@@ -177,7 +154,8 @@ def _notes(prepared: Sequence[tuple[Job, Plan]]) -> list[str]:
     """What the plans say, and where there is too little to do for every start; each once."""
     notes = [note for _, plan in prepared for note in plan.notes]
     for job, plan in prepared:
-        asked, found = job.limits.starts, len(shares(plan.batches, job.limits.starts))
+        asked = job.engine.starts
+        found = len(shares(plan.batches, asked))
         if found < asked:
             notes.append(f"starts={asked}: {found} blocks (prompts and seeds) make {found} starts")
     return list(dict.fromkeys(notes))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.cli.output import Answer, RemoteProgress, TrialProgress, console, show_progress
+from sd35bench.cli.output import Answer, RunProgress, console, show_progress
 from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, MARKDOWN, YES, Command, Flag, Given
 from sd35bench.cli.run import run_confirming
 from sd35bench.config import Job
@@ -32,7 +32,7 @@ def tune(given: Given) -> Answer:
     confirm, markdown = given.has("--confirm"), given.has("--markdown")
     tuning = read_tuning(given.settings, given.config_dir)
     _check_flags(given, tuning)
-    _check_remote(tuning, key=not given.has("--dry-run"))
+    _prepare(tuning, dry=given.has("--dry-run"))
     bill = _bill(tuning, confirm)
     if given.has("--dry-run"):
         _print_bill(console(given.as_json), bill)
@@ -122,16 +122,7 @@ def _run(job: Job, plan: Plan, study: Study) -> None:
     """
     title = f"{plan.load.model.name} on {plan.load.backend.name}"
     with show_progress() as bar:
-        if job.remote is not None:
-            from sd35bench.remote.drive import run_remote
-
-            summary = run_remote(plan, study, job.remote, RemoteProgress(bar, title))
-        else:
-            from sd35bench.machine import measure_once
-            from sd35bench.trials import run_plan
-
-            measure_once(study, plan.load)
-            summary = run_plan(plan, study, TrialProgress(bar, title), job.limits)
+        summary = job.engine.run(plan, study, RunProgress(bar, title))
     if summary.paused is not None:
         raise Paused(summary.paused)
 
@@ -147,7 +138,7 @@ def _check_flags(given: Given, tuning: Tuning) -> None:
 
     Raises: ConfigError.
     """
-    if given.has("--confirm") and tuning.job.remote is not None:
+    if given.has("--confirm") and tuning.job.engine.price.is_billed:
         raise ConfigError(
             "--confirm does not spend money on a hosted service; leave it out, and the answer has"
             " the commands that make the held-out images"
@@ -156,21 +147,15 @@ def _check_flags(given: Given, tuning: Tuning) -> None:
         raise ConfigError("--markdown prints what was found, and --dry-run finds nothing; give one")
 
 
-def _check_remote(tuning: Tuning, key: bool) -> None:
-    """Refuse what a hosted service cannot do, before anything is asked of it.
+def _prepare(tuning: Tuning, dry: bool) -> None:
+    """Refuse what an engine cannot do, before anything is asked of it.
 
     Raises: ConfigError.
     """
-    if tuning.job.remote is None:
-        return
-    from sd35bench.remote.drive import prepare_remote
-
     lab = StudyLab(_nowhere(tuning), tuning.space, tuning.sources, _never, _never)
     jobs = {job.sweep.load.key: job for job in tuning.jobs.values()}
     for plan in lab.plans(_sample(tuning), range(1)):
-        remote = jobs[plan.load.key].remote
-        assert remote is not None
-        prepare_remote(plan, remote, key=key)
+        jobs[plan.load.key].engine.prepare(plan, dry=dry)
 
 
 def _bill(tuning: Tuning, confirm: bool) -> dict[str, Any]:
@@ -210,7 +195,8 @@ def _bill(tuning: Tuning, confirm: bool) -> dict[str, Any]:
 def _estimate(tuning: Tuning, plans: Sequence[Plan]) -> Estimate:
     job = tuning.job
     nowhere = f"{job.study}.not-there"  # what the study has already is not taken off
-    return estimate([(plan, 0.0) for plan in plans], job.results_dir, nowhere)
+    engines = {job.sweep.load.key: job.engine for job in tuning.jobs.values()}
+    return estimate([(p, engines[p.load.key]) for p in plans], job.results_dir, nowhere)
 
 
 def _purchases(size: int, budget: Budget, prompts: int) -> int:
@@ -233,9 +219,8 @@ def _agree(tuning: Tuning, bill: dict[str, Any], yes: bool) -> None:
 
     Raises: ConfigError.
     """
-    remotes = [job.remote for job in tuning.jobs.values() if job.remote is not None]
-    limit = min((r.confirm_above_usd for r in remotes), default=None)
-    if limit is not None and not yes and bill["usd"] > limit:
+    limit = min(job.engine.price.confirm_above_usd for job in tuning.jobs.values())
+    if not yes and bill["usd"] > limit:
         raise ConfigError(
             f"remote.confirm_above_usd={limit:g}: this may cost up to {bill['usd']:.2f} USD; add"
             " --yes to agree, or see --dry-run"

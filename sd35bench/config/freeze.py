@@ -4,8 +4,7 @@ Cheap checks come first (ranges, sizes, names), then the prompts, then the weigh
 here imports torch, so a wrong input costs well under a second.
 """
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,12 @@ from sd35bench.config.fields import FIELDS, check_field
 from sd35bench.config.files import config_dir
 from sd35bench.config.models import model_notes, model_spec, refuse_hosted_only
 from sd35bench.config.options import checked_options
-from sd35bench.config.remote import (
-    THREADS,
-    is_hosted,
-    remote_notes,
-    remote_options,
-    remote_settings,
-)
+from sd35bench.config.remote import place_of
 from sd35bench.config.schema import PromptsConf, RunConf
+from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError
-from sd35bench.limits import Limits
 from sd35bench.plan import PAIR_AXES, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
-from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import BackendSpec, Load, Task
 
 __all__ = ["Job", "freeze"]
@@ -39,17 +31,12 @@ FLOW_FAMILIES = ("sd3", "sana")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What one worker is to do: a sweep on one load, and where its study is.
-
-    `remote` says how a hosted service is called; None where the images are made here.
-    """
+    """What one engine is to do: a sweep on one load, and where its study is."""
 
     study: str
     results_dir: Path
     sweep: Sweep
-    limits: Limits = field(default_factory=Limits)
-    usd_per_image: float = 0.0
-    remote: RemoteSettings | None = None
+    engine: Engine
 
 
 def freeze(config: DictConfig) -> Job:
@@ -67,9 +54,7 @@ def freeze(config: DictConfig) -> Job:
     _check_guidance(axes)
     options = checked_options("backend", conf.backend.options, conf.backend.allowed)
     batch_sizes = _values(conf, "batch_size")
-    remote = remote_settings(conf, sizes, batch_sizes, _timed_limit(conf))
-    if remote is not None:
-        options = {**options, **remote_options(remote)}
+    place = place_of(conf, sizes, batch_sizes, _timed_limit(conf))
     prompts = _prompts(conf)
     for task in sorted({_task(item) for item in prompts}):
         check_task(conf.model, conf.backend, task)
@@ -77,8 +62,10 @@ def freeze(config: DictConfig) -> Job:
     _settle_strength(conf, axes, prompts)
     load = Load(
         model=model_spec(conf.model, conf.backend.needs_weights),
-        backend=BackendSpec(name=conf.backend.name, kind=conf.backend.kind, options=options),
-        threads=_threads(conf),
+        backend=BackendSpec(
+            name=conf.backend.name, kind=conf.backend.kind, options={**options, **place.options}
+        ),
+        threads=place.threads,
     )
     sweep = Sweep(
         load=load,
@@ -88,22 +75,14 @@ def freeze(config: DictConfig) -> Job:
         batch_sizes=batch_sizes,
         timed_limit=_timed_limit(conf),
         order_seed=conf.order_seed,
-        notes=(*_notes(conf, axes), *_resize_notes(prompts, sizes)),
+        notes=(*place.notes, *_notes(conf, axes), *_resize_notes(prompts, sizes)),
     )
     return Job(
         study=conf.study,
         results_dir=Path(conf.results_dir),
         sweep=sweep,
-        limits=_limits(conf),
-        usd_per_image=conf.backend.usd_per_image if remote is None else remote.usd_per_image,
-        remote=remote,
+        engine=place.engine,
     )
-
-
-def _threads(conf: RunConf) -> int:
-    if is_hosted(conf):
-        return THREADS
-    return conf.threads if conf.threads is not None else len(os.sched_getaffinity(0))
 
 
 def _check_ranges(conf: RunConf) -> None:
@@ -259,30 +238,15 @@ def _settle_strength(
         axes.setdefault("prompt_strength", (float(conf.model.prompt_strength),))
 
 
-def _limits(conf: RunConf) -> Limits:
-    gigabytes = conf.memory_limit_gb
-    return Limits(
-        deadline_s=conf.deadline_s,
-        memory_limit_bytes=None if gigabytes is None else round(gigabytes * 1e9),
-        max_failures=conf.max_failures,
-        starts=conf.starts,
-        keep_latents=conf.keep_latents,
-    )
-
-
 def _timed_limit(conf: RunConf) -> int:
     return DEFAULT_TIMED_LIMIT if conf.timed_limit is None else conf.timed_limit
 
 
 def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, ...]:
     notes = []
-    hosted = is_hosted(conf)
-    if 1 in _values(conf, "batch_size") and conf.timed_limit is not None and not hosted:
-        notes.append("timed_limit has no effect at batch_size=1: every trial is timed")
     if axes.get("output_format", ("png",)) == ("png",) and axes["output_quality"] != (90,):
         notes.append("output_quality has no effect on png")
     notes.extend(model_notes(conf.model, conf.backend.needs_weights))
-    notes.extend(remote_notes(conf) if hosted else ())
     return tuple(notes)
 
 

@@ -1,21 +1,23 @@
-"""How a hosted backend is called: `remote.` and the model's hosted name, checked and frozen.
+"""Where a job's images are made: here, or by a hosted service, whose settings are checked here.
 
 Where images cost money nothing is guessed: a base URL that is not the provider's own needs a price
 and the model's name there, unless it is on this machine, where they are 0 and the model's own name.
 """
 
 import ipaddress
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from sd35bench.config.schema import ModelConf, RunConf
+from sd35bench.engine import Engine, hosted_engine, local_engine
 from sd35bench.errors import ConfigError
+from sd35bench.limits import Limits
 from sd35bench.remote.providers import PROVIDERS, provider_class
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import Scalar
-
-__all__ = ["THREADS", "is_hosted", "remote_notes", "remote_options", "remote_settings"]
 
 LATENCY_ELSEWHERE_S = 8.0
 """What the hosted service's page says an image takes."""
@@ -24,23 +26,63 @@ THREADS = 1
 """What a hosted trial's identity says: this machine's threads make none of it."""
 
 
-def is_hosted(conf: RunConf) -> bool:
-    """Whether a hosted service makes the images."""
-    return conf.backend.kind in PROVIDERS
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """The engine of a job, and what of its place is part of a trial's identity."""
+
+    engine: Engine
+    options: Mapping[str, Scalar]
+    threads: int
+    notes: tuple[str, ...] = ()
 
 
-def remote_settings(
+def place_of(
+    conf: RunConf,
+    sizes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int],
+    timed_limit: int,
+) -> Place:
+    """Choose the engine by the backend's kind, and check all that it needs.
+
+    `timed_limit`: how many trials of each setting are timed alone. Raises: ConfigError, one line,
+    naming field, value and remedy.
+    """
+    if conf.backend.kind not in PROVIDERS:
+        return _local(conf, batch_sizes)
+    settings = _remote_settings(conf, sizes, batch_sizes, timed_limit)
+    return Place(
+        engine=hosted_engine(settings),
+        # What makes a service another backend: its place, and the model's name there.
+        options={"base_url": settings.base_url, "slug": settings.slug},
+        threads=THREADS,
+        notes=_remote_notes(conf),
+    )
+
+
+def _local(conf: RunConf, batch_sizes: Sequence[int]) -> Place:
+    gigabytes = conf.memory_limit_gb
+    limits = Limits(
+        deadline_s=conf.deadline_s,
+        memory_limit_bytes=None if gigabytes is None else round(gigabytes * 1e9),
+        max_failures=conf.max_failures,
+        starts=conf.starts,
+        keep_latents=conf.keep_latents,
+    )
+    alone = 1 in batch_sizes and conf.timed_limit is not None
+    return Place(
+        engine=local_engine(limits, conf.backend.usd_per_image),
+        options={},
+        threads=conf.threads if conf.threads is not None else len(os.sched_getaffinity(0)),
+        notes=("timed_limit has no effect at batch_size=1: every trial is timed",) * alone,
+    )
+
+
+def _remote_settings(
     conf: RunConf,
     sizes: Sequence[tuple[int, int]],
     batch_sizes: Sequence[int],
     single_stream: int,
-) -> RemoteSettings | None:
-    """Check everything that a hosted backend needs; None for one that runs here.
-
-    Raises: ConfigError, one line, naming field, value and remedy.
-    """
-    if not is_hosted(conf):
-        return None
+) -> RemoteSettings:
     remote, provider = conf.remote, conf.backend.kind
     base_url, here = _base_url(conf)
     own = base_url == provider_class(provider).base_url
@@ -75,12 +117,7 @@ def remote_settings(
     )
 
 
-def remote_options(settings: RemoteSettings) -> dict[str, Scalar]:
-    """What makes a service another backend: its place, and the model's name there."""
-    return {"base_url": settings.base_url, "slug": settings.slug}
-
-
-def remote_notes(conf: RunConf) -> tuple[str, ...]:
+def _remote_notes(conf: RunConf) -> tuple[str, ...]:
     """Say in plain words what acts on this machine only, and was asked for in vain."""
     asked = {
         "threads": conf.threads is not None,

@@ -264,7 +264,7 @@ def _source(job: Job, lists: dict[str, tuple[Scalar, ...]]) -> Source:
     if len(job.sweep.sizes) > 1 or job.sweep.batch_sizes != (1,):
         raise ConfigError(f"one size, and batch_size=1: {_ALONE}")
     sweep = dataclasses.replace(shuffled(job.sweep), axes=frozen)
-    return Source(sweep=sweep, usd_per_image=job.usd_per_image, values=values)
+    return Source(sweep=sweep, usd_per_image=job.engine.price.usd_per_image, values=values)
 
 
 def _check_jobs(jobs: dict[tuple[Scalar, Scalar], Job]) -> None:
@@ -273,7 +273,7 @@ def _check_jobs(jobs: dict[tuple[Scalar, Scalar], Job]) -> None:
     Raises: ConfigError.
     """
     sweeps = [job.sweep for job in jobs.values()]
-    if len({job.remote is None for job in jobs.values()}) > 1:
+    if len({job.engine.price.is_billed for job in jobs.values()}) > 1:
         raise ConfigError(
             "backend: hosted services and local backends are not raced against each other, since a"
             " service's latency is also that of the network; tune them in two studies"

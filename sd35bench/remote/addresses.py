@@ -28,8 +28,6 @@ import httpx2
 
 from sd35bench.errors import RemoteError, UnsafeAddress
 
-__all__ = ["Lookup", "Unresolved", "check_url", "names_loopback", "resolve", "system_lookup"]
-
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host and port to addresses as text, the preferred one first; raises OSError."""

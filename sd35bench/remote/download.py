@@ -26,8 +26,6 @@ from sd35bench.remote.addresses import check_url, names_loopback
 from sd35bench.remote.http import Answer, Head, Interrupted, Network, Outgoing, exchange
 from sd35bench.remote.images import sniff
 
-__all__ = ["Downloaded", "Unavailable", "download"]
-
 _IMAGE_TYPES = ("image/png", "image/jpeg", "image/jpg", "image/webp")
 _UNSAID_TYPES = ("application/octet-stream", "binary/octet-stream", "")
 """What storage services call files that nobody told them the type of; the bytes decide."""

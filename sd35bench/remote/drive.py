@@ -12,8 +12,9 @@ budget or a balance that is used up ends the run when those in flight have been 
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
@@ -25,20 +26,16 @@ from sd35bench.remote.flights import Flights
 from sd35bench.remote.key import Key, read_key
 from sd35bench.remote.ledger import Ledger
 from sd35bench.remote.limiter import LEASE_S, Limiter, limiter_path
-from sd35bench.remote.poll import Latencies
-from sd35bench.remote.prediction import Life, Outcome
+from sd35bench.remote.prediction import HostedTrial, Outcome
 from sd35bench.remote.providers import provider_class
 from sd35bench.remote.providers.base import Provider
-from sd35bench.remote.retry import Line, Patience
+from sd35bench.remote.retry import Client, Latencies, RetryPolicy
 from sd35bench.remote.settings import RemoteSettings
-from sd35bench.remote.standing import Standing
 from sd35bench.remote.transport import Transport
 from sd35bench.remote.uploads import Uploads, content_type, data_uri
-from sd35bench.store import Shard, Study, new_shard_id
-from sd35bench.trials import RunSummary
+from sd35bench.store import Study
+from sd35bench.trials import Observer, Price, Run, RunSummary, run_trials
 from sd35bench.types import Record, Scalar, Session, Status, Trial
-
-__all__ = ["prepare_remote", "run_remote"]
 
 GIVE_UP_AFTER = 5
 """Trials in a row that failed for what the service did, not for what they asked."""
@@ -49,99 +46,98 @@ NOT_OURS = ("torch", "diffusers", "transformers", "threads")
 """What a local environment says of the software that makes images: here the service's."""
 
 
-def prepare_remote(plan: Plan, settings: RemoteSettings, key: bool = True) -> None:
-    """Refuse up front what the service cannot do; `key` also asks whether there is a key.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostedService:
+    """The engine of backends that call a service; this process waits and writes."""
 
-    Raises: ConfigError.
-    """
-    provider = provider_class(settings.provider)(settings)
-    if key:
-        _key(provider, settings)
-    for trial in plan.trials:
-        refusal = provider.refusal(trial.request)
-        if refusal is not None:
-            raise ConfigError(f"backend={trial.load.backend.name}: {refusal}")
-    if settings.init_image_url is not None and len(plan.inits) != 1:
-        raise ConfigError(
-            f"remote.init_image_url={settings.init_image_url}: it stands for one init image, and"
-            f" these prompts have {len(plan.inits)}; leave it out, and they are uploaded"
+    settings: RemoteSettings
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+
+    @property
+    def price(self) -> Price:
+        """What the service bills; budgets count with it where no charge is reported."""
+        settings = self.settings
+        return Price(
+            usd_per_image=settings.usd_per_image,
+            is_billed=True,
+            confirm_above_usd=settings.confirm_above_usd,
+            resubmits=settings.on_ambiguous == "resubmit",
         )
-    if settings.init_image_url is None:
-        for data in plan.inits.values():
-            try:
-                if provider.presign(content_type(data)) is None:
-                    data_uri(data)
-            except UnsupportedRequest as exc:
-                raise ConfigError(f"backend={plan.load.backend.name}: {exc}") from exc
+
+    @property
+    def starts(self) -> int:
+        """Nothing is loaded here."""
+        return 0
+
+    def prepare(self, plan: Plan, *, dry: bool) -> None:
+        """Refuse up front what the service cannot do; a run that is not dry needs a key.
+
+        Raises: ConfigError.
+        """
+        settings = self.settings
+        provider = provider_class(settings.provider)(settings)
+        if not dry:
+            _key(provider, settings)
+        for trial in plan.trials:
+            refusal = provider.refusal(trial.request)
+            if refusal is not None:
+                raise ConfigError(f"backend={trial.load.backend.name}: {refusal}")
+        if settings.init_image_url is not None and len(plan.inits) != 1:
+            raise ConfigError(
+                f"remote.init_image_url={settings.init_image_url}: it stands for one init image,"
+                f" and these prompts have {len(plan.inits)}; leave it out, and they are uploaded"
+            )
+        if settings.init_image_url is None:
+            for data in plan.inits.values():
+                try:
+                    if provider.presign(content_type(data)) is None:
+                        data_uri(data)
+                except UnsupportedRequest as exc:
+                    raise ConfigError(f"backend={plan.load.backend.name}: {exc}") from exc
+
+    def run(self, plan: Plan, study: Study, observer: Observer | None = None) -> RunSummary:
+        """Have what is missing of `plan` made by the service; safe to interrupt and to repeat.
+
+        Where a budget or the balance ends it, the summary's `paused` says so. Raises: ConfigError
+        for the key, StudyLocked, DiskFull, StoreError. Failures of trials become records.
+        """
+        provider = provider_class(self.settings.provider)(self.settings)
+        key = _key(provider, self.settings)
+
+        def make(run: Run) -> None:
+            asyncio.run(_Rounds(run, self.settings, provider).make(key, self.policy))
+
+        return run_trials(plan, study, make, observer)
 
 
-def run_remote(
-    plan: Plan,
-    study: Study,
-    settings: RemoteSettings,
-    progress: Callable[[Standing], None] | None = None,
-    patience: Patience | None = None,
-) -> RunSummary:
-    """Have what is missing of `plan` made by the service; safe to interrupt and to repeat.
+class _Rounds:
+    """Makes a run's images at a service: what is open, and the ledger of what was paid."""
 
-    Where a budget or the balance ends it, the summary's `paused` says so. Raises: ConfigError for
-    the key, StudyLocked, DiskFull, StoreError. Failures of trials become records.
-    """
-    provider = provider_class(settings.provider)(settings)
-    key = _key(provider, settings)
-    with study.lock(plan.load.key):
-        run = _Run(plan, study, settings, provider, progress)
-        asyncio.run(run.everything(key, Patience() if patience is None else patience))
-    return run.summary
-
-
-class _Run:
-    """The state of one run: what is done, what is open, the shard and the ledger it writes."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        study: Study,
-        settings: RemoteSettings,
-        provider: Provider,
-        progress: Callable[[Standing], None] | None,
-    ) -> None:
-        self.plan, self.study, self.settings, self.provider = plan, study, settings, provider
-        self.progress = progress
-        self.done = study.done_keys()
-        trials = {trial.key: trial for trial in plan.trials}.values()
-        self.missing = [trial for trial in trials if trial.key not in self.done]
-        planned = len(plan.trials)
-        self.summary = RunSummary(planned=planned, skipped=planned - len(self.missing))
-        self.session_id = new_shard_id()
-        self.shard: Shard = study.shard(self.session_id)
+    def __init__(self, run: Run, settings: RemoteSettings, provider: Provider) -> None:
+        self.run, self.settings, self.provider = run, settings, provider
         self.flights = Flights(self._show)
         self.paused: Paused | None = None
         self.blamed = 0
         self.started = time.perf_counter()
 
-    async def everything(self, key: Key | None, patience: Patience) -> None:
+    async def make(self, key: Key | None, policy: RetryPolicy) -> None:
         """All rounds; raises the first of what ends a run."""
-        if not self.missing:
-            return
-        for digest, data in self.plan.inits.items():
-            if not self.study.init_path(digest).exists():
-                self.study.put_init(data)
-        self.ledger = Ledger(self.study.path, self.session_id)
+        run = self.run
+        run.new_session()
+        self.ledger = Ledger(run.study.path, run.session_id)
         self.spent_before_usd = self.ledger.spent_usd
-        self.shard.append_session(self._session())
+        run.append_session(self._session())
         try:
             async with self._transport(key) as transport:
                 with ThreadPoolExecutor(CHECKS) as checks:
-                    await self._rounds(self._line(transport, checks, key, patience))
+                    await self._rounds(self._client(transport, checks, key, policy))
         finally:
-            self.summary.wall_s = time.perf_counter() - self.started
-            self.summary.measured_s = self.flights.busy_s
-            self.summary.cost_usd = self.ledger.spent_usd - self.spent_before_usd
-            self.shard.close()
+            run.summary.wall_s = time.perf_counter() - self.started
+            run.summary.measured_s = self.flights.busy_s
+            run.summary.cost_usd = self.ledger.spent_usd - self.spent_before_usd
             self.ledger.close()
         if self.paused is not None:
-            self.summary.paused = self._what_is_left(self.paused)
+            run.summary.paused = self._what_is_left(self.paused)
 
     def _transport(self, key: Key | None) -> Transport:
         provider = self.provider
@@ -151,9 +147,9 @@ class _Run:
             headers=lambda: {} if key is None else provider.headers(key.reveal()),
         )
 
-    def _line(
-        self, transport: Transport, checks: Executor, key: Key | None, patience: Patience
-    ) -> Line:
+    def _client(
+        self, transport: Transport, checks: Executor, key: Key | None, policy: RetryPolicy
+    ) -> Client:
         settings = self.settings
         path = limiter_path(settings.base_url, "" if key is None else key.reveal())
         self.limiter = Limiter(
@@ -162,22 +158,22 @@ class _Run:
             in_flight=settings.concurrency,
             lease_s=max(LEASE_S, 2 * settings.timeout_s),
         )
-        return Line(
+        return Client(
             provider=self.provider,
             transport=transport,
-            turns=self.limiter,
+            limiter=self.limiter,
             ledger=self.ledger,
             settings=settings,
             latencies=Latencies(settings.expected_latency_s),
             checks=checks,
-            patience=patience,
+            policy=policy,
         )
 
-    async def _rounds(self, line: Line) -> None:
-        uploads = Uploads(line, self.study)
-        left = [t for t in self.missing if self._is_left(t)]
-        fresh = [t for t in self.missing if not self._is_left(t)]
-        first = _first_of_settings(self.plan.trials, self.settings.single_stream)
+    async def _rounds(self, client: Client) -> None:
+        uploads = Uploads(client, self.run.study)
+        left = [t for t in self.run.missing if self._is_left(t)]
+        fresh = [t for t in self.run.missing if not self._is_left(t)]
+        first = _first_of_settings(self.run.plan.trials, self.settings.single_stream)
         alone = [t for t in fresh if t.key in first]
         rest = [t for t in fresh if t.key not in first]
         for trials, width in (
@@ -185,7 +181,7 @@ class _Run:
             (alone, 1),
             (rest, self.settings.concurrency),
         ):
-            await self._round(iter(trials), min(width, len(trials)), line, uploads)
+            await self._round(iter(trials), min(width, len(trials)), client, uploads)
 
     def _is_left(self, trial: Trial) -> bool:
         intent = self.ledger.latest(trial.key)
@@ -197,7 +193,7 @@ class _Run:
         return intent is not None and intent.may_exist and intent.phase is None
 
     async def _round(
-        self, trials: Iterator[Trial], width: int, line: Line, uploads: Uploads
+        self, trials: Iterator[Trial], width: int, client: Client, uploads: Uploads
     ) -> None:
         """Have `width` workers take trials until there are none, or the run pauses."""
 
@@ -205,7 +201,7 @@ class _Run:
             for trial in trials:
                 if self.paused is not None:
                     return
-                await self._one(trial, line, uploads)
+                await self._one(trial, client, uploads)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -215,16 +211,16 @@ class _Run:
             first = many.exceptions[0]
             raise first from first.__cause__
 
-    async def _one(self, trial: Trial, line: Line, uploads: Uploads) -> None:
-        name = f"{self.study.path.resolve()}:{trial.key}"
+    async def _one(self, trial: Trial, client: Client, uploads: Uploads) -> None:
+        name = f"{self.run.study.path.resolve()}:{trial.key}"
         setting = setting_key(trial)
         async with self.limiter.flight(name) as slot:
             if self.paused is not None:
                 return
             with self.flights.one() as flight:
                 started_at = datetime.now(UTC).isoformat()
-                life = Life(
-                    line,
+                hosted = HostedTrial(
+                    client,
                     trial,
                     flight,
                     lambda: uploads.url(trial.request.init_image),
@@ -232,7 +228,7 @@ class _Run:
                     setting,
                 )
                 try:
-                    outcome = await life.run()
+                    outcome = await hosted.run()
                 except Paused as exc:
                     self.paused = exc if self.paused is None else self.paused
                     return
@@ -247,12 +243,12 @@ class _Run:
     def _keep(self, trial: Trial, outcome: Outcome, started_at: str) -> None:
         ok = outcome.status is Status.OK
         suffix = SUFFIXES[trial.request.output_format]
-        image = self.study.put_image(outcome.data, suffix) if ok else None
-        self.shard.append_record(
+        image = self.run.study.put_image(outcome.data, suffix) if ok else None
+        self.run.append(
             Record(
                 trial=trial,
                 status=outcome.status,
-                session_id=self.session_id,
+                session_id=self.run.session_id,
                 started_at=started_at,
                 phase=outcome.phase,
                 error=outcome.error,
@@ -263,31 +259,21 @@ class _Run:
                 remote=outcome.call,
             )
         )
-        self._count(outcome)
+        self._count_blame(outcome)
         self._show()
 
-    def _count(self, outcome: Outcome) -> None:
-        summary = self.summary
-        if outcome.status is Status.OK:
-            summary.done += 1
-        else:
-            summary.failed += 1
-            text = outcome.status.value if outcome.error is None else outcome.error
-            for counts, name in (
-                (summary.errors, text),
-                (summary.statuses, outcome.status.value),
-            ):
-                counts[name] = counts.get(name, 0) + 1
-        summary.ambiguous += outcome.status is Status.AMBIGUOUS
+    def _count_blame(self, outcome: Outcome) -> None:
         self.blamed = self.blamed + 1 if outcome.blames_service else 0
         if self.blamed >= GIVE_UP_AFTER and self.paused is None:
             self.paused = Paused(f"{self.blamed} trials in a row failed, the last: {outcome.error}")
 
     def _what_is_left(self, paused: Paused) -> str:
         """The reason, and what the same command would still do and cost."""
-        left = len(self.missing) - self.summary.done
+        left = len(self.run.missing) - self.run.summary.done
         price_usd = self.settings.usd_per_image
-        paid = sum(self._is_left(t) for t in self.missing if t.key not in self.study.done_keys())
+        paid = sum(
+            self._is_left(t) for t in self.run.missing if t.key not in self.run.study.done_keys()
+        )
         bill = f"at {price_usd:g} USD each" if price_usd else "at no cost"
         return (
             f"paused: {paused}; {left} trials are left, {paid} of them created before, the other"
@@ -299,8 +285,8 @@ class _Run:
         settings = self.settings
         where = _environment(settings)
         return Session(
-            id=self.session_id,
-            load=self.plan.load,
+            id=self.run.session_id,
+            load=self.run.plan.load,
             started_at=datetime.now(UTC).isoformat(),
             environment_id=environment_id(where),
             environment=where,
@@ -319,17 +305,9 @@ class _Run:
         )
 
     def _show(self) -> None:
-        if self.progress is not None:
-            self.progress(
-                Standing(
-                    done=self.summary.done,
-                    failed=self.summary.failed,
-                    total=len(self.missing),
-                    in_flight=len(self.flights),
-                    cost_usd=self.ledger.spent_usd - self.spent_before_usd,
-                    minutes=(time.perf_counter() - self.started) / 60,
-                )
-            )
+        self.run.show(
+            in_flight=len(self.flights), cost_usd=self.ledger.spent_usd - self.spent_before_usd
+        )
 
 
 def download_hosts(provider: Provider, settings: RemoteSettings) -> tuple[str, ...]:

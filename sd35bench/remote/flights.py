@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Flight", "Flights"]
-
 
 class Flights:
     """The open predictions of one run; `busy_s` is the time with at least one."""

@@ -25,8 +25,6 @@ import httpx2
 from sd35bench.errors import RemoteError
 from sd35bench.remote.addresses import Lookup, resolve, system_lookup
 
-__all__ = ["Answer", "Head", "Interrupted", "Network", "Outgoing", "exchange"]
-
 _NEVER_LEFT = (
     httpx2.ConnectError,
     httpx2.ConnectTimeout,

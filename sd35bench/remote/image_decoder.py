@@ -16,8 +16,6 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["read_picture"]
-
 _NAMES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 

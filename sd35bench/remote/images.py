@@ -25,15 +25,6 @@ import numpy as np
 
 from sd35bench.errors import InvalidImage, RemoteError
 
-__all__ = [
-    "MAX_PIXELS",
-    "BadImage",
-    "ImageFacts",
-    "check_image",
-    "decode_image",
-    "sniff",
-]
-
 MAX_PIXELS = 4096 * 4096
 _MEMORY_BYTES = 768 * 2**20
 _CPU_S = 10

@@ -11,8 +11,6 @@ from typing import NoReturn
 
 from sd35bench.errors import ConfigError
 
-__all__ = ["Key", "read_key"]
-
 HIDDEN = "Key(…)"
 MAX_LENGTH = 4096
 

@@ -31,8 +31,6 @@ from typing import Any
 from sd35bench.disk import disk_errors, open_lock
 from sd35bench.errors import Paused, StoreError
 
-__all__ = ["Intent", "Ledger", "ledger_folder"]
-
 ROUNDING_USD = 1e-9
 """Sums of prices are off by rounding; a budget is not passed by that."""
 

@@ -34,8 +34,6 @@ from typing import TypeVar
 
 from sd35bench.errors import StoreError
 
-__all__ = ["Flight", "Limiter", "SharedCount", "boot_clock", "limiter_path"]
-
 T = TypeVar("T")
 Clock = Callable[[], float]
 

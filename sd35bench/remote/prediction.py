@@ -1,4 +1,4 @@
-"""One prediction's life, from the intent to spend money to an image on this machine.
+"""One prediction, from the intent to spend money to an image on this machine.
 
     new ─ intent journalled ─ create sent once ┬ answered ─ id journalled ─┐
            │  ▲                                ├ refused: 429, never left ─┤ (a new intent, later)
@@ -12,13 +12,16 @@
 
 The create is the only step that costs, and the only one that is never repeated blindly: a service
 without idempotency keys would make, and bill, a second image. What its answer does not prove to
-have been refused is looked for in the service's own list of predictions, by its input.
+have been refused is looked for in the service's own list of predictions, by its input. Trials
+differ in it, so a listed prediction with the input that was sent, which no intent of the study has,
+is the one. What is listed without its input is polled for it: that is free.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 from sd35bench.errors import InvalidImage, LostAnswer, Paused, RemoteError, UnsafeAddress
@@ -27,26 +30,30 @@ from sd35bench.remote.flights import Flight
 from sd35bench.remote.http import Interrupted
 from sd35bench.remote.images import decode_image, sniff
 from sd35bench.remote.ledger import Intent
-from sd35bench.remote.lost import find_lost
-from sd35bench.remote.poll import intervals, shortest_gap_s
 from sd35bench.remote.providers.base import Phase, Prediction
 from sd35bench.remote.retry import (
+    Client,
     Deadline,
-    Ended,
-    Line,
+    PredictionFailed,
     ask,
     despite_cancel,
+    intervals,
     refuse_key,
     retry_after,
     send,
+    shortest_gap_s,
 )
 from sd35bench.remote.transport import NotSent, Refused, Reply
 from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
 from sd35bench.worker import check_image
 
-__all__ = ["Life", "Outcome"]
-
 BAD_REQUEST = (400, 422)
+CLOCK_SKEW = timedelta(minutes=2)
+"""How far the service's clock may be off ours."""
+SENDING = timedelta(minutes=10)
+"""A create that was sent at all was received within this."""
+PAGES = 50
+LATEST = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +72,12 @@ class Outcome:
     blames_service: bool = False
 
 
-class Life:
+class HostedTrial:
     """One trial's prediction; `run` it once."""
 
     def __init__(
         self,
-        line: Line,
+        client: Client,
         trial: Trial,
         flight: Flight,
         image_url: Callable[[], Awaitable[str | None]],
@@ -78,9 +85,9 @@ class Life:
         setting: str,
     ) -> None:
         """`image_url` gives the init image's URL at the service; `hosts` may serve the output."""
-        self.line, self.trial, self.flight = line, trial, flight
+        self.client, self.trial, self.flight = client, trial, flight
         self.image_url, self.hosts, self.setting = image_url, hosts, setting
-        self.deadline = Deadline(line.settings.timeout_s)
+        self.deadline = Deadline(client.settings.timeout_s)
         self.step = "create"
         self.resumed = self.resubmitted = False
         self.attempts = self.polls = 0
@@ -93,22 +100,22 @@ class Life:
         self.download_s: float | None = None
 
     async def run(self) -> Outcome:
-        """Live it to the end; what fails becomes an outcome.
+        """Make it to the end; what fails becomes an outcome.
 
         Raises: Paused where a budget or the balance is used up, ConfigError for the key.
         """
         try:
-            return await self._lives()
-        except Ended as exc:
+            return await self._resume_or_create()
+        except PredictionFailed as exc:
             return self._failed(exc.status, str(exc), exc.blames_service)
         except InvalidImage as exc:
             return self._failed(Status.INVALID_IMAGE, str(exc))
         except RemoteError as exc:
             return self._failed(Status.ERROR, f"{type(exc).__name__}: {exc}")
 
-    async def _lives(self) -> Outcome:
+    async def _resume_or_create(self) -> Outcome:
         """Take up what an earlier run left; make it anew only where it certainly ended."""
-        left = self.line.ledger.latest(self.trial.key)
+        left = self.client.ledger.latest(self.trial.key)
         if left is None or not left.may_exist:
             return await self._image(await self._create())
         self.resumed = True
@@ -116,9 +123,9 @@ class Life:
             if left.prediction is None:
                 return await self._image(await self._resolve(left))
             return await self._image(left)
-        except (Ended, InvalidImage) as exc:
-            gone = not isinstance(exc, Ended) or exc.gone
-            if not gone or not self._may_resubmit():
+        except (PredictionFailed, InvalidImage) as exc:
+            image_lost = not isinstance(exc, PredictionFailed) or exc.image_lost
+            if not image_lost or not self._may_resubmit():
                 raise
         return await self._image(await self._create())
 
@@ -127,10 +134,10 @@ class Life:
     async def _create(self) -> Intent:
         """Have the service make it; returns an intent with a prediction's id."""
         self.step = "create"
-        inputs = self.line.provider.input(self.trial.request, await self.image_url())
+        inputs = self.client.provider.input(self.trial.request, await self.image_url())
         unsent = 0
         while True:
-            await self.line.turns.request()
+            await self.client.limiter.request()
             self.deadline.start()
             retry_after_s = None
             try:
@@ -142,12 +149,12 @@ class Life:
             except Refused as exc:
                 if exc.status != 429:
                     self._refused(exc)
-                problem, retry_after_s = exc, retry_after(self.line, exc)
+                problem, retry_after_s = exc, retry_after(self.client, exc)
             except LostAnswer:
-                intent = self.line.ledger.latest(self.trial.key)
+                intent = self.client.ledger.latest(self.trial.key)
                 assert intent is not None
                 return await self._resolve(intent)
-            wait_s = self.line.patience.wait_s(self.attempts - 1, retry_after_s)
+            wait_s = self.client.policy.wait_s(self.attempts - 1, retry_after_s)
             why = f"nothing was created ({problem})"
             await self.deadline.wait(wait_s, why)
             await self.deadline.wait(0.0, why)  # no create once the time is up: nobody would wait
@@ -157,61 +164,63 @@ class Life:
 
         Raises: NotSent and Refused where nothing was created, LostAnswer where that is unknown.
         """
-        line, settings = self.line, self.line.settings
+        client, settings = self.client, self.client.settings
         # A file inside the input says nothing that the rest does not, at 256 kB a line.
         kept = {n: v for n, v in inputs.items() if not f"{v}".startswith("data:")}
-        intent = line.ledger.intend(
+        intent = client.ledger.intend(
             self.trial.key, kept, settings.usd_per_image, settings.max_cost_usd
         )
         self.attempts += 1
         try:
-            reply = await send(line, line.provider.create(inputs))
-            created = line.provider.read_created(reply.body)
+            reply = await send(client, client.provider.create(inputs))
+            created = client.provider.read_created(reply.body)
         except (NotSent, Refused, UnsafeAddress) as exc:
-            line.ledger.refused(intent, str(exc))
+            client.ledger.refused(intent, str(exc))
             raise
         except RemoteError as exc:
-            line.ledger.lost(intent, str(exc))
+            client.ledger.lost(intent, str(exc))
             raise LostAnswer(str(exc)) from exc
-        if line.ledger.owner(created.id) is not None:
+        if client.ledger.owner(created.id) is not None:
             why = f"the service answered with prediction {created.id}, which another trial has"
-            line.ledger.lost(intent, why)
+            client.ledger.lost(intent, why)
             raise RemoteError(f"{why}: its image would be the other's")
-        line.ledger.created(intent, created.id, "answered")
+        client.ledger.created(intent, created.id, "answered")
         self.sent_at, self.answered_at = reply.sent_at, reply.received_at
         self.request_id = reply.request_id
         return intent
 
     def _check_reachable(self, exc: NotSent, unsent: int) -> None:
-        if unsent < self.line.patience.unsent:
+        if unsent < self.client.policy.unsent:
             return
-        if not self.line.heard:
-            raise Paused(f"{self.line.settings.base_url} cannot be reached: {exc}") from exc
-        raise Ended(Status.ERROR, f"never left this machine: {exc}", blames_service=True) from exc
+        if not self.client.reached:
+            raise Paused(f"{self.client.settings.base_url} cannot be reached: {exc}") from exc
+        raise PredictionFailed(
+            Status.ERROR, f"never left this machine: {exc}", blames_service=True
+        ) from exc
 
     def _refused(self, exc: Refused) -> NoReturn:
-        refuse_key(self.line, exc)
+        refuse_key(self.client, exc)
         if exc.status == 402:
             raise Paused(f"the balance at the service is used up ({exc}): top it up") from exc
         status = Status.UNSUPPORTED if exc.status in BAD_REQUEST else Status.ERROR
-        raise Ended(status, str(exc)) from exc
+        raise PredictionFailed(status, str(exc)) from exc
 
     # A lost answer -----------------------------------------------------------------------------
 
     async def _resolve(self, intent: Intent) -> Intent:
         """Find what became of a create whose answer is not known.
 
-        Raises: Ended (ambiguous) where the service does not list it.
+        Raises: PredictionFailed (ambiguous) where the service does not list it.
         """
         self.step, self.resumed = "resolve", True
         try:
-            for wait_s in self.line.patience.looks_s:
+            for wait_s in self.client.policy.listing_waits_s:
                 await self.deadline.wait(wait_s, "a lost create is still looked for")
-                found = await find_lost(self.line, intent, self.deadline)
+                found = await find_lost(self.client, intent, self.deadline)
                 if found is not None:
-                    self.line.ledger.created(intent, found, "listed")
+                    self.client.ledger.created(intent, found, "listed")
                     return intent
-        except Ended as exc:
+        except PredictionFailed as exc:
             raise self._ambiguous(f"the service did not say what became of it ({exc})") from exc
         except RemoteError as exc:
             raise self._ambiguous(f"its list of predictions cannot be read ({exc})") from exc
@@ -221,13 +230,13 @@ class Life:
 
     def _may_resubmit(self) -> bool:
         """Whether the user agreed to pay twice; taken up once in a run, or one loss costs ten."""
-        if self.line.settings.on_ambiguous != "resubmit" or self.resubmitted:
+        if self.client.settings.on_ambiguous != "resubmit" or self.resubmitted:
             return False
         self.resubmitted, self.resumed = True, False
         return True
 
-    def _ambiguous(self, why: str) -> Ended:
-        return Ended(
+    def _ambiguous(self, why: str) -> PredictionFailed:
+        return PredictionFailed(
             Status.AMBIGUOUS,
             f"the create's answer was lost and {why}: it may have been made and billed; the same"
             " command looks for it again, remote.on_ambiguous=resubmit creates it again",
@@ -243,16 +252,18 @@ class Life:
         prediction = self.ended = await self._wait(intent)
         if prediction.phase is not Phase.SUCCEEDED:
             said = prediction.error if prediction.error else "no reason given"
-            raise Ended(Status.ERROR, f"the service ended it as {prediction.phase}: {said}")
+            raise PredictionFailed(
+                Status.ERROR, f"the service ended it as {prediction.phase}: {said}"
+            )
         if not prediction.outputs:
-            raise Ended(Status.ERROR, "the service says it succeeded and names no image")
+            raise PredictionFailed(Status.ERROR, "the service says it succeeded and names no image")
         self.step = "download"
         got = await self._fetch(prediction.outputs[0])
         here_at = time.perf_counter()
         self.download_s = got.seconds
         self.step = "guard"
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.line.checks, check_file, got.data, self.trial.request)
+        await loop.run_in_executor(self.client.checks, check_file, got.data, self.trial.request)
         total_s = None if self.resumed else here_at - self.sent_at
         return Outcome(
             status=Status.OK,
@@ -264,7 +275,7 @@ class Life:
     async def _wait(self, intent: Intent) -> Prediction:
         """Poll until it is over, and write down how it ended."""
         assert intent.prediction is not None
-        latencies, unfinished_at = self.line.latencies, self.answered_at
+        latencies, unfinished_at = self.client.latencies, self.answered_at
         missing = 0
         gaps = intervals(latencies.expected_s(self.setting))
         wait_s = 0.0 if self.resumed else max(next(gaps), self._floor_s())
@@ -276,7 +287,7 @@ class Life:
                 missing += 1
                 if exc.status != 404:
                     raise
-                if self.resumed or missing >= self.line.patience.missing:
+                if self.resumed or missing >= self.client.policy.missing:
                     return self._missing(intent, exc)
             else:
                 if prediction.phase.is_over:
@@ -284,13 +295,13 @@ class Life:
                 unfinished_at = reply.sent_at
             wait_s = max(next(gaps), self._floor_s())
         self._learn(reply, prediction, unfinished_at)
-        self.line.ledger.finished(
+        self.client.ledger.finished(
             intent, prediction.phase.value, prediction.cost_usd, prediction.outputs
         )
         return prediction
 
     async def _poll(self, prediction_id: str) -> tuple[Reply, Prediction]:
-        provider = self.line.provider
+        provider = self.client.provider
         self.polls += 1
 
         def read(body: Any) -> Prediction:
@@ -299,10 +310,10 @@ class Life:
                 raise RemoteError(f"asked after prediction {prediction_id}, answered: {found.id}")
             return found
 
-        return await ask(self.line, provider.poll(prediction_id), read, self.deadline)
+        return await ask(self.client, provider.poll(prediction_id), read, self.deadline)
 
     def _floor_s(self) -> float:
-        return shortest_gap_s(self.flight.now, self.line.settings.requests_per_minute)
+        return shortest_gap_s(self.flight.now, self.client.settings.requests_per_minute)
 
     def _learn(self, reply: Reply, prediction: Prediction, unfinished_at: float) -> None:
         """Keep the times of one that was made and seen by this run; others are no measurement."""
@@ -314,17 +325,17 @@ class Life:
         if self.queue_s is None and prediction.predict_s is not None:
             self.queue_s = max(0.0, seen_s - prediction.predict_s)
         if prediction.phase is Phase.SUCCEEDED:
-            self.line.latencies.saw(self.setting, seen_s, self.bound_s)
+            self.client.latencies.saw(self.setting, seen_s, self.bound_s)
 
     def _missing(self, intent: Intent, exc: Refused) -> Prediction:
         """The service no longer knows it: what it said last is all there is."""
         if intent.phase == Phase.SUCCEEDED and intent.prediction is not None and intent.outputs:
             return Prediction(id=intent.prediction, phase=Phase.SUCCEEDED, outputs=intent.outputs)
-        raise Ended(
+        raise PredictionFailed(
             Status.ERROR,
             f"the service does not know prediction {intent.prediction}, which it had accepted"
             f" ({exc}); remote.on_ambiguous=resubmit creates it again",
-            gone=True,
+            image_lost=True,
         ) from exc
 
     # Download ----------------------------------------------------------------------------------
@@ -335,16 +346,18 @@ class Life:
         while True:
             try:
                 return await download(
-                    url, hosts=self.hosts, allow_loopback=self.line.settings.allow_loopback
+                    url, hosts=self.hosts, allow_loopback=self.client.settings.allow_loopback
                 )
             except UnsafeAddress:
                 raise
             except RemoteError as exc:
                 failures += 1
-                if failures >= self.line.patience.downloads:
-                    gone = not isinstance(exc, Interrupted)
-                    raise Ended(Status.ERROR, f"its image: {exc}", gone=gone) from exc
-                wait_s = self.line.patience.wait_s(failures - 1, None)
+                if failures >= self.client.policy.downloads:
+                    image_lost = not isinstance(exc, Interrupted)
+                    raise PredictionFailed(
+                        Status.ERROR, f"its image: {exc}", image_lost=image_lost
+                    ) from exc
+                wait_s = self.client.policy.wait_s(failures - 1, None)
                 await self.deadline.wait(wait_s, f"its image: {exc}")
 
     # What is left ------------------------------------------------------------------------------
@@ -359,13 +372,13 @@ class Life:
         )
 
     def _call(self) -> RemoteCall:
-        line, ended = self.line, self.ended
+        client, ended = self.client, self.ended
         reported = None if ended is None else ended.cost_usd
-        intent = line.ledger.latest(self.trial.key)
+        intent = client.ledger.latest(self.trial.key)
         charge_usd = None if intent is None else intent.charge_usd
         fresh = self.prediction_id is not None and not self.resumed
         return RemoteCall(
-            provider=line.provider.name,
+            provider=client.provider.name,
             prediction_id=self.prediction_id,
             request_id=self.request_id,
             in_flight=self.flight.most,
@@ -378,7 +391,7 @@ class Life:
             download_s=self.download_s,
             cost_usd=charge_usd if reported is None else reported,
             cost_reported=reported is not None,
-            unsent=line.provider.unsent,
+            unsent=client.provider.unsent,
             resumed=self.resumed,
         )
 
@@ -396,3 +409,57 @@ def check_file(data: bytes, request: Request) -> None:
     if (width, height) != (request.width, request.height):
         raise InvalidImage(f"asked for {request.width}x{request.height} px, got {width}x{height}")
     check_image(pixels, request)
+
+
+async def find_lost(client: Client, intent: Intent, deadline: Deadline) -> str | None:
+    """The id of the earliest listed prediction that this intent can have made.
+
+    Raises: PredictionFailed when the time is up, RemoteError where the list cannot be read.
+    """
+    candidates = await _listed(client, intent, deadline)
+    client.ledger.catch_up()
+    candidates.sort(key=lambda p: LATEST if p.created_at is None else p.created_at)
+    for candidate in candidates:
+        inputs = candidate.input
+        if inputs is None and client.ledger.owner(candidate.id) is None:
+            inputs = await _input_of(client, candidate.id, deadline)
+        if inputs is None or not client.provider.same_input(inputs, intent.input):
+            continue
+        if client.ledger.owner(candidate.id) is None:  # still: the poll took its time
+            return candidate.id
+    return None
+
+
+async def _listed(client: Client, intent: Intent, deadline: Deadline) -> list[Prediction]:
+    """Everything listed around the time of the intent."""
+    since = intent.at - CLOCK_SKEW
+    until = min(datetime.now(UTC), intent.at + SENDING) + CLOCK_SKEW
+    provider = client.provider
+    found: list[Prediction] = []
+    page: str | None = None
+    seen: set[str | None] = set()
+    while page not in seen and len(seen) < PAGES:
+        seen.add(page)
+        call = provider.listing(since, until, page)
+        _, (listed, page) = await ask(client, call, provider.read_listing, deadline)
+        found += listed
+        times = [p.created_at for p in listed if p.created_at is not None]
+        if page is None or (times and max(times) < since):  # all older than what is looked for
+            break
+    return [p for p in found if p.created_at is None or p.created_at >= since]
+
+
+async def _input_of(
+    client: Client, prediction_id: str, deadline: Deadline
+) -> Mapping[str, Any] | None:
+    """A listed prediction's input, which only a poll tells; asked once in a run."""
+    if prediction_id not in client.inputs:
+        call = client.provider.poll(prediction_id)
+        try:
+            _, found = await ask(client, call, client.provider.read_prediction, deadline)
+        except Refused:
+            return None
+        if found.input is None:
+            return None
+        client.inputs[prediction_id] = found.input
+    return client.inputs[prediction_id]

@@ -1,51 +1,61 @@
-"""Ask a service what is free to ask again: with patience, inside a budget of time, at its pace.
+"""Ask a service what is free to ask again: with retries, inside a budget of time, at its pace.
 
     Refused 401, 403     the key is wrong: the whole run ends (ConfigError)
     Refused 429, 5xx     wait as long as it says, or by exponential backoff with full jitter
     NotSent, LostAnswer  the same; a poll or a listing that is asked twice costs nothing
-    nonsense             three times, then it is an error
+    malformed answers    three times, then it is an error
     other refusals       an error at once
 
 Creates are no such question: see `prediction`.
+
+A prediction is asked after near the moment it should be done, then less and less often.
+
+A poll costs one request of the rate limit and is free otherwise, so few are better than many; but
+the client's latency is only known up to the gap between the last poll that saw it unfinished and
+the one that saw it finished. The first poll therefore comes when 60 % of earlier predictions of
+the setting were done, the next ones after 5 % of that time, growing by half each time. With
+growth, a prediction that takes a thousand times as long as expected costs 20 polls, not 20,000.
+
+What is learnt of a finished prediction is the middle of the gap in which it finished: learning the
+poll's own time instead would never come down from a first guess that was too long.
 """
 
 import asyncio
+import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from sd35bench.errors import ConfigError, LostAnswer, RemoteError, UnsafeAddress
 from sd35bench.remote.ledger import Ledger
-from sd35bench.remote.poll import Latencies
 from sd35bench.remote.providers.base import Call, Provider
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed, Transport
 from sd35bench.types import Status
 
-__all__ = [
-    "Deadline",
-    "Ended",
-    "Line",
-    "Patience",
-    "Turns",
-    "ask",
-    "refuse_key",
-    "retry_after",
-    "send",
-]
-
 RETRY_AFTER_LIMIT_S = 120.0
 TOO_MANY = 429
 WRONG_KEY = (401, 403)
 REQUEST_TIMEOUT = 408
+QUANTILE = 0.6
+ENOUGH = 3
+"""Predictions seen before the guess is replaced."""
+WINDOW = 9
+"""Only the latest count: a queue grows and shrinks, and a wrong first guess must be outvoted."""
+FRACTION = 0.05
+GROWTH = 1.5
+SHORTEST_S = 0.02
+LONGEST_S = 10.0
+"""A gap is at most this, or the expected latency where that is longer."""
 
 _Read = TypeVar("_Read")
 
 
-class Turns(Protocol):
+class RequestLimit(Protocol):
     """What is needed of a limiter here: wait until one more request may leave."""
 
     async def request(self) -> None:
@@ -53,33 +63,33 @@ class Turns(Protocol):
         ...
 
 
-class Ended(Exception):
-    """A prediction's life is over without an image; `status` and the text go on record.
+class PredictionFailed(Exception):
+    """A prediction ended without an image; `status` and the text go on record.
 
-    `gone`: it was made and paid for, and its image cannot be had any more. `blames_service`: it
-    says more about the service than about this request.
+    `image_lost`: it was made and paid for, and its image cannot be had any more.
+    `blames_service`: it says more about the service than about this request.
     """
 
     def __init__(
-        self, status: Status, text: str, *, gone: bool = False, blames_service: bool = False
+        self, status: Status, text: str, *, image_lost: bool = False, blames_service: bool = False
     ) -> None:
         super().__init__(text)
-        self.status, self.gone, self.blames_service = status, gone, blames_service
+        self.status, self.image_lost, self.blames_service = status, image_lost, blames_service
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long and how often: seconds between tries, and tries before giving up.
 
-    `looks_s` are the waits before each look for a lost create in the service's listing: it may
-    take a moment to show there.
+    `listing_waits_s` are the waits before each look for a lost create in the service's listing: it
+    may take a moment to show there.
     """
 
     backoff_s: float = 0.5
     backoff_limit_s: float = 30.0
-    looks_s: tuple[float, ...] = (0.5, 3.0, 10.0)
+    listing_waits_s: tuple[float, ...] = (0.5, 3.0, 10.0)
     unsent: int = 5
-    nonsense: int = 3
+    malformed: int = 3
     missing: int = 3
     downloads: int = 3
 
@@ -110,10 +120,10 @@ class Deadline:
         return self.seconds if self._end is None else self._end - time.perf_counter()
 
     async def wait(self, seconds: float, why: str) -> None:
-        """Sleep, at most to the end. Raises: Ended where it has come."""
+        """Sleep, at most to the end. Raises: PredictionFailed where it has come."""
         self.start()
         if self.left_s <= 0:
-            raise Ended(
+            raise PredictionFailed(
                 Status.TIMED_OUT,
                 f"not done after remote.timeout_s={self.seconds:g}: {why}",
                 blames_service=True,
@@ -121,73 +131,111 @@ class Deadline:
         await asyncio.sleep(min(seconds, self.left_s))
 
 
+class Latencies:
+    """How long predictions took, from the create's answer on, by setting; seconds."""
+
+    def __init__(self, expected_s: float) -> None:
+        """`expected_s` is the guess until `ENOUGH` have been seen."""
+        self._guess_s = expected_s
+        self._seen: dict[str, deque[float]] = {}
+
+    def saw(self, setting: str, seen_s: float, bound_s: float) -> None:
+        """Learn from one that was seen finished after `seen_s`, and unfinished `bound_s` before."""
+        middle_s = max(0.0, seen_s - bound_s / 2)
+        self._seen.setdefault(setting, deque(maxlen=WINDOW)).append(middle_s)
+
+    def expected_s(self, setting: str) -> float:
+        """When 60 % of the latest ones were done."""
+        seen = sorted(self._seen.get(setting, ()))
+        if len(seen) < ENOUGH:
+            return self._guess_s
+        return seen[math.ceil(QUANTILE * len(seen)) - 1]
+
+
+def shortest_gap_s(in_flight: int, per_minute: int) -> float:
+    """Seconds between polls that a rate limit leaves to each of those in flight; 0 to one alone."""
+    return 60.0 * in_flight / per_minute if in_flight > 1 else 0.0
+
+
+def intervals(expected_s: float) -> Iterator[float]:
+    """Yield seconds to wait before each poll, the first counted from the create's answer."""
+    first = max(expected_s, SHORTEST_S)
+    yield first
+    longest = max(first, LONGEST_S)
+    gap = max(FRACTION * first, SHORTEST_S)
+    while True:
+        yield gap
+        gap = min(gap * GROWTH, longest)
+
+
 @dataclass(slots=True, kw_only=True)
-class Line:
+class Client:
     """What all predictions of a run share: the way to the service and what is known of it.
 
-    `heard`: whether it has ever answered. `inputs` keeps what listed predictions were made with.
+    `reached`: whether it has ever answered. `inputs` keeps what listed predictions were made with.
     `checks` has threads of its own for decoding: the common ones let requests go, which would wait.
     """
 
     provider: Provider
     transport: Transport
-    turns: Turns
+    limiter: RequestLimit
     ledger: Ledger
     settings: RemoteSettings
     latencies: Latencies
     checks: Executor
-    patience: Patience = field(default_factory=Patience)
-    heard: bool = False
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    reached: bool = False
     inputs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 async def ask(
-    line: Line, call: Call, read: Callable[[Any], _Read], deadline: Deadline
+    client: Client, call: Call, read: Callable[[Any], _Read], deadline: Deadline
 ) -> tuple[Reply, _Read]:
     """Send `call` until its answer can be read.
 
-    Raises: Ended when the time is up, RemoteError (Refused: also 404), ConfigError for the key.
+    Raises: PredictionFailed when the time is up, RemoteError (Refused: also 404), ConfigError for
+    the key.
     """
-    failures = nonsense = 0
+    failures = malformed = 0
     while True:
-        await line.turns.request()
+        await client.limiter.request()
         deadline.start()
         retry_after_s = None
         try:
-            reply = await send(line, call)
+            reply = await send(client, call)
             return reply, read(reply.body)
         except UnsafeAddress:
             raise
         except Refused as exc:
-            refuse_key(line, exc)
+            refuse_key(client, exc)
             if exc.status not in (REQUEST_TIMEOUT, TOO_MANY):
                 raise
-            problem, retry_after_s = exc, retry_after(line, exc)
+            problem, retry_after_s = exc, retry_after(client, exc)
         except ServerFailed as exc:
             problem, retry_after_s = exc, exc.retry_after_s
         except (NotSent, LostAnswer) as exc:
             problem = exc
         except RemoteError as exc:
-            nonsense += 1
-            if nonsense >= line.patience.nonsense:
+            malformed += 1
+            if malformed >= client.policy.malformed:
                 raise
             problem = exc
-        await deadline.wait(line.patience.wait_s(failures, retry_after_s), str(problem))
+        await deadline.wait(client.policy.wait_s(failures, retry_after_s), str(problem))
         failures += 1
 
 
-async def send(line: Line, call: Call) -> Reply:
+async def send(client: Client, call: Call) -> Reply:
     """Send one call, once; what goes wrong leaves no frame behind whose variables hold the key.
 
     Raises: NotSent, Refused, LostAnswer.
     """
     try:
-        reply = await line.transport.send(call)
+        reply = await client.transport.send(call)
     except RemoteError as exc:
-        line.heard = line.heard or isinstance(exc, Refused | ServerFailed)
+        client.reached = client.reached or isinstance(exc, Refused | ServerFailed)
         forget_frames(exc)
         raise
-    line.heard = True
+    client.reached = True
     return reply
 
 
@@ -199,22 +247,22 @@ def forget_frames(exc: BaseException) -> None:
         cause = cause.__context__ if cause.__cause__ is None else cause.__cause__
 
 
-def retry_after(line: Line, exc: Refused) -> float | None:
+def retry_after(client: Client, exc: Refused) -> float | None:
     """Seconds that a refusal asks to wait, in its header or in its text."""
-    return line.provider.reset_s(str(exc)) if exc.retry_after_s is None else exc.retry_after_s
+    return client.provider.reset_s(str(exc)) if exc.retry_after_s is None else exc.retry_after_s
 
 
-def refuse_key(line: Line, exc: Refused) -> None:
+def refuse_key(client: Client, exc: Refused) -> None:
     """End the run where the service does not take the key.
 
     Raises: ConfigError naming where the key comes from.
     """
     if exc.status in WRONG_KEY:
-        file = line.settings.key_file
-        source = line.provider.key_variable if file is None else f"remote.key_file={file}"
+        file = client.settings.key_file
+        source = client.provider.key_variable if file is None else f"remote.key_file={file}"
         raise ConfigError(
-            f"{line.settings.base_url} does not take the key from {source} ({exc}); correct it and"
-            " run the same command again"
+            f"{client.settings.base_url} does not take the key from {source} ({exc}); correct it"
+            " and run the same command again"
         ) from exc
 
 

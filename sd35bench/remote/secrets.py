@@ -42,7 +42,7 @@ class Secrets:
                 found.update(form[i : i + size] for i in range(len(form) - size + 1))
         return cls({size: frozenset(found) for size, found in runs.items()})
 
-    def blot(self, text: str) -> str:
+    def mask(self, text: str) -> str:
         """The text with every secret replaced."""
         kept, end = [], 0
         for start, stop in self._found(text):
@@ -51,12 +51,12 @@ class Secrets:
             end = max(end, stop)
         return "".join((*kept, text[end:]))
 
-    def fit_cause(self, error: BaseException) -> BaseException | None:
+    def safe_cause(self, error: BaseException) -> BaseException | None:
         """The exception if nothing in its chain quotes a secret; nothing if something does."""
         link: BaseException | None = error
         while link is not None:
             text = str(link)
-            if self.blot(text) != text:
+            if self.mask(text) != text:
                 return None
             link = link.__cause__ or link.__context__
         return error

@@ -23,12 +23,13 @@ infinity, no integer over 64 bits (they overflow where floats are made of them),
 than `MAX_DEPTH`, so that whoever reads it needs no care for these.
 
 The key leaves only in headers to the base URL's host. Where a service sends it back (error texts
-quote it, debug endpoints echo headers), it is blotted out of bodies, ids and messages before
+quote it, debug endpoints echo headers), it is masked out of bodies, ids and messages before
 anybody sees them, and an exception whose chain quotes it is cut off from its cause.
 """
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -43,11 +44,8 @@ import httpx2
 from sd35bench.errors import LostAnswer, RemoteError, UnsafeAddress
 from sd35bench.remote.addresses import Unresolved, check_url
 from sd35bench.remote.http import Answer, Interrupted, Network, Outgoing, exchange
-from sd35bench.remote.json_answers import BadJson, decode_json
 from sd35bench.remote.providers.base import Call
 from sd35bench.remote.secrets import Secrets
-
-__all__ = ["MAX_RETRY_AFTER_S", "NotSent", "Refused", "Reply", "ServerFailed", "Transport"]
 
 MAX_RETRY_AFTER_S = 3600.0
 _REFUSING_REDIRECTS = (301, 307, 308)
@@ -57,6 +55,12 @@ _FRAMING = frozenset(
     | {"transfer-encoding", "upgrade"}
 )
 _REASON_CHARS = 300
+MAX_DEPTH = 64
+_LARGEST = 2**64
+
+
+class BadJson(ValueError):
+    """Bytes that are no JSON document, or one that nobody should have to handle."""
 
 
 class NotSent(RemoteError):
@@ -188,7 +192,7 @@ class Transport:
             )
         except Interrupted as exc:
             kind = LostAnswer if exc.sent else NotSent
-            raise kind(secrets.blot(_line(str(exc)))) from secrets.fit_cause(exc)
+            raise kind(secrets.mask(_line(str(exc)))) from secrets.safe_cause(exc)
         except (UnsafeAddress, Unresolved) as exc:
             raise NotSent(str(exc)) from exc
 
@@ -231,7 +235,7 @@ def _raise_refusal(answer: Answer, secrets: Secrets) -> NoReturn:
     kind = Refused if refused else ServerFailed
     told = "refused" if refused else "failed, and may have acted"
     if 300 <= status < 400:
-        place = secrets.blot(_line(answer.head.headers.get("location", "nowhere")))[:200]
+        place = secrets.mask(_line(answer.head.headers.get("location", "nowhere")))[:200]
         told += f" (a redirect to {place}, which is not followed; correct the base URL)"
     reason = _reason(answer, secrets)
     raise kind(
@@ -249,12 +253,12 @@ def _reason(answer: Answer, secrets: Secrets) -> str:
     except BadJson:
         text = _text(answer, secrets)[:4000]
         body = re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL)
-    return secrets.blot(_line("; ".join(_said(body))))[:_REASON_CHARS]
+    return secrets.mask(_line("; ".join(_said(body))))[:_REASON_CHARS]
 
 
 def _text(answer: Answer, secrets: Secrets) -> str:
-    """A body as text, blotted while it is whole: half a key at a cut would stay."""
-    return secrets.blot(answer.body.decode("utf-8", "replace"))
+    """A body as text, masked while it is whole: half a key at a cut would stay."""
+    return secrets.mask(answer.body.decode("utf-8", "replace"))
 
 
 def _said(body: Any) -> list[str]:
@@ -276,7 +280,7 @@ def _line(text: str) -> str:
 
 def _request_id(answer: Answer, secrets: Secrets) -> str | None:
     value = answer.head.headers.get("x-request-id")
-    return None if value is None else secrets.blot(_line(value))[:128]
+    return None if value is None else secrets.mask(_line(value))[:128]
 
 
 def _retry_after_s(answer: Answer) -> float | None:
@@ -302,3 +306,72 @@ def _date(text: str) -> float | None:
         date = parsedate_to_datetime(text)
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     return None
+
+
+def decode_json(data: bytes, secrets: Secrets) -> Any:
+    """Decode a document, masking secrets in its strings and names.
+
+    Lone surrogates, which no file can hold, become question marks: they may stand in a log text
+    beside an image that was paid for.
+
+    Raises: BadJson for anything but one UTF-8 JSON document without duplicate names, NaN,
+    infinities, integers over 64 bits, and nesting over `MAX_DEPTH`.
+    """
+    try:
+        document = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_constant,
+            parse_float=_finite,
+            parse_int=_small,
+        )
+        return _clean(document, secrets, 0)
+    except BadJson:
+        raise
+    except UnicodeDecodeError as exc:
+        raise BadJson(f"not UTF-8 at byte {exc.start}") from None  # it holds all of the bytes
+    except json.JSONDecodeError as exc:
+        raise BadJson(f"{exc.msg} at character {exc.pos}") from None  # it holds all of the text
+    except RecursionError:
+        raise BadJson(f"nested deeper than {MAX_DEPTH}") from None  # a thousand frames say no more
+
+
+def _clean(value: Any, secrets: Secrets, depth: int) -> Any:
+    if isinstance(value, str):
+        whole = value.encode("utf-8", "replace").decode("utf-8")
+        return secrets.mask(whole)
+    if isinstance(value, dict | list) and depth == MAX_DEPTH:
+        raise BadJson(f"nested deeper than {MAX_DEPTH}")
+    if isinstance(value, list):
+        return [_clean(item, secrets, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {
+            _clean(name, secrets, depth + 1): _clean(item, secrets, depth + 1)
+            for name, item in value.items()
+        }
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise BadJson("a name stands twice in one object, so what it means cannot be told")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise BadJson(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise BadJson("a number is too large for a float")
+    return number
+
+
+def _small(text: str) -> int:
+    # The length first: Python refuses, after some work, to read more than 4,300 digits.
+    if len(text) > 21 or abs(int(text)) >= _LARGEST:
+        raise BadJson("an integer has more than 64 bits")
+    return int(text)

@@ -5,11 +5,9 @@ import base64
 import time
 
 from sd35bench.errors import LostAnswer, RemoteError, UnsupportedRequest
-from sd35bench.remote.retry import Deadline, Line, ask, forget_frames
+from sd35bench.remote.retry import Client, Deadline, ask, forget_frames
 from sd35bench.remote.transport import NotSent
 from sd35bench.store import Study
-
-__all__ = ["Uploads", "content_type", "data_uri"]
 
 FRESH_S = 600.0
 """An upload that is older is made again: services delete them, and seldom say when."""
@@ -42,18 +40,18 @@ def data_uri(data: bytes) -> str:
 class Uploads:
     """The URLs under which the service finds this run's init images."""
 
-    def __init__(self, line: Line, study: Study) -> None:
+    def __init__(self, client: Client, study: Study) -> None:
         """Nothing is uploaded until a URL is asked for."""
-        self._line, self._study = line, study
+        self._client, self._study = client, study
         self._urls: dict[str, tuple[str, float]] = {}
         self._turns: dict[str, asyncio.Lock] = {}
 
     async def url(self, digest: str | None) -> str | None:
         """The URL of the init image with this digest, uploaded if it must be; None for none.
 
-        Raises: RemoteError, Ended.
+        Raises: RemoteError, PredictionFailed.
         """
-        given = self._line.settings.init_image_url
+        given = self._client.settings.init_image_url
         if digest is None or given is not None:
             return None if digest is None else given
         async with self._turns.setdefault(digest, asyncio.Lock()):
@@ -64,20 +62,20 @@ class Uploads:
         return url
 
     async def _upload(self, data: bytes) -> str:
-        line, deadline = self._line, Deadline(self._line.settings.timeout_s)
-        call = line.provider.presign(content_type(data))
+        client, deadline = self._client, Deadline(self._client.settings.timeout_s)
+        call = client.provider.presign(content_type(data))
         if call is None:
             return data_uri(data)
         failures = 0
         while True:
-            _, ticket = await ask(line, call, line.provider.read_presigned, deadline)
+            _, ticket = await ask(client, call, client.provider.read_presigned, deadline)
             try:
-                await line.transport.put(ticket.put_url, data, ticket.headers)
+                await client.transport.put(ticket.put_url, data, ticket.headers)
             except (NotSent, LostAnswer) as exc:  # twice uploaded is no harm
                 forget_frames(exc)
                 failures += 1
-                if failures >= line.patience.downloads:
+                if failures >= client.policy.downloads:
                     raise RemoteError(f"the init image could not be uploaded: {exc}") from exc
-                await deadline.wait(line.patience.wait_s(failures - 1, None), str(exc))
+                await deadline.wait(client.policy.wait_s(failures - 1, None), str(exc))
             else:
                 return ticket.public_url

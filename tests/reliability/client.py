@@ -1,27 +1,27 @@
 """A client to be killed: `python -m tests.reliability.client ROOT URL COUNT SEED CONCURRENCY`.
 
-What `sd35bench run backend=eachlabs` runs once its command line is read (`run_remote`, with its
-decoder's processes and its limiter), without Hydra, whose import would be most of a short life; and
-with shorter waits between looks for a lost create, or short lives would end before the second look.
-It says "running" when it begins.
+What `sd35bench run backend=eachlabs` runs once its command line is read (`HostedService.run`, with
+its decoder's processes and its limiter), without Hydra, whose import would be most of a short life;
+and with shorter waits between looks for a lost create, or short lives would end before the second
+look. It says "running" when it begins.
 """
 
 import sys
 from pathlib import Path
 
-from sd35bench.remote.drive import run_remote
-from sd35bench.remote.retry import Patience
+from sd35bench.remote.drive import HostedService
+from sd35bench.remote.retry import RetryPolicy
 from sd35bench.store import Study
 from tests.remote.hosted import hosted_plan, hosted_settings
 
-__all__ = ["STUDY", "main", "patience"]
+__all__ = ["STUDY", "main", "policy"]
 
 STUDY = "study"
 
 
-def patience() -> Patience:
+def policy() -> RetryPolicy:
     """Short waits: the server under test answers from this machine."""
-    return Patience(backoff_s=0.05, backoff_limit_s=0.5, looks_s=(0.05, 0.2, 0.5))
+    return RetryPolicy(backoff_s=0.05, backoff_limit_s=0.5, listing_waits_s=(0.05, 0.2, 0.5))
 
 
 def main(root: str, url: str, count: str, seed: str, *options: str) -> None:
@@ -32,7 +32,7 @@ def main(root: str, url: str, count: str, seed: str, *options: str) -> None:
     plan = hosted_plan(url, int(count), seed=int(seed))
     print("running", flush=True)
     settings = hosted_settings(url, **{"single_stream": 2, **changes})
-    run_remote(plan, study, settings, patience=patience())
+    HostedService(settings=settings, policy=policy()).run(plan, study)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd35bench.errors import StoreError
-from sd35bench.remote.drive import run_remote
+from sd35bench.remote.drive import HostedService
 from sd35bench.remote.ledger import Intent, Ledger
 from sd35bench.store import Study
 from sd35bench.trials import RunSummary
 from sd35bench.types import Status
-from tests.reliability.client import STUDY, patience
+from tests.reliability.client import STUDY, policy
 from tests.reliability.experiment import Experiment, Figure
 from tests.remote.fault_server import FaultServer, serving
 from tests.remote.faults import Answer, Fault, picture
@@ -120,7 +120,7 @@ def _run(study: Study, server: FaultServer, seed: int, on_ambiguous: str = "keep
     """Go on with it in this process, to the end."""
     plan = hosted_plan(server.url, TRIALS, seed=seed)
     settings = hosted_settings(server.url, on_ambiguous=on_ambiguous)
-    return run_remote(plan, study, settings, patience=patience())
+    return HostedService(settings=settings, policy=policy()).run(plan, study)
 
 
 @contextlib.contextmanager
@@ -233,9 +233,9 @@ CLIENT_KILLS = Experiment(
     name="client-kills",
     title="A client killed at random points",
     did=(
-        f"A client process (`run_remote`, what `sd35bench run backend=eachlabs` runs after reading"
-        f" its command line) works on studies of {TRIALS} predictions, the first two alone, the"
-        f" others at once. It is sent SIGKILL after a time drawn evenly from 0 to {LIFE_S:g} s and"
+        f"A client process (`HostedService.run`, what `sd35bench run backend=eachlabs` runs after"
+        f" reading its command line) works on studies of {TRIALS} predictions, the first two alone,"
+        f" the others at once. It is sent SIGKILL after a time drawn evenly from 0 to {LIFE_S:g} s and"
         f" started again, until the study is complete or {MOST_KILLS} clients were killed, after"
         " which one is left alone; then comes the next study. The server counts"
         f" creates by their input, and delays each by up to {WAY_S * 1000:g} ms before reading and"

@@ -1,4 +1,4 @@
-"""Plans, settings and patience for tests that call the fault server as a hosted service.
+"""Plans, settings and policy for tests that call the fault server as a hosted service.
 
 Also a program: `python -m tests.remote.hosted ROOT URL COUNT` runs a plan, to be killed.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from sd35bench.fields import make_trial
 from sd35bench.plan import Batch, Plan
-from sd35bench.remote.drive import run_remote
-from sd35bench.remote.retry import Patience
+from sd35bench.remote.drive import HostedService
+from sd35bench.remote.retry import RetryPolicy
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.store import Study
 from sd35bench.trials import RunSummary
@@ -21,8 +21,13 @@ from tests.remote.fault_server import SIZES
 
 PRICE_USD = 0.035
 MODEL = ModelSpec(name="nano", path="", weights_digest="none", max_sequence_length=16)
-HASTY = Patience(
-    backoff_s=0.002, backoff_limit_s=0.01, looks_s=(0.0, 0.01), unsent=2, missing=2, downloads=2
+HASTY = RetryPolicy(
+    backoff_s=0.002,
+    backoff_limit_s=0.01,
+    listing_waits_s=(0.0, 0.01),
+    unsent=2,
+    missing=2,
+    downloads=2,
 )
 
 
@@ -83,7 +88,7 @@ def by_prompt(study: Study) -> dict[str, Record]:
 
 
 def run(study: Study, plan: Plan, url: str, **changes: Any) -> RunSummary:
-    return run_remote(plan, study, hosted_settings(url, **changes), patience=HASTY)
+    return HostedService(settings=hosted_settings(url, **changes), policy=HASTY).run(plan, study)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import pytest
 
 import sd35bench.remote.prediction as prediction
 from sd35bench.cli import main
-from sd35bench.cli.output import RemoteProgress
-from sd35bench.remote.standing import Standing
+from sd35bench.cli.output import RunProgress
 from sd35bench.store import decode_rgb
+from sd35bench.trials import Progress
 from tests.remote.fault_server import FaultServer, serving
 
 
@@ -108,8 +108,8 @@ def test_the_bar_says_what_is_in_flight_how_fast_and_what_it_cost():
             self.shown = shown
 
     bar = Bar()
-    standing = Standing(done=5, failed=1, total=40, in_flight=10, cost_usd=0.175, minutes=0.5)
-    RemoteProgress(bar, "nano on eachlabs")(standing)  # pyright: ignore
+    standing = Progress(done=5, failed=1, total=40, in_flight=10, cost_usd=0.175, minutes=0.5)
+    RunProgress(bar, "nano on eachlabs")(standing)  # pyright: ignore
     assert bar.shown == {
         "completed": 6,
         "total": 40,

@@ -9,10 +9,10 @@ import pytest
 import sd35bench.remote.prediction as prediction
 import sd35bench.remote.uploads as uploads_module
 from sd35bench.errors import ConfigError
-from sd35bench.remote.drive import prepare_remote, run_remote
+from sd35bench.remote.drive import HostedService
 from sd35bench.remote.ledger import Ledger
-from sd35bench.remote.standing import Standing
 from sd35bench.store import Study, decode_rgb
+from sd35bench.trials import Progress
 from sd35bench.types import Status
 from tests.remote.fault_server import FaultServer, serving
 from tests.remote.faults import FAULTS, Fault, picture
@@ -48,9 +48,9 @@ def study(tmp_path: Path) -> Study:
 
 def test_a_plan_is_made_once_and_recorded(server: FaultServer, study: Study):
     plan = hosted_plan(server.url, 6)
-    standings: list[Standing] = []
+    standings: list[Progress] = []
     settings = hosted_settings(server.url, single_stream=2, concurrency=3)
-    summary = run_remote(plan, study, settings, standings.append, HASTY)
+    summary = HostedService(settings=settings, policy=HASTY).run(plan, study, standings.append)
     assert (summary.done, summary.failed, summary.paused) == (6, 0, None)
     assert summary.cost_usd == pytest.approx(6 * PRICE_USD)
     assert sorted(server.creates.values()) == [1] * 6
@@ -375,4 +375,6 @@ def test_an_init_image_may_be_where_the_user_says(server: FaultServer, study: St
 def test_what_the_service_cannot_do_is_refused_up_front(fields, changes, message):
     url = "http://127.0.0.1:1"
     with pytest.raises(ConfigError, match=message):
-        prepare_remote(hosted_plan(url, 1, **fields), hosted_settings(url, **changes))
+        HostedService(settings=hosted_settings(url, **changes)).prepare(
+            hosted_plan(url, 1, **fields), dry=False
+        )

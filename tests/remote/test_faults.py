@@ -18,7 +18,7 @@ from sd35bench.errors import ConfigError, RemoteError
 from sd35bench.fields import make_trial
 from sd35bench.plan import Batch, Plan
 from sd35bench.remote.download import download
-from sd35bench.remote.retry import Patience
+from sd35bench.remote.retry import RetryPolicy
 from sd35bench.remote.transport import Transport
 from sd35bench.store import Study
 from sd35bench.trials import RunSummary
@@ -28,12 +28,12 @@ from tests.remote.fault_server import FaultServer, serving
 from tests.remote.faults import FAULTS, Fault
 from tests.remote.mutations import damaged
 
-QUICK = Patience(
+QUICK = RetryPolicy(
     backoff_s=0.01,
     backoff_limit_s=0.02,
-    looks_s=(0.0, 0.02),
+    listing_waits_s=(0.0, 0.02),
     unsent=2,
-    nonsense=2,
+    malformed=2,
     missing=2,
     downloads=2,
 )
@@ -78,7 +78,7 @@ class Client:
     def run(self, count: int = 1, **changes: Any) -> RunSummary:
         plan = make_plan(self.settings.provider, self.settings.base_url, count)
         asked = replace(self.settings, **changes)
-        return drive.run_remote(plan, self.study, asked, patience=QUICK)
+        return drive.HostedService(settings=asked, policy=QUICK).run(plan, self.study)
 
     @property
     def records(self) -> list[Record]:

@@ -13,7 +13,7 @@ from rich.traceback import Traceback
 
 from sd35bench.cli import main
 from sd35bench.errors import ConfigError
-from sd35bench.remote.drive import run_remote
+from sd35bench.remote.drive import HostedService
 from sd35bench.remote.key import Key, read_key
 from sd35bench.store import Study
 from tests.remote.fault_server import serving
@@ -124,7 +124,7 @@ def test_no_traceback_holds_the_key_not_even_in_its_locals(tmp_path, monkeypatch
         server.always("list", "401")
         settings = hosted_settings(server.url)
         with pytest.raises(ConfigError) as caught:
-            run_remote(hosted_plan(server.url, 1), study, settings, patience=HASTY)
+            HostedService(settings=settings, policy=HASTY).run(hosted_plan(server.url, 1), study)
         assert server.count("create") == 1
     shown = everything_of(caught.value)
     assert "drive.py" in shown

@@ -15,6 +15,7 @@ import sd35bench.remote.drive as drive
 import sd35bench.remote.prediction as prediction
 from sd35bench.remote.providers.eachlabs import Eachlabs
 from sd35bench.store import Study, decode_rgb
+from sd35bench.trials import Run
 from tests.remote.fault_server import FaultServer, serving
 from tests.remote.faults import FAULTS, Fault
 from tests.remote.hosted import HASTY, hosted_plan, hosted_settings, ledger_lines, run
@@ -102,10 +103,10 @@ def test_ctrl_c_waits_for_the_answer_of_a_create(server: FaultServer, study: Stu
     plan = hosted_plan(server.url, 1)
     server.script("create", Fault(lambda answer: replace(answer, delay_s=0.2)))
     settings = hosted_settings(server.url)
-    started = drive._Run(plan, study, settings, Eachlabs(settings), None)
+    rounds = drive._Rounds(Run(plan, study, None), settings, Eachlabs(settings))
 
     async def main() -> None:
-        task = asyncio.create_task(started.everything(None, HASTY))
+        task = asyncio.create_task(rounds.make(None, HASTY))
         while server.count("create") == 0:
             await asyncio.sleep(0.01)
         task.cancel()

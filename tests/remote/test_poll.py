@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd35bench.remote.poll import ENOUGH, LONGEST_S, Latencies, intervals, shortest_gap_s
+from sd35bench.remote.retry import ENOUGH, LONGEST_S, Latencies, intervals, shortest_gap_s
 
 SECONDS = st.floats(0.01, 300.0)
 

@@ -1,4 +1,4 @@
-"""Patience, deadlines and what counts as an answer: the small parts of a prediction's life."""
+"""RetryPolicy, deadlines and what counts as an answer: the small parts of a prediction's life."""
 
 import asyncio
 import time
@@ -12,7 +12,13 @@ from sd35bench.remote.drive import download_hosts
 from sd35bench.remote.flights import Flights
 from sd35bench.remote.prediction import check_file
 from sd35bench.remote.providers.eachlabs import Eachlabs
-from sd35bench.remote.retry import RETRY_AFTER_LIMIT_S, Deadline, Ended, Patience, despite_cancel
+from sd35bench.remote.retry import (
+    RETRY_AFTER_LIMIT_S,
+    Deadline,
+    PredictionFailed,
+    RetryPolicy,
+    despite_cancel,
+)
 from sd35bench.remote.uploads import DATA_URI_BYTES, content_type, data_uri
 from sd35bench.types import Request, Status
 from tests.remote.faults import picture
@@ -23,16 +29,16 @@ RETRY_AFTER = st.none() | st.floats(0, 1e9)
 
 @given(failures=st.integers(0, 1000), retry_after_s=RETRY_AFTER)
 def test_waits_are_what_is_asked_and_bounded(failures, retry_after_s):
-    patience = Patience()
-    wait_s = patience.wait_s(failures, retry_after_s)
-    ceiling = min(patience.backoff_limit_s, patience.backoff_s * 2.0 ** min(failures, 30))
+    policy = RetryPolicy()
+    wait_s = policy.wait_s(failures, retry_after_s)
+    ceiling = min(policy.backoff_limit_s, policy.backoff_s * 2.0 ** min(failures, 30))
     assert 0 <= wait_s <= max(ceiling, min(retry_after_s or 0.0, RETRY_AFTER_LIMIT_S))
     if retry_after_s is not None:
         assert wait_s >= min(retry_after_s, RETRY_AFTER_LIMIT_S)
 
 
 def test_the_jitter_is_full():
-    waits = [Patience().wait_s(3, None) for _ in range(400)]
+    waits = [RetryPolicy().wait_s(3, None) for _ in range(400)]
     assert min(waits) < 0.5
     assert max(waits) > 3.5
 
@@ -44,7 +50,9 @@ def test_a_deadline_starts_late_and_ends():
         started = time.perf_counter()
         await deadline.wait(10.0, "first")  # cut to what is left
         assert time.perf_counter() - started < 9.0
-        with pytest.raises(Ended, match=r"not done after remote\.timeout_s=0\.05: why") as caught:
+        with pytest.raises(
+            PredictionFailed, match=r"not done after remote\.timeout_s=0\.05: why"
+        ) as caught:
             await deadline.wait(0.0, "why")
         assert caught.value.status is Status.TIMED_OUT
 

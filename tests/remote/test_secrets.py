@@ -36,7 +36,7 @@ def longest_shared(text: str, form: str) -> int:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_every_form_is_masked(form):
     text = f"refused: {form!r} is no key of 2026-11-30, see https://example.org/keys"
-    masked = KEPT.blot(text)
+    masked = KEPT.mask(text)
     assert "[key]" in masked
     assert longest_shared(masked, form) < 8
     assert masked.startswith("refused: '")
@@ -51,13 +51,13 @@ def test_mutant_that_replaces_the_word_alone_lets_each_form_through(form):
 
 def test_ordinary_words_stay():
     text = "a prediction of model stable-diffusion-3.5-medium, status error, code 17" * 50
-    assert KEPT.blot(text) == text
-    assert Secrets.of({"x-api-key": "local"}).blot("http://localhost/x") == "http://localhost/x"
+    assert KEPT.mask(text) == text
+    assert Secrets.of({"x-api-key": "local"}).mask("http://localhost/x") == "http://localhost/x"
 
 
 def test_a_short_key_is_masked_whole_only():
     short = Secrets.of({"x-api-key": "canary-key"})
-    assert short.blot("a canary; CANARY-KEY") == "a canary; [key]"
+    assert short.mask("a canary; CANARY-KEY") == "a canary; [key]"
 
 
 def test_random_keys_are_found_wherever_they_stand():
@@ -66,10 +66,10 @@ def test_random_keys_are_found_wherever_they_stand():
         kept = Secrets.of({"authorization": f"Bearer {key}"})
         for before in (b"", b"x", b"xy", b"xyz"):
             said = base64.b64encode(before + key.encode() + b"!").decode()
-            assert longest_shared(kept.blot(said), base64.b64encode(key.encode()).decode()) < 8
+            assert longest_shared(kept.mask(said), base64.b64encode(key.encode()).decode()) < 8
 
 
 def test_a_cause_that_quotes_the_key_is_left_out():
-    assert KEPT.fit_cause(ValueError(f"bad {KEY.lower()}")) is None
+    assert KEPT.safe_cause(ValueError(f"bad {KEY.lower()}")) is None
     fine = ValueError("bad")
-    assert KEPT.fit_cause(fine) is fine
+    assert KEPT.safe_cause(fine) is fine

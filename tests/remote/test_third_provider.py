@@ -10,7 +10,7 @@ import pytest
 import sd35bench.remote.providers as providers
 from sd35bench.config import compose, freeze
 from sd35bench.plan import expand
-from sd35bench.remote.drive import run_remote
+from sd35bench.remote.drive import HostedService
 from sd35bench.store import Study
 from sd35bench.types import Status
 from tests.remote.contract import ProviderContract
@@ -84,9 +84,9 @@ def test_a_whole_run_needs_nothing_more(tmp_path):
             f"results_dir={tmp_path / 'results'}",
         ]
         job = freeze(compose(overrides, extra=tmp_path))
-        assert job.remote is not None
+        assert isinstance(job.engine, HostedService)
         study = Study.open(job.results_dir, job.study, create=True)
-        summary = run_remote(expand(job.sweep), study, job.remote)
+        summary = job.engine.run(expand(job.sweep), study)
         assert (summary.done, summary.failed) == (3, 0)
         records = list(study.records())
         assert {record.status for record in records} == {Status.OK}

@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import Request
 
-__all__ = ["Call", "Phase", "Prediction", "Provider", "Upload"]
-
 
 class Phase(StrEnum):
     """Where a prediction stands, whatever the service calls it."""

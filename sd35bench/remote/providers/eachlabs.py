@@ -35,8 +35,6 @@ from sd35bench.remote.providers.wire import (
 )
 from sd35bench.types import Request
 
-__all__ = ["Eachlabs"]
-
 PAGE = 100
 MOST_LISTED = 1e9
 VERSION = "0.0.1"

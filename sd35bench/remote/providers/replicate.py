@@ -34,8 +34,6 @@ from sd35bench.remote.providers.wire import (
 )
 from sd35bench.types import Request
 
-__all__ = ["Replicate"]
-
 WORDS = {
     "starting": Phase.WAITING,
     "queued": Phase.WAITING,

@@ -15,26 +15,6 @@ from sd35bench.fields import FIELDS, later_asked
 from sd35bench.remote.providers.base import Phase, Prediction
 from sd35bench.types import Request
 
-__all__ = [
-    "MOST_COST_USD",
-    "MOST_SECONDS",
-    "RATIOS",
-    "checked_headers",
-    "fields_of",
-    "id_of",
-    "image_urls",
-    "measured",
-    "moment",
-    "phase_of",
-    "queue_seconds",
-    "refusal_of",
-    "schema_input",
-    "settled",
-    "shown",
-    "texts",
-    "web_url",
-]
-
 RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
 SAMPLER = "euler"
 MOST_CFG = 20.0
