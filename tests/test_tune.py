@@ -257,8 +257,8 @@ def test_tune_goes_on_after_a_kill_and_comes_to_the_same_answer():
     class Dies(Surface):
         left = 3
 
-        def buy(self, points, prompts):
-            super().buy(points, prompts)
+        def make(self, points, prompts):
+            super().make(points, prompts)
             self.left -= 1
             if self.left == 0:
                 raise KeyboardInterrupt

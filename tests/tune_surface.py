@@ -95,7 +95,7 @@ class Surface:
     def latency_s(self, point: Point) -> float:
         return _between(LATENCY_S, self.space, point)
 
-    def buy(self, points: Sequence[Point], prompts: range) -> None:
+    def make(self, points: Sequence[Point], prompts: range) -> None:
         for point in points:
             made = self._made.setdefault(point, set())
             self.images += len(set(prompts) - made)

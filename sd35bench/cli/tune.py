@@ -89,8 +89,10 @@ def _search(tuning: Tuning, study: Study, lab: StudyLab) -> Outcome:
             worker=worker.name,
         )
         search.agree(tuning.about)
-        told = functools.partial(console(True).print, markup=False, soft_wrap=True)
-        return search_and_race(lab, search, worker.bury, tuning.budget, tuning.profile, told)
+        report = functools.partial(console(True).print, markup=False, soft_wrap=True)
+        return search_and_race(
+            lab, search, worker.claim_dead, tuning.budget, tuning.profile, report
+        )
     finally:
         worker.close()
 
@@ -168,7 +170,7 @@ def _bill(tuning: Tuning, confirm: bool) -> dict[str, Any]:
     points, budget = _sample(tuning), tuning.budget
     one, two = (_estimate(tuning, lab.plans(points, range(n))) for n in (1, 2))
     more = two.trials - one.trials
-    loads = one.loads * _purchases(tuning.space.size, budget, lab.prompts) + (2 if confirm else 0)
+    loads = one.loads * _rounds(tuning.space.size, budget, lab.prompts) + (2 if confirm else 0)
     held_out = held_out_at_most(lab) if confirm else 0
     images = budget.images + held_out
     seconds = None
@@ -199,7 +201,7 @@ def _estimate(tuning: Tuning, plans: Sequence[Plan]) -> Estimate:
     return estimate([(p, engines[p.load.key]) for p in plans], job.results_dir, nowhere)
 
 
-def _purchases(size: int, budget: Budget, prompts: int) -> int:
+def _rounds(size: int, budget: Budget, prompts: int) -> int:
     """Waves of settings (one where the grid is tried whole), and doublings of the depth."""
     rounds = 0
     while budget.first * 2**rounds < prompts:

@@ -98,8 +98,8 @@ class Worker:
         os.close(self._handle)
 
     @contextlib.contextmanager
-    def bury(self, name: str) -> Iterator[bool]:
-        """Say whether worker `name` is dead; while inside, nobody else is told so."""
+    def claim_dead(self, name: str) -> Iterator[bool]:
+        """Say whether worker `name` is dead; while inside, nobody else claims it."""
         path = self._folder / f"{name}.lock"
         if name == self.name:
             yield False

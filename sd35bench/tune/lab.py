@@ -52,7 +52,7 @@ class Source:
 
 
 class StudyLab:
-    """Buys images in a study; see `buying.Lab`."""
+    """Makes images in a study; see `session.Lab`."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class StudyLab:
             by_load.setdefault(plan.load.key, []).append(plan)
         return [self._merged(plans) for plans in by_load.values()]
 
-    def buy(self, points: Sequence[Point], prompts: range) -> None:
+    def make(self, points: Sequence[Point], prompts: range) -> None:
         """Make and score what is missing; waits where another worker makes it already.
 
         Raises: what running and scoring raise.

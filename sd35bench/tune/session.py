@@ -15,10 +15,11 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import isnan
+from typing import Protocol
 
+from sd35bench.analysis.pairs import Comparison
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.profiles import BEST, Profile
-from sd35bench.tune.buying import Lab
 from sd35bench.tune.final import Final, decide, settled
 from sd35bench.tune.race import (
     OVER_LIMITS,
@@ -34,15 +35,66 @@ from sd35bench.tune.search import Found, Search
 from sd35bench.tune.space import Point, Space
 
 SHARE = 0.4
-"""Images that are bought where none are stated, as a share of all prompts for every setting."""
+"""Images that are made where none are stated, as a share of all prompts for every setting."""
 _EXPLORED = 0.7
 _POLL_S = 1.0
 _ABANDONED = 4
 """Settings whose proposals gave no image at all, in a row, before a search gives up."""
 
-Told = Callable[[str], None]
-Bury = Callable[[str], AbstractContextManager[bool]]
-"""Says whether a worker of the same search, by name, is dead; while inside, no one else is told."""
+Report = Callable[[str], None]
+ClaimDead = Callable[[str], AbstractContextManager[bool]]
+"""Says whether a worker of the same search, by name, is dead; while inside, no other is."""
+
+
+class Lab(Protocol):
+    """Makes images of settings on prompts, and says what they gave."""
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        ...
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Images of one setting and prompt: the seeds."""
+        ...
+
+    @property
+    def objectives(self) -> int:
+        """3 where a backend costs money, else 2: quality and latency."""
+        ...
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """What quality can be at least and at most."""
+        ...
+
+    def identity(self, point: Point) -> Hashable:
+        """Equal for points that ask for the same images."""
+        ...
+
+    def make(self, points: Sequence[Point], prompts: range) -> None:
+        """Make and score what is missing of these settings on these prompts."""
+        ...
+
+    def seen(self, points: Sequence[Point]) -> dict[Point, Evidence]:
+        """What is known of these settings, on all prompts."""
+        ...
+
+    def margin(self, profile: Profile) -> float:
+        """The profile's margin in units of quality."""
+        ...
+
+    def reference(self, profile: Profile) -> Point | None:
+        """The named default that the profile holds settings against; ``None``: the best."""
+        ...
+
+    def compared(self, points: Sequence[Point], prompts: int) -> tuple[list[Point], Comparison]:
+        """Put settings side by side on the first prompts; those with too few images are left out.
+
+        Returns: the points of the comparison's candidates, and the comparison.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +146,10 @@ def default_images(space: Space, prompts: int, per_prompt: int, trials: int) -> 
 def tune(
     lab: Lab,
     search: Search,
-    bury: Bury,
+    claim_dead: ClaimDead,
     budget: Budget,
     profile: Profile,
-    told: Told = lambda _text: None,
+    report: Report = lambda _text: None,
 ) -> Outcome:
     """Search and race; repeated, it goes on where it was.
 
@@ -106,20 +158,22 @@ def tune(
     reference = lab.reference(profile)
     if reference is not None:
         search.enqueue(reference)
-    _explore(lab, search, bury, budget, told)
+    _explore(lab, search, claim_dead, budget, report)
     points = search.tried()
     if not points:
         raise ConfigError("nothing was tried: give more images")
-    return _race(lab, points, budget, profile, told)
+    return _race(lab, points, budget, profile, report)
 
 
-def _explore(lab: Lab, search: Search, bury: Bury, budget: Budget, told: Told) -> None:
+def _explore(
+    lab: Lab, search: Search, claim_dead: ClaimDead, budget: Budget, report: Report
+) -> None:
     price = budget.first * lab.images_per_prompt
     # Two settings at least, or there is nothing to compare.
     most = max(2, min(budget.trials, int(_EXPLORED * budget.images) // price))
     first = range(budget.first)
     while True:
-        wave = _orphans(search, bury)
+        wave = _orphans(search, claim_dead)
         tried = search.tried()
         values = _values(lab, tried, budget.first)
         room = most - len(tried)
@@ -134,20 +188,20 @@ def _explore(lab: Lab, search: Search, bury: Bury, budget: Budget, told: Told) -
                 return
             time.sleep(_POLL_S)  # another worker still makes what the race needs
             continue
-        told(f"trying {len(wave)} settings on {len(first)} prompts ({len(tried)} tried before)")
+        report(f"trying {len(wave)} settings on {len(first)} prompts ({len(tried)} tried before)")
         points = [w.point for w in wave]
-        lab.buy(points, first)
+        lab.make(points, first)
         values = _values(lab, points, budget.first)
         for found in wave:
             search.tell(found, values.get(lab.identity(found.point)))
         _refuse_hopeless(lab, search, budget)
 
 
-def _orphans(search: Search, bury: Bury) -> list[Found]:
+def _orphans(search: Search, claim_dead: ClaimDead) -> list[Found]:
     """Take over what dead workers asked for."""
     taken = []
     for found, name in search.running():
-        with bury(name) as dead:
+        with claim_dead(name) as dead:
             if dead:
                 search.adopt(found)
                 taken.append(found)
@@ -178,14 +232,16 @@ def _refuse_hopeless(lab: Lab, search: Search, budget: Budget) -> None:
         )
 
 
-def _race(lab: Lab, points: list[Point], budget: Budget, profile: Profile, told: Told) -> Outcome:
+def _race(
+    lab: Lab, points: list[Point], budget: Budget, profile: Profile, report: Report
+) -> Outcome:
     """Double the depth until the answer is decided, or prompts or images are used up."""
     race = _Race(lab, points, budget, profile)
     while race.look() is None:
         alive, deeper = race.next()
-        told(f"racing {len(alive)} settings to {deeper} prompts ({race.images} images so far)")
-        lab.buy(alive, range(race.depth, deeper))
-        race.bought(alive, deeper)
+        report(f"racing {len(alive)} settings to {deeper} prompts ({race.images} images so far)")
+        lab.make(alive, range(race.depth, deeper))
+        race.deepened(alive, deeper)
     return race.outcome()
 
 
@@ -206,7 +262,7 @@ class _Race:
         self.images = len(points) * budget.first * lab.images_per_prompt
 
     def look(self) -> str | None:
-        """Judge on what was bought so far; says why the race is over, if it is."""
+        """Judge on what was made so far; says why the race is over, if it is."""
         seen = self._lab.seen(self._points)
         self._seen = {p: seen[p].first(self._reached[p]) for p in self._points}
         self._found = look(self._seen, self._lab.bounds)
@@ -239,7 +295,7 @@ class _Race:
             self._aside |= dict.fromkeys(alive[keep:], why)
         return alive[:keep] + rulers, min(2 * self.depth, self._lab.prompts)
 
-    def bought(self, alive: Sequence[Point], depth: int) -> None:
+    def deepened(self, alive: Sequence[Point], depth: int) -> None:
         """Take in that these settings have so many prompts now."""
         self.images += len(alive) * (depth - self.depth) * self._lab.images_per_prompt
         self._reached |= dict.fromkeys(alive, depth)

@@ -235,9 +235,9 @@ CLIENT_KILLS = Experiment(
     did=(
         f"A client process (`HostedService.run`, what `sd35bench run backend=eachlabs` runs after"
         f" reading its command line) works on studies of {TRIALS} predictions, the first two alone,"
-        f" the others at once. It is sent SIGKILL after a time drawn evenly from 0 to {LIFE_S:g} s and"
-        f" started again, until the study is complete or {MOST_KILLS} clients were killed, after"
-        " which one is left alone; then comes the next study. The server counts"
+        f" the others at once. It is sent SIGKILL after a time drawn evenly from 0 to {LIFE_S:g} s"
+        f" and started again, until the study is complete or {MOST_KILLS} clients were killed,"
+        " after which one is left alone; then comes the next study. The server counts"
         f" creates by their input, and delays each by up to {WAY_S * 1000:g} ms before reading and"
         " again before answering, so that kills meet creates on their way."
     ),
