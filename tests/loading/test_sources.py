@@ -1,5 +1,6 @@
 """Loading a diffusers folder, what is refused, and the proof of what was loaded."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -189,3 +190,56 @@ def test_facts_say_which_revision_was_loaded(tiny_path: Path) -> None:
 def test_load_refuses_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"model\.path=.*nowhere"):
         EagerBackend(make_load(tmp_path / "nowhere"))
+
+
+class _Payload:
+    """A pickle of this writes a file when it is loaded without care."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.marker), "w")
+
+
+def _as_pickle(folder: Path, marker: Path) -> None:
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    weights.unlink()
+    torch.save({"x": _Payload(marker)}, folder / "transformer" / "diffusion_pytorch_model.bin")
+
+
+def _as_own_code(folder: Path, marker: Path) -> None:
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Transformer: pass\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["evil", "Transformer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _as_auto_map(folder: Path, marker: Path) -> None:
+    (folder / "text_encoder" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = {"AutoModel": "evil.Encoder"}
+    config["architectures"] = ["Encoder"]
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("plant", [_as_pickle, _as_own_code, _as_auto_map])
+def test_load_runs_no_code_of_a_model_folder(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[..., None]
+) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(tiny_path, folder)
+    plant(folder, marker)
+    monkeypatch.chdir(folder)
+    with contextlib.suppress(BackendError):
+        load_model(make_load(folder).model, torch.float32)
+    assert not marker.exists()
+
+
+def test_mutant_that_trusts_a_pickle_runs_it(tiny_path: Path, tmp_path: Path) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(tiny_path, folder)
+    _as_pickle(folder, marker)
+    torch.load(folder / "transformer" / "diffusion_pytorch_model.bin", weights_only=False)
+    assert marker.exists()
