@@ -5,19 +5,23 @@ import functools
 import json
 import logging
 import os
+import re
 import socket
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from sd35bench.server import connection, envelope, serving
-from sd35bench.server.auth import make_key
+from sd35bench.server.auth import KeyRing, make_key
 from sd35bench.server.connection import Door
 from tests.server.live import live, make_settings
 
 MOST = 20
 QUICK_S = 1.0
 HALF_HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+BOTH = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"
 JSON_HEAD = b"POST /v1/prediction HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -146,7 +150,7 @@ def test_chunks_of_one_byte_are_refused_and_hold_nobody_up(server):
 @pytest.mark.parametrize(
     "lengths",
     [
-        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        BOTH,
         b"Transfer-Encoding: chunked\r\ncontent-length : 5\r\n",
         b"Content-Length: 5\r\nContent-Length: 6\r\n",
     ],
@@ -180,8 +184,12 @@ def test_a_body_in_pieces_is_one_body(server):
 def test_an_upload_that_is_too_large_gets_its_answer(server):
     asked = server.client.post("/v1/upload/presign", json={"content_type": "image/png"}).json()
     large = b"\0" * (17 * 2**20)
-    answer = server.client.put(asked["presigned_url"], content=large, headers=PNG)
-    assert answer.status_code == 413
+    path = asked["presigned_url"].removeprefix(server.url)
+    head = f"PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    with dial(server) as wire:  # a client that sends everything before it reads
+        wire.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(large))
+        wire.sendall(large)
+        assert answer_of(wire).startswith(b"HTTP/1.1 413")
 
 
 PNG = {"Content-Type": "image/png"}
@@ -241,3 +249,46 @@ def test_everything_that_is_kept_is_for_this_user_alone(tmp_path):
     assert len([path for path in found if path.is_file()]) >= 7
     wrong = {p: oct(m) for p, m in found.items() if m != (0o700 if p.is_dir() else 0o600)}
     assert wrong == {}
+
+
+MUTANTS: dict[str, tuple[object, str, object, Callable, str]] = {
+    "the key after the body": (
+        *(envelope.Envelope, "check_head", lambda *_: None),
+        *(test_without_a_key_no_byte_of_a_body_is_awaited, "keyed"),
+    ),
+    "chunks of any size": (
+        *(connection, "FREE_FRAMING_BYTES", 10**12),
+        *(test_chunks_of_one_byte_are_refused_and_hold_nobody_up, "server"),
+    ),
+    "the first length": (
+        *(connection, "_LENGTHS", re.compile(b"never")),
+        *(functools.partial(test_two_lengths_are_refused_and_the_connection_ends, lengths=BOTH),),
+        "server",
+    ),
+    "closed at once": (
+        *(connection.Connection, "close", lambda self, transport: transport.close()),
+        *(test_an_upload_that_is_too_large_gets_its_answer, "server"),
+    ),
+    "every line logged": (
+        *(envelope, "MOST_LINES", 10**9),
+        *(functools.partial(test_strangers_fill_no_log, log_lines=[]), "keyed"),
+    ),
+    "keys read once": (
+        *(KeyRing, "reload", lambda *_, **__: None),
+        *(test_a_key_that_is_taken_out_of_the_file_is_refused_at_once, "tmp_path"),
+    ),
+    "modes left to the umask": (
+        *(Path, "chmod", lambda *_: None),
+        *(test_everything_that_is_kept_is_for_this_user_alone, "tmp_path"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, request, monkeypatch):
+    place, attribute, mutant, test, fixture = MUTANTS[name]
+    given = request.getfixturevalue(fixture)
+    monkeypatch.setattr(envelope, "BODY_S", 0.5)
+    monkeypatch.setattr(place, attribute, mutant)
+    with pytest.raises((AssertionError, OSError)):
+        test(given)
