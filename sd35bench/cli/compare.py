@@ -108,11 +108,11 @@ def _rerun(before: _Source, after: _Source, rounds: int) -> None:
     with show_progress() as bar:
         task = bar.add_task("rerun", total=None)
 
-        def told(number: int, total: int, name: str) -> None:
+        def show(number: int, total: int, name: str) -> None:
             text = f"rerun {number + 1} of {total}: {name}"
             bar.update(task, completed=number, total=total, description=text)
 
-        rerun(before.study, after.study, rounds, told)
+        rerun(before.study, after.study, rounds, show)
 
 
 def _write(given: Given, document: dict[str, Any], before: _Source, after: _Source) -> list[Path]:

@@ -14,7 +14,7 @@ from sd35bench.errors import ConfigError
 
 
 def serve(given: Given) -> Answer:
-    """Serve until told to stop, or make a key.
+    """Serve until a signal comes, or make a key.
 
     Raises: ConfigError for wrong input, BackendError or WorkerDied where the backend cannot be had.
     """

@@ -1,6 +1,6 @@
 """Files that the server hands out and takes in: outputs, uploads, and the tickets for uploads.
 
-A name is the permission: 128 random bits that only its owner was told, so that reading needs no
+A name is the permission: 128 random bits that only its owner knows, so that reading needs no
 key and a link works in a browser. Uploading needs a ticket, made for one content type, good for
 one image and fifteen minutes; its secret lies hashed on disk. Age is the file's modification time,
 so a restart forgets nothing and extends nothing.
@@ -48,7 +48,7 @@ class BadUpload(SD35BenchError):
 
 
 class TicketRefused(SD35BenchError):
-    """A ticket is unknown, out of time, used, or its secret is wrong; which, is not told."""
+    """A ticket is unknown, expired or used, or its secret is wrong; which one stays unsaid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """A file as it is served; `expires_in_s` is what is left of its life."""
+    """A file as it is served; `expires_in_s` is the time until it is removed."""
 
     name: str
     data: bytes
@@ -204,7 +204,7 @@ class FileStore:
         return None if file is None else file.data
 
     def sweep(self) -> int:
-        """Remove what is past its life, and what a killed write left; say how many files."""
+        """Remove expired files, and what a killed write left; returns how many."""
         return sum(1 for path in self._expired() if _unlink(path))
 
     def _expired(self) -> Iterator[Path]:

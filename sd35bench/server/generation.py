@@ -3,8 +3,8 @@
 An image never shares a batch, so it does not depend on its neighbours, and it is what `sd35bench
 run` makes of the same request: the same worker, the same job. A worker that dies, hangs or grows
 too large takes the prediction that it held with it, which says why; the next one gets a new worker.
-A server that is told to stop finishes what it is making if that takes no longer than a moment, and
-leaves it on disk for the next start otherwise.
+A server that has to stop finishes the image that it is making if that takes at most 10 s, and
+else leaves the prediction on disk for the next start.
 """
 
 import contextlib

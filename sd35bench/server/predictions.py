@@ -1,4 +1,4 @@
-"""Predictions on disk: what was accepted is there before its client knows, and stays until told.
+"""Predictions on disk: one that was accepted is stored before its client gets the answer.
 
 SQLite in WAL mode with ``synchronous=FULL``: a commit has reached the disk when it returns. A
 prediction goes created → starting → processing → success | error | cancelled, and only forward,

@@ -229,7 +229,7 @@ class _Routes:
             input=asked.input,
             status=Phase.CREATED,
             price=price,
-            created_at=round(time.time(), 6),  # as it is told, so that a filter on it finds it
+            created_at=round(time.time(), 6),  # as it is shown, so that a filter on it finds it
         )
         wanted = to_request(asked.input, self.settings.model, digest)
         try:
@@ -266,9 +266,9 @@ class _Routes:
 
     async def _ended(self, caller: Caller, prediction_id: str) -> Prediction:
         """Wait until a prediction is over."""
-        with self.state.ended.waiting(prediction_id) as told:
+        with self.state.ended.waiting(prediction_id) as changed:
             while True:
-                told.clear()
+                changed.clear()
                 found = await asyncio.to_thread(self.store.get, caller.id, prediction_id)
                 if found is not None and found.status.is_over:
                     return found
@@ -279,7 +279,7 @@ class _Routes:
                         f" poll GET /v1/prediction/{prediction_id} later",
                         {"Retry-After": "5"},
                     )
-                await told.wait()
+                await changed.wait()
 
 
 async def _json_body(request: Request) -> bytes:

@@ -121,7 +121,7 @@ def _files(folder: Path, settings: ServerSettings) -> FileStore:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, told when it is ready, and ended by a signal without dying of it."""
+    """uvicorn, which says when it is ready, and which ends normally after a signal."""
 
     def __init__(self, state: ServerState, on_ready: Callable[[], None]) -> None:
         super().__init__(
@@ -160,7 +160,7 @@ class Server(uvicorn.Server):
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop: nothing is taken from the queue, who waits is told.
+        """Begin to stop: nothing is taken from the queue, waiting requests are answered.
 
         A second signal ends the connections, too. It is not passed on: uvicorn would leave without
         ending its own tasks, and log each as a CancelledError.

@@ -23,8 +23,8 @@ FETCHES_AT_ONCE = 4
 class RequestLimit:
     """How often one caller may ask: so many requests in any 60 s; used from the event loop alone.
 
-    A refused request does not count, so that who waits as told gets through. Times are kept in
-    memory alone: a restart forgives. Cost: 8 bytes per request of the last minute.
+    A refused request does not count, so that a client that waits as asked gets through. Times are
+    kept in memory alone: a restart forgets them. Cost: 8 bytes per request of the last minute.
     """
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
