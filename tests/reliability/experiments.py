@@ -1,6 +1,7 @@
 """The experiments, in the order of the page."""
 
 from tests.reliability.client_kills import CLIENT_KILLS
+from tests.reliability.code import CODE
 from tests.reliability.experiment import Experiment
 from tests.reliability.limits import LIMITS
 from tests.reliability.load import LOAD
@@ -13,7 +14,7 @@ from tests.reliability.strangers import STRANGERS
 __all__ = ["EXPERIMENTS", "named"]
 
 EXPERIMENTS = (
-    *(CLIENT_KILLS, MALFORMED_REPLIES, SSRF, LIMITS, OPENAPI, SERVER_KILLS, LOAD, STRANGERS),
+    *(CLIENT_KILLS, MALFORMED_REPLIES, SSRF, LIMITS, OPENAPI, SERVER_KILLS, CODE, LOAD, STRANGERS),
 )
 
 

@@ -88,6 +88,7 @@ class Found:
         answers = [
             Figure(name=f"answers with status {status}", value=count)
             for status, count in sorted(self.statuses.items())
+            if status != 500
         ]
         each = [
             Figure(name=f"cases of {name}", value=count) for name, count in sorted(asked.items())
@@ -97,6 +98,12 @@ class Found:
             Figure(name="cases", value=asked.total(), least=wanted),
             Figure(name="of them with invalid input", value=invalid),
             Figure(name="fewest cases of a create", value=creates, least=wanted),
+            Figure(
+                name="answers with status 500",
+                value=self.statuses[500],
+                most=0,
+                out_of="cases",
+            ),
             Figure(name="operations with a failure", value=len(self.failures), most=0),
             *answers,
             *each,
