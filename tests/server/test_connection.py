@@ -181,6 +181,20 @@ def test_a_body_in_pieces_is_one_body(server):
         assert answer_of(wire).startswith(b"HTTP/1.1 200")
 
 
+def test_a_client_that_asks_first_is_let_go_on_and_without_a_key_is_not(server, keyed):
+    body = json.dumps({"model": "nano", "input": {"prompt": "a"}}).encode()
+    head = JSON_HEAD + b"Expect: 100-continue\r\nConnection: close\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
+    with dial(server) as wire:
+        wire.sendall(head)
+        assert wire.recv(100).startswith(b"HTTP/1.1 100")
+        wire.sendall(body)
+        assert answer_of(wire).startswith(b"HTTP/1.1 200")
+    with dial(keyed[0]) as wire:
+        wire.sendall(head)
+        assert answer_of(wire).startswith(b"HTTP/1.1 401")
+
+
 def test_an_upload_that_is_too_large_gets_its_answer(server):
     asked = server.client.post("/v1/upload/presign", json={"content_type": "image/png"}).json()
     large = b"\0" * (17 * 2**20)
