@@ -23,6 +23,8 @@ Messages say what was wrong, where, and what to do. Foreign errors become these 
 with ``raise … from exc``.
 """
 
+from collections.abc import Iterable
+
 __all__ = [
     "BackendError",
     "ConfigError",
@@ -115,3 +117,11 @@ class StudyLocked(StoreError):
 
 class DiskFull(StoreError):
     """The disk is full; what was computed is kept and the same command resumes."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, or nothing."""
+    from difflib import get_close_matches  # 10 ms, and only a refusal needs it
+
+    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

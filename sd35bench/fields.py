@@ -357,7 +357,7 @@ def allowed(takes: Any) -> str:
     """What an annotation takes, in words: "an integer from 1 to 1000", "one of png, jpg, webp"."""
     said = [m.documentation for m in getattr(takes, "__metadata__", ()) if isinstance(m, DocInfo)]
     if said:
-        return said[0]
+        return said[-1]
     if get_origin(takes) is Literal:
         choices = get_args(takes)
         return ("" if len(choices) == 1 else "one of ") + ", ".join(map(str, choices))

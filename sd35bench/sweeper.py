@@ -28,24 +28,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
-from sd35bench.config.fields import nearest
 from sd35bench.config.files import choices, config_dir
+from sd35bench.config.models import AXES, SWEEPER_MODULE, check_lists
 from sd35bench.config.overrides import LOAD_AXES, parse, sweep_values
-from sd35bench.config.schema import SWEEPER_MODULE
-from sd35bench.errors import ConfigError
-from sd35bench.plan import PAIR_AXES, SETTING_AXES
+from sd35bench.errors import ConfigError, nearest
 
 NOISE_BATCH = 8
 
-REQUEST_AXES = (
-    *SETTING_AXES,
-    *PAIR_AXES,
-    "width",
-    "height",
-    "aspect_ratio",
-    "skip_layer_scale",
-    "batch_size",
-)
+REQUEST_AXES = tuple(name for name in AXES if name not in LOAD_AXES)
 
 Task = Callable[[DictConfig], Any]
 
@@ -117,6 +107,7 @@ class GroupingSweeper(Sweeper):
         assert self.hydra_context is not None
         assert self.config is not None
         assert self.launcher is not None
+        check_lists(self.config)
         jobs = job_overrides(arguments, self.config)
         jobs += noise_overrides(jobs, _noise_floor(arguments, self.config))
         jobs += companion_overrides(arguments, self.config)

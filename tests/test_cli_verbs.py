@@ -10,7 +10,7 @@ import pytest
 
 from sd35bench.cli import VERBS, main
 from sd35bench.config import choices
-from sd35bench.config.fields import FIELDS
+from sd35bench.config.models import FIELDS
 
 FAKE = ["backend=fake", "prompts.limit=2", "study=t"]
 GRID = ["-m", *FAKE, "steps=4,16", "cfg=1,4", "seed=0,1"]
@@ -33,7 +33,7 @@ def test_run_help_lists_every_field_with_range_and_every_choice(capsys):
     words = " ".join(out.split())
     for name, field in FIELDS.items():
         assert f"  {name}=" in out
-        assert field.takes.allowed in words
+        assert field.allowed in words
     for group in ("model", "backend", "prompts", "experiment"):
         assert ", ".join(choices(group)) in words
     assert max(map(len, out.splitlines())) <= 100

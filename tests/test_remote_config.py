@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sd35bench.config import compose, freeze
-from sd35bench.config.models import NO_WEIGHTS
+from sd35bench.config.weights import NO_WEIGHTS
 from sd35bench.errors import ConfigError
 from sd35bench.remote.drive import HostedService
 from sd35bench.trials import LocalProcesses

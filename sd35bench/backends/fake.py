@@ -16,7 +16,8 @@ from PIL import Image
 from sd35bench.backends.base import Backend, Generation
 from sd35bench.backends.faults import FAULTS, PHASES
 from sd35bench.errors import BackendError, OptimizationNotApplied
-from sd35bench.types import Load, Request, content_hash, to_json
+from sd35bench.fields import request_identity
+from sd35bench.types import Load, Request, content_hash
 
 BLOCK_PX = 8
 
@@ -84,7 +85,7 @@ class FakeBackend(Backend):
 
     def _image(self, request: Request, init: np.ndarray | None) -> np.ndarray:
         if self._fail_every and _number(request) % self._fail_every == 0:
-            digest = content_hash(to_json(request))[:8]
+            digest = content_hash(request_identity(request))[:8]
             raise BackendError(f"fake backend fails on this request by design ({digest})")
         image = _blocks(request).repeat(BLOCK_PX, axis=0).repeat(BLOCK_PX, axis=1)
         image = image[: request.height, : request.width]
@@ -98,11 +99,11 @@ class FakeBackend(Backend):
 
 def _blocks(request: Request) -> np.ndarray:
     """The colours of a pattern's blocks, uint8 [H/8, W/8, 3]."""
-    rng = np.random.default_rng(int(content_hash(to_json(request))[:16], 16))
+    rng = np.random.default_rng(int(content_hash(request_identity(request))[:16], 16))
     rows, columns = -(-request.height // BLOCK_PX), -(-request.width // BLOCK_PX)
     return rng.integers(0, 256, size=(rows, columns, 3), dtype=np.uint8)
 
 
 def _number(request: Request) -> int:
     """A number drawn by the request alone, for "every n-th"."""
-    return int(content_hash(to_json(request))[:8], 16)
+    return int(content_hash(request_identity(request))[:8], 16)

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
-from sd35bench.cli.parser import Command, help_text, nearest, parse
+from sd35bench.cli.parser import Command, help_text, parse
 from sd35bench.errors import (
     ConfigError,
     DiskFull,
@@ -24,6 +24,7 @@ from sd35bench.errors import (
     Paused,
     SD35BenchError,
     StudyLocked,
+    nearest,
 )
 
 DONE, WRONG_INPUT, RESUMABLE, OTHER = 0, 2, 3, 4

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
-from sd35bench.cli.parser import CONFIG_DIR, Command, Given, nearest
+from sd35bench.cli.parser import CONFIG_DIR, Command, Given
 from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.overrides import expand_short_names
 from sd35bench.disk import copy_atomic, is_full
-from sd35bench.errors import BackendError, ConfigError, DiskFull, StoreError
+from sd35bench.errors import BackendError, ConfigError, DiskFull, StoreError, nearest
 from sd35bench.types import Load
 
 KINDS = ("onnx", "openvino")

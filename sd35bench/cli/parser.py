@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd35bench.errors import ConfigError
+from sd35bench.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from sd35bench.cli.output import Answer
@@ -135,14 +135,6 @@ def parse(verb: str, command: Command, arguments: Sequence[str], as_json: bool) 
     if not given.has("--help"):
         _check_words(given, command)
     return given
-
-
-def nearest(word: str, known: Sequence[str] | dict[str, Flag]) -> str:
-    """`; did you mean X?` for the nearest known word, or nothing."""
-    from difflib import get_close_matches  # 10 ms, and only a refusal needs it
-
-    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def help_text(verb: str, means: str, command: Command, config_dir: Path | None = None) -> str:

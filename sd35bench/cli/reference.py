@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, console, show_progress
-from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given, nearest
-from sd35bench.errors import ConfigError, StoreError
+from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
+from sd35bench.errors import ConfigError, StoreError, nearest
 from sd35bench.metrics.base import Extractor, is_nano
 from sd35bench.metrics.dinov2 import FAMILY
 from sd35bench.metrics.extractors import Backbone, choose_extractor

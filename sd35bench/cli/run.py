@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from sd35bench.cli.output import Answer, RunProgress, console, show_progress
 from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given, in_columns, parse
 from sd35bench.config import Job, check_overrides, choices, freeze
-from sd35bench.config.fields import FIELDS, Field
 from sd35bench.config.files import GROUPS
+from sd35bench.config.models import FIELDS, Known
 from sd35bench.config.overrides import expand_short_names
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
@@ -265,8 +265,8 @@ def _details(extra: Path | None) -> str:
     return "\n".join(parts)
 
 
-def _field_lines(field: Field) -> str:
-    allowed = in_columns("", f"{field.takes.allowed}; default: {field.default}")
+def _field_lines(field: Known) -> str:
+    allowed = in_columns("", f"{field.allowed}; default: {field.default}")
     return f"{in_columns(field.name + '=', field.means)}\n{allowed}"
 
 

@@ -60,9 +60,7 @@ def _details(extra: Path | None) -> str:
         in_columns(f"{group}=", ", ".join(choices(group, extra))) for group in ("model", "backend")
     ]
     fields = [
-        in_columns(
-            f"{field.name}=", f"{field.means}; {field.takes.allowed}; default: {field.default}"
-        )
+        in_columns(f"{field.name}=", f"{field.means}; {field.allowed}; default: {field.default}")
         for field in SERVE_FIELDS.values()
     ]
     option = in_columns("backend.OPTION=", "the backend's own: see configs/backend/")

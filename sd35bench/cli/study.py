@@ -172,7 +172,7 @@ def score_missing(
 
     Returns: what `score_study` does; at least ``{"refused": {metric: why}}``.
     """
-    from sd35bench.config.options import metric_options
+    from sd35bench.config.overrides import metric_options
     from sd35bench.score import score_study
 
     if not study.done_keys():

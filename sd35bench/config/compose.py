@@ -8,25 +8,31 @@ from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sd35bench.config.fields import FIELDS, nearest
 from sd35bench.config.files import config_dir
 from sd35bench.config.group_files import check_group_file
-from sd35bench.config.schema import register
-from sd35bench.errors import ConfigError
-
-__all__ = ["CONFIG_NAME", "compose", "explained", "hydra_session", "search_path"]
+from sd35bench.config.models import (
+    FIELDS,
+    RUN,
+    SWEEPER_MODULE,
+    BackendConf,
+    ModelConf,
+    PromptsConf,
+    defaults_of,
+)
+from sd35bench.errors import ConfigError, nearest
 
 CONFIG_NAME = "run"
 
 
 def compose(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
-    """Compose one configuration, without Hydra's own node.
+    """Compose one configuration, without Hydra's own node; `models.read` checks it.
 
     Raises: ConfigError, one line.
     """
@@ -55,9 +61,19 @@ def explained() -> Iterator[None]:
 @contextmanager
 def hydra_session() -> Iterator[Any]:
     """Start Hydra on our folder with our schema; gives its `Hydra` object."""
-    register()
+    _register()
     with initialize_config_dir(str(config_dir()), job_name="sd35bench", version_base="1.3"):
         yield GlobalHydra.instance().hydra
+
+
+def _register() -> None:
+    """Put every field's default where run.yaml's defaults list finds it."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=defaults_of(RUN))
+    for group, model in (("model", ModelConf), ("backend", BackendConf), ("prompts", PromptsConf)):
+        store.store(group=group, name="schema", node=defaults_of(model))
+    node = {"_target_": f"{SWEEPER_MODULE}.GroupingSweeper"}
+    store.store(group="hydra/sweeper", name="grouping", node=node, provider="sd35bench")
 
 
 def search_path(extra: Path | None) -> list[str]:
@@ -90,9 +106,4 @@ def _about_key(exc: OmegaConfBaseException) -> str:
     if "not in" in first and "Key" in first:
         leaf = name.rpartition(".")[2]
         return f"{name}: unknown field{nearest(leaf, FIELDS)}"
-    plain = re.sub(r"\[\d+\]$", "", name).removeprefix("axes.")
-    if plain in FIELDS:
-        found = re.search(r"Value '(.*)' of type", first)
-        shown = f"={found.group(1)}" if found else ""
-        return f"{plain}{shown}: must be {FIELDS[plain].takes.allowed}"
     return f"{name}: {first}"

@@ -1,10 +1,8 @@
-"""Where the YAML files are: beside the package in a checkout, inside it when installed."""
+"""Where the YAML files are, beside the package or inside it, and which names there are."""
 
 from pathlib import Path
 
 from sd35bench.errors import ConfigError
-
-__all__ = ["GROUPS", "choices", "config_dir"]
 
 GROUPS = ("model", "backend", "prompts", "metric", "profile", "experiment")
 

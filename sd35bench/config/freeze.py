@@ -1,32 +1,34 @@
 """Validate a composed configuration and freeze it into a `plan.Sweep`.
 
-Cheap checks come first (ranges, sizes, names), then the prompts, then the weights' digest; nothing
-here imports torch, so a wrong input costs well under a second.
+Cheap checks come first (ranges, sizes, names), then what the model and the backend can do, then the
+prompts, then the weights' digest; nothing here imports torch, so a wrong input costs well under a
+second. A model's YAML says what its scheduler and denoiser allow, a backend's what it has built; a
+sweep must stay inside both.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from sd35bench.config.abilities import check_family, check_task, sampler_axis, skip_layer_axis
-from sd35bench.config.fields import FIELDS, check_field
 from sd35bench.config.files import config_dir
-from sd35bench.config.models import model_notes, model_spec, refuse_hosted_only
-from sd35bench.config.options import checked_options
+from sd35bench.config.models import RUN, BackendConf, ModelConf, PromptsConf, RunConf, read
+from sd35bench.config.overrides import checked_options
 from sd35bench.config.remote import place_of
-from sd35bench.config.schema import PromptsConf, RunConf
+from sd35bench.config.weights import model_notes, model_spec, refuse_hosted_only
 from sd35bench.engine import Engine
-from sd35bench.errors import ConfigError
-from sd35bench.plan import PAIR_AXES, SETTING_AXES, AxisValue, Sweep
+from sd35bench.errors import ConfigError, nearest
+from sd35bench.guidance import parse_skip_layers
+from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
-from sd35bench.types import BackendSpec, Load, Task
-
-__all__ = ["Job", "freeze"]
+from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
 
 DEFAULT_TIMED_LIMIT = 4
 FLOW_FAMILIES = ("sd3", "sana")
+OFF = "none"
+WRITTEN = "LAYERS@SCALE:START-STOP (such as 7-8-9@2.5:0.01-0.2)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +47,8 @@ def freeze(config: DictConfig) -> Job:
     Raises: ConfigError, one line, naming field, value and what is allowed.
     """
     refuse_hosted_only(config.model)
-    conf: Any = OmegaConf.to_object(config)
-    assert isinstance(conf, RunConf)
+    conf: RunConf = read(RUN, config)
     check_family(conf.model, conf.backend)
-    _check_ranges(conf)
     axes = _axes(conf)
     sizes = _sizes(conf)
     _check_guidance(axes)
@@ -85,29 +85,10 @@ def freeze(config: DictConfig) -> Job:
     )
 
 
-def _check_ranges(conf: RunConf) -> None:
-    """Every field of the table, wherever its value came from (an experiment's YAML, for one)."""
-    for name in FIELDS:
-        value: Any = conf
-        for part in name.split("."):
-            value = getattr(value, part)
-        if value is None and FIELDS[name].nullable:
-            continue
-        check_field(name, value)
-    for name in ("steps", "cfg", "prompt_strength"):
-        try:
-            check_field(name, getattr(conf.model, name))
-        except ConfigError as exc:
-            raise ConfigError(f"model.{exc}") from exc
-
-
 def _values(conf: RunConf, name: str) -> tuple[Any, ...]:
     """An axis if it is swept, else the point, else nothing."""
-    swept = getattr(conf.axes, name)
-    if swept:
-        return tuple(check_field(name, value) for value in swept)
-    value = getattr(conf, name)
-    return () if value is None else (check_field(name, value),)
+    swept, value = getattr(conf.axes, name), getattr(conf, name)
+    return tuple(swept) if swept or value is None else (value,)
 
 
 def _axes(conf: RunConf) -> dict[str, tuple[AxisValue, ...]]:
@@ -189,9 +170,8 @@ def _check_guidance(axes: dict[str, tuple[AxisValue, ...]]) -> None:
 def _prompts(conf: RunConf) -> tuple[PromptItem, ...]:
     spec = _prompt_spec(conf.prompts)
     items = load_prompts(spec)
-    if conf.init_image is not None:
-        items = with_init_image(items, Path(conf.init_image).expanduser())
-    return items
+    init_image = vars(conf)["init_image"]
+    return items if init_image is None else with_init_image(items, Path(init_image).expanduser())
 
 
 def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
@@ -244,7 +224,7 @@ def _timed_limit(conf: RunConf) -> int:
 
 def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, ...]:
     notes = []
-    if axes.get("output_format", ("png",)) == ("png",) and axes["output_quality"] != (90,):
+    if axes.get("output_format", ("png",)) == ("png",) and axes["output_quality"] != (PNG_QUALITY,):
         notes.append("output_quality has no effect on png")
     notes.extend(model_notes(conf.model, conf.backend.needs_weights))
     return tuple(notes)
@@ -261,3 +241,105 @@ def _resize_notes(
     shown = ", ".join(f"{width}x{height}" for width, height in odd[:3])
     to = f"{sizes[0][0]}x{sizes[0][1]}"
     return (f"init images of {shown} px are resized to {to}; give width and height to choose",)
+
+
+# What a model on a backend can do ---------------------------------------------------------------
+
+
+def check_family(model: ModelConf, backend: BackendConf) -> None:
+    """Refuse a model that the backend cannot run.
+
+    Raises: ConfigError.
+    """
+    if model.family not in backend.families:
+        raise ConfigError(
+            f"backend={backend.name}: it runs models of the family {', '.join(backend.families)}"
+            f" only, {model.name} is of {model.family}; take backend=eager or backend=compile"
+        )
+
+
+def check_task(model: ModelConf, backend: BackendConf, task: Task) -> None:
+    """Refuse a task that the model or the backend does not do.
+
+    Raises: ConfigError.
+    """
+    for who, tasks in ((model.name, model.tasks), (f"backend {backend.name}", backend.tasks)):
+        if task.value not in tasks:
+            field = "init_image" if task is Task.IMAGE_TO_IMAGE else "prompts.task=t2i"
+            raise ConfigError(
+                f"{field}: {who} does {', '.join(tasks)} only, these prompts ask for {task.value};"
+                " take other prompts, another model or another backend"
+            )
+
+
+def sampler_axis(
+    model: ModelConf, backend: BackendConf, asked: Iterable[str | None]
+) -> tuple[str, ...]:
+    """Return the samplers; ``None``, and none at all, mean the model's first.
+
+    Raises: ConfigError for one that the model's scheduler or the backend does not allow.
+    """
+    values = tuple(model.samplers[0] if name is None else name for name in asked)
+    values = values if values else (model.samplers[0],)
+    for name in values:
+        for who, known in (
+            (model.name, model.samplers),
+            (f"backend {backend.name}", backend.samplers),
+        ):
+            if name not in known:
+                raise ConfigError(f"sampler={name}: {who} has {', '.join(known)}")
+    return values
+
+
+def skip_layer_axis(
+    model: ModelConf,
+    backend: BackendConf,
+    presets: tuple[str, ...],
+    scales: tuple[float | None, ...],
+) -> tuple[SkipLayerGuidance | None, ...]:
+    """Return every preset under every scale, each once; "none" has no scale.
+
+    Raises: ConfigError for an unknown preset, a scale without guidance, a model or backend
+    without layers to leave out.
+    """
+    found: dict[SkipLayerGuidance | None, None] = {}
+    for name in presets:
+        if name == OFF:
+            found[None] = None
+            continue
+        preset = _preset(model, backend, name)
+        for scale in scales if scales else (None,):
+            found[preset if scale is None else replace(preset, scale=scale)] = None
+    given = [scale for scale in scales if scale is not None]
+    if given and set(found) == {None}:
+        raise ConfigError(
+            f"skip_layer_scale={given[0]:g}: it acts only with skip_layer_guidance; give"
+            " skip_layer_guidance=NAME or leave skip_layer_scale out"
+        )
+    return tuple(found)
+
+
+def _preset(model: ModelConf, backend: BackendConf, name: str) -> SkipLayerGuidance:
+    if not backend.skip_layers or not model.skip_layer_guidance:
+        who = model.name if backend.skip_layers else f"backend {backend.name}"
+        raise ConfigError(
+            f"skip_layer_guidance={name}: {who} cannot leave layers out; use"
+            " skip_layer_guidance=none"
+        )
+    written = parse_skip_layers(name)
+    if written is None:
+        if name not in model.skip_layer_guidance:
+            known = ", ".join([OFF, *model.skip_layer_guidance])
+            raise ConfigError(
+                f"skip_layer_guidance={name}: {model.name} has {known}, or write {WRITTEN}"
+                f"{nearest(name, model.skip_layer_guidance)}"
+            )
+        preset = model.skip_layer_guidance[name]
+        written = SkipLayerGuidance(
+            layers=tuple(preset.layers), scale=preset.scale, start=preset.start, stop=preset.stop
+        )
+    if not 0 <= written.start < written.stop <= 1 or not written.layers or written.scale <= 0:
+        raise ConfigError(
+            f"skip_layer_guidance={name}: needs layers, a scale above 0 and 0 <= start < stop <= 1"
+        )
+    return written

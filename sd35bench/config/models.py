@@ -1,133 +1,487 @@
-"""From a model's configuration to its specification: a checkpoint found, or shapes for noise."""
+"""Everything that a command line can say, typed once: pydantic models with ranges and meanings.
 
-from dataclasses import replace
-from pathlib import Path
+What is asked for an image comes from `sd35bench.fields`; the rest of a run is here. A field that
+was made by `known` is a name of the command line: help and refusals read what is said of it. `None`
+means "the model's own" or "not given". What depends on the model (sizes, aspect ratios, token
+lengths) or on the prompts is checked in `freeze`, where these are known.
+"""
 
-from omegaconf import DictConfig
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from sd35bench.architectures import (
-    random_digest,
-    random_parts,
-    random_suffix,
-)
-from sd35bench.checkpoint import (
-    find_checkpoint,
-    find_components,
-    revision_of,
-    weights_digest,
-)
-from sd35bench.config.schema import ModelConf
-from sd35bench.errors import ConfigError
-from sd35bench.types import ModelSpec
-
-__all__ = ["NO_WEIGHTS", "model_notes", "model_spec", "refuse_hosted_only"]
-
-NO_WEIGHTS = "none"
-"""The digest of what a backend holds that reads no weights."""
-NOT_CALLED = (
-    "backend=eachlabs cannot call it either, as it takes other inputs than Stable Diffusion 3.5"
+from annotated_types import Interval, doc
+from omegaconf import DictConfig, OmegaConf
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
 )
 
+from sd35bench.errors import ConfigError, nearest
+from sd35bench.evaluations import SAMPLERS
+from sd35bench.fields import FIELDS as REQUEST_FIELDS
+from sd35bench.fields import allowed
+from sd35bench.types import Scalar, Task
 
-def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
-    """Find the model's weights and name them by digest.
+SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"
+"""Hydra takes plugins only from modules under this package; `sweeper` puts itself there."""
+_STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    Raises: ConfigError where they are not here, or where the fields contradict each other.
+
+class Conf(BaseModel):
+    """A node of the configuration: no other fields, no values of another type."""
+
+    model_config = _STRICT
+
+
+def _as_text(value: Any) -> Any:
+    """A study may be called 2026; YAML takes that for a number."""
+    return f"{value}" if isinstance(value, int | float) and value is not True else value
+
+
+def _plain_text(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a null character")
+    return value
+
+
+def _some_text(value: str) -> str:
+    if not value:
+        raise ValueError("empty")
+    return value
+
+
+def _study_name(value: str) -> str:
+    if _STUDY_NAME.fullmatch(value) is None or value.endswith((".", ".tmp")):
+        raise ValueError("not the name of a folder")
+    return value
+
+
+def _no_minus_zero(value: float) -> float:
+    return value + 0.0  # -0.0 would be another trial than 0.0
+
+
+AnyText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_plain_text), doc("a text")]
+Text = Annotated[AnyText, AfterValidator(_some_text)]
+StudyName = Annotated[
+    Text, AfterValidator(_study_name), doc("letters, digits, . _ - (at most 100)")
+]
+
+
+def known(default: Any, means: str, said: str | None = None, *, axis: bool = False) -> Any:
+    """A field that the command line knows: its default, what it means, its default in words."""
+    plain = "none" if default is None else str(default).lower()
+    words = {"said": plain if said is None else said, "axis": axis}
+    return Field(default, description=means, json_schema_extra=words)
+
+
+def _like(name: str) -> AfterValidator:
+    """A model's own default of a request field is in that field's range."""
+
+    def check(value: Any) -> Any:
+        try:
+            return check_field(name, value)
+        except ConfigError as exc:
+            raise ValueError(str(exc)) from exc
+
+    return AfterValidator(check)
+
+
+class SkipLayersConf(Conf):
+    """A preset of skip-layer guidance; `start` and `stop` are fractions of the steps."""
+
+    layers: list[int]
+    scale: float
+    start: float
+    stop: float
+
+
+class ModelConf(Conf):
+    """A model: where its weights are, its sizes, and its own defaults.
+
+    `gated` models need an accepted licence. `samplers` are those that its scheduler allows, its
+    default first. No preset in `skip_layer_guidance` means that no layers can be left out.
+    `hosted_only` says why a model has no local pipeline; `hosted` is what each provider calls it.
+    `text_encoders` acts with `weights=random` only: a checkpoint has its own.
     """
-    refuse_hosted_only(model)
-    _refuse_contradictions(model)
-    if not needs_weights:
-        return _bare(model)
-    if model.weights == "random":
-        return _random_spec(model)
-    path = find_checkpoint(model.name, model.path, model.hub_id, gated=model.gated)
-    components: Path | None = None
-    if path.is_file():
-        if model.family != "sd3":
-            raise ConfigError(
-                f"model.path={path}: {model.name} loads from a diffusers folder only; give one"
-            )
-        components = find_components(path, model.components, model.hub_id)
-    elif model.components is not None:
-        raise ConfigError(
-            f"model.components={model.components}: it acts only with model.path=FILE.safetensors,"
-            f" and {path} is a folder; leave one of them out"
-        )
-    return replace(
-        _bare(model),
-        path=str(path),
-        weights_digest=weights_digest(path, components),
-        components=None if components is None else str(components),
-        revision=revision_of(path),
+
+    name: Text
+    path: Text | None = known(
+        None,
+        "the weights: a folder in diffusers' format, or one .safetensors file",
+        "the package's, or the Hub's cache",
     )
+    hub_id: str | None = None
+    gated: bool = False
+    family: str = "sd3"
+    tasks: list[str] = [str(task) for task in Task]
+    samplers: list[str] = list(SAMPLERS)
+    weights: Literal["checkpoint", "random"] = known(
+        "checkpoint",
+        "random: the true shapes with seeded noise for weights, no download, no quality",
+    )
+    layers: Annotated[int, Interval(ge=1, le=1000)] | None = known(
+        None, "with random weights: this many transformer blocks of true width", "the model's"
+    )
+    text_encoders: bool = known(
+        False, "with random weights: build the text encoders too, instead of random embeddings"
+    )
+    components: Text | None = known(
+        None, "with model.path=FILE.safetensors: the folder with what the file lacks"
+    )
+    hosted_only: str | None = None
+    hosted: dict[str, str] = {}
+    size_multiple: int
+    max_side_px: int
+    width: int
+    height: int
+    aspect_ratios: dict[str, list[int]] = {}
+    max_sequence_length: int
+    target_latency_s: Annotated[float, Interval(gt=0, le=1e6)] | None = known(
+        None, "latency that the report holds others against", "the model's"
+    )
+    steps: Annotated[int, _like("steps")]
+    cfg: Annotated[float, _like("cfg")]
+    prompt_strength: Annotated[float, _like("prompt_strength")]
+    shift: float | None = None
+    skip_layer_guidance: dict[str, SkipLayersConf] = {}
 
 
-def refuse_hosted_only(model: ModelConf | DictConfig) -> None:
-    """Refuse a model that has no local pipeline; its other fields may be missing.
+class BackendConf(Conf):
+    """A backend variant: the module that implements it (`kind`), and its options.
 
-    Raises: ConfigError saying why.
+    `tasks`, `samplers` and `skip_layers` are what it can do, whatever the model; `families` are
+    the models that it can run.
+
+    `allowed` gives each option's choices, or its type as one word (int, float, text, bool). On
+    the command line `backend.dtype=bf16` is short for `backend.options.dtype=bf16`. `requires`
+    names packages of an optional extra: an experiment's `optional_backends` join its `backend`
+    axis where theirs can be imported.
     """
-    if model.hosted_only is not None:
-        raise ConfigError(f"model={model.name}: {model.hosted_only}; {NOT_CALLED}")
+
+    name: Text
+    kind: str
+    needs_weights: bool = True
+    requires: list[str] = []
+    usd_per_image: float = 0.0
+    tasks: list[str] = [str(task) for task in Task]
+    samplers: list[str] = list(SAMPLERS)
+    skip_layers: bool = True
+    families: list[str] = ["sd3", "sana", "pixart"]
+    options: dict[str, Any] = {}
+    allowed: dict[str, Any] = {}
 
 
-def model_notes(model: ModelConf, needs_weights: bool) -> tuple[str, ...]:
-    """Say in plain words what was asked for in vain."""
-    if needs_weights:
-        return ()
-    asked = {
-        "model.path": model.path is not None,
-        "model.weights": model.weights != "checkpoint",
-        "model.layers": model.layers is not None,
-    }
-    return tuple(
-        f"{name} has no effect: this backend reads no weights"
-        for name, is_set in asked.items()
-        if is_set
+class ColumnsConf(Conf):
+    """A prompt file's own column names."""
+
+    prompt: Text = known("prompt", "a file's column name")
+    negative_prompt: Text = known("negative_prompt", "a file's column name")
+    init_image: Text = known("init_image", "a file's column name")
+    id: Text = known("id", "a file's column name")
+
+
+class PromptsConf(Conf):
+    """Which prompts to load."""
+
+    kind: str
+    path: Text | None = known(None, "the file of a prompt set")
+    split: Literal["tune", "heldout", "all"] = known("all", "which part of the set", "the set's")
+    task: Literal["t2i", "edit", "overlap"] = known(
+        "t2i", "nano: text-to-image, edits of init images, or the hardest scenes"
+    )
+    limit: Annotated[int, Interval(ge=1)] | None = known(
+        None, "the first so many prompts", "the set's"
+    )
+    seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = known(0, "seed of a generated set")
+    columns: ColumnsConf = ColumnsConf()
+
+
+class RemoteConf(Conf):
+    """How hosted services are called, and what that may cost; backends that run here ignore it.
+
+    `base_url`, `slug` and `usd_per_image` None mean the provider's own; at a loopback address the
+    price is 0 and the slug the model's name. The key itself is never in here.
+    """
+
+    base_url: (
+        Annotated[Text, doc("https://HOST, or http://127.0.0.1:PORT with remote.allow_loopback")]
+        | None
+    ) = known(None, "where the hosted protocol is spoken", "the provider's")
+    slug: Text | None = known(None, "the model's name there", "the model's hosted name")
+    key_file: Text | None = known(
+        None, "a file that holds the key, instead of the environment variable"
+    )
+    auth: Literal["x-api-key", "bearer"] = known(
+        "x-api-key", "eachlabs: the header that carries the key"
+    )
+    allow_loopback: bool = known(False, "let base_url and downloads be plain http on this machine")
+    concurrency: Annotated[int, Interval(ge=1, le=100)] = known(
+        10,
+        "predictions in flight at once; the first timed_limit prompts run at 1, for latency",
+    )
+    requests_per_minute: Annotated[int, Interval(ge=1, le=1_000_000)] = known(
+        60, "creates and polls in any 60 s, over all processes of this machine"
+    )
+    timeout_s: Annotated[float, Interval(gt=0, le=1e6)] = known(
+        300.0, "seconds that one prediction may take in all", "300"
+    )
+    max_cost_usd: Annotated[float, Interval(ge=0, le=1e9)] | None = known(
+        None, "a study's budget: pauses before it is passed"
+    )
+    confirm_above_usd: Annotated[float, Interval(ge=0, le=1e9)] = known(
+        1.0, "a bill above this asks for --yes", "1"
+    )
+    usd_per_image: Annotated[float, Interval(ge=0, le=1e6)] | None = known(
+        None, "the price that budgets count with", "the listed one; 0 on loopback"
+    )
+    on_ambiguous: Literal["keep", "resubmit"] = known(
+        "keep",
+        "a create whose answer was lost and that the service does not list: keep it so, or create"
+        " (and perhaps pay) again",
+    )
+    init_image_url: Text | None = known(
+        None, "where the service finds init_image, instead of an upload"
+    )
+    expected_latency_s: Annotated[float, Interval(gt=0, le=1e6)] | None = known(
+        None, "when to poll first; adapts to what is seen", "the model's target latency"
     )
 
 
-def _refuse_contradictions(model: ModelConf) -> None:
-    """Refuse fields that would not act."""
-    if model.weights == "random":
-        for name in ("path", "components"):
-            value = getattr(model, name)
-            if value is not None:
-                raise ConfigError(
-                    f"model.{name}={value}: weights=random reads no checkpoint; leave one of them"
-                    " out"
-                )
-        return
-    for name, value in (("layers", model.layers), ("text_encoders", model.text_encoders)):
-        if value not in (None, False):
-            raise ConfigError(
-                f"model.{name}={str(value).lower()}: it acts only with model.weights=random, a"
-                " checkpoint has its own"
+class AxesConf(Conf):
+    """Values to sweep, a list for each axis; an empty list is no axis. See `RUN`."""
+
+
+class LoadConf(Conf):
+    """What a worker process holds, and its bounds: the part that `run` and `serve` share."""
+
+    model: ModelConf
+    backend: BackendConf
+    prompts: PromptsConf
+    threads: Annotated[int, Interval(ge=1, le=1024)] | None = known(
+        None, "CPU threads of the worker", "all cores", axis=True
+    )
+    deadline_s: Annotated[float, Interval(gt=0, le=1e6)] | None = known(
+        None,
+        "seconds until a batch counts as hung; ten times that to load and warm up",
+        "20 x its warm-up, >= 120; 1800 to start",
+    )
+    memory_limit_gb: Annotated[float, Interval(gt=0, le=1e5)] | None = known(
+        None, "GB (1e9 bytes) of memory (RSS) that the worker process may hold"
+    )
+
+
+class RunConf(LoadConf):
+    """Everything that `sd35bench run` takes, but for the fields of a request: see `RUN`."""
+
+    aspect_ratio: Text | None = known(
+        None, "instead of width and height: 1:1, 16:9, 9:16 ...", axis=True
+    )
+    skip_layer_scale: Annotated[float, Interval(gt=0, le=100)] | None = known(
+        None, "another scale than the preset's", "the preset's", axis=True
+    )
+    batch_size: Annotated[int, Interval(ge=1, le=1024)] = known(
+        1,
+        "images made together; latency is that of batch 1, throughput that of each size",
+        axis=True,
+    )
+    timed_limit: Annotated[int, Interval(ge=0, le=1_000_000)] | None = known(
+        None,
+        "for latencies: with batch_size > 1, prompts that run once more at batch 1; with a"
+        " hosted backend, images of each setting that run alone",
+        "4",
+    )
+    order_seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = known(
+        0, "seed of the order in which trials run"
+    )
+    starts: Annotated[int, Interval(ge=1, le=100)] = known(
+        1, "worker processes that share the trials, one after the other"
+    )
+    max_failures: Annotated[int, Interval(ge=1, le=1_000_000)] = known(
+        3, "worker deaths of one backend after which its remaining trials are skipped"
+    )
+    keep_latents: bool = known(
+        False, "keep latents after the first and the last step, for their relative error"
+    )
+    noise_floor: Text | None = known(
+        None, "a backend to run again with another batch size and thread count, for drift"
+    )
+    study: StudyName = known("default", "name under which results are kept")
+    results_dir: Text = known("results", "folder of the studies")
+    axes: AxesConf = AxesConf()
+    remote: RemoteConf = RemoteConf()
+    optional_backends: list[str] = []
+    companions: list[str] = []
+    nano_companions: list[str] = []
+
+
+# Made from the table of fields ------------------------------------------------------------------
+
+_NULL_IN_LISTS = ("shift", "max_sequence_length", "skip_layer_scale")
+"""Axes on which null, the model's own, may stand beside other values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """A name of the command line: what it takes, in words and as an annotation; what it means."""
+
+    name: str
+    takes: Any
+    means: str
+    default: str
+    axis: bool
+    nullable: bool
+
+    @property
+    def allowed(self) -> str:
+        """What it takes, in words."""
+        return allowed(self.takes)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is free text, in which a comma may stand."""
+        return get_args(self.takes)[:1] == (str,)
+
+
+def names_of(model: type[BaseModel], prefix: str = "") -> Iterator[Known]:
+    """Names of the command line in a model and in its nodes."""
+    hints = get_type_hints(model, include_extras=True)
+    for name, info in model.model_fields.items():
+        hint = hints[name]
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            yield from names_of(hint, f"{prefix}{name}.")
+        elif info.description is not None:
+            extra: Any = info.json_schema_extra
+            nullable = type(None) in get_args(hint)
+            yield Known(
+                name=prefix + name,
+                takes=get_args(hint)[0] if nullable else hint,
+                means=info.description,
+                default=extra["said"],
+                axis=extra["axis"],
+                nullable=nullable,
             )
 
 
-def _random_spec(model: ModelConf) -> ModelSpec:
-    """Name a random model by its shapes; asking for the model's own depth is no cut."""
-    parts = random_parts(model.name, model.layers)
-    own = random_parts(model.name, None)["transformer"]["num_layers"]
-    layers = None if model.layers == own else model.layers
-    return replace(
-        _bare(model),
-        name=model.name + random_suffix(layers, model.text_encoders),
-        weights_digest=random_digest(parts, model.text_encoders),
-        weights="random",
-        layers=layers,
-        text_encoders=model.text_encoders,
-    )
+def _typed(takes: Any, unasked: Any) -> Any:
+    """A request field's annotation as pydantic is to read it."""
+    if takes is str:
+        return AnyText if unasked == "" else Text
+    is_float = get_args(takes)[:1] == (float,)
+    return Annotated[takes, AfterValidator(_no_minus_zero)] if is_float else takes
 
 
-def _bare(model: ModelConf) -> ModelSpec:
-    """What a specification says before any weights are known."""
-    return ModelSpec(
-        name=model.name,
-        path="",
-        weights_digest=NO_WEIGHTS,
-        max_sequence_length=model.max_sequence_length,
-        target_latency_s=model.target_latency_s,
-        family=model.family,
-    )
+def _asked() -> dict[str, Any]:
+    """The fields of a request: name → (annotation, default)."""
+    found = {}
+    for name, field in REQUEST_FIELDS.items():
+        if field.typed:
+            takes = _typed(field.takes, field.unasked)
+            default = known(field.unasked, field.means, field.default, axis=field.axis)
+            found[name] = (takes | None if field.nullable else takes, default)
+    return found
+
+
+_ASKED = create_model("AskedConf", __base__=Conf, **_asked())
+_OWN = {own.name: own for model in (_ASKED, RunConf) for own in names_of(model)}
+_AXES: dict[str, Any] = {"model": str, "backend": str} | {
+    name: own.takes | None if name in _NULL_IN_LISTS else own.takes
+    for name, own in _OWN.items()
+    if own.axis
+}
+_LISTS: dict[str, Any] = {name: (list[takes], []) for name, takes in _AXES.items()}
+_AXES_CONF: Any = create_model("AxesConf", __base__=AxesConf, **_LISTS)
+_BASES: Any = (RunConf, _ASKED)
+RUN: Any = create_model("RunConf", __base__=_BASES, axes=(_AXES_CONF, _AXES_CONF()))
+"""`RunConf` with every field of a request, and an axis for each that can be swept."""
+
+FIELDS: dict[str, Known] = _OWN
+"""Every name of `run`'s command line."""
+AXES = tuple(_AXES)
+"""Every name that can be swept."""
+
+
+def defaults_of(model: type[BaseModel]) -> dict[str, Any]:
+    """What Hydra starts from: every field that has a default, nodes as mappings."""
+    found = {name: info for name, info in model.model_fields.items() if not info.is_required()}
+    plain = model.model_construct(**{name: info.get_default() for name, info in found.items()})
+    return plain.model_dump(include=set(found))
+
+
+_SWEEP: Any = create_model(
+    "SweepConf",
+    __base__=Conf,
+    axes=(_AXES_CONF, ...),
+    **dict.fromkeys(("optional_backends", "companions", "nano_companions"), (list[str], ...)),
+)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read(model: type[M], config: DictConfig) -> M:
+    """Check a composed configuration against its model.
+
+    Raises: ConfigError, one line, naming field, value and what is allowed.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    try:
+        return model.model_validate(plain)
+    except ValidationError as exc:
+        raise ConfigError(_sentence(exc.errors(include_url=False)[0])) from exc
+
+
+def check_lists(config: DictConfig) -> None:
+    """Check what a sweep reads before its jobs are composed: axes, and lists of names.
+
+    Raises: ConfigError.
+    """
+    read(_SWEEP, OmegaConf.masked_copy(config, list(_SWEEP.model_fields)))
+
+
+def check_field(name: str, value: Any) -> Scalar:
+    """Return the value as the field's type.
+
+    Raises: ConfigError naming field, value and what is allowed.
+    """
+    if value is None and FIELDS[name].nullable:
+        return None
+    try:
+        return _adapter(name).validate_python(value)
+    except ValidationError as exc:
+        raise ConfigError(_must_be(name, value, FIELDS[name])) from exc
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(FIELDS[name].takes, config=_STRICT)
+
+
+def _must_be(name: str, value: Any, field: Known) -> str:
+    return f"{name}={'null' if value is None else value}: must be {field.allowed}"
+
+
+def _sentence(error: Any) -> str:
+    """One refusal of pydantic's in our words."""
+    path = [part for part in error["loc"] if isinstance(part, str)]
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown field{nearest(path[-1], FIELDS)}"
+    if error["type"] == "missing":
+        return f"{name}: is missing"
+    bare = name.removeprefix("axes.")
+    field = FIELDS.get(bare, FIELDS.get(name.removeprefix("model.")))
+    if field is not None:
+        return _must_be(bare, error["input"], field)
+    return f"{name}={error['input']}: {error['msg'].replace('Input should be', 'must be')}"

@@ -1,38 +1,35 @@
-"""Check a command line's overrides one by one, before Hydra composes anything.
+"""Check a command line's overrides one by one, before Hydra composes anything; and options.
 
-Hydra's own refusals are several lines long and do not know ranges, so typos, wrong types, values
-out of range, unknown choices and comma lists without -m are refused here, by name.
+Hydra's own refusals are several lines long, so typos, unknown choices and comma lists without -m
+are refused here, by name; types and ranges by the models, once everything is composed. Options are
+those of a backend and of metrics, whose names a YAML declares: beside `options` it has `allowed`,
+for each option its choices, or its type as one word.
 """
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from sd35bench.config.fields import FIELDS, check_field, nearest
-from sd35bench.config.files import choices
-from sd35bench.config.schema import BackendConf
-from sd35bench.config.takes import Text
-from sd35bench.errors import ConfigError
-
-__all__ = [
-    "GROUP_NAMES",
-    "LOAD_AXES",
-    "check_overrides",
-    "expand_short_names",
-    "parse",
-    "sweep_values",
-]
+from sd35bench.config.files import choices, config_dir
+from sd35bench.config.models import FIELDS, BackendConf
+from sd35bench.errors import ConfigError, nearest
+from sd35bench.types import Scalar
 
 GROUP_NAMES = ("model", "backend", "prompts", "experiment")
 LOAD_AXES = ("model", "backend", "threads")
 """What decides a load: sweeping these makes one job per combination."""
 
-BACKEND_FIELDS = {field.name for field in dataclasses.fields(BackendConf)}
+TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "text": (str,),
+    "bool": (bool,),
+}
 
 
 def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None = None) -> None:
@@ -52,11 +49,9 @@ def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None
             _check_sweep(name, text, multirun)
             if name in LOAD_AXES and len(set(values)) < len(values):
                 raise ConfigError(f"{text}: each {name} runs once; leave the repeated one out")
-        for value in values:
-            if name in GROUP_NAMES:
+        if name in GROUP_NAMES:
+            for value in values:
                 _check_choice(name, value, extra)
-            elif name in FIELDS:
-                check_field(name, value)
 
 
 def expand_short_names(overrides: Sequence[str]) -> list[str]:
@@ -65,7 +60,7 @@ def expand_short_names(overrides: Sequence[str]) -> list[str]:
     for text in overrides:
         head, dot, rest = text.partition(".")
         option = rest.partition("=")[0].partition(".")[0]
-        short = head == "backend" and dot and option not in BACKEND_FIELDS
+        short = head == "backend" and dot and option not in BackendConf.model_fields
         written.append(f"backend.options.{rest}" if short else text)
     return written
 
@@ -132,7 +127,7 @@ def _check_name(name: str, text: str) -> None:
 
 def _check_sweep(name: str, text: str, multirun: bool) -> None:
     sweepable = name in LOAD_AXES or (name in FIELDS and FIELDS[name].axis)
-    is_text = name in FIELDS and isinstance(FIELDS[name].takes, Text)
+    is_text = name in FIELDS and FIELDS[name].is_text
     if not multirun:
         quote = " (or quote a text that holds a comma: " + _quoted(name, text) + ")"
         raise ConfigError(
@@ -163,3 +158,70 @@ def _check_choice(group: str, value: Any, extra: Path | None) -> None:
         raise ConfigError(
             f"{group}={word}: must be one of {', '.join(known)}{nearest(word, known)}"
         )
+
+
+# Options ----------------------------------------------------------------------------------------
+
+
+def checked_options(
+    owner: str, options: Mapping[str, Any], allowed: Mapping[str, Any]
+) -> dict[str, Scalar]:
+    """Return the options in order of name, each checked; `owner` opens messages ("backend").
+
+    Raises: ConfigError naming option, value and what is allowed.
+    """
+    return {
+        name: _checked(f"{owner}.{name}", options[name], _allowed(owner, name, allowed))
+        for name in sorted(options)
+    }
+
+
+def metric_options(overrides: Sequence[str]) -> dict[str, dict[str, Scalar]]:
+    """Read ``metric.fid.reference=…`` and the like: family -> its options, without nulls.
+
+    Raises: ConfigError for an unknown metric or option, or a wrong value.
+    """
+    found: dict[str, dict[str, Scalar]] = {}
+    for name in choices("metric"):
+        conf: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "metric" / f"{name}.yaml"))
+        found[conf["family"]] = _metric(name, conf, overrides)
+    known = [f"metric.{name}." for name in found]
+    for text in overrides:
+        if not text.startswith(tuple(known)):
+            raise ConfigError(
+                f"{text}: expected metric.NAME.OPTION=VALUE with NAME one of {', '.join(found)}"
+            )
+    return {family: options for family, options in found.items() if options}
+
+
+def _metric(name: str, conf: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Scalar]:
+    options, allowed = dict(conf.get("options", {})), conf.get("allowed", {})
+    prefix = f"metric.{name}."
+    for text in overrides:
+        if text.startswith(prefix):
+            override = parse(text)
+            options[override.get_key_element().removeprefix(prefix)] = override.value()
+    given = {key: value for key, value in options.items() if value is not None}
+    return checked_options(f"metric.{name}", given, allowed)
+
+
+def _allowed(owner: str, name: str, allowed: Mapping[str, Any]) -> Any:
+    if name not in allowed:
+        known = ", ".join(sorted(allowed)) if allowed else "none"
+        raise ConfigError(
+            f"{owner}.{name}: no such option; there are: {known}{nearest(name, allowed)}"
+        )
+    return allowed[name]
+
+
+def _checked(name: str, value: Any, allowed: Any) -> Scalar:
+    if isinstance(allowed, str):
+        types = TYPES[allowed]
+        right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        said = f"of type {allowed}"
+    else:
+        right = any(value == a and type(value) is type(a) for a in allowed)
+        said = "one of " + ", ".join(f"{a}" for a in allowed)
+    if not right:
+        raise ConfigError(f"{name}={value}: must be {said}")
+    return float(value) if allowed == "float" else value

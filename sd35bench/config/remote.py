@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from sd35bench.config.schema import ModelConf, RunConf
+from sd35bench.config.models import ModelConf, RunConf
 from sd35bench.engine import Engine, hosted_engine, local_engine
 from sd35bench.errors import ConfigError
 from sd35bench.limits import Limits

@@ -1,33 +1,36 @@
 """What `sd35bench serve` takes: its fields, its schema, and the frozen settings that come out."""
 
 import ipaddress
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval
 from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from sd35bench.backends.base import KINDS
-from sd35bench.config.abilities import check_family, sampler_axis
 from sd35bench.config.compose import explained, hydra_session, search_path
-from sd35bench.config.fields import FIELDS, nearest
 from sd35bench.config.files import choices
-from sd35bench.config.models import model_spec, refuse_hosted_only
-from sd35bench.config.options import checked_options
-from sd35bench.config.overrides import expand_short_names, parse
-from sd35bench.config.schema import BackendConf, ModelConf, PromptsConf
-from sd35bench.config.takes import Field, Number, Switch, Text, integer
-from sd35bench.errors import ConfigError
+from sd35bench.config.freeze import check_family, sampler_axis
+from sd35bench.config.models import (
+    BackendConf,
+    LoadConf,
+    ModelConf,
+    Text,
+    defaults_of,
+    known,
+    names_of,
+    read,
+)
+from sd35bench.config.overrides import checked_options, expand_short_names, parse
+from sd35bench.config.weights import model_spec, refuse_hosted_only
+from sd35bench.errors import ConfigError, nearest
 from sd35bench.limits import Limits
 from sd35bench.server.settings import ServedModel, ServerSettings
 from sd35bench.types import BackendSpec, Load, Task
-
-__all__ = ["SERVE_FIELDS", "compose_serve", "freeze_serve"]
 
 VENDOR_SLUGS = ("stable-diffusion-3.5-medium", "stable-diffusion-3-5-medium")
 """What the vendor's page and its documentation call the model; both are accepted here too."""
@@ -36,118 +39,45 @@ _PROTOCOL_RATIOS = (
     *("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"),
 )
 _GROUPS = ("model", "backend")
-_OWN_FIELDS = (
-    Field(name="host", takes=Text(), means="the address to listen on", default="127.0.0.1"),
-    Field(
-        name="port", takes=integer(0, 65535), means="the port; 0 takes a free one", default="8000"
-    ),
-    Field(
-        name="no_auth",
-        takes=Switch(),
-        means="ask for no key; on a loopback host only",
-        default="false",
-    ),
-    Field(
-        name="key_file",
-        takes=Text(),
-        means="hashed keys, one a line; make_key adds one",
-        default="none",
-        nullable=True,
-    ),
-    Field(
-        name="make_key",
-        takes=Text(),
-        means="make a key of this name, print it once, serve nothing",
-        default="none",
-        nullable=True,
-    ),
-    Field(
-        name="allow_loopback",
-        takes=Switch(),
-        means="let image addresses lead to this machine",
-        default="false",
-    ),
-    Field(
-        name="requests_per_minute",
-        takes=integer(1, 1_000_000),
-        means="of each key, in any 60 s; null: no limit",
-        default="60",
-        nullable=True,
-    ),
-    Field(
-        name="concurrency",
-        takes=integer(1, 1_000_000),
-        means="predictions that a key may have open; null: no limit",
-        default="10",
-        nullable=True,
-    ),
-    Field(
-        name="state_dir",
-        takes=Text(),
-        means="where predictions and files are kept",
-        default="results/serve-MODEL-BACKEND",
-        nullable=True,
-    ),
-    Field(
-        name="output_lifetime_s",
-        takes=Number(kind=float, low=0, high=math.inf, above=True),
-        means="seconds until an output is removed",
-        default="3600",
-    ),
-    Field(
-        name="keep_days",
-        takes=Number(kind=float, low=0, high=36500, above=True),
-        means="days until a prediction that is over is forgotten; null: never",
-        default="none",
-        nullable=True,
-    ),
-    Field(
-        name="usd_per_image",
-        takes=Number(kind=float, low=0, high=1e6),
-        means="what metrics.cost says of an image",
-        default="0",
-    ),
-    Field(
-        name="balance_usd",
-        takes=Number(kind=float, low=0, high=1e9),
-        means="what each key may spend in all; then 402",
-        default="none",
-        nullable=True,
-    ),
-)
-_SHARED = (
-    *("threads", "deadline_s", "memory_limit_gb"),
-    *("model.path", "model.weights", "model.layers", "model.text_encoders", "model.components"),
-)
-SERVE_FIELDS: dict[str, Field] = {
-    **{field.name: field for field in _OWN_FIELDS},
-    **{name: FIELDS[name] for name in _SHARED},
-}
 
 
-@dataclass
-class ServeConf:
+class ServeConf(LoadConf):
     """Everything that `sd35bench serve` takes; `prompts` is there because models name a set."""
 
-    model: ModelConf = MISSING
-    backend: BackendConf = MISSING
-    prompts: PromptsConf = MISSING
-    threads: int | None = None
-    deadline_s: float | None = None
-    memory_limit_gb: float | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    no_auth: bool = False
-    key_file: str | None = None
-    make_key: str | None = None
-    allow_loopback: bool = False
-    requests_per_minute: int | None = 60
-    concurrency: int | None = 10
-    state_dir: str | None = None
-    output_lifetime_s: float = 3600.0
-    keep_days: float | None = None
-    usd_per_image: float = 0.0
-    balance_usd: float | None = None
+    host: Text = known("127.0.0.1", "the address to listen on")
+    port: Annotated[int, Interval(ge=0, le=65535)] = known(8000, "the port; 0 takes a free one")
+    no_auth: bool = known(False, "ask for no key; on a loopback host only")
+    key_file: Text | None = known(None, "hashed keys, one a line; make_key adds one")
+    make_key: Text | None = known(None, "make a key of this name, print it once, serve nothing")
+    allow_loopback: bool = known(False, "let image addresses lead to this machine")
+    requests_per_minute: Annotated[int, Interval(ge=1, le=1_000_000)] | None = known(
+        60, "of each key, in any 60 s; null: no limit"
+    )
+    concurrency: Annotated[int, Interval(ge=1, le=1_000_000)] | None = known(
+        10, "predictions that a key may have open; null: no limit"
+    )
+    state_dir: Text | None = known(
+        None, "where predictions and files are kept", "results/serve-MODEL-BACKEND"
+    )
+    output_lifetime_s: Annotated[float, Interval(gt=0)] = known(
+        3600.0, "seconds until an output is removed", "3600"
+    )
+    keep_days: Annotated[float, Interval(gt=0, le=36500)] | None = known(
+        None, "days until a prediction that is over is forgotten; null: never"
+    )
+    usd_per_image: Annotated[float, Interval(ge=0, le=1e6)] = known(
+        0.0, "what metrics.cost says of an image", "0"
+    )
+    balance_usd: Annotated[float, Interval(ge=0, le=1e9)] | None = known(
+        None, "what each key may spend in all; then 402"
+    )
+
+
+SERVE_FIELDS = {
+    field.name: field
+    for field in names_of(ServeConf)
+    if not field.name.startswith("prompts.") and field.name != "model.target_latency_s"
+}
 
 
 def compose_serve(overrides: Sequence[str], extra: Path | None = None) -> DictConfig:
@@ -158,7 +88,7 @@ def compose_serve(overrides: Sequence[str], extra: Path | None = None) -> DictCo
     for text in overrides:
         _check_override(text, extra)
     store = ConfigStore.instance()
-    store.store(name="serve_schema", node=ServeConf)
+    store.store(name="serve_schema", node=defaults_of(ServeConf))
     with hydra_session() as hydra, explained():
         config = hydra.compose_config(
             config_name="serve",
@@ -176,8 +106,7 @@ def freeze_serve(config: DictConfig) -> ServerSettings:
     Raises: ConfigError, one line, naming field, value and remedy.
     """
     refuse_hosted_only(config.model)
-    conf: Any = OmegaConf.to_object(config)
-    assert isinstance(conf, ServeConf)
+    conf = read(ServeConf, config)
     if conf.backend.kind not in KINDS:
         raise ConfigError(
             f"backend={conf.backend.name}: it calls a hosted service; serve needs a backend that"
@@ -222,11 +151,9 @@ def _check_override(text: str, extra: Path | None) -> None:
         if value not in known:
             hint = nearest(f"{value}", known)
             raise ConfigError(f"{text}: must be one of {', '.join(known)}{hint}")
-    elif name in SERVE_FIELDS:
-        field = SERVE_FIELDS[name]
-        if not (value is None and field.nullable) and field.takes.check(value) is None:
-            raise ConfigError(f"{text}: must be {field.takes.allowed}")
-    elif not name.startswith("backend."):  # a backend's options are checked against its YAML
+    elif name not in SERVE_FIELDS and not name.startswith(
+        "backend."
+    ):  # a backend's options are checked against its YAML
         hint = nearest(name, [*SERVE_FIELDS, *_GROUPS])
         raise ConfigError(f"{text}: serve takes no {name!r}{hint} (see serve --help)")
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.config.compose import compose
-from sd35bench.config.fields import FIELDS, check_field, nearest
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.freeze import Job, freeze
+from sd35bench.config.models import check_field
 from sd35bench.config.overrides import check_overrides, expand_short_names
-from sd35bench.config.takes import Number
-from sd35bench.errors import ConfigError
+from sd35bench.errors import ConfigError, nearest
 from sd35bench.plan import SETTING_AXES
 from sd35bench.recommend.profiles import Profile, load_profile
 from sd35bench.store import Study
@@ -24,8 +23,6 @@ from sd35bench.tune.lab import Source, StudyLab, shuffled
 from sd35bench.tune.session import Budget, default_images
 from sd35bench.tune.space import GRIDS, Axis, Space, spread
 from sd35bench.types import Scalar, content_hash, to_json
-
-__all__ = ["CATEGORIES", "Tuning", "read_tuning"]
 
 CATEGORIES = ("sampler", "backend", "skip_layer_guidance")
 OWN = {"profile": "balanced", "trials": "", "images": "", "first": "8"}
@@ -161,9 +158,7 @@ def _numbers(name: str, value: str) -> Axis:
             raise ConfigError(f"{name}={exc}") from exc
     else:
         values = tuple(sorted(set(parts)))
-    takes = FIELDS[name].takes
-    assert isinstance(takes, Number)
-    whole = [int(v) if takes.kind is int and float(v).is_integer() else v for v in values]
+    whole = [int(v) if float(v).is_integer() else v for v in values]
     return Axis(name=name, values=tuple(check_field(name, v) for v in whole), ordered=True)
 
 

@@ -1,0 +1,131 @@
+"""From a model's configuration to its specification: a checkpoint found, or shapes for noise."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sd35bench.architectures import (
+    random_digest,
+    random_parts,
+    random_suffix,
+)
+from sd35bench.checkpoint import (
+    find_checkpoint,
+    find_components,
+    revision_of,
+    weights_digest,
+)
+from sd35bench.config.models import ModelConf
+from sd35bench.errors import ConfigError
+from sd35bench.types import ModelSpec
+
+NO_WEIGHTS = "none"
+"""The digest of what a backend holds that reads no weights."""
+NOT_CALLED = (
+    "backend=eachlabs cannot call it either, as it takes other inputs than Stable Diffusion 3.5"
+)
+
+
+def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
+    """Find the model's weights and name them by digest.
+
+    Raises: ConfigError where they are not here, or where the fields contradict each other.
+    """
+    refuse_hosted_only(model)
+    _refuse_contradictions(model)
+    if not needs_weights:
+        return _bare(model)
+    if model.weights == "random":
+        return _random_spec(model)
+    path = find_checkpoint(model.name, model.path, model.hub_id, gated=model.gated)
+    components: Path | None = None
+    if path.is_file():
+        if model.family != "sd3":
+            raise ConfigError(
+                f"model.path={path}: {model.name} loads from a diffusers folder only; give one"
+            )
+        components = find_components(path, model.components, model.hub_id)
+    elif model.components is not None:
+        raise ConfigError(
+            f"model.components={model.components}: it acts only with model.path=FILE.safetensors,"
+            f" and {path} is a folder; leave one of them out"
+        )
+    return replace(
+        _bare(model),
+        path=str(path),
+        weights_digest=weights_digest(path, components),
+        components=None if components is None else str(components),
+        revision=revision_of(path),
+    )
+
+
+def refuse_hosted_only(model: ModelConf | DictConfig) -> None:
+    """Refuse a model that has no local pipeline; its other fields may be missing.
+
+    Raises: ConfigError saying why.
+    """
+    if model.hosted_only is not None:
+        raise ConfigError(f"model={model.name}: {model.hosted_only}; {NOT_CALLED}")
+
+
+def model_notes(model: ModelConf, needs_weights: bool) -> tuple[str, ...]:
+    """Say in plain words what was asked for in vain."""
+    if needs_weights:
+        return ()
+    asked = {
+        "model.path": model.path is not None,
+        "model.weights": model.weights != "checkpoint",
+        "model.layers": model.layers is not None,
+    }
+    return tuple(
+        f"{name} has no effect: this backend reads no weights"
+        for name, is_set in asked.items()
+        if is_set
+    )
+
+
+def _refuse_contradictions(model: ModelConf) -> None:
+    """Refuse fields that would not act."""
+    if model.weights == "random":
+        for name in ("path", "components"):
+            value = getattr(model, name)
+            if value is not None:
+                raise ConfigError(
+                    f"model.{name}={value}: weights=random reads no checkpoint; leave one of them"
+                    " out"
+                )
+        return
+    for name, value in (("layers", model.layers), ("text_encoders", model.text_encoders)):
+        if value not in (None, False):
+            raise ConfigError(
+                f"model.{name}={str(value).lower()}: it acts only with model.weights=random, a"
+                " checkpoint has its own"
+            )
+
+
+def _random_spec(model: ModelConf) -> ModelSpec:
+    """Name a random model by its shapes; asking for the model's own depth is no cut."""
+    parts = random_parts(model.name, model.layers)
+    own = random_parts(model.name, None)["transformer"]["num_layers"]
+    layers = None if model.layers == own else model.layers
+    return replace(
+        _bare(model),
+        name=model.name + random_suffix(layers, model.text_encoders),
+        weights_digest=random_digest(parts, model.text_encoders),
+        weights="random",
+        layers=layers,
+        text_encoders=model.text_encoders,
+    )
+
+
+def _bare(model: ModelConf) -> ModelSpec:
+    """What a specification says before any weights are known."""
+    return ModelSpec(
+        name=model.name,
+        path="",
+        weights_digest=NO_WEIGHTS,
+        max_sequence_length=model.max_sequence_length,
+        target_latency_s=model.target_latency_s,
+        family=model.family,
+    )
