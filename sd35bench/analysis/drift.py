@@ -14,7 +14,7 @@ value has no interval.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.table import Row, Table
 from sd35bench.stats.intervals import mean_interval
-from sd35bench.types import Record
+from sd35bench.types import Record, to_json
 
 _MEANS = ("mean_abs", "ssim", "flip", "latent_rel_first", "latent_rel_last")
 _WHO = frozenset({"setting", "backend", "backend_options", "threads"})
@@ -51,46 +51,114 @@ class _Sample:
         return mine, size, theirs, other
 
 
-def drift_document(study: Any, table: Table) -> dict[str, Any]:
-    """Sum up the drift of a study (`sd35bench.store.Study`); empty where none was scored.
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure over `n` pairs; `ci95` are the ends over prompts, ``None`` where it has none."""
 
-    Returns: ``{"study", "metric", "reference", "rows", "noise_floor", "warnings"}``. `reference`
-    has the fields of its setting that all rows share (others ``None``). A row has its setting's
-    fields, `id`, `batch_size`, `reference_id`, `reference_batch_size`, `reference_threads`,
-    `same_environment`, `n_pairs`, `n_prompts`, `identical` (pairs), `beyond_noise` (``None``
-    without a floor or an interval), and ``{"value", "ci95", "n"}`` for `max_abs` and `mean_abs`
-    (levels of 255), `psnr_db`, `ssim`, `flip`, `latent_rel_first` and `latent_rel_last`, and for
-    `lpips` where it was measured. An entry of `noise_floor` has the same and `what`: "batch size
-    16 instead of 1".
+    value: float | None
+    ci95: Sequence[float | None] | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftRow:
+    """What one row's pairs show, all of one batch size and of one kind of reference.
+
+    `setting` are the row's fields; `identical` counts pairs of equal pixels. `figures` are
+    `max_abs` and `mean_abs` (levels of 255), `psnr_db`, `ssim`, `flip`, `latent_rel_first`,
+    `latent_rel_last`, and `lpips` where it was measured. `beyond_noise` is ``None`` without a floor
+    or an interval. `what` says in which condition the reference's own trials differ: "batch size 16
+    instead of 1"; only rows of the noise floor have it.
     """
+
+    setting: dict[str, Any]
+    id: str
+    batch_size: int
+    reference_id: str
+    reference_backend: str
+    reference_batch_size: int
+    reference_threads: int
+    same_environment: bool
+    n_pairs: int
+    n_prompts: int
+    identical: int
+    figures: dict[str, Figure]
+    beyond_noise: bool | None = None
+    what: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object: the setting's fields, the row's own, and a figure by each name."""
+        found = to_json(self)
+        setting, figures = found.pop("setting"), found.pop("figures")
+        beyond, what = found.pop("beyond_noise"), found.pop("what")
+        said = {"beyond_noise": beyond} if what is None else {"what": what}
+        return setting | found | figures | said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftSummary:
+    """The drift of a study under one metric.
+
+    `reference` has the fields of its setting that all rows share (others ``None``).
+    """
+
+    study: str
+    metric: str
+    reference: dict[str, Any]
+    rows: list[DriftRow]
+    noise_floor: list[DriftRow]
+    warnings: list[str]
+
+
+def drift_document(study: Any, table: Table) -> dict[str, Any]:
+    """`drift_summary` as `show --json` prints it; empty where none was scored.
+
+    Returns: ``{"study", "metric", "reference", "rows", "noise_floor", "warnings"}``; rows and the
+    entries of `noise_floor` are those of `DriftRow.as_json`.
+    """
+    found = drift_summary(study, table)
+    if found is None:
+        return {}
+    return {
+        "study": found.study,
+        "metric": found.metric,
+        "reference": found.reference,
+        "rows": [row.as_json() for row in found.rows],
+        "noise_floor": [row.as_json() for row in found.noise_floor],
+        "warnings": found.warnings,
+    }
+
+
+def drift_summary(study: Any, table: Table) -> DriftSummary | None:
+    """Sum up the drift of a study (`sd35bench.store.Study`); ``None`` where none was scored."""
     names = sorted(n for n in table.scores if n == "drift" or n.startswith("drift_"))
     found = {name: _samples(table, name) for name in names}
     name = next((n for n in names if found[n][0]), None)
     if name is None:
-        return {}
+        return None
     samples, stale = found[name]
     pooled, warnings = _pool(samples)
-    noise = [(part[0], _entry(part)) for part in pooled if part[0].is_noise]
+    noise = [(part[0], _drift_row(part)) for part in pooled if part[0].is_noise]
     rows = [
-        entry | {"beyond_noise": _beyond(part[0], entry, noise)}
+        replace(row, beyond_noise=_beyond(part[0], row, noise))
         for part in pooled
         if not part[0].is_noise
-        for entry in [_entry(part)]
+        for row in [_drift_row(part)]
     ]
-    floor = [entry | {"what": _what(first)} for first, entry in noise]
+    floor = [replace(row, what=_what(first)) for first, row in noise]
     if stale:
         warnings.append(f"{stale} drift scores left out: their reference is gone; score again")
     others = [n for n in names if n != name and found[n][0]]
     if others:
         warnings.append(f"shown is {name}; there is also {', '.join(others)}")
-    return {
-        "study": study.name,
-        "metric": name,
-        "reference": _common([s.reference_row.setting for s in samples]),
-        "rows": sorted(rows, key=_order),
-        "noise_floor": sorted(floor, key=_order),
-        "warnings": warnings + _missing(rows, floor),
-    }
+    return DriftSummary(
+        study=study.name,
+        metric=name,
+        reference=_common([s.reference_row.setting for s in samples]),
+        rows=sorted(rows, key=_order),
+        noise_floor=sorted(floor, key=_order),
+        warnings=warnings + _missing(rows, floor),
+    )
 
 
 def psnr_db(mse: float) -> float | None:
@@ -139,52 +207,52 @@ def _pool(samples: Iterable[_Sample]) -> tuple[list[list[_Sample]], list[str]]:
     return pooled, warnings
 
 
-def _entry(part: Sequence[_Sample]) -> dict[str, Any]:
+def _drift_row(part: Sequence[_Sample]) -> DriftRow:
     first = part[0]
     labels = cluster_labels([s.record for s in part])
-    return first.row.setting | {
-        "id": first.row.id,
-        "batch_size": first.record.trial.batch_size,
-        "reference_id": first.reference_row.id,
-        "reference_backend": first.reference_row.setting["backend"],
-        "reference_batch_size": first.reference.trial.batch_size,
-        "reference_threads": first.reference.trial.load.threads,
-        "same_environment": first.row.environment_id == first.reference_row.environment_id,
-        "n_pairs": len(part),
-        "n_prompts": int(labels.max()) + 1,
-        "identical": sum(s.detail["mse"] == 0 for s in part),
-        "max_abs": _figure(max(s.detail["max_abs"] for s in part), None, len(part)),
+    figures = {
+        "max_abs": Figure(max(s.detail["max_abs"] for s in part), None, len(part)),
         "psnr_db": _psnr(part),
         **{name: _mean(part, name) for name in _MEANS},
-        **({"lpips": lpips} if (lpips := _mean(part, "lpips"))["n"] else {}),
     }
+    lpips = _mean(part, "lpips")
+    return DriftRow(
+        setting=first.row.setting,
+        id=first.row.id,
+        batch_size=first.record.trial.batch_size,
+        reference_id=first.reference_row.id,
+        reference_backend=first.reference_row.setting["backend"],
+        reference_batch_size=first.reference.trial.batch_size,
+        reference_threads=first.reference.trial.load.threads,
+        same_environment=first.row.environment_id == first.reference_row.environment_id,
+        n_pairs=len(part),
+        n_prompts=int(labels.max()) + 1,
+        identical=sum(s.detail["mse"] == 0 for s in part),
+        figures=figures | ({"lpips": lpips} if lpips.n else {}),
+    )
 
 
-def _figure(value: float | None, ci95: Sequence[float | None] | None, n: int) -> dict[str, Any]:
-    return {"value": value, "ci95": ci95, "n": n}
-
-
-def _mean(part: Sequence[_Sample], name: str) -> dict[str, Any]:
+def _mean(part: Sequence[_Sample], name: str) -> Figure:
     """Mean of one figure over the pairs that have it."""
     there = [s for s in part if s.detail.get(name) is not None]
     if not there:
-        return _figure(None, None, 0)
+        return Figure(None, None, 0)
     labels = cluster_labels([s.record for s in there])
     interval = mean_interval([s.detail[name] for s in there], labels)
-    return _figure(interval.value, interval.ci95, interval.n)
+    return Figure(interval.value, interval.ci95, interval.n)
 
 
-def _psnr(part: Sequence[_Sample]) -> dict[str, Any]:
+def _psnr(part: Sequence[_Sample]) -> Figure:
     """PSNR of the pairs' mean squared error; its ends are the error's, the other way round."""
     mse = _mean(part, "mse")
-    if mse["value"] == 0:
-        return _figure(None, None, len(part))
+    if mse.value is None or mse.value == 0:
+        return Figure(None, None, len(part))
     ends = None
-    if mse["ci95"] is not None:
+    if mse.ci95 is not None:
         request = part[0].record.trial.request
         least = 1.0 / (3 * request.width * request.height * len(part))
-        ends = [psnr_db(max(end, least)) for end in reversed(mse["ci95"])]
-    return _figure(psnr_db(mse["value"]), ends, len(part))
+        ends = [psnr_db(max(end, least)) for end in reversed(mse.ci95) if end is not None]
+    return Figure(psnr_db(mse.value), ends, len(part))
 
 
 def _what(sample: _Sample) -> str:
@@ -201,13 +269,13 @@ def _what(sample: _Sample) -> str:
 
 
 def _beyond(
-    sample: _Sample, entry: dict[str, Any], noise: Iterable[tuple[_Sample, dict[str, Any]]]
+    sample: _Sample, row: DriftRow, noise: Iterable[tuple[_Sample, DriftRow]]
 ) -> bool | None:
     """Whether a row's mean difference is above that of noise at its setting."""
-    ends = [e["mean_abs"]["ci95"] for s, e in noise if _asked(s) == _asked(sample)]
-    upper = [end[1] for end in ends if end is not None]
-    own = entry["mean_abs"]["ci95"]
-    return None if not upper or own is None else own[0] > max(upper)
+    ends = [r.figures["mean_abs"].ci95 for s, r in noise if _asked(s) == _asked(sample)]
+    upper = [end[1] for end in ends if end is not None and end[1] is not None]
+    own = row.figures["mean_abs"].ci95
+    return None if not upper or own is None or own[0] is None else own[0] > max(upper)
 
 
 def _asked(sample: _Sample) -> dict[str, Any]:
@@ -223,16 +291,16 @@ def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {k: v if all(s[k] == v for s in settings) else None for k, v in first.items()}
 
 
-def _missing(rows: Sequence[dict[str, Any]], floor: Sequence[dict[str, Any]]) -> list[str]:
+def _missing(rows: Sequence[DriftRow], floor: Sequence[DriftRow]) -> list[str]:
     found = []
     # Of images that are the same in every pixel there is nothing to explain.
-    rows = [row for row in rows if row["identical"] < row["n_pairs"]]
+    rows = [row for row in rows if row.identical < row.n_pairs]
     if rows and not floor:
         found.append(
             "no noise floor: the reference did not run with another batch size or thread count;"
             " run it so too (noise_floor=NAME), or small drift cannot be told from noise"
         )
-    apart = sum(not row["same_environment"] for row in rows)
+    apart = sum(not row.same_environment for row in rows)
     if apart:
         found.append(
             f"{apart} settings ran in another environment than their reference: their drift is"
@@ -245,16 +313,17 @@ def _named(row: Row) -> str:
     return f"{row.setting['backend']} ({row.id})"
 
 
-def _order(entry: dict[str, Any]) -> tuple[Any, ...]:
-    strength = -1.0 if entry["prompt_strength"] is None else entry["prompt_strength"]
+def _order(row: DriftRow) -> tuple[Any, ...]:
+    asked = row.setting
+    strength = -1.0 if asked["prompt_strength"] is None else asked["prompt_strength"]
     return (
-        entry["model"],
-        entry["task"] != "text-to-image",
-        entry["width"] * entry["height"],
-        entry["steps"],
-        entry["cfg"],
+        asked["model"],
+        asked["task"] != "text-to-image",
+        asked["width"] * asked["height"],
+        asked["steps"],
+        asked["cfg"],
         strength,
-        entry["backend"],
-        entry["id"],
-        entry["batch_size"],
+        asked["backend"],
+        row.id,
+        row.batch_size,
     )

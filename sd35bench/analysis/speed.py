@@ -10,6 +10,7 @@ once per study. More than that cannot be: such a row gets a warning, whoever mad
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -37,8 +38,44 @@ LEAST_PER_START = 2
 """Lone images that a process start must have made to count for the spread between starts."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Seconds from request to encoded file of `n` trials that ran alone; ``None`` without any.
+
+    `ci95` is that of p50 and `mean_ci95` that of the mean, both clustered by prompt. p90 and p99
+    are empirical quantiles; p99 of fewer than 100 images is about their maximum.
+    """
+
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+    mean: float | None = None
+    ci95: list[float] | None = None
+    mean_ci95: list[float] | None = None
+    n: int = 0
+
+
+def latency_summary(timed: list[Record]) -> Latency:
+    """Latency of trials that ran alone."""
+    x = np.array([r.timings.latency_s for r in timed if r.timings is not None])
+    if not len(x):
+        return Latency()
+    labels = cluster_labels([r for r in timed if r.timings is not None])
+    p50, mean = quantile_interval(x, labels, 0.5), mean_interval(x, labels)
+    p90, p99 = np.quantile(x, [0.9, 0.99])
+    return Latency(
+        p50=p50.value,
+        p90=float(p90),
+        p99=float(p99),
+        mean=mean.value,
+        ci95=p50.ci95,
+        mean_ci95=mean.ci95,
+        n=len(x),
+    )
+
+
 def speed_summary(
-    table: Table, row: Row, latency: Mapping[str, Any], machine: Sequence[Mapping[str, Any]]
+    table: Table, row: Row, latency: Latency, machine: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Columns of one row beyond its latency.
 
@@ -182,15 +219,15 @@ def _asked(row: Row) -> tuple[Any, ...]:
 # Throughput and starts ------------------------------------------------------------------------
 
 
-def throughput(row: Row, latency: Mapping[str, Any]) -> list[dict[str, Any]]:
+def throughput(row: Row, latency: Latency) -> list[dict[str, Any]]:
     """Images per second by batch size, from whole batches; each batch counts once.
 
     It is the batch size over the median time of a batch, files included; the interval is that of
     the median, over groups of prompts. A batch that the prompts did not fill is left out.
     """
     found = []
-    if latency["p50"] is not None:
-        found.append(_per_second(1, latency["p50"], latency["ci95"], latency["n"]))
+    if latency.p50 is not None:
+        found.append(_per_second(1, latency.p50, latency.ci95, latency.n))
     batches: dict[int, dict[Any, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in row.records:
         size = record.trial.batch_size

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from sd35bench.analysis.drift import drift_document
-from sd35bench.analysis.quality import cluster_labels, row_metric
+from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.remote import concurrent_phases, remote_summary, usd_per_image
 from sd35bench.analysis.speed import (
+    Latency,
+    latency_summary,
     machine_document,
     reference_rows,
     speed_summary,
@@ -31,8 +33,7 @@ from sd35bench.analysis.table import (
     part_held_out,
     read_table,
 )
-from sd35bench.stats.intervals import mean_interval, quantile_interval
-from sd35bench.types import Record, Session, Status
+from sd35bench.types import Record, Session, Status, to_json
 
 
 def show_document(study: Any, table: Table | None = None) -> dict[str, Any]:
@@ -51,8 +52,9 @@ def show_document(study: Any, table: Table | None = None) -> dict[str, Any]:
     phases = concurrent_phases(table)
     settings = []
     for row in rows:
-        summary = _row(study, table, row, metrics)
-        summary |= speed_summary(table, row, summary["latency_s"], machine)
+        latency = latency_summary(row.timed)
+        summary = _row(study, table, row, metrics, latency)
+        summary |= speed_summary(table, row, latency, machine)
         reference = references.get(row.id)
         summary["speedup"] = None if reference is None else speedup(row, reference)
         summary |= {"usd_per_image": usd_per_image(row), "remote": remote_summary(row, phases)}
@@ -90,16 +92,17 @@ def _order(row: Row) -> tuple[Any, ...]:
     )
 
 
-def _row(study: Any, table: Table, row: Row, metrics: list[str]) -> dict[str, Any]:
+def _row(
+    study: Any, table: Table, row: Row, metrics: list[str], latency: Latency
+) -> dict[str, Any]:
     ok = [r for r in row.records if r.status is Status.OK]
     sessions = [
         table.sessions[i]
         for i in dict.fromkeys(r.session_id for r in ok or row.records)
         if i in table.sessions
     ]
-    latency = latency_summary(row.timed)
     target = row.records[0].trial.load.model.target_latency_s
-    p50 = latency["p50"]
+    p50 = latency.p50
     # What this process took to talk to a service says nothing of the model's memory.
     memories = [r.memory for r in row.records if r.memory is not None and not row.hosted]
     return row.setting | {
@@ -113,7 +116,7 @@ def _row(study: Any, table: Table, row: Row, metrics: list[str]) -> dict[str, An
         "ambiguous": row.ambiguous,
         "excluded": dict(row.excluded),
         "quality_batch_size": row.quality_batch_size,
-        "latency_s": latency,
+        "latency_s": to_json(latency),
         "target_latency_s": target,
         "latency_ratio": None if target is None or p50 is None else p50 / target,
         "stage_s": _stages([] if row.hosted else row.timed),
@@ -127,30 +130,6 @@ def _row(study: Any, table: Table, row: Row, metrics: list[str]) -> dict[str, An
         "in_force": sessions[-1].in_force if sessions else None,
         "metrics": {name: row_metric(study, table, row, name) for name in metrics},
         "warnings": _warnings(row, sessions),
-    }
-
-
-def latency_summary(timed: list[Record]) -> dict[str, Any]:
-    """Seconds from request to encoded file of trials that ran alone.
-
-    `ci95` is that of p50 and `mean_ci95` that of the mean, both clustered by prompt. p90 and p99
-    are empirical quantiles; p99 of fewer than 100 images is about their maximum.
-    """
-    x = np.array([r.timings.latency_s for r in timed if r.timings is not None])
-    if not len(x):
-        names = ("p50", "p90", "p99", "mean", "ci95", "mean_ci95")
-        return dict.fromkeys(names) | {"n": 0}
-    labels = cluster_labels([r for r in timed if r.timings is not None])
-    p50, mean = quantile_interval(x, labels, 0.5), mean_interval(x, labels)
-    p90, p99 = np.quantile(x, [0.9, 0.99])
-    return {
-        "p50": p50.value,
-        "p90": float(p90),
-        "p99": float(p99),
-        "mean": mean.value,
-        "ci95": p50.ci95,
-        "mean_ci95": mean.ci95,
-        "n": len(x),
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.drift import drift_document
+from sd35bench.analysis.drift import drift_summary
 from sd35bench.analysis.reference import Reference, read_reference
 from sd35bench.analysis.set_metrics import FRECHET
 from sd35bench.analysis.settings import cluster_key, pair_key
@@ -385,11 +385,12 @@ def _metrics(
 
 def _floors(study: Any, table: Table) -> dict[str, float]:
     """Row id → upper end of the noise floor that the study measured for what the row was asked."""
-    noise = drift_document(study, table).get("noise_floor", [])
+    drift = drift_summary(study, table)
+    noise = () if drift is None else drift.noise_floor
     measured: list[tuple[Any, float]] = [
-        ([entry[k] for k in ASKED], entry["mean_abs"]["ci95"][1])
-        for entry in noise
-        if entry["mean_abs"]["ci95"] is not None
+        ([row.setting[k] for k in ASKED], end)
+        for row in noise
+        if (ends := row.figures["mean_abs"].ci95) is not None and (end := ends[1]) is not None
     ]
     found: dict[str, float] = {}
     for row in table.rows:

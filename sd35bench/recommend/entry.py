@@ -8,7 +8,7 @@ from typing import Any
 from sd35bench import words
 from sd35bench.analysis.pairs import Comparison
 from sd35bench.analysis.quality import row_metric
-from sd35bench.analysis.summary import latency_summary
+from sd35bench.analysis.speed import Latency, latency_summary
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.fields import SETTING, describe
 from sd35bench.recommend.choice import Choice
@@ -27,7 +27,7 @@ from sd35bench.recommend.profiles import Profile
 from sd35bench.recommend.reproduce import Elsewhere, api_body, results_dir_of, run_command, snippet
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import POWER, TAIL, p_within
-from sd35bench.types import Task
+from sd35bench.types import Task, to_json
 
 Claim = tuple[str, str]
 """The chosen setting and a default, by their hashes: that the first is better."""
@@ -128,7 +128,7 @@ class Entry:
             "reference": self.profile.reference,
             "quality": quality,
             "metrics": self._metrics(),
-            "latency_s": latency,
+            "latency_s": to_json(latency),
             "speed_basis": self.speed.basis,
             "speed": self.speed.values[i],
             **self._front(i),
@@ -309,15 +309,15 @@ class Entry:
         numbers = {k: more[k] for k in ("prompts", "images")}
         return {"text": said, **numbers, "power": POWER, "settings": [one, other]}
 
-    def _headline(self, quality: dict[str, Any], latency: dict[str, Any]) -> str:
+    def _headline(self, quality: dict[str, Any], latency: Latency) -> str:
         """One line: what to use, how good it is and what it costs."""
         name = describe(setting_of(self.row))
         if len({c.row.setting["backend"] for c in self.comparison.candidates}) > 1:
             name += f", on {self.row.setting['backend']}"
         found = words.estimate(words.read_estimate(quality), 2)
         figures = [f"{self.comparison.metric.replace('_', ' ')} {found}"]
-        if latency["p50"] is not None:
-            figures.append(f"{words.digits(latency['p50'])} s an image")
+        if latency.p50 is not None:
+            figures.append(f"{words.digits(latency.p50)} s an image")
         more = self.choice.more
         sure = "" if self.choice.definitive else ", provisional"
         if sure and more and more["images"] is not None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from sd35bench.analysis.pairs import Candidate, Comparison
 from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.settings import cluster_key
-from sd35bench.analysis.summary import latency_summary
+from sd35bench.analysis.speed import latency_summary
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import weight_chunks
@@ -62,9 +62,10 @@ class Limits:
 def speeds(comparison: Comparison) -> Speeds:
     """How fast each candidate is."""
     found = [latency_summary(c.row.timed) for c in comparison.candidates]
-    if all(f["p50"] is not None for f in found):
-        highs = [None if f["ci95"] is None else f["ci95"][1] for f in found]
-        return Speeds("latency_s", [f["p50"] for f in found], highs)
+    seconds = [f.p50 for f in found if f.p50 is not None]
+    if len(seconds) == len(found):
+        highs = [None if f.ci95 is None else f.ci95[1] for f in found]
+        return Speeds("latency_s", seconds, highs)
     work = [c.work for c in comparison.candidates]
     return Speeds("evaluations", work, [None] * len(work))
 

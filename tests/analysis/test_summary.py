@@ -226,10 +226,10 @@ def test_show_document_of_many_records_takes_seconds(tmp_path, settings, limit_s
             trial = replace(row.trial, key=key, request=request)
             study.kept.append(replace(row, trial=trial))
             study.score_rows.append(type(score)(**{**vars(score), "key": key}))
-    started = time.perf_counter()
+    started = time.process_time()
     document = show_document(study)
     assert len(document["settings"]) == settings
-    assert time.perf_counter() - started < limit_s
+    assert time.process_time() - started < limit_s
     assert document["settings"][9]["metrics"]["prompt_accuracy"]["n"] == 1000
 
 
