@@ -1,7 +1,7 @@
 """Files that are whole or absent, locks that end with their process, and errors that are ours.
 
 A writer that is killed leaves a temporary file at most, or a torn last line of a journal; both are
-told from damage by their place.
+recognised by their place, and are no damage.
 """
 
 import contextlib

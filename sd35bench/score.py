@@ -62,7 +62,7 @@ def score_study(
     Args:
         study: where the images are and the scores go.
         metrics: names (`fid`, `clip_score_nano` …) or loaded metrics.
-        progress: told after each batch of images.
+        progress: called after each batch of images.
         options: by metric family, what its module's `load` takes (``{"fid": {"reference": …}}``).
 
     Returns: ``{"study", "images", "scored": {metric: new}, "embedded": {extractor: new},

@@ -94,7 +94,7 @@ class Shard:
         self._file: IO[bytes] | None = None
 
     def append_session(self, session: Session) -> None:
-        """Append one worker's life."""
+        """Append one worker's session."""
         self._append({"kind": "session", **to_json(session)})
 
     def append_record(self, record: Record) -> None:
@@ -237,7 +237,7 @@ class Study:
         return (line for line in self._journal.lines() if isinstance(line, Record))
 
     def sessions(self) -> dict[str, Session]:
-        """Read every worker's life, by id."""
+        """Read every worker's session, by id."""
         return {line.id: line for line in self._journal.lines() if isinstance(line, Session)}
 
     def done_keys(self) -> set[str]:

@@ -93,8 +93,8 @@ def load_reference(path: Path) -> Reference:
     missing = _NEEDED - arrays.keys()
     if missing:
         raise MetricError(f"{path} lacks {', '.join(sorted(missing))}; it needs mean, cov, n")
-    told = arrays.pop("digest", None)
-    if told is not None and str(told) != _digest(arrays):
+    stored = arrays.pop("digest", None)
+    if stored is not None and str(stored) != _digest(arrays):
         raise MetricError(
             f"{path} is not what was written (its digest differs); make it again with `sd35bench"
             " reference make`"

@@ -3,7 +3,7 @@
 A latency is that of a call that this client made alone: with others in flight they queue for each
 other, and a call that was found again after a crash was not watched. The parts of the lone calls
 add up to it: the create's round trip, the queue, the service's own inference, the download, and
-what nobody told apart. Polling sees the end late, by a bound that is recorded with every call.
+what no source separates. Polling sees the end late, by a bound that is recorded with every call.
 
 Calls that ran beside others say how much the service carries. A *phase* is a stretch of one
 session in which no call ran alone; its images per minute are those that came over its wall time,
@@ -120,12 +120,12 @@ def _network(record: Record) -> float | None:
 
 
 def _other(record: Record) -> float | None:
-    """What is left of the latency; ``None`` where nothing of it was told."""
+    """What is left of the latency; ``None`` where nothing of it is known."""
     c, total = record.remote, _total(record)
     if c is None or total is None:
         return None
-    told = [s for s in (c.submit_s, c.queue_s, c.predict_s, c.download_s) if s is not None]
-    return total - sum(told) if told else None
+    known = [s for s in (c.submit_s, c.queue_s, c.predict_s, c.download_s) if s is not None]
+    return total - sum(known) if known else None
 
 
 def _total(record: Record) -> float | None:

@@ -81,7 +81,7 @@ def speed_summary(
 
     `latency` is the row's `latency_summary`, `machine` what `Study.machine` read. Rates are in
     TFLOP/s (TOP/s against the int8 limit), medians over lone images. A hosted service runs on
-    hardware that nobody told us of: no rate, and its throughput is in the row's `remote`.
+    unknown hardware: it has no rate, and its throughput is in the row's `remote`.
     """
     if row.hosted:
         return dict.fromkeys(_OF_THIS_MACHINE) | {"throughput": []} | _starts(row)
@@ -365,11 +365,11 @@ def _gpu(timed: Sequence[Record], sessions: Sequence[Session]) -> dict[str, Any]
         return None
     clocks = [s.sm_clock_mhz for s in states if s.sm_clock_mhz is not None]
     power = [s.power_w for s in states if s.power_w is not None]
-    told = [s.throttled for s in states if s.throttled is not None]
+    known = [s.throttled for s in states if s.throttled is not None]
     return {
         "sm_clock_mhz": {"min": min(clocks), "median": median(clocks)} if clocks else None,
         "power_w": median(power) if power else None,
-        "throttled_share": sum(bool(t) for t in told) / len(told) if told else None,
-        "throttled": sorted({reason for reasons in told for reason in reasons}),
+        "throttled_share": sum(bool(t) for t in known) / len(known) if known else None,
+        "throttled": sorted({reason for reasons in known for reason in reasons}),
         "n": len(states),
     }

@@ -79,7 +79,7 @@ class Row:
 
     @property
     def quality_batch_size(self) -> int | None:
-        """The batch size that made most usable images; of equals the larger."""
+        """The batch size that made most usable images; on a tie, the larger."""
         sizes = Counter(r.trial.batch_size for r in self.usable)
         return max(sizes, key=lambda size: (sizes[size], size)) if sizes else None
 

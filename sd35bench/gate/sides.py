@@ -156,9 +156,9 @@ class Side:
         twins = [
             b for b in self.beside if all(b[n] == self.setting[n] for n in ("backend", *ASKED))
         ]
-        told = [n for n in _PLACE if any(b[n] != self.setting[n] for b in twins)]
+        named = [n for n in _PLACE if any(b[n] != self.setting[n] for b in twins)]
         parts = [self.setting["backend"], describe(asked, self.beside)]
-        return ", ".join([*parts, *(f"{name} {self.setting[name]}" for name in told)])
+        return ", ".join([*parts, *(f"{name} {self.setting[name]}" for name in named)])
 
     def of_start(self, index: int) -> NDArray[np.float64]:
         """Latencies of lone images that one start made, in the order of time."""

@@ -131,8 +131,8 @@ class Dinov2(Extractor):
         finally:
             if shown:
                 logging.enable_progress_bar()
-        model, told = loaded
-        absent = sorted(told["missing_keys"])
+        model, report = loaded
+        absent = sorted(report["missing_keys"])
         if absent:
             raise MetricError(
                 f"{self.folder} lacks {len(absent)} of the model's tensors, {absent[0]} among them;"

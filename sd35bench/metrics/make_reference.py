@@ -108,7 +108,7 @@ def from_study(
         extractor: embeds what is not embedded yet.
         choice: how many images, and rows to keep.
         setting: the beginning of the setting's id, as `show` has it; ``None`` if there is one.
-        progress: told after each batch.
+        progress: called after each batch.
 
     Raises: ConfigError where there is not exactly one such setting, or it is image-to-image.
     """

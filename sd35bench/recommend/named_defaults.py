@@ -150,8 +150,10 @@ def verdict_beside(difference: Interval, margin: float, above: bool | None) -> s
     if difference.high < 0.0:
         return "worse; whether by more than the margin is not decided"
     needed = images_between(difference, margin)
-    told = "no practicable number of images" if needed is None else f"about {needed['images']} more"
-    return f"not distinguishable with n={difference.n}; {told} would decide"
+    number = (
+        "no practicable number of images" if needed is None else f"about {needed['images']} more"
+    )
+    return f"not distinguishable with n={difference.n}; {number} would decide"
 
 
 def _values(default: NamedDefault) -> dict[str, Any]:
