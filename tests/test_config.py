@@ -1,13 +1,23 @@
+import copy
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from sd35bench.config import check_overrides, choices, compose, config_dir, freeze
+from sd35bench.config.compose import explained
 from sd35bench.config.models import FIELDS, check_field
-from sd35bench.config.overrides import checked_options, expand_short_names, metric_options
+from sd35bench.config.overrides import (
+    GROUP_NAMES,
+    checked_options,
+    expand_short_names,
+    metric_options,
+    parse,
+)
 from sd35bench.errors import ConfigError
 from sd35bench.limits import Limits
 from sd35bench.metrics.base import METRICS
@@ -16,12 +26,27 @@ from sd35bench.plan import expand
 ROOT = Path(__file__).parent.parent
 
 
+@lru_cache
+def composed(groups: tuple[str, ...], extra: Path | None = None) -> DictConfig:
+    """A choice of files, composed once: Hydra takes 0.15 s, and ranges need it only once."""
+    return compose(groups, extra)
+
+
 def job(*overrides: str, extra: Path | None = None):
-    """Check, compose and freeze one point, on a backend that needs no weights."""
+    """Check, compose and freeze one point, on a backend that needs no weights.
+
+    Fields are set on a composition of the files that was made before; that Hydra itself takes them
+    is what `test_limits_reach_the_job_and_are_no_part_of_a_trial` and the command line's tests see.
+    """
     check_overrides(overrides, multirun=False, extra=extra)
     named = any(text.startswith("backend=") for text in overrides)
-    base = [] if named else ["backend=fake"]
-    return freeze(compose(expand_short_names([*base, *overrides]), extra))
+    words = expand_short_names([*([] if named else ["backend=fake"]), *overrides])
+    groups = [text for text in words if text.partition("=")[0] in GROUP_NAMES]
+    config = copy.deepcopy(composed(tuple(groups), extra))
+    with explained():
+        for override in (parse(text) for text in words if text not in groups):
+            OmegaConf.update(config, override.key_or_group, override.value())
+    return freeze(config)
 
 
 def request(*overrides: str):
@@ -33,7 +58,7 @@ def request(*overrides: str):
 
 def test_defaults_are_the_models_own():
     found = job("prompts.limit=3")
-    model = compose([]).model
+    model = composed(()).model
     assert found.study == "default"
     assert found.results_dir == Path("results")
     assert found.sweep.axes["steps"] == (model.steps,)
@@ -50,45 +75,39 @@ def test_vendor_defaults_of_sd35_medium():
     assert (found.sweep.axes["steps"], found.sweep.axes["cfg"]) == ((40,), (5.0,))
     assert found.sweep.sizes == ((1024, 1024),)
     assert model.target_latency_s == 8.0
-    edit = compose(["model=sd35-medium"]).model
+    edit = composed(("model=sd35-medium",)).model
     assert edit.prompt_strength == 0.85
     assert len(edit.aspect_ratios) == 11
 
 
-YAMLS = [
-    f"{group}={name}"
-    for group in ("model", "backend", "prompts", "experiment")
-    for name in choices(group)
-]
-
-
-@pytest.mark.parametrize("override", YAMLS)
-def test_every_yaml_composes(override):
-    conf = compose([override])
-    group, _, name = override.partition("=")
-    if group in ("model", "backend"):
-        assert conf[group].name == name
+@pytest.mark.parametrize("group", ["model", "backend", "prompts"])
+def test_every_yaml_composes(group):
+    """Experiments do in `test_every_experiment_plans`."""
+    for name in choices(group):
+        conf = composed((f"{group}={name}",))
+        assert group == "prompts" or conf[group].name == name
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_plans(name):
-    found = job(f"experiment={name}", "backend=fake")
+    found = job(f"experiment={name}")
     assert len(expand(found.sweep).trials) > 1
 
 
-@pytest.mark.parametrize("name", choices("backend"))
-def test_every_backend_yaml_has_checked_options_and_a_registered_kind(name):
+def test_every_backend_yaml_has_checked_options_and_a_registered_kind():
     from sd35bench.backends.base import KINDS
     from sd35bench.remote.providers import PROVIDERS
 
-    backend = compose([f"backend={name}"]).backend
-    assert (backend.kind in KINDS) != (backend.kind in PROVIDERS)
-    assert set(checked_options("backend", backend.options, backend.allowed)) == set(backend.allowed)
+    for name in choices("backend"):
+        backend = composed((f"backend={name}",)).backend
+        assert (backend.kind in KINDS) != (backend.kind in PROVIDERS), name
+        checked = checked_options("backend", backend.options, backend.allowed)
+        assert set(checked) == set(backend.allowed), name
 
 
 @pytest.mark.parametrize("name", choices("model"))
 def test_every_models_table_keeps_its_own_rules(name):
-    model = compose([f"model={name}"]).model
+    model = composed((f"model={name}",)).model
     if model.hosted_only is not None:
         pytest.skip(f"{name} has no local pipeline, hence no table")
     sides = [side for size in model.aspect_ratios.values() for side in size]
@@ -105,7 +124,7 @@ def test_every_models_table_keeps_its_own_rules(name):
 def test_nanos_aspect_ratios_are_those_of_its_world():
     from sd35bench.nano.world import ASPECT_RATIOS
 
-    table = compose(["model=nano"]).model.aspect_ratios
+    table = composed(("model=nano",)).model.aspect_ratios
     assert {k: tuple(v) for k, v in table.items()} == ASPECT_RATIOS
 
 
@@ -244,29 +263,20 @@ REFUSED = {
     "delete": (["~steps"], "write steps"),
     "word-for-int": (["steps=four"], "steps=four: must be an integer from 1 to 1000"),
     "float-for-int": (["steps=4.0"], "steps=4.0: must be an integer"),
-    "bool-for-int": (["steps=true"], "must be an integer"),
     "steps-0": (["steps=0"], "steps=0: must be an integer from 1 to 1000"),
-    "steps-huge": (["steps=100000"], "from 1 to 1000"),
     "cfg-negative": (["cfg=-1"], "cfg=-1: must be a number from 0 to 100"),
     "cfg-nan": (["cfg=nan"], "cfg=nan: must be a number"),
-    "cfg-inf": (["cfg=inf"], "cfg=inf: must be a number"),
     "strength-0": (["prompt_strength=0"], r"must be a number in \(0, 1\]"),
     "strength-above-1": (["prompt_strength=1.01"], r"must be a number in \(0, 1\]"),
     "strength-no-init": (["prompt_strength=0.5"], "acts only on an init image"),
     "width-odd": (["width=63"], "width=63: must be a multiple of 8 from 8 to 128"),
-    "height-huge": (["height=4096"], "height=4096: must be a multiple of 8 from 8 to 128"),
     "ratio-unknown": (["aspect_ratio=5:1"], "aspect_ratio=5:1: nano has 1:1, 16:9"),
     "ratio-and-width": (["aspect_ratio=16:9", "width=64"], "contradict"),
     "sampler": (["sampler=ddim"], "sampler=ddim: must be one of euler, heun, dpmpp_2m, unipc"),
-    "seed-negative": (["seed=-1"], "seed=-1: must be an integer from 0"),
-    "seed-huge": (["seed=4294967296"], "from 0 to 4294967295"),
     "seed-null": (["seed=null"], "seed=null"),
-    "shift-0": (["shift=0"], "shift=0"),
+    "seed-negative": (["seed=-1"], "seed=-1: must be an integer from 0"),
     "tokens": (["max_sequence_length=17"], "nano takes at most 16"),
     "format": (["output_format=gif"], "one of png, jpg, webp"),
-    "quality": (["output_quality=101"], "from 0 to 100"),
-    "batch-0": (["batch_size=0"], "batch_size=0"),
-    "threads-0": (["threads=0"], "threads=0"),
     "limit-0": (["prompts.limit=0"], "prompts.limit=0: must be an integer of at least 1"),
     "split": (["prompts.split=test"], "one of tune, heldout, all"),
     "file-missing": (["prompts=file", "prompts.path=/no.csv"], "prompts.path=/no.csv: there is no"),
@@ -292,7 +302,6 @@ REFUSED = {
     "axes-choice": (["axes.output_format=[png,gif]"], "output_format=gif"),
     "axes-null": (["axes.steps=[null]"], "steps=null"),
     "weights-folder": (["backend=eager", "model.path=/tmp"], "no model_index.json"),
-    "target": (["model.target_latency_s=0"], "target_latency_s=0"),
 }
 
 
@@ -338,9 +347,9 @@ def test_sweeps_that_are_refused_with_m(text, message):
         check_overrides([text], multirun=True)
 
 
-@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.nullable])
-def test_null_means_the_default(name):
-    assert check_field(name, None) is None
+def test_null_means_the_default():
+    nullable = [name for name, field in FIELDS.items() if field.nullable]
+    assert {name: check_field(name, None) for name in nullable} == dict.fromkeys(nullable)
 
 
 def test_notes_say_what_has_no_effect():

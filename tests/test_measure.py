@@ -329,10 +329,10 @@ def test_environment_takes_the_threads_of_a_loaded_torch(monkeypatch: pytest.Mon
     assert environment()["threads"] == 5
 
 
-@pytest.mark.parametrize("key", COMPARABLE)
-def test_environment_id_changes_with_what_makes_figures_comparable(key: str) -> None:
+def test_environment_id_changes_with_what_makes_figures_comparable() -> None:
     env = environment(threads=1)
-    assert environment_id(env) != environment_id({**env, key: "another"})
+    own = environment_id(env)
+    assert [k for k in COMPARABLE if environment_id({**env, k: "another"}) == own] == []
 
 
 def test_environment_id_ignores_the_rest_and_the_order() -> None:

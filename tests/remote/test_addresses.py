@@ -40,10 +40,9 @@ def test_corpus_is_large_enough_and_names_are_unique():
     assert len({entry.name for entry in (*CORPUS, *GOOD)}) == len(CORPUS) + len(GOOD)
 
 
-@pytest.mark.parametrize("entry", CORPUS, ids=by_name)
-def test_download_refuses_the_corpus(entry: Entry):
-    error, reached, _ = fetched(entry)
-    assert refused(entry), f"{entry.url!r}: {error!r}, reached {reached}"
+def test_download_refuses_the_corpus():
+    """One test for all entries, as all say one thing; those that got through are named."""
+    assert [f"{e.name}: {fetched(e)}" for e in CORPUS if not refused(e)] == []
 
 
 @pytest.mark.parametrize("entry", GOOD, ids=by_name)
@@ -54,10 +53,14 @@ def test_download_takes_what_is_good(entry: Entry):
     assert len(asked) <= len(reached)  # one lookup a request, none for an address
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in CORPUS if not e.redirects and e.allowed is None], ids=by_name
-)
-def test_transport_refuses_the_corpus_as_base_url(entry: Entry):
+def test_transport_refuses_the_corpus_as_base_url():
+    entries = [e for e in CORPUS if not e.redirects and e.allowed is None]
+    assert len(entries) > 100
+    assert [e.name for e in entries if not transport_refuses(e)] == []
+
+
+def transport_refuses(entry: Entry) -> bool:
+    """Whether `put` to an entry's URL fails by our own refusal, before anything is reached."""
     wire = Wire({})
     network = Network(lookup=lookup_of(entry.hosts, []), open_transport=lambda: wire)
 
@@ -67,9 +70,11 @@ def test_transport_refuses_the_corpus_as_base_url(entry: Entry):
         )
         await transport.put(entry.url, b"", {})
 
-    with pytest.raises((UnsafeAddress, NotSent)):
+    try:
         asyncio.run(call())
-    assert wire.reached == []
+    except (UnsafeAddress, NotSent):
+        return wire.reached == []
+    return False
 
 
 class ResolvingWire(Wire):

@@ -47,16 +47,16 @@ def test_file_comes_with_its_digest_type_and_time():
     assert set(asked.headers) == {"host", "user-agent", "accept", "accept-encoding", "connection"}
 
 
-@pytest.mark.parametrize("data", [PNG, JPEG, WEBP], ids=["png", "jpg", "webp"])
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "data"),
     [
-        "image/png",
-        "image/jpeg",
-        "Image/WEBP; q=1",
-        "application/octet-stream",
-        "binary/octet-stream",
-        "",
+        ("image/png", PNG),
+        ("image/jpeg", JPEG),
+        ("Image/WEBP; q=1", WEBP),
+        ("image/png", JPEG),
+        ("application/octet-stream", PNG),
+        ("binary/octet-stream", JPEG),
+        ("", WEBP),
     ],
 )
 def test_types_that_are_taken(kind: str, data: bytes):
@@ -78,7 +78,7 @@ def test_bytes_decide(kind: str):
     assert "no PNG, JPEG or WEBP file" in str(failure(answering(answer)))
 
 
-@pytest.mark.parametrize("status", [201, 204, 206, 300, 304, 400, 403, 404, 410, 429, 500, 503])
+@pytest.mark.parametrize("status", [201, 204, 206, 304, 404, 410, 429, 503])
 def test_status_other_than_200_is_refused(status: int):
     body = b"" if status in (204, 304) else PNG
     error = failure(answering(http(status, body)))

@@ -106,9 +106,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("answer", BAD.values(), ids=BAD)
-def test_answer_that_is_no_answer_is_lost(answer: bytes):
-    assert isinstance(failure(answering(answer)), LostAnswer)
+def test_answer_that_is_no_answer_is_lost():
+    found = {name: failure(answering(answer)) for name, answer in BAD.items()}
+    assert {name: e for name, e in found.items() if not isinstance(e, LostAnswer)} == {}
 
 
 def test_reset_is_lost():
@@ -166,13 +166,13 @@ REFLECTING = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["", "Bearer "])
 @pytest.mark.parametrize("answer", REFLECTING.values(), ids=REFLECTING)
-def test_key_is_in_no_message_or_traceback(answer: bytes, scheme: str):
-    error = failure(answering(answer), headers=lambda: {"Authorization": scheme + KEY})
-    assert KEY not in told(error)
-    assert KEY[:12] not in told(error)
-    assert KEY not in repr(vars(error))
+def test_key_is_in_no_message_or_traceback(answer: bytes):
+    for scheme in ("", "Bearer "):
+        error = failure(answering(answer), headers=lambda s=scheme: {"Authorization": s + KEY})
+        assert KEY not in told(error)
+        assert KEY[:12] not in told(error)
+        assert KEY not in repr(vars(error))
 
 
 def test_key_is_blotted_out_of_bodies_and_request_ids():

@@ -36,17 +36,16 @@ def key(keys, name: str) -> dict[str, str]:
     return {"X-API-Key": keys[1][name]}
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"X-API-Key": ""},
-        {"X-API-Key": "wrong"},
-        {"Authorization": "Bearer wrong"},
-        {"Authorization": "Basic eDp5"},
-        {"X-API-Key": "\xff\xfe"},
-    ],
+KEYLESS = (
+    {},
+    {"X-API-Key": ""},
+    {"X-API-Key": "wrong"},
+    {"Authorization": "Bearer wrong"},
+    {"Authorization": "Basic eDp5"},
+    {"X-API-Key": "\xff\xfe"},
 )
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -59,12 +58,13 @@ def key(keys, name: str) -> dict[str, str]:
         ("POST", "/v1/upload/presign"),
     ],
 )
-def test_without_a_key_nothing_is_told(server, method, path, headers):
-    raw = {name: value.encode("latin-1") for name, value in headers.items()}
-    answer = server.client.request(method, path, headers=raw)
-    assert answer.status_code == 401
-    assert set(answer.json()) == {"error"}
-    assert answer.headers["www-authenticate"] == "Bearer"
+def test_without_a_key_nothing_is_told(server, method, path):
+    for headers in KEYLESS:
+        raw = {name: value.encode("latin-1") for name, value in headers.items()}
+        answer = server.client.request(method, path, headers=raw)
+        assert answer.status_code == 401, headers
+        assert set(answer.json()) == {"error"}, headers
+        assert answer.headers["www-authenticate"] == "Bearer"
 
 
 def test_both_headers_carry_a_key(server, keys):

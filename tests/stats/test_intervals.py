@@ -56,12 +56,12 @@ def test_mean_interval_of_unanimous_prompts_is_a_point():
     assert mean_interval([0.1] * 20, np.arange(20)).ci95 == pytest.approx([0.1, 0.1])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_quantile_interval_contains_its_value_in_small_samples(seed):
-    rng = np.random.default_rng(seed)
-    x = np.round(rng.normal(1.0, 0.02, size=12), 3)
-    found = quantile_interval(x, np.arange(12) // 2, 0.5)
-    assert found.low <= found.value <= found.high
+def test_quantile_interval_contains_its_value_in_small_samples():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = np.round(rng.normal(1.0, 0.02, size=12), 3)
+        found = quantile_interval(x, np.arange(12) // 2, 0.5)
+        assert found.low <= found.value <= found.high, seed
 
 
 def test_quantile_interval_holds_the_median():
