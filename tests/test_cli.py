@@ -286,6 +286,22 @@ def test_sigterm_ends_a_verb_as_ctrl_c_does(call, monkeypatch, verb, handler):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize(
+    ("mutant", "code"), [("", 3), ("cli._ended_as_by_ctrl_c = contextlib.nullcontext", -15)]
+)
+def test_mutant_that_handles_no_sigterm_dies_of_it(mutant, code):
+    script = (
+        "import contextlib, dataclasses, os, signal, sys, time\n"
+        "from sd35bench import cli\n"
+        "from sd35bench.cli.study import COMMANDS\n"
+        "def killed(_): os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n"
+        "COMMANDS['show'] = dataclasses.replace(COMMANDS['show'], call=killed)\n"
+        f"{mutant}\nsys.exit(cli.main(['show', 't']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode == code
+
+
 def test_sigterm_keeps_what_a_run_has_made(call):
     command = [sys.executable, "-m", "sd35bench", "run", "backend=fake", "backend.delay_s=0.1"]
     command += ["prompts.limit=40", "study=t", "--json"]
