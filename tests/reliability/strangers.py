@@ -81,6 +81,7 @@ class Seen:
     refused: int = 0
     opened: int = 0
     most_bytes: int = 0
+    cpu_s: float = 0.0
     failures: list[str] = field(default_factory=list)
 
 
@@ -113,10 +114,12 @@ def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
 
 def _figures(name: str, seen: Seen) -> list[Figure]:
     slowest = round(max(seen.health_s, default=float("nan")), 3)
+    opened = max(1, seen.opened)
     peak = round(seen.most_bytes / MB, 1)
     return [
         Figure(name=f"{name}: connections opened", value=seen.opened),
         Figure(name=f"{name}: of them refused", value=seen.refused),
+        Figure(name=f"{name}: CPU a connection (ms)", value=round(1e3 * seen.cpu_s / opened, 2)),
         Figure(name=f"{name}: slowest /healthz (s)", value=slowest, most=MOST_HEALTH_S),
         Figure(name=f"{name}: /healthz without an answer", value=len(seen.failures), most=0),
         Figure(name=f"{name}: largest resident set (MB)", value=peak, most=MOST_MB),
@@ -146,10 +149,13 @@ async def _hold(url: str, attack: Attack, count: int, scale: float, server: psut
                     writer.close()
             await asyncio.sleep(0.1)
 
+    before = server.cpu_times()
     with pool:
         asked = pool.submit(ask_health, host, port, server.pid, until)
         await asyncio.gather(*(stranger() for _ in range(count)))
         seen.health_s, seen.failures, seen.most_bytes = await asyncio.wrap_future(asked)
+    after = server.cpu_times()
+    seen.cpu_s = after.user + after.system - before.user - before.system
     return seen
 
 
