@@ -48,8 +48,8 @@ said("run", *asked, "study=unasked")
 shown, _ = said("show", "new", *where)
 compared, _ = said("compare", "old", "unasked", "--policy", "drift", *where)
 advice, _ = said("recommend", "new", *where)
-best = advice["profiles"]["final"]["text-to-image"] if advice else None
-comparisons = compared["comparisons"] if compared else []
+best = advice["profiles"]["final"]["text-to-image"] if "profiles" in advice else None
+comparisons = compared.get("comparisons", [])
 print(json.dumps({
     "skipped": old["skipped"],
     "rows": [[s["eta"], s["n"]] for s in shown["settings"]],
