@@ -332,8 +332,7 @@ def _row(prediction: Prediction, base: str) -> Execution:
 def _output(prediction: Prediction, base: str) -> str | Failure | None:
     """The image's URL, the reason of a failure, or nothing."""
     if prediction.status is Phase.ERROR:
-        code, message = prediction.error_code, prediction.error
-        return Failure(error_code=f"{code}", error_message=f"{message}")
+        return Failure(error_code=prediction.error_code, error_message=prediction.error)
     return None if prediction.output is None else f"{base}{prediction.output}"
 
 

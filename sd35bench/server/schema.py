@@ -333,8 +333,8 @@ class Accepted(BaseModel):
 class Failure(BaseModel):
     """Why a prediction has no image."""
 
-    error_code: str
-    error_message: str
+    error_code: str | None
+    error_message: str | None
 
 
 Output = Annotated[
