@@ -18,7 +18,17 @@ import torch
 
 from sd35_kernels.cpu.build import library, pick_level
 from sd35_kernels.cpu.packing import PackedLinear, pack
-from sd35_kernels.cpu.structures import FP32, INT8, Block, Model, Projections, Step, check_sizes
+from sd35_kernels.cpu.structures import (
+    FP32,
+    INT8,
+    PARTS,
+    Block,
+    Memory,
+    Model,
+    Projections,
+    Step,
+    check_sizes,
+)
 from sd35_kernels.w8a8.errors import KernelUnavailable
 
 KINDS = {"exact": FP32, "int8": INT8}
@@ -75,6 +85,7 @@ class Executor:
         check_sizes(self._library)
         self._library.sd35_scratch_bytes.restype = ctypes.c_int64
         self._kind = KINDS[tier]
+        self._memory = Memory()
         self._kept: list[torch.Tensor] = []
         self._lock = threading.Lock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -97,11 +108,13 @@ class Executor:
         position: torch.Tensor,
         skip: tuple[int, ...] = (),
         threads: int | None = None,
+        profile: dict[str, float] | None = None,
     ) -> torch.Tensor:
         """Return the velocity [B, Cout, H, W] of `latents` [B, C, H, W], all float32, contiguous.
 
         `context`: embedded text [B, T, D]. `modulation`: [B, M], a row of the table that
-        sd35bench/core/model.py describes. `position`: [N, D]. `skip`: layers left out.
+        sd35bench/core/model.py describes. `position`: [N, D]. `skip`: layers left out. `profile`
+        gets the first thread's seconds on a core in each of `PARTS` added.
 
         Raises: ValueError for shapes or dtypes that do not fit.
         """
@@ -111,6 +124,7 @@ class Executor:
         self._check_inputs(latents, context, modulation, position, skip)
         velocity = torch.empty(batch, self.config["out_channels"], height, width)
         skipped = (ctypes.c_uint8 * layers)(*(i in skip for i in range(layers)))
+        times = (ctypes.c_int64 * len(PARTS))()
         call = Step(
             latents.data_ptr(),
             context.data_ptr(),
@@ -119,6 +133,7 @@ class Executor:
             velocity.data_ptr(),
             ctypes.cast(skipped, ctypes.c_void_p),
             None,
+            None if profile is None else ctypes.cast(times, ctypes.c_void_p),
             batch,
             *tokens,
             context.shape[1],
@@ -128,9 +143,12 @@ class Executor:
         with self._lock:
             needed = self._library.sd35_scratch_bytes(ctypes.byref(self._model), ctypes.byref(call))
             if self._scratch.nbytes < needed:
-                self._scratch = torch.empty(needed, dtype=torch.uint8)
+                self._scratch = Memory().empty(needed, torch.uint8)
             call.scratch = self._scratch.data_ptr()
             self._library.sd35_step(ctypes.byref(self._model), ctypes.byref(call))
+        if profile is not None:
+            for part, nanoseconds in zip(PARTS, times, strict=True):
+                profile[part] = profile.get(part, 0.0) + nanoseconds / 1e9
         return velocity
 
     def _check_inputs(
@@ -232,7 +250,7 @@ class Executor:
     ) -> PackedLinear:
         weight, bias = weights.pop(f"{prefix}.weight"), weights.pop(f"{prefix}.bias")
         kind = self._kind if kind is None else kind
-        packed = pack(self._library, weight[first:], bias[first:], kind, chunk)
+        packed = pack(self._library, weight[first:], bias[first:], kind, self._memory, chunk)
         self._kept.extend(packed.tensors)
         return packed
 

@@ -4,8 +4,8 @@
 // first, then text, in one buffer a head. K is written in panels of 64 tokens, channel by channel, so
 // that both products have the shape of product.h's inner loop. A task is a head and 48 queries; keys
 // come in chunks of 256 with a running maximum and sum, so that no row of scores leaves L1.
-// Cost: 4 S^2 D operations, 1 exp2 a score (about 8 cycles for 16). K and V of a head (600 KB at 1178
-// tokens) are read from L2 once per 6 queries: 21 bytes a cycle, the limit of this loop on AVX-512.
+// Cost: 4 S^2 D operations, 1 exp2 a score (about 8 cycles for 16). A chunk of K and V is 128 KB at 64
+// channels and is read from L2 by each 6 of the 48 queries, then never again in the task.
 #pragma once
 #include "epilogue.h"
 
@@ -20,11 +20,21 @@ struct Heads {
   float *q, *k, *v;
   int64_t heads, tokens, dim;
 
-  int64_t size() const { return heads * round_up(tokens, PANEL) * dim; }  // floats an image
-  int64_t base(int64_t b, int64_t head) const {
-    return b * size() + head * round_up(tokens, PANEL) * dim;
-  }
+  int64_t padded() const { return round_up(tokens, PANEL); }
+  int64_t size() const { return heads * padded() * dim; }  // floats an image
+  int64_t base(int64_t b, int64_t head) const { return b * size() + head * padded() * dim; }
 };
+
+// x *= factor, under an RMS norm with `weight` where there is one.
+INLINE void scale_head(float* x, int64_t dim, const float* weight, float eps, float factor) {
+  if (weight) {
+    vfloat squares{};
+    for (int64_t d = 0; d < dim; d += LANES) squares += load(x + d) * load(x + d);
+    factor /= std::sqrt(sum(squares) / static_cast<float>(dim) + eps);
+  }
+  for (int64_t d = 0; d < dim; d += LANES)
+    store(x + d, load(x + d) * (weight ? load(weight + d) * factor : splat(factor)));
+}
 
 // Epilogue of the q, k, v product: QK-RMSNorm and the layouts of attention. Softmax's 1 / sqrt(dim)
 // and log2(e) go into q, so that scores are exponents of two.
@@ -57,13 +67,7 @@ struct SplitHeads {
   }
 
   void scale(float* x, const float* weight, float factor) const {
-    if (weight) {
-      vfloat squares{};
-      for (int64_t d = 0; d < to.dim; d += LANES) squares += load(x + d) * load(x + d);
-      factor /= std::sqrt(sum(squares) / static_cast<float>(to.dim) + eps);
-    }
-    for (int64_t d = 0; d < to.dim; d += LANES)
-      store(x + d, load(x + d) * (weight ? load(weight + d) * factor : splat(factor)));
+    scale_head(x, to.dim, weight, eps, factor);
   }
 };
 
@@ -125,21 +129,32 @@ INLINE void weigh(float (*o)[PANEL], const float* shrink, const float* p, const 
   }
 }
 
+// What a query has so far: the weighted sum of values, the largest score and the sum of weights.
+struct Queries {
+  float o[QUERIES][PANEL], maximum[QUERIES], total[QUERIES];
+
+  Queries() {
+    std::memset(o, 0, sizeof o), std::memset(total, 0, sizeof total);
+    std::fill(maximum, maximum + QUERIES, -INFINITY);
+  }
+
+  void write(int64_t dim, int64_t b, int64_t head, int64_t row0, int64_t count, const Joined& out) const {
+    for (int64_t r = 0; r < count; r++) {
+      float* to = out.row(b, row0 + r) + head * dim;
+      for (int64_t d = 0; d < dim; d += LANES) store(to + d, load(o[r] + d) / total[r]);
+    }
+  }
+};
+
+// R queries from `first` of the task on meet one chunk of keys.
 template <int R, int V>
-void attend_rows(const Heads& x, int64_t base, int64_t b, int64_t head, int64_t row, const Joined& out) {
-  float s[R][KEYS], o[R][PANEL] = {}, maximum[R], total[R] = {}, shrink[R];
-  for (int r = 0; r < R; r++) maximum[r] = -INFINITY;
-  const float* q = x.q + base + row * x.dim;
-  for (int64_t key = 0; key < x.tokens; key += KEYS) {
-    const int64_t keys = std::min(KEYS, x.tokens - key);
-    scores<R>(q, x.k + base + key * x.dim, x.dim, s, keys);
-    for (int r = 0; r < R; r++) shrink[r] = softmax_chunk(s[r], keys, maximum[r], total[r]);
-    weigh<R, V>(o, shrink, s[0], x.v + base + key * x.dim, x.dim, keys);
-  }
-  for (int r = 0; r < R; r++) {
-    float* to = out.row(b, row + r) + head * x.dim;
-    for (int64_t d = 0; d < x.dim; d += LANES) store(to + d, load(o[r] + d) / total[r]);
-  }
+void attend_chunk(const Heads& x, int64_t base, const float* q, int64_t key, int64_t keys, int64_t first,
+                  Queries& state) {
+  float s[R][KEYS], shrink[R];
+  scores<R>(q, x.k + base + key * x.dim, x.dim, s, keys);
+  for (int r = 0; r < R; r++)
+    shrink[r] = softmax_chunk(s[r], keys, state.maximum[first + r], state.total[first + r]);
+  weigh<R, V>(state.o + first, shrink, s[0], x.v + base + key * x.dim, x.dim, keys);
 }
 
 struct AttentionGrid {
@@ -155,18 +170,24 @@ inline void attention_task(const Heads& x, const AttentionGrid& grid, int64_t ta
   const int64_t block = task % grid.blocks, head = task / grid.blocks % grid.heads;
   const int64_t b = task / grid.blocks / grid.heads, base = x.base(b, head);
   const int64_t row0 = grid.queries * block / grid.blocks;
-  const int64_t row1 = grid.queries * (block + 1) / grid.blocks;
-  const int64_t groups = ceil_div(row1 - row0, ROWS);
-  for (int64_t group = 0; group < groups; group++) {
-    const int64_t row = row0 + (row1 - row0) * group / groups;
-    const int64_t rows = row0 + (row1 - row0) * (group + 1) / groups - row;
-#define SD35_CALL(R)                                                                \
-  (x.dim % (BLOCK_LANES * LANES) == 0 ? attend_rows<R, BLOCK_LANES>(x, base, b, head, row, out) \
-   : x.dim == 32                      ? attend_rows<R, 32 / LANES>(x, base, b, head, row, out)  \
-                                      : attend_rows<R, 16 / LANES>(x, base, b, head, row, out))
-    SD35_BY_ROWS(rows, SD35_CALL)
+  const int64_t count = grid.queries * (block + 1) / grid.blocks - row0;
+  const int64_t groups = ceil_div(count, ROWS);
+  Queries state;
+  for (int64_t key = 0; key < x.tokens; key += KEYS) {
+    const int64_t keys = std::min(KEYS, x.tokens - key);
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t first = count * group / groups, rows = count * (group + 1) / groups - first;
+      const float* q = x.q + base + (row0 + first) * x.dim;
+#define SD35_CALL(R)                                                                            \
+  (x.dim % (BLOCK_LANES * LANES) == 0                                                           \
+       ? attend_chunk<R, BLOCK_LANES>(x, base, q, key, keys, first, state)                      \
+   : x.dim == 32 ? attend_chunk<R, 32 / LANES>(x, base, q, key, keys, first, state)             \
+                 : attend_chunk<R, 16 / LANES>(x, base, q, key, keys, first, state))
+      SD35_BY_ROWS(rows, SD35_CALL)
 #undef SD35_CALL
+    }
   }
+  state.write(x.dim, b, head, row0, count, out);
 }
 
 }  // namespace sd35

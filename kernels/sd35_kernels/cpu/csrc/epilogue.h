@@ -45,16 +45,11 @@ struct Keep {
   }
 };
 
-// Row `row` of rows to be multiplied next: channels [col, col + cols) of it, as floats or, under one
-// scale, as q + 128. For uint8, `cols` is one chunk.
-INLINE void emit(const Rows& out, int64_t row, int64_t col, const float* v, int64_t cols) {
-  if (!out.scale) {
-    std::memcpy(static_cast<float*>(out.data) + row * out.width + col, v, cols * sizeof(float));
-    return;
-  }
+// Quantise n values under one scale, which is returned: bytes are q + offset, |q| <= 127.
+INLINE float quantise(const float* v, int64_t n, int32_t offset, uint8_t* bytes) {
   // The largest magnitude as an integer: NaN and infinity sort above every number and are kept.
   vint top{};
-  for (int64_t c = 0; c < cols; c += LANES) {
+  for (int64_t c = 0; c < n; c += LANES) {
     vint bits = as_int(load(v + c)) & 0x7fffffff;
     top = bits > top ? bits : top;
   }
@@ -62,14 +57,24 @@ INLINE void emit(const Rows& out, int64_t row, int64_t col, const float* v, int6
   for (int i = 0; i < LANES; i++) most = std::max(most, top[i]);
   float size;
   std::memcpy(&size, &most, sizeof size);
-  const int64_t chunk = col / (out.width / out.chunks);
-  out.scale[row * out.chunks + chunk] = size / 127.0f;
   const float inverse = size > 1e-30f ? 127.0f / size : 0.0f;
-  uint8_t* bytes = static_cast<uint8_t*>(out.data) + row * out.width + col;
-  for (int64_t c = 0; c < cols; c += LANES) {
-    vint q = as_int(load(v + c) * inverse + ROUNDER) - (0x4B400000 - 128);
+  for (int64_t c = 0; c < n; c += LANES) {
+    vint q = as_int(load(v + c) * inverse + ROUNDER) - (0x4B400000 - offset);
     *reinterpret_cast<vbyte_any*>(bytes + c) = __builtin_convertvector(q, vbyte);
   }
+  return size / 127.0f;
+}
+
+// Row `row` of rows to be multiplied next: channels [col, col + cols) of it, as floats or, under one
+// scale, as q + 128. For uint8, `cols` is one chunk.
+INLINE void emit(const Rows& out, int64_t row, int64_t col, const float* v, int64_t cols) {
+  if (!out.scale) {
+    std::memcpy(static_cast<float*>(out.data) + row * out.width + col, v, cols * sizeof(float));
+    return;
+  }
+  const int64_t chunk = col / (out.width / out.chunks);
+  uint8_t* bytes = static_cast<uint8_t*>(out.data) + row * out.width + col;
+  out.scale[row * out.chunks + chunk] = quantise(v, cols, 128, bytes);
 }
 
 // The MLP's hidden layer: GELU, then the layout of the second product.

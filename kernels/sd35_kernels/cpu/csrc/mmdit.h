@@ -7,7 +7,7 @@
 // Source: Esser et al. 2024 (MMDiT); the MMDiT-X blocks of SD3.5-Medium as diffusers has them
 // (models/attention.py, JointTransformerBlock).
 #pragma once
-#include "attention.h"
+#include "attention_int8.h"
 #include "norm.h"
 
 namespace sd35 {
@@ -41,6 +41,7 @@ struct Step {
   float* velocity;
   const uint8_t* skip;  // [layers]
   void* scratch;
+  int64_t* nanoseconds;  // [PARTS] that the time of each part is added to, or null
   int64_t batch, h, w, text, modulation_width, threads;  // h, w in patches
 
   int64_t image() const { return h * w; }
@@ -68,7 +69,11 @@ struct Arena {
 struct Buffers {
   float *x, *text, *attended, *attended_dual, *attended_text, *threads;
   Rows patches, n, n_dual, n_text, mixed, mixed_dual, mixed_text, hidden, hidden_text, last;
-  Heads joint, dual;
+  Heads joint{}, dual{};
+#ifdef __AVX512VNNI__
+  ByteHeads joint_bytes{}, dual_bytes{};
+  static ByteHeads bytes(const Model& m, int64_t batch, int64_t tokens, Arena& arena);
+#endif
 
   static int64_t thread_floats(const Model& m) { return std::max(TILE, 2 * m.width) + 64; }
 
@@ -92,7 +97,14 @@ struct Buffers {
       mixed = arena.rows(m.kind, images, d, 1), mixed_dual = arena.rows(m.kind, images, d, 1);
       mixed_text = arena.rows(m.kind, texts, d, 1);
     }
-    joint = heads(m, s.batch, s.image() + s.text, arena), dual = heads(m, s.batch, s.image(), arena);
+    const int64_t tokens = s.image() + s.text;
+    if (m.kind == FP32) {
+      joint = heads(m, s.batch, tokens, arena), dual = heads(m, s.batch, s.image(), arena);
+      return;
+    }
+#ifdef __AVX512VNNI__
+    joint_bytes = bytes(m, s.batch, tokens, arena), dual_bytes = bytes(m, s.batch, s.image(), arena);
+#endif
   }
 
   static Heads heads(const Model& m, int64_t batch, int64_t tokens, Arena& arena) {
@@ -102,6 +114,18 @@ struct Buffers {
     return h;
   }
 };
+
+#ifdef __AVX512VNNI__
+inline ByteHeads Buffers::bytes(const Model& m, int64_t batch, int64_t tokens, Arena& arena) {
+  ByteHeads h{};
+  h.heads = m.heads, h.tokens = tokens, h.dim = m.head_dim;
+  const int64_t rows = batch * m.heads * h.padded();
+  for (uint8_t** to : {&h.q, &h.k, &h.v}) *to = arena.take<uint8_t>(rows * h.dim);
+  for (float** to : {&h.q_scale, &h.k_scale, &h.v_scale}) *to = arena.take<float>(rows);
+  h.k_start = arena.take<int32_t>(rows);
+  return h;
+}
+#endif
 
 // The modulation vectors of one block, in the order of the caller's table.
 struct BlockModulation {
@@ -144,19 +168,19 @@ struct Walk {
     }
     norm_phase([&](int64_t row, float* n) { modulate_row(row, s.image(), n, table, table + d, f.last); },
                nullptr);
-    Grid grid(images, m.final.n, s.threads);
-    team.tasks(grid.count(), [&](int64_t i) {
+    Grid grid(m.final, images, s.threads);
+    team.tasks(FINAL, grid.count(), [&](int64_t i) {
       product_task(m.final, f.last, grid, i, team.scratch,
                    Unpatchify{s.velocity, s.h, s.w, m.patch, m.out_channels});
     });
   }
 
   void embed() {
-    team.tasks(ceil_div(images, NORM_ROWS), [&](int64_t i) {
+    team.tasks(EMBED, ceil_div(images, NORM_ROWS), [&](int64_t i) {
       for (int64_t row = i * NORM_ROWS; row < std::min(images, (i + 1) * NORM_ROWS); row++) cut(row);
     });
-    Grid grid(images, d, s.threads);
-    team.tasks(grid.count(), [&](int64_t i) {
+    Grid grid(m.embed, images, s.threads);
+    team.tasks(EMBED, grid.count(), [&](int64_t i) {
       product_task(m.embed, f.patches, grid, i, team.scratch,
                    AddPosition{f.x, s.position, s.image(), d});
     });
@@ -190,13 +214,14 @@ struct Walk {
           modulate_row(row, s.image(), n, mod.shift_mlp, mod.scale_mlp, f.n);
         },
         mod.text_shift_mlp, mod.text_scale_mlp);
-    Grid up(images, 4 * d, s.threads, hidden_group()), text_up(texts, 4 * d, s.threads, hidden_group());
+    Grid up(block.image.up, images, s.threads, hidden_group());
+    Grid text_up(block.last ? block.image.up : block.text.up, texts, s.threads, hidden_group());
     if (block.last) text_up.down = 0;
-    team.tasks(up.count() + text_up.count(), [&](int64_t i) {
+    team.tasks(UP, up.count() + text_up.count(), [&](int64_t i) {
       if (i < up.count()) product_task(block.image.up, f.n, up, i, team.scratch, Gelu{f.hidden});
       else product_task(block.text.up, f.n_text, text_up, i - up.count(), team.scratch, Gelu{f.hidden_text});
     });
-    residual(block.image.down, f.hidden, mod.gate_mlp, block.text.down, f.hidden_text,
+    residual(DOWN, block.image.down, f.hidden, mod.gate_mlp, block.text.down, f.hidden_text,
              mod.text_gate_mlp);
   }
 
@@ -214,7 +239,7 @@ struct Walk {
     const int64_t first = ceil_div(images, NORM_ROWS);
     const int64_t second = text_shift ? ceil_div(texts, NORM_ROWS) : 0;
     float* n = team.scratch;
-    team.tasks(first + second, [&](int64_t i) {
+    team.tasks(NORM, first + second, [&](int64_t i) {
       const bool text = i >= first;
       const int64_t row0 = (text ? i - first : i) * NORM_ROWS;
       for (int64_t row = row0; row < std::min(text ? texts : images, row0 + NORM_ROWS); row++) {
@@ -227,14 +252,21 @@ struct Walk {
 
   // q, k, v of image, text and dual attention, written where attention reads them.
   void project(const Block& block) {
+    if (m.kind == FP32) return project_into<SplitHeads>(block, f.joint, f.dual);
+#ifdef __AVX512VNNI__
+    project_into<SplitByteHeads>(block, f.joint_bytes, f.dual_bytes);
+#endif
+  }
+
+  template <class Split, class H>
+  void project_into(const Block& block, const H& joint, const H& own) {
     const Projections &a = block.image.attention, &t = block.text.attention, &b = block.dual;
-    Grid image(images, a.qkv.n, s.threads), text(texts, t.qkv.n, s.threads);
-    Grid dual(images, a.qkv.n, s.threads);
+    Grid image(a.qkv, images, s.threads), text(t.qkv, texts, s.threads), dual = image;
     if (!block.has_dual) dual.down = 0;
-    const SplitHeads to_image{f.joint, a.q_norm, a.k_norm, eps, s.image(), 0, 0};
-    const SplitHeads to_text{f.joint, t.q_norm, t.k_norm, eps, s.text, s.image(), 3 * d - t.qkv.n};
-    const SplitHeads to_dual{f.dual, b.q_norm, b.k_norm, eps, s.image(), 0, 0};
-    team.tasks(image.count() + dual.count() + text.count(), [&](int64_t i) {
+    const Split to_image{joint, a.q_norm, a.k_norm, eps, s.image(), 0, 0};
+    const Split to_text{joint, t.q_norm, t.k_norm, eps, s.text, s.image(), 3 * d - t.qkv.n};
+    const Split to_dual{own, b.q_norm, b.k_norm, eps, s.image(), 0, 0};
+    team.tasks(QKV, image.count() + dual.count() + text.count(), [&](int64_t i) {
       if (i < image.count()) product_task(a.qkv, f.n, image, i, team.scratch, to_image);
       else if ((i -= image.count()) < dual.count())
         product_task(b.qkv, f.n_dual, dual, i, team.scratch, to_dual);
@@ -248,9 +280,15 @@ struct Walk {
     if (!block.has_dual) dual.batch = 0;
     const Joined to{f.attended, f.attended_text, s.image(), s.text, d};
     const Joined to_dual{f.attended_dual, nullptr, s.image(), 0, d};
-    team.tasks(joint.count() + dual.count(), [&](int64_t i) {
-      if (i < joint.count()) attention_task(f.joint, joint, i, to);
-      else attention_task(f.dual, dual, i - joint.count(), to_dual);
+    team.tasks(ATTENTION, joint.count() + dual.count(), [&](int64_t i) {
+      const bool first = i < joint.count();
+      const AttentionGrid& grid = first ? joint : dual;
+      const int64_t task = first ? i : i - joint.count();
+      if (m.kind == FP32) attention_task(first ? f.joint : f.dual, grid, task, first ? to : to_dual);
+#ifdef __AVX512VNNI__
+      else
+        byte_attention_task(first ? f.joint_bytes : f.dual_bytes, grid, task, first ? to : to_dual);
+#endif
     });
   }
 
@@ -258,7 +296,7 @@ struct Walk {
   void requantise(const Block& block) {
     const int64_t first = ceil_div(images, NORM_ROWS), second = block.has_dual ? first : 0;
     const int64_t third = block.last ? 0 : ceil_div(texts, NORM_ROWS);
-    team.tasks(first + second + third, [&](int64_t i) {
+    team.tasks(QUANTISE, first + second + third, [&](int64_t i) {
       if (i < first) quantise_rows(f.attended, images, i, f.mixed);
       else if ((i -= first) < second) quantise_rows(f.attended_dual, images, i, f.mixed_dual);
       else quantise_rows(f.attended_text, texts, i - second, f.mixed_text);
@@ -271,20 +309,20 @@ struct Walk {
   }
 
   void output(const Block& block, const BlockModulation& mod) {
-    residual(block.image.attention.out, f.mixed, mod.gate, block.text.attention.out, f.mixed_text,
+    residual(OUT, block.image.attention.out, f.mixed, mod.gate, block.text.attention.out, f.mixed_text,
              block.last ? nullptr : mod.text_gate);
     if (!block.has_dual) return;
-    residual(block.dual.out, f.mixed_dual, mod.gate2, block.dual.out, f.mixed_dual, nullptr);
+    residual(OUT, block.dual.out, f.mixed_dual, mod.gate2, block.dual.out, f.mixed_dual, nullptr);
   }
 
   // x += gate * layer(rows), for the image stream and, where it has a gate, for text.
-  void residual(const Linear& layer, const Rows& rows, const float* gate, const Linear& text_layer,
+  void residual(Part part, const Linear& layer, const Rows& rows, const float* gate, const Linear& text_layer,
                 const Rows& text_rows, const float* text_gate) {
-    Grid image(images, d, s.threads), text(texts, d, s.threads);
+    Grid image(layer, images, s.threads), text(layer, texts, s.threads);
     if (!text_gate) text.down = 0;
     const AddGated add{f.x, gate, s.modulation_width, s.image(), d};
     const AddGated add_text{f.text, text_gate, s.modulation_width, s.text, d};
-    team.tasks(image.count() + text.count(), [&](int64_t i) {
+    team.tasks(part, image.count() + text.count(), [&](int64_t i) {
       if (i < image.count()) product_task(layer, rows, image, i, team.scratch, add);
       else product_task(text_layer, text_rows, text, i - image.count(), team.scratch, add_text);
     });
@@ -301,7 +339,7 @@ inline void step(const Model& m, const Step& s) {
   Arena arena{static_cast<char*>(s.scratch)};
   Buffers buffers(m, s, arena);
   const int64_t phases = m.layers * PHASES_PER_BLOCK + 8;
-  run_team(static_cast<int>(s.threads), phases, buffers.threads, Buffers::thread_floats(m),
+  run_team(static_cast<int>(s.threads), phases, buffers.threads, Buffers::thread_floats(m), s.nanoseconds,
            [&](Team& team) { Walk{m, s, buffers, team}.run(); });
 }
 

@@ -5,9 +5,10 @@
 // block of rows times a group of panels; its result is a tile in the cache, which an epilogue turns
 // into what the next layer reads (epilogue.h).
 // Cost: 2 M N K operations; in the inner loop 24 multiply-adds for 10 loads, so that 2 multiply-adds
-// a cycle are the limit. Bytes: the weights once per block of 96 rows (from L3 after the first), the
-// activations once per group of 256 channels. K is cut into chunks of about 384 floats, so that the
-// group (393 KB) stays in L2: on a Cascade Lake core 94 -> 104 GFLOP/s against whole rows.
+// a cycle are the limit. It holds while weights and activations come from L2 (148 of 149 GFLOP/s
+// on a Cascade Lake core), so a task's weights are cut to 393 KB of L2 in channels and, for long rows,
+// in K, and its unfinished sums to 262 KB. Memory lies in huge pages: with pages of 4 KB the same loops
+// ran 15 % (float) to 50 % (int8) slower. Prefetching the next rows gave nothing.
 //
 // int8: activations are q + 128 in uint8, weights int8; 128 * (sum of a weight column) is taken off
 // where the accumulators start, so that the operands need no other correction. Scales: one per row of
@@ -26,10 +27,8 @@ namespace sd35 {
 
 constexpr int64_t PANEL = 64;        // output channels of a panel
 constexpr int64_t ROWS = 6;          // rows of the register block
-constexpr int64_t TASK_ROWS = 96;    // rows of a task, at most
-constexpr int64_t TASK_COLS = 256;   // channels of a task, at most
-constexpr int64_t FLOAT_CHUNK = 384;
-constexpr int64_t TILE = TASK_ROWS * TASK_COLS;
+constexpr int64_t GROUP_BYTES = 393216;  // weights of a task that stay in L2
+constexpr int64_t TILE = 65536;          // unfinished sums of a task, in floats
 
 enum Kind : int64_t { FP32 = 0, INT8 = 1 };
 
@@ -94,6 +93,31 @@ void float_block(const float* a, int64_t lda, const float* b, int64_t k, float* 
 }
 
 #ifdef __AVX512VNNI__
+// acc += four products of a uint8 and an int8 a lane. By hand: g++ 12 copies the accumulator of the
+// intrinsic and spills half of the 24 (measured: 445 -> 210 G operations a second).
+INLINE void dot4(__m512i& acc, __m512i x, __m512i w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+}
+
+// The same loop on bytes: b has `ldb` bytes for each four of k.
+template <int R, int V>
+INLINE void multiply(__m512i (&acc)[R][V], const uint8_t* a, int64_t lda, const int8_t* b, int64_t ldb,
+                     int64_t k) {
+  for (int64_t i = 0; i < k; i += 4, b += ldb) {
+    __m512i w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) w[v] = _mm512_loadu_si512(b + v * 64);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(a + r * lda + i));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) dot4(acc[r][v], x, w[v]);
+    }
+  }
+}
+
+INLINE vfloat to_float(__m512i v) { return __builtin_convertvector((vint)v, vfloat); }
+
 template <int R>
 void int8_block(const uint8_t* a, int64_t lda, const int8_t* b, int64_t k, const int32_t* start,
                 const float* scale, int64_t scales, float* tile, int64_t ldt, bool first) {
@@ -102,23 +126,13 @@ void int8_block(const uint8_t* a, int64_t lda, const int8_t* b, int64_t k, const
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < BLOCK_LANES; v++) acc[r][v] = _mm512_loadu_si512(start + v * LANES);
-  for (int64_t i = 0; i < k; i += 4, b += 4 * PANEL) {
-    __m512i w[BLOCK_LANES];
-#pragma GCC unroll 4
-    for (int v = 0; v < BLOCK_LANES; v++) w[v] = _mm512_load_si512(b + v * 64);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(a + r * lda + i));
-#pragma GCC unroll 4
-      for (int v = 0; v < BLOCK_LANES; v++) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], x, w[v]);
-    }
-  }
+  multiply<R, BLOCK_LANES>(acc, a, lda, b, 4 * PANEL, k);
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < BLOCK_LANES; v++) {
       float* out = tile + r * ldt + v * LANES;
-      vfloat part = __builtin_convertvector((vint)acc[r][v], vfloat) * scale[r * scales];
+      vfloat part = to_float(acc[r][v]) * scale[r * scales];
       store(out, first ? part : load(out) + part);
     }
 }
@@ -135,26 +149,34 @@ void int8_block(const uint8_t* a, int64_t lda, const int8_t* b, int64_t k, const
     default: CALL(6); break;     \
   }
 
-// How a product of `m` rows and `n` channels is cut into tasks.
+// How a product of `m` rows is cut into tasks: rows x cols of the result, K in steps.
 struct Grid {
-  int64_t m, n, rows, cols, down, across;
+  int64_t m, n, rows, cols, step, down, across;
 
   // `group`: channels that one task must hold together, or 0.
-  Grid(int64_t m, int64_t n, int64_t threads, int64_t group = 0) : m(m), n(n) {
-    rows = std::max<int64_t>(1, std::min(m, TASK_ROWS));
-    cols = group ? group : std::min(round_up(n, PANEL), TASK_COLS);
-    auto tasks = [&] { return ceil_div(m, rows) * ceil_div(n, cols); };
-    // Smaller tasks where there are few: halves, down to 24 rows and one panel.
-    while (tasks() < 4 * threads && (rows > 24 || (!group && cols > PANEL))) {
-      if (rows > 24 && (group || cols <= PANEL || rows * 2 > cols)) rows = ceil_div(rows, 2);
-      else cols = round_up(ceil_div(cols, 2), PANEL);
+  Grid(const Linear& layer, int64_t m, int64_t threads, int64_t group = 0) : m(m), n(layer.n) {
+    const int64_t size = layer.kind == FP32 ? 4 : 1, whole = layer.k * size;
+    const int64_t least = group ? group : layer.kind == FP32 ? 2 * PANEL : PANEL;
+    cols = std::max(least, std::min<int64_t>(256, GROUP_BYTES / whole / PANEL * PANEL));
+    cols = std::min(cols, round_up(n, PANEL));
+    step = layer.k;
+    if (whole * cols > GROUP_BYTES * 3 / 2) {
+      const int64_t unit = layer.kind == FP32 ? 1 : layer.chunk;
+      step = round_up(ceil_div(layer.k, ceil_div(whole * cols, GROUP_BYTES)), unit);
     }
+    rows = std::max<int64_t>(1, step < layer.k ? std::min(m, TILE / cols) : m);
+    auto tasks = [&] { return ceil_div(m, rows) * ceil_div(n, cols); };
+    // Smaller tasks where there are few: first rows down to 96, then channels, then rows again.
+    while (tasks() < 4 * threads && rows > 96) rows = ceil_div(rows, 2);
+    while (tasks() < 4 * threads && !group && cols > PANEL) cols = round_up(cols / 2, PANEL);
+    while (tasks() < 4 * threads && rows > 24) rows = ceil_div(rows, 2);
     down = ceil_div(m, rows), across = ceil_div(n, cols);
-    rows = ceil_div(m, down);
+    rows = ceil_div(m, std::max<int64_t>(down, 1));
   }
   int64_t count() const { return down * across; }
 };
 
+// One panel of channels from `col` on, K from k0 to k1, into tile.
 INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64_t rows, int64_t col,
                           int64_t k0, int64_t k1, float* tile, int64_t ldt) {
   if (layer.kind == FP32) {
@@ -165,15 +187,17 @@ INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64
 #undef SD35_CALL
   } else {
 #ifdef __AVX512VNNI__
-    const int64_t chunk = k0 / layer.chunk;
-    const int8_t* b = static_cast<const int8_t*>(layer.weight) + col * layer.k + k0 * PANEL;
-    const uint8_t* a = x.bytes(row) + k0;
-    const int32_t* start = layer.start + chunk * round_up(layer.n, PANEL) + col;
-    const float* scale = x.scale + row * x.chunks + chunk;
-#define SD35_CALL(R) \
-  int8_block<R>(a, x.width, b, k1 - k0, start, scale, x.chunks, tile, ldt, k0 == 0)
-    SD35_BY_ROWS(rows, SD35_CALL)
+    for (int64_t k = k0; k < k1; k += layer.chunk) {
+      const int64_t chunk = k / layer.chunk;
+      const int8_t* b = static_cast<const int8_t*>(layer.weight) + col * layer.k + k * PANEL;
+      const uint8_t* a = x.bytes(row) + k;
+      const int32_t* start = layer.start + chunk * round_up(layer.n, PANEL) + col;
+      const float* scale = x.scale + row * x.chunks + chunk;
+      const int64_t size = std::min(layer.chunk, k1 - k);
+#define SD35_CALL(R) int8_block<R>(a, x.width, b, size, start, scale, x.chunks, tile, ldt, k == 0)
+      SD35_BY_ROWS(rows, SD35_CALL)
 #undef SD35_CALL
+    }
 #endif
   }
 }
@@ -184,15 +208,14 @@ void product_task(const Linear& layer, const Rows& x, const Grid& grid, int64_t 
                   Epilogue&& epilogue) {
   const int64_t row0 = task % grid.down * grid.rows, row1 = std::min(row0 + grid.rows, grid.m);
   const int64_t col0 = task / grid.down * grid.cols, col1 = std::min(col0 + grid.cols, grid.n);
-  const int64_t ldt = round_up(col1 - col0, PANEL);
-  const int64_t pieces = ceil_div(layer.k, layer.kind == FP32 ? FLOAT_CHUNK : layer.chunk);
-  const int64_t step = ceil_div(layer.k, pieces), blocks = ceil_div(row1 - row0, ROWS);
-  for (int64_t k0 = 0; k0 < layer.k; k0 += step) {
-    const int64_t k1 = std::min(k0 + step, layer.k);
+  const int64_t ldt = round_up(col1 - col0, PANEL), blocks = ceil_div(row1 - row0, ROWS);
+  const bool once = grid.step >= layer.k;  // then a block of rows is finished before the next
+  for (int64_t k0 = 0; k0 < layer.k; k0 += grid.step) {
+    const int64_t k1 = std::min(k0 + grid.step, layer.k);
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t r0 = row0 + (row1 - row0) * block / blocks;
       const int64_t r1 = row0 + (row1 - row0) * (block + 1) / blocks;
-      float* out = tile + (r0 - row0) * ldt;
+      float* out = tile + (once ? 0 : r0 - row0) * ldt;
       for (int64_t col = col0; col < col1; col += PANEL)
         block_product(layer, x, r0, r1 - r0, col, k0, k1, out + (col - col0), ldt);
       if (k1 < layer.k) continue;
