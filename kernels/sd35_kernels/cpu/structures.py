@@ -129,7 +129,8 @@ class Memory:
         return self._slab[start : start + size].view(dtype)
 
     def _new_slab(self, size: int) -> torch.Tensor:
-        region = mmap.mmap(-1, size + self.PAGE)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory gets no huge pages
+        region = mmap.mmap(-1, size + self.PAGE, flags=private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
                 region.madvise(mmap.MADV_HUGEPAGE)

@@ -25,6 +25,19 @@ struct Heads {
   int64_t base(int64_t b, int64_t head) const { return b * size() + head * padded() * dim; }
 };
 
+// Which of q, k, v and which head a channel belongs to, for heads one after another.
+struct PartAndHead {
+  int64_t part, head, heads;
+
+  PartAndHead(int64_t channel, int64_t dim, int64_t heads) : heads(heads) {
+    const int64_t index = over(channel, dim);
+    part = over(index, heads), head = index - part * heads;
+  }
+  void next() {
+    if (++head == heads) head = 0, part++;
+  }
+};
+
 // x *= factor, under an RMS norm with `weight` where there is one.
 INLINE void scale_head(float* x, int64_t dim, const float* weight, float eps, float factor) {
   if (weight) {
@@ -46,28 +59,25 @@ struct SplitHeads {
   int64_t tokens;  // of this stream in an image
   int64_t offset;  // of this stream's first token in the joint sequence
   int64_t skipped; // channels that the packed weights leave out at the front (q of the last text)
+  float softmax_factor = LOG2_E / std::sqrt(static_cast<float>(to.dim));
 
   void operator()(int64_t row, int64_t col, float* v, int64_t cols) const {
-    const int64_t b = row / tokens, token = row % tokens + offset, dim = to.dim;
-    for (int64_t c = 0; c < cols; c += dim) {
-      const int64_t channel = (skipped + col + c) / dim, part = channel / to.heads;
-      const int64_t base = to.base(b, channel % to.heads);
+    const int64_t b = over(row, tokens), token = row - b * tokens + offset, dim = to.dim;
+    PartAndHead at(skipped + col, dim, to.heads);
+    for (int64_t c = 0; c < cols; c += dim, at.next()) {
+      const int64_t base = to.base(b, at.head), part = at.part;
       float* x = v + c;
       if (part == 0) {
-        scale(x, q_norm, LOG2_E / std::sqrt(static_cast<float>(dim)));
+        scale_head(x, dim, q_norm, eps, softmax_factor);
         std::memcpy(to.q + base + token * dim, x, dim * sizeof(float));
       } else if (part == 1) {
-        scale(x, k_norm, 1.0f);
+        scale_head(x, dim, k_norm, eps, 1.0f);
         float* panel = to.k + base + token / PANEL * PANEL * dim + token % PANEL;
         for (int64_t d = 0; d < dim; d++) panel[d * PANEL] = x[d];
       } else {
         std::memcpy(to.v + base + token * dim, x, dim * sizeof(float));
       }
     }
-  }
-
-  void scale(float* x, const float* weight, float factor) const {
-    scale_head(x, to.dim, weight, eps, factor);
   }
 };
 

@@ -30,15 +30,16 @@ struct SplitByteHeads {
   const float *q_norm, *k_norm;
   float eps;
   int64_t tokens, offset, skipped;
+  float softmax_factor = LOG2_E / std::sqrt(static_cast<float>(to.dim));
 
   void operator()(int64_t row, int64_t col, float* v, int64_t cols) const {
-    const int64_t b = row / tokens, token = row % tokens + offset, dim = to.dim;
-    for (int64_t c = 0; c < cols; c += dim) {
-      const int64_t channel = (skipped + col + c) / dim, part = channel / to.heads;
-      const int64_t base = to.row(b, channel % to.heads), at = base + token;
+    const int64_t b = over(row, tokens), token = row - b * tokens + offset, dim = to.dim;
+    PartAndHead which(skipped + col, dim, to.heads);
+    for (int64_t c = 0; c < cols; c += dim, which.next()) {
+      const int64_t base = to.row(b, which.head), part = which.part, at = base + token;
       uint8_t bytes[PANEL];
       if (part == 0) {
-        scale_head(v + c, dim, q_norm, eps, LOG2_E / std::sqrt(static_cast<float>(dim)));
+        scale_head(v + c, dim, q_norm, eps, softmax_factor);
         to.q_scale[at] = quantise(v + c, dim, 128, to.q + at * dim);
       } else if (part == 1) {
         scale_head(v + c, dim, k_norm, eps, 1.0f);
@@ -65,10 +66,7 @@ struct ValueScales {
     std::memcpy(relative, scale, keys * sizeof(float));
     std::fill(relative + keys, relative + KEYS, 0.0f);
     vfloat top{};
-    for (int64_t i = 0; i < KEYS; i += LANES) {
-      vfloat x = load(relative + i);
-      top = (x > top) | (x != x) ? x : top;
-    }
+    for (int64_t i = 0; i < KEYS; i += LANES) top = larger(top, load(relative + i));
     largest_scale = largest(top);
     const float unit = largest_scale > 0 ? 255.0f / largest_scale : 0.0f;
     for (int64_t i = 0; i < KEYS; i += LANES) store(relative + i, load(relative + i) * unit);

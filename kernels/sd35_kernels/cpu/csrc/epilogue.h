@@ -16,7 +16,7 @@ struct AddGated {
 
   void operator()(int64_t row, int64_t col, const float* v, int64_t cols) const {
     float* out = x + row * width + col;
-    const float* g = gate + row / tokens * gate_stride + col;
+    const float* g = gate + over(row, tokens) * gate_stride + col;
     for (int64_t c = 0; c < cols; c += LANES)
       store(out + c, load(out + c) + load(g + c) * load(v + c));
   }
@@ -29,7 +29,7 @@ struct AddPosition {
   int64_t tokens, width;
 
   void operator()(int64_t row, int64_t col, const float* v, int64_t cols) const {
-    const float* p = position + row % tokens * width + col;
+    const float* p = position + rest(row, tokens) * width + col;
     for (int64_t c = 0; c < cols; c += LANES)
       store(x + row * width + col + c, load(v + c) + load(p + c));
   }
@@ -53,8 +53,7 @@ INLINE float quantise(const float* v, int64_t n, int32_t offset, uint8_t* bytes)
     vint bits = as_int(load(v + c)) & 0x7fffffff;
     top = bits > top ? bits : top;
   }
-  int32_t most = 0;
-  for (int i = 0; i < LANES; i++) most = std::max(most, top[i]);
+  const int32_t most = largest(top);
   float size;
   std::memcpy(&size, &most, sizeof size);
   const float inverse = size > 1e-30f ? 127.0f / size : 0.0f;
@@ -72,7 +71,7 @@ INLINE void emit(const Rows& out, int64_t row, int64_t col, const float* v, int6
     std::memcpy(static_cast<float*>(out.data) + row * out.width + col, v, cols * sizeof(float));
     return;
   }
-  const int64_t chunk = col / (out.width / out.chunks);
+  const int64_t chunk = out.chunks == 1 ? 0 : over(col, over(out.width, out.chunks));
   uint8_t* bytes = static_cast<uint8_t*>(out.data) + row * out.width + col;
   out.scale[row * out.chunks + chunk] = quantise(v, cols, 128, bytes);
 }

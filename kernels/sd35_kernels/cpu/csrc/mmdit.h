@@ -229,7 +229,7 @@ struct Walk {
 
   void modulate_row(int64_t row, int64_t tokens, const float* n, const float* shift, const float* scale,
                     const Rows& out) {
-    const int64_t image = row / tokens * s.modulation_width;
+    const int64_t image = over(row, tokens) * s.modulation_width;
     modulate(n, d, {shift + image, scale + image}, out, row, team.scratch + d);
   }
 

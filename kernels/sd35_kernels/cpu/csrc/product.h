@@ -14,10 +14,6 @@
 // where the accumulators start, so that the operands need no other correction. Scales: one per row of
 // activations and K-chunk, one per output channel. The sum of a chunk is exact in int32: K <= 131,072.
 #pragma once
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 
 #include "team.h"
@@ -52,6 +48,11 @@ struct Rows {
   const float* floats(int64_t row) const { return static_cast<const float*>(data) + row * width; }
   const uint8_t* bytes(int64_t row) const { return static_cast<const uint8_t*>(data) + row * width; }
 };
+
+// Quotients of row and channel numbers in 32 bits: a 64-bit division costs 90 cycles on this side of
+// Ice Lake, as much as 6 rows of GELU.
+INLINE int64_t over(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
+INLINE int64_t rest(int64_t a, int64_t b) { return static_cast<uint32_t>(a) % static_cast<uint32_t>(b); }
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
