@@ -11,6 +11,7 @@ N image and T text tokens; weights are read once a step. Scratch: about 60 · B 
 
 import ctypes
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -255,9 +256,18 @@ class Executor:
         return packed
 
 
+def peak_rate(tier: str, threads: int) -> float:
+    """Time a loop of multiply-adds on registers: the machine's operations a second, now."""
+    loop = library(pick_level()).sd35_peak
+    loop.restype = ctypes.c_double
+    started = time.perf_counter()
+    operations = loop(ctypes.c_int64(KINDS[tier]), ctypes.c_int64(threads))
+    return operations / (time.perf_counter() - started)
+
+
 def hidden_chunk(hidden: int) -> int:
     """Channels of the MLP's hidden layer that share a scale: 256 where that divides it."""
     return next(chunk for chunk in (256, 128, 64, 32, 16) if hidden % chunk == 0)
 
 
-__all__ = ["Executor", "KernelUnavailable", "load"]
+__all__ = ["Executor", "KernelUnavailable", "load", "peak_rate"]

@@ -25,7 +25,8 @@ def velocity(
     """Return what `sd35_kernels.mmdit.Executor.step` returns, in the dtype of its arguments."""
     p, d, batch = config["patch"], config["width"], latents.shape[0]
     h, w = latents.shape[2] // p, latents.shape[3] // p
-    patches = F.unfold(latents, p, stride=p).transpose(1, 2)
+    grid = latents.view(batch, config["in_channels"], h, p, w, p)
+    patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, h * w, -1)
     x, text = linear(weights, "patch", patches) + position, context
     rows = iter(modulation.split(d, dim=1))
     for i in range(config["layers"]):

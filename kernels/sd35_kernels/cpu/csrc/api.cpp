@@ -1,5 +1,6 @@
 // What Python calls, through ctypes: packing, one step, and single operations for tests and benchmarks.
 #include "mmdit.h"
+#include "peak.h"
 
 using namespace sd35;
 
@@ -18,6 +19,8 @@ void sd35_pack_int8(const float* w, int64_t n, int64_t k, int64_t chunk, int8_t*
 }
 
 int64_t sd35_scratch_bytes(const Model* model, const Step* s) { return scratch_bytes(*model, *s); }
+
+double sd35_peak(int64_t kind, int64_t threads) { return peak(kind, threads); }
 
 void sd35_step(const Model* model, const Step* s) { step(*model, *s); }
 }
