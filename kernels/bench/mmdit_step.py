@@ -13,13 +13,15 @@ threads of the process) are kept too: on a machine shared with other work they r
 
 The error is that of the update: ‖out − eager‖ / ‖eager − the same without blocks‖, eager in
 float64 for nano and float32 for a block. A speed at a large error is no peer. Random weights, so
-NNCF's int8 error says nothing of its quality on a trained model. The last line is one JSON document.
+NNCF's int8 error says nothing of its quality on a trained model. The last line is one JSON
+document.
 """
 
 import argparse
 import functools
 import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -27,11 +29,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
-from w8a8_linear import interval, median
 
 from sd35_kernels import reference
 from sd35_kernels.mmdit import KernelUnavailable, load, peak_rate
@@ -123,9 +125,8 @@ class Case:
 
     def compile(self) -> Run:
         """torch.compile with frozen weights."""
-        config = importlib.import_module("torch._inductor.config")
-        config.freezing = True
-        compiled = torch.compile(self.module, fullgraph=True, dynamic=False)
+        frozen = {"freezing": True}
+        compiled = torch.compile(self.module, fullgraph=True, dynamic=False, options=frozen)
         return lambda: compiled(**self.inputs)
 
     @functools.cached_property
@@ -272,6 +273,14 @@ def summarise(
         "missing": missing,
         "rows": rows,
     }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return a 95 % interval of the median: order statistics n/2 ± 0.98·√n."""
+    ordered, n = sorted(values), len(values)
+    low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    high = min(n - 1, math.ceil(n / 2 + 0.98 * math.sqrt(n)) - 1)
+    return ordered[low], ordered[high]
 
 
 def cpu_name() -> str:
