@@ -125,7 +125,7 @@ class Case:
 
     def compile(self) -> Run:
         """torch.compile with frozen weights."""
-        frozen = {"freezing": True}
+        frozen: dict[str, Any] = {"freezing": True}
         compiled = torch.compile(self.module, fullgraph=True, dynamic=False, options=frozen)
         return lambda: compiled(**self.inputs)
 
