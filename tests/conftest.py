@@ -15,6 +15,7 @@ from sd35bench.cli import main
 HERE = Path(__file__).parent
 MODEL = (
     "backends",
+    "core",
     "export",
     "loading",
     "nano",

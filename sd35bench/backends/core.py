@@ -26,12 +26,12 @@ from sd35bench.backends.compiled import CompiledRegion, HowToCompile, hush_dynam
 from sd35bench.backends.pipeline import DiffusersBackend, choice, foreign_errors, refuse_not_finite
 from sd35bench.backends.probes import probe_compiler
 from sd35bench.backends.samplers import own_shift
-from sd35bench.core.executors import EXECUTORS, build, pick
+from sd35bench.core.executors import EXECUTORS, Compile, build, pick
 from sd35bench.core.generate import Ask, Core, SkipLayers, generate
 from sd35bench.core.model import Config, Embedder, Executor, Weights
 from sd35bench.core.schedule import TRAIN_STEPS
 from sd35bench.core.text import CachedText, SD3Text
-from sd35bench.core.vae import LAYOUTS, Choices, Vae
+from sd35bench.core.vae import CHOOSE, WAYS, Choices, Vae
 from sd35bench.core.weights import config_of_diffusers, fuse_diffusers
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
 from sd35bench.evaluations import sampler_order
@@ -42,7 +42,7 @@ from sd35bench.types import Flops, Request, Scalar, Task, content_hash
 
 QUANTISATIONS = {"none": "exact", "int8": "int8"}
 """Options, and the executor's tier that each asks for."""
-VAE_LAYOUTS = ("auto", *LAYOUTS)
+VAE_WAYS = (*CHOOSE, *WAYS)
 TEXT_CACHES = ("negative", "all")
 PLAIN_SCHEDULE = {
     "use_dynamic_shifting": False,
@@ -61,11 +61,11 @@ class CoreBackend(DiffusersBackend):
     """SD3's denoiser on fused weights in a loop of our own.
 
     Options: `dtype` (fp32, bf16), `device`, `executor` (cpp, compile, torch; auto: the fastest for
-    the device), `vae` (memory layout of the decoder; auto: the faster by timing), `text_cache`
-    (negative: only negative prompts are kept, so that an image's time is that of a new prompt; all:
-    prompts too). Lossy, off by default: `quantisation` (int8: 8-bit products, C++ only),
-    `guidance_interval` (LO-HI: fractions of the steps between which guidance acts), `step_cache`
-    (N: of N steps one is evaluated, the others are predicted).
+    the device), `vae` (contiguous, channels_last, compiled; auto: the faster layout by timing;
+    tuned: the fastest of all), `text_cache` (negative: only negative prompts are kept, so that an
+    image's time is that of a new prompt; all: prompts too). Lossy, off by default: `quantisation`
+    (int8: 8-bit products, C++ only), `guidance_interval` (LO-HI: fractions of the steps between
+    which guidance acts), `step_cache` (N: of N steps one is evaluated, the others are predicted).
     """
 
     options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
@@ -101,7 +101,7 @@ class CoreBackend(DiffusersBackend):
                 f"backend {self._load.backend.name} runs SD3's denoiser; a model of the family"
                 f" {self._load.model.family!r} runs on the eager and compile backends"
             )
-        self._region: CompiledRegion | None = None
+        self._regions: dict[str, CompiledRegion] = {}
         self._settled = False
         _refuse_other_schedules(pipe.scheduler)
         dtype = DTYPES[self._dtype]
@@ -113,13 +113,13 @@ class CoreBackend(DiffusersBackend):
         gc.collect()
         embedder = Embedder(config, fused, dtype)
         kept = choice("text_cache", self.asked["text_cache"], TEXT_CACHES)
-        layout = choice("vae", self.asked["vae"], VAE_LAYOUTS)
+        way = choice("vae", self.asked["vae"], VAE_WAYS)
         self._core: Core | None = Core(
             config=config,
             embedder=embedder,
             executor=self._executor(config, fused),
             text=CachedText(_text(pipe, config)),
-            vae=Vae(pipe.vae, layout, Choices(self._choices_path())),
+            vae=Vae(pipe.vae, way, Choices(self._choices_path()), self._compile("vae_decoder")),
             device=self.device,
             dtype=dtype,
             spatial=pipe.vae_scale_factor,
@@ -152,8 +152,8 @@ class CoreBackend(DiffusersBackend):
         Raises: UnsupportedRequest, OutOfMemory, InvalidImage, BackendError.
         """
         self._refuse(requests, inits)
-        if self._region is not None:
-            self._region.sealed = self._settled and self.timed
+        for region in self._regions.values():
+            region.sealed = self._settled and self.timed
         core, first = self._core, requests[0]
         assert core is not None
         order, stamp = sampler_order(first.sampler), self._clock.stamp
@@ -204,7 +204,7 @@ class CoreBackend(DiffusersBackend):
 
     def close(self) -> None:
         """Drop the core too."""
-        self._core = self._region = None
+        self._core, self._regions = None, {}
         super().close()
 
     def _executor(self, config: Config, fused: Weights) -> Executor:
@@ -227,7 +227,7 @@ class CoreBackend(DiffusersBackend):
                 fused,
                 tier=tier,
                 threads=self._load.threads,
-                compiled=self._compiled,
+                compiled=self._compile("denoiser"),
             )
         except KernelUnavailable as exc:
             raise OptimizationNotApplied(
@@ -235,28 +235,32 @@ class CoreBackend(DiffusersBackend):
                 " backend.executor=torch runs everywhere"
             ) from exc
 
-    def _compiled(self, function: Callable[..., torch.Tensor]) -> CompiledRegion:
-        """Compile the step for each shape, one graph without breaks, kept on disk."""
-        hush_dynamo()
-        how = HowToCompile(
-            compiler="inductor",
-            mode="default",
-            fullgraph=True,
-            dynamic=False,
-            cuda_graphs=False,
-            cache_dir=cache_folder(),
-        )
-        self._region = CompiledRegion("denoiser", function, how)
-        return self._region
+    def _compile(self, name: str) -> Compile:
+        """Return what compiles a function for each shape: one graph, kept on disk."""
+
+        def compiled(function: Callable[..., torch.Tensor]) -> CompiledRegion:
+            hush_dynamo()
+            how = HowToCompile(
+                compiler="inductor",
+                mode="default",
+                fullgraph=True,
+                dynamic=False,
+                cuda_graphs=False,
+                cache_dir=cache_folder(),
+            )
+            self._regions[name] = CompiledRegion(name, function, how)
+            return self._regions[name]
+
+        return compiled
 
     def _take_faults(self) -> None:
-        """Refuse an image during which the step did not run compiled.
+        """Refuse an image during which something that is compiled did not run so.
 
         Raises: OptimizationNotApplied.
         """
-        faults = [] if self._region is None else list(dict.fromkeys(self._region.take_faults()))
+        faults = [fault for region in self._regions.values() for fault in region.take_faults()]
         if faults:
-            raise OptimizationNotApplied("; ".join(faults))
+            raise OptimizationNotApplied("; ".join(dict.fromkeys(faults)))
 
     def _choices_path(self) -> Path:
         """Where what was timed is kept: a file for each model, machine and version of torch."""
@@ -298,8 +302,8 @@ class CoreBackend(DiffusersBackend):
         core = self._core
         assert core is not None
         return {
-            "compile": None if self._region is None else asdict(self._region.counts),
-            "vae_layout": dict(core.vae.chosen),
+            "compile": {name: asdict(region.counts) for name, region in self._regions.items()},
+            "vae": dict(core.vae.chosen),
             "text_cache": {
                 "kept": self.asked["text_cache"],
                 "hits": core.text.hits,

@@ -1,32 +1,43 @@
 """The autoencoder around the denoising loop: init images in, pixels out.
 
-Decoding 512 px is 2.5 TFLOP of convolutions, about one denoising step. Their speed depends on the
-memory layout, and which one wins on the shape and the machine: both are timed on the first image of
-a shape, and the answer is kept on disk for the next process.
+Decoding 512 px is 2.5 TFLOP of convolutions, about one denoising step. How fast they are depends
+on the memory layout, and on whether a compiler fuses the norms and activations between them; who
+wins depends on the shape and the machine. So the ways are timed on the first image of a shape, and
+the answer is kept on disk for the next process. Compiling takes a minute for each shape, so it is
+among the ways only where that is asked for.
 """
 
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+EAGER = ("contiguous", "channels_last")
+WAYS = (*EAGER, "compiled")
+"""How the decoder runs: two memory layouts as they are, and compiled in the second."""
+FORMATS = {"contiguous": "contiguous_format", "channels_last": "channels_last"}
+CHOOSE = {"auto": EAGER, "tuned": WAYS}
+"""Words for "the fastest of these"."""
 TIMED = 3
-"""Runs of each layout; the shortest counts. The first of a layout pays for oneDNN's primitives."""
+"""Runs of each way; the shortest counts, the first pays for the compiler."""
 
 
 class Vae:
-    """An `AutoencoderKL`; `layout` is a key of `LAYOUTS`, or "auto": the faster one by timing."""
+    """An `AutoencoderKL`; `way` is one of `WAYS`, or a word of `CHOOSE`."""
 
-    def __init__(self, module: Any, layout: str, choices: "Choices") -> None:
-        """Wrap the loaded autoencoder."""
-        self._module, self._layout, self._choices = module, layout, choices
-        self._current = "contiguous"
+    def __init__(
+        self, module: Any, way: str, choices: "Choices", compiled: Callable[[Any], Any]
+    ) -> None:
+        """Wrap the loaded autoencoder; `compiled` is torch.compile, or what stands in for it."""
+        self._module, self._way, self._choices = module, way, choices
+        self._layout = "contiguous"
+        can_compile = way in ("compiled", "tuned")
+        self._compiled = compiled(module.decoder.forward) if can_compile else None
         self.chosen: dict[str, str] = {}
 
     @torch.inference_mode()
@@ -34,7 +45,8 @@ class Vae:
         """Decode scaled latents [B, C, h, w] into pixels [B, 3, H, W], about -1 to 1."""
         config = self._module.config
         z = (latents / config.scaling_factor) + config.shift_factor
-        return self._decode(z.to(self._module.dtype), self._choose(z))
+        z = z.to(self._module.dtype)
+        return self._decode(z, self._choose(z))
 
     @torch.inference_mode()
     def encode(
@@ -50,37 +62,46 @@ class Vae:
             found.append(module.encode(pixels).latent_dist.sample(generator))
         return (torch.cat(found) - config.shift_factor) * config.scaling_factor
 
-    def _decode(self, z: torch.Tensor, layout: str) -> torch.Tensor:
-        self._lay(layout)
-        return self._module.decode(z.contiguous(memory_format=LAYOUTS[layout])).sample
+    def _decode(self, z: torch.Tensor, way: str) -> torch.Tensor:
+        module = self._module
+        if way == "contiguous":
+            self._lay(way)
+            return module.decode(z.contiguous()).sample
+        self._lay("channels_last")
+        z = z.contiguous(memory_format=torch.channels_last)
+        if way == "channels_last":
+            return module.decode(z).sample
+        assert self._compiled is not None
+        last = module.post_quant_conv
+        return self._compiled(z if last is None else last(z))
 
     def _lay(self, layout: str) -> None:
-        if layout != self._current:
-            self._module.decoder.to(memory_format=LAYOUTS[layout])
-            self._current = layout
+        if layout != self._layout:
+            self._module.decoder.to(memory_format=getattr(torch, FORMATS[layout]))
+            self._layout = layout
 
     def _choose(self, z: torch.Tensor) -> str:
         shape = "x".join(map(str, z.shape))
         if shape not in self.chosen:
-            chosen = self._layout
-            if chosen == "auto":
-                chosen = self._choices.get(f"vae {shape}") or self._time(z.to(self._module.dtype))
-                self._choices.set(f"vae {shape}", chosen)
+            name, chosen = f"vae {self._way} {shape}", self._way
+            if self._way in CHOOSE:
+                chosen = self._choices.get(name) or self._time(z)
+                self._choices.set(name, chosen)
             self.chosen[shape] = chosen
         return self.chosen[shape]
 
     def _time(self, z: torch.Tensor) -> str:
         took_s = {}
-        for layout in LAYOUTS:
+        for way in CHOOSE[self._way]:
             runs = []
             for _ in range(TIMED):
                 started = time.perf_counter()
-                self._decode(z, layout)
+                self._decode(z, way)
                 if z.is_cuda:
                     torch.cuda.synchronize()
                 runs.append(time.perf_counter() - started)
-            took_s[layout] = min(runs)
-        return min(took_s, key=lambda layout: took_s[layout])
+            took_s[way] = min(runs)
+        return min(took_s, key=lambda way: took_s[way])
 
 
 class Choices:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sd35bench.backends.base import Backend
 from sd35bench.backends.core import CoreBackend
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.core import samplers
+from sd35bench.errors import OptimizationNotApplied
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request, SkipLayerGuidance
 from tests.backends.bare import I2I, SKIPPING, batch, make_inits
 from tests.backends.conftest import NANO, make_load
@@ -122,6 +124,35 @@ def test_nano_is_eagers(changes: dict[str, int]) -> None:
         backend.close()
     print(f"nano {changes}: {found:.2e}")
     assert found <= EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_is_eagers_and_a_second_start_does_not_compile(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The executor for GPUs, rehearsed: one graph a shape, none while an image is timed."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    options = {"device": "cpu", "executor": "compile", "vae": "compiled"}
+    requests = batch(2)
+    reference = EagerBackend(make_load(tiny_path))
+    reference.keep_latents = True
+    for start in range(2):
+        core = CoreBackend(make_load(tiny_path, "core", **options))
+        core.keep_latents, core.timed = True, False
+        assert apart((core, reference), requests) <= EXACT
+        core.settle()
+        core.timed = True
+        assert apart((core, reference), requests) <= EXACT
+        counts = core.in_force["compile"]
+        assert set(counts) == {"denoiser", "vae_decoder"}
+        for part in counts.values():
+            assert part["graphs"] == 1
+            assert (part["cache_misses"] == 0) == (start == 1)
+        with pytest.raises(OptimizationNotApplied, match="compiled while an image waited"):
+            core.generate(batch(1), [None])
+        core.close()
+        torch._dynamo.reset()
 
 
 @pytest.mark.slow
