@@ -28,6 +28,16 @@ def pair_key(trial: Trial) -> PairKey:
     return pair_identity(trial.request)
 
 
+def known_digest(load: Load) -> str | None:
+    """The digest of the weights; ``None`` of a hosted service, which does not tell it."""
+    return None if is_hosted(load) else load.model.weights_digest
+
+
+def known_threads(load: Load) -> int | None:
+    """The threads that made the images; ``None`` of a hosted service, which does not tell them."""
+    return None if is_hosted(load) else load.threads
+
+
 def is_hosted(load: Load) -> bool:
     """Whether a hosted service makes the images; its backends alone have a base URL."""
     return "base_url" in load.backend.options
@@ -62,10 +72,10 @@ def setting_fields(record: Record) -> dict[str, Any]:
     return {
         "setting": setting_key(record.trial),
         "model": load.model.name,
-        "weights_digest": None if is_hosted(load) else load.model.weights_digest,
+        "weights_digest": known_digest(load),
         "backend": load.backend.name,
         "backend_options": dict(load.backend.options),
-        "threads": None if is_hosted(load) else load.threads,
+        "threads": known_threads(load),
         **asked_fields(record.trial.request),
     }
 

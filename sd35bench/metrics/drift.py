@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.drift import psnr_db
-from sd35bench.analysis.settings import is_hosted
+from sd35bench.analysis.settings import known_digest, known_threads
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, Pair, PairMetric, Value, require_uint8_rgb
 from sd35bench.metrics.flip import PIXELS_PER_DEGREE, flip
@@ -59,15 +59,16 @@ class Drift(PairMetric):
         """By trial key, the reference's records of the same request, like with like first."""
         models: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record in records:
-            model = record.trial.load.model
-            if not is_hosted(record.trial.load):
-                models[model.name, model.weights_digest].append(record)
-        # A service does not tell its weights' digest: the one with the most images is meant.
+            load = record.trial.load
+            digest = known_digest(load)
+            if digest is not None:
+                models[load.model.name, digest].append(record)
+        # Without a digest the weights with the most images are meant.
         most = sorted(models, key=lambda key: (len(models[key]), key))
         by_name = dict(most)
         for record in records:
             name = record.trial.load.model.name
-            if is_hosted(record.trial.load):
+            if known_digest(record.trial.load) is None:
                 models[name, by_name.get(name, "")].append(record)
         found: dict[str, list[Record]] = {}
         for rows in models.values():
@@ -130,11 +131,10 @@ class _Standard:
         self.identity = max(sizes, key=rank)
         own = [r for r in named if _identity(r.trial.load.backend) == self.identity]
         threads = {r.trial.load.threads for r in own}
-        # A service's thread count says nothing, unless there is no other.
-        hosted = is_hosted(own[0].trial.load)
-        here = (r.trial.load for r in everyone if hosted or not is_hosted(r.trial.load))
-        all_threads = (load.threads for load in here)
-        self.threads = _commonest(t for t in all_threads if t in threads)
+        # A thread count that nobody told says nothing, unless there is no other.
+        told = [t for r in everyone if (t := known_threads(r.trial.load)) in threads]
+        every = [r.trial.load.threads for r in everyone]
+        self.threads = _commonest(told if told else [t for t in every if t in threads])
         alone = any(r.trial.batch_size == 1 for r in own)
         self.batch_size = 1 if alone else _commonest(r.trial.batch_size for r in own)
         self.by_request: dict[Request, list[Record]] = defaultdict(list)
@@ -144,7 +144,8 @@ class _Standard:
     def candidates(self, record: Record) -> list[Record]:
         """The reference's records for this one, best first; empty for the standard itself."""
         load, batch_size = record.trial.load, record.trial.batch_size
-        threads = self.threads if is_hosted(load) else load.threads
+        told = known_threads(load)
+        threads = self.threads if told is None else told
         found = self.by_request.get(record.trial.request, [])
         if _identity(record.trial.load.backend) == self.identity:
             # Its own noise: held against standard threads and, unless these differ, batch size.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sd35bench.analysis.settings import is_hosted
+from sd35bench.analysis.settings import known_digest
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import (
     METRICS,
@@ -130,10 +130,9 @@ def _has_contestants(records: Sequence[Record], options: Options) -> bool:
 
 
 def _same_model(a: Load, b: Load) -> bool:
-    """By name and digest; a hosted service does not tell its weights' digest."""
-    untold = is_hosted(a) or is_hosted(b)
-    alike = untold or a.model.weights_digest == b.model.weights_digest
-    return a.model.name == b.model.name and alike
+    """By name, and by digest where both tell it."""
+    digests = {known_digest(a), known_digest(b)}
+    return a.model.name == b.model.name and (len(digests) == 1 or None in digests)
 
 
 def _load(name: str, options: Options, only_nano: bool) -> Metric:

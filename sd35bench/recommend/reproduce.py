@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.settings import is_hosted, shared_negatives
+from sd35bench.analysis.settings import known_digest, known_threads, shared_negatives
 from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.fields import FIELDS, SETTING, is_unasked, later_asked
@@ -86,7 +86,7 @@ def _said(load: Load, request: Request, skip_layers: str | None) -> dict[str, st
 
 def remote_overrides(loads: Iterable[Load]) -> dict[str, str]:
     """Overrides that say where hosted backends among `loads` are called; empty without any."""
-    options = [load.backend.options for load in loads if is_hosted(load)]
+    options = [o for load in loads if "base_url" in (o := load.backend.options)]
     urls = sorted({str(o["base_url"]) for o in options})
     found = {"remote.base_url": ",".join(urls)} if urls else {}
     slugs = sorted({str(o["slug"]) for o in options if o.get("slug") is not None})
@@ -105,10 +105,10 @@ def results_dir_of(path: Path) -> str | None:
 def _options(load: Load) -> list[str]:
     """A backend's options as overrides; a hosted one's live under `remote.`."""
     own = sorted(load.backend.options.items())
-    if not is_hosted(load):
-        return [f"backend.{k}={_text(v)}" for k, v in own] + [f"threads={load.threads}"]
     parts = [f"{k}={v}" for k, v in remote_overrides([load]).items()]
-    return parts + [f"backend.{k}={_text(v)}" for k, v in own if k not in ("base_url", "slug")]
+    parts += [f"backend.{k}={_text(v)}" for k, v in own if k not in ("base_url", "slug")]
+    threads = known_threads(load)
+    return parts if threads is None else [*parts, f"threads={threads}"]
 
 
 def snippet(record: Record, init_path: Path | None) -> str | None:
@@ -118,7 +118,11 @@ def snippet(record: Record, init_path: Path | None) -> str | None:
     hosted service made, and what no argument of its pipelines says.
     """
     load, request = record.trial.load, record.trial.request
-    if is_hosted(load) or load.model.weights != "checkpoint" or load.model.components is not None:
+    if (
+        known_digest(load) is None
+        or load.model.weights != "checkpoint"
+        or load.model.components is not None
+    ):
         return None
     if later_asked(request):
         return None
