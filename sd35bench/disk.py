@@ -7,8 +7,12 @@ recognised by their place, and are no damage.
 import contextlib
 import errno
 import fcntl
+import functools
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +20,10 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from sd35bench.errors import DiskFull, StoreError
+from sd35bench.errors import DiskFull, StoreError, StudyGone
 
 T = TypeVar("T")
+_TEMPORARY = re.compile(r"\.sd35bench-([0-9a-f]{8})-([0-9]{1,9})-.+\.tmp")
 
 
 def decode_line(line: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
@@ -82,7 +87,7 @@ def append_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".sd35bench-{_processes()}-{os.getpid()}-{path.name}.tmp")
     with disk_errors(path, cleanup=lambda: temporary.unlink(missing_ok=True)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -90,6 +95,90 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether a file's name is that of a temporary file of ours whose process is dead."""
+    found = _TEMPORARY.fullmatch(name)
+    return found is not None and found[1] == _processes() and not _is_alive(int(found[2]))
+
+
+@functools.cache
+def _processes() -> str:
+    """Eight hex digits for what numbers processes: this machine, and its container."""
+    with contextlib.suppress(OSError):
+        return _digest(platform.node() + os.readlink("/proc/self/ns/pid"))
+    return _digest(platform.node())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class LineFile:
+    """A file of one writer's own: each line is whole and on disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is created until the first line."""
+        self.path = path
+        self._handle: int | None = None
+        self._bytes = 0
+
+    def append(self, data: bytes) -> None:
+        """Add a line, or leave the file as it was: a torn line may only be last.
+
+        Raises: DiskFull, StoreError; StudyGone where the file was moved or deleted meanwhile.
+        """
+        with disk_errors(self.path):
+            if self._handle is None:
+                self._open()
+            assert self._handle is not None
+            self._require_linked(self._handle)
+            try:
+                if os.write(self._handle, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._handle)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._handle, self._bytes)
+                raise
+            self._bytes += len(data)
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _open(self) -> None:
+        """Open it, and have its name on disk as well."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._handle = os.open(self.path, flags, 0o644)
+        self._bytes = os.fstat(self._handle).st_size
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _require_linked(self, handle: int) -> None:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                return
+        raise StudyGone(
+            f"{self.path} was moved or deleted while it was written; put its study back and run"
+            " the same command again"
+        )
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -17,6 +17,7 @@
     ├── MetricError              a metric cannot be computed, and what it would need
     └── StoreError               a study on disk cannot be read or written
         ├── StudyLocked              another process is writing this study
+        ├── StudyGone                paused: its folder was moved or deleted while it was written
         └── DiskFull                 paused: free some space and run the same command again
 
 Messages say what was wrong, where, and what to do. Foreign errors become these at the edge,
@@ -38,6 +39,7 @@ __all__ = [
     "RemoteError",
     "SD35BenchError",
     "StoreError",
+    "StudyGone",
     "StudyLocked",
     "UnsafeAddress",
     "UnsupportedRequest",
@@ -113,6 +115,10 @@ class StoreError(SD35BenchError):
 
 class StudyLocked(StoreError):
     """Another process is writing this study."""
+
+
+class StudyGone(StoreError):
+    """A study's folder was moved or deleted while it was written."""
 
 
 class DiskFull(StoreError):

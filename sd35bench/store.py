@@ -10,7 +10,7 @@
       records.parquet …       derived views; delete them whenever you like
 
 Nothing is ever rewritten. A writer that dies leaves at most a torn last line, which readers
-ignore, and at most one image that no record names, which the next writer sweeps away. Locks are
+ignore, and at most one image that no record names, which stays until `clean` moves it. Locks are
 kernel locks (flock): they end with the process that held them, so none can be stale. Writers of
 different loads may share a study; a second writer of the same load is refused.
 """
@@ -21,19 +21,22 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
 from PIL import Image
 
 from sd35bench.disk import (
+    LineFile,
     decode_line,
     disk_errors,
+    is_abandoned,
     open_lock,
     read_lines,
     try_flock,
@@ -43,6 +46,8 @@ from sd35bench.errors import StoreError, StudyLocked
 from sd35bench.types import Load, Record, Session, Status, to_json
 
 SCHEMA = 1
+_STORED = re.compile(r"[0-9a-f]{64}\.[a-z]+")
+_NUMBER = re.compile(r"([0-9]{6,9})-[0-9]{8}T")
 IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
 
 
@@ -57,11 +62,22 @@ class Score:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-def new_shard_id() -> str:
-    """Name a shard so that names sort by time and no two processes share one."""
+def new_shard_id(*folders: Path) -> str:
+    """Name a shard that comes after all shards in `folders`, whatever the clock says.
+
+    The number in front decides, the time only between shards of one number: two processes or
+    machines that write at once. No two processes share a name.
+    """
+    last = max((shard_order(p)[0] for folder in folders for p in folder.glob("*")), default=0)
     now = time.time_ns()
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now // 10**9))
-    return f"{stamp}.{now % 10**9:09d}-{os.getpid()}"
+    return f"{last + 1:06d}-{stamp}.{now % 10**9:09d}-{os.getpid()}"
+
+
+def shard_order(path: Path) -> tuple[int, str]:
+    """Sorts shards from the oldest to the newest: by number, then by name; names had no number."""
+    found = _NUMBER.match(path.name)
+    return (0 if found is None else int(found[1]), path.name)
 
 
 def image_digests(folder: Path) -> set[str]:
@@ -91,7 +107,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         """Nothing is created until the first line."""
         self.path = path
-        self._file: IO[bytes] | None = None
+        self._file = LineFile(path)
 
     def append_session(self, session: Session) -> None:
         """Append one worker's session."""
@@ -103,17 +119,11 @@ class Shard:
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        with disk_errors(self.path):
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - kept open
-            self._file.write(data)
-            os.fsync(self._file.fileno())
+        self._file.append(data)
 
 
 T = TypeVar("T")
@@ -128,8 +138,8 @@ class _Shards(Generic[T]):
         self._kept: dict[Path, tuple[tuple[int, int, int], list[T]]] = {}
 
     def lines(self) -> Iterator[T]:
-        """Every line of every shard, in the order of the shards' names."""
-        for path in sorted(self._folder.glob("*.jsonl")):
+        """Every line of every shard, the oldest first."""
+        for path in sorted(self._folder.glob("*.jsonl"), key=shard_order):
             # The stamp is taken before the read: what is appended meanwhile changes it again.
             found = path.stat()
             stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
@@ -221,6 +231,10 @@ class Study:
 
     # Records -----------------------------------------------------------------------------------
 
+    def new_shard_id(self) -> str:
+        """Name a shard that comes after all others of the study, ledgers included."""
+        return new_shard_id(self.path / "journal", self.path / "remote")
+
     def shard(self, shard_id: str) -> Shard:
         """Open a new journal shard of this writer's own."""
         return Shard(self.path / "journal" / f"{shard_id}.jsonl")
@@ -228,9 +242,20 @@ class Study:
     def records(self) -> list[Record]:
         """Read every trial's last record, in the order in which keys first appeared.
 
+        A record with its image wins over failures, whichever is later: the image is there.
+
         Raises: StoreError for a damaged journal.
         """
-        return list({record.trial.key: record for record in self.all_records()}.values())
+        last: dict[str, Record] = {}
+        there: set[str] | None = None
+        for record in self.all_records():
+            before = last.get(record.trial.key)
+            if before is not None and before.status is Status.OK is not record.status:
+                there = image_digests(self.path / "images") if there is None else there
+                if before.image in there:
+                    continue
+            last[record.trial.key] = record
+        return list(last.values())
 
     def all_records(self) -> Iterator[Record]:
         """Read every record, those that a later one of the same trial replaces too."""
@@ -313,7 +338,8 @@ class Study:
         """Append scores of one metric in a shard of their own, on disk when this returns."""
         lines = [json.dumps(to_json(row), allow_nan=False) for row in rows]
         if lines:
-            path = self.path / "scores" / f"{new_shard_id()}-{metric}.jsonl"
+            folder = self.path / "scores"
+            path = folder / f"{new_shard_id(folder)}-{metric}.jsonl"
             write_atomic(path, ("\n".join(lines) + "\n").encode())
 
     def scores(self) -> list[Score]:
@@ -343,17 +369,21 @@ class Study:
     def append_machine(self, found: dict[str, Any]) -> None:
         """Keep one measurement of a machine's limits (see `sd35bench.machine`) in its own file."""
         data = json.dumps(found, allow_nan=False).encode() + b"\n"
-        write_atomic(self.path / "machine" / f"{new_shard_id()}.json", data)
+        folder = self.path / "machine"
+        write_atomic(folder / f"{new_shard_id(folder)}.json", data)
 
     def machine(self) -> list[dict[str, Any]]:
         """Read the measurements of the machines that ran this study, the latest last."""
-        return [json.loads(p.read_bytes()) for p in sorted((self.path / "machine").glob("*.json"))]
+        return [
+            json.loads(p.read_bytes())
+            for p in sorted((self.path / "machine").glob("*.json"), key=shard_order)
+        ]
 
     # Locks and sweeping ------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self, load_key: str) -> Iterator[None]:
-        """Hold this load's lock; the first writer in sweeps up what a killed one left.
+        """Hold this load's lock; the first writer in removes the temporary files of dead ones.
 
         Raises: StudyLocked if another process runs the same load on this study.
         """
@@ -366,19 +396,25 @@ class Study:
                     " wait for it, or use another study= name"
                 )
             if try_flock(shared, fcntl.LOCK_EX):
-                self._sweep()
+                self._remove_abandoned()
             fcntl.flock(shared, fcntl.LOCK_SH)
             yield
 
-    def _sweep(self) -> None:
-        """Remove temporary files, and images and latents that no record names."""
-        for path in self.path.rglob("*.tmp"):
-            path.unlink(missing_ok=True)
+    def _remove_abandoned(self) -> None:
+        """Remove temporary files of ours whose process is dead; nothing else is ever deleted."""
+        for path in self.path.rglob(".sd35bench-*.tmp"):
+            if is_abandoned(path.name):
+                path.unlink(missing_ok=True)
+
+    def unnamed(self) -> list[Path]:
+        """Files of images and latents that no record names; they are kept.
+
+        A killed writer leaves one at most; many mean that the journal lacks a shard, or that
+        another study shares the folder.
+        """
         named = {name for r in self.all_records() for name in (r.image, r.latents)}
-        for folder in ("images", "latents"):
-            for path in (self.path / folder).glob("*/*"):
-                if path.stem not in named:
-                    path.unlink(missing_ok=True)
+        files = (p for name in ("images", "latents") for p in (self.path / name).glob("*/*"))
+        return sorted(p for p in files if _STORED.fullmatch(p.name) and p.stem not in named)
 
     # Derived views -----------------------------------------------------------------------------
 

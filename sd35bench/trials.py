@@ -30,7 +30,7 @@ from sd35bench.fields import work_identity
 from sd35bench.limits import Limits, work_of
 from sd35bench.plan import Batch, Plan
 from sd35bench.process import WorkerProcess
-from sd35bench.store import Shard, Study, new_shard_id
+from sd35bench.store import Shard, Study
 from sd35bench.types import Record, Session, Status, Trial
 from sd35bench.worker import Answer, Failed, Job, Made
 
@@ -143,7 +143,7 @@ class Run:
     def new_session(self) -> None:
         """Go on in a new shard, which is named like its session."""
         self.close()
-        self.session_id = new_shard_id()
+        self.session_id = self.study.new_shard_id()
         self._shard = self.study.shard(self.session_id)
 
     def close(self) -> None:

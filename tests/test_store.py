@@ -2,6 +2,9 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
+import subprocess
+import time
 import types
 import typing
 from enum import StrEnum
@@ -12,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd35bench import store
-from sd35bench.errors import DiskFull, StoreError, StudyLocked
+from sd35bench.disk import _processes
+from sd35bench.errors import DiskFull, StoreError, StudyGone, StudyLocked
 from sd35bench.fields import make_trial
 from sd35bench.store import Score, Study, new_shard_id
 from sd35bench.types import (
@@ -289,18 +293,134 @@ def test_lock_refuses_the_same_load_and_lets_another_in(tmp_path):
         pass
 
 
-def test_lock_sweeps_orphans_only_when_alone(tmp_path):
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_lock_removes_what_dead_writers_left_and_nothing_else(tmp_path):
+    """Unnamed images, files of the user and of writers that live stay: the sweep took them all."""
     study = Study.open(tmp_path, "s", create=True)
-    kept = study.put_image(b"kept", ".png")
-    study.shard("1").append_record(make_record(request(), image=kept))
+    folder = study.path / "images" / "ab"
+    folder.mkdir()
+    ours = f".sd35bench-{_processes()}-{{}}-{'a' * 64}.png.tmp"
+    gone = folder / ours.format(dead_pid())
+    kept = [
+        study.image_path(study.put_image(b"unnamed", ".png")),
+        folder / ours.format(os.getppid()),
+        folder / ours.replace(_processes(), "0123abcd").format(dead_pid()),
+        folder / "x.tmp",
+        study.path / "notes.tmp",
+        study.path / "images" / "favourite.png",
+    ]
+    for path in (gone, *kept):
+        path.write_bytes(b"unnamed")
+    with study.lock("one"), study.lock("two"):
+        assert not gone.exists()
+        assert [path for path in kept if not path.exists()] == []
+    assert study.unnamed() == [kept[0]]
+
+
+def test_a_shard_that_is_missing_for_a_moment_costs_no_image(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    for seed in range(4):
+        image = study.put_image(f"{seed}".encode(), ".png")
+        study.shard(f"{seed}").append_record(make_record(request(seed), image=image))
+    shard = study.path / "journal" / "1.jsonl"
+    shard.rename(tmp_path / "away")
     with study.lock("one"):
-        in_flight = study.put_image(b"not yet recorded", ".png")
-        with study.lock("two"):
-            assert study.image_path(in_flight).exists()
-    (tmp_path / "s" / "images" / "x.tmp").write_bytes(b"torn")
-    with study.lock("one"):
-        assert [p.stem for p in (study.path / "images").glob("*/*")] == [kept]
-        assert not list(study.path.rglob("*.tmp"))
+        assert len(study.unnamed()) == 1
+    (tmp_path / "away").rename(shard)
+    assert len(Study.open(tmp_path, "s").done_keys()) == 4
+
+
+@pytest.mark.parametrize("written", [0, 500])
+def test_a_short_write_is_a_full_disk_and_leaves_whole_lines(tmp_path, monkeypatch, written):
+    study = Study.open(tmp_path, "s", create=True)
+    shard = study.shard("1")
+    shard.append_record(make_record(request(1)))
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:written]))
+    with pytest.raises(DiskFull, match="same command"):
+        shard.append_record(make_record(request(2)))
+    monkeypatch.undo()
+    shard.append_record(make_record(request(3)))
+    assert [r.trial.request.seed for r in study.records()] == [1, 3]
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted"])
+def test_a_study_that_goes_away_is_said_at_the_next_line(tmp_path, how):
+    study = Study.open(tmp_path, "s", create=True)
+    shard = study.shard("1")
+    shard.append_record(make_record(request(1)))
+    if how == "moved":
+        study.path.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(study.path)
+    with pytest.raises(StudyGone, match="was moved or deleted"):
+        shard.append_record(make_record(request(2)))
+
+
+# Clocks ------------------------------------------------------------------------------------------
+
+CLOCKS = st.lists(
+    st.tuples(
+        st.integers(1_000_000_000, 4_000_000_000),  # the machine's clock, s since 1970
+        st.booleans(),  # which machine
+        st.lists(st.booleans(), min_size=3, max_size=3),  # which trials succeed
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def by_name(path):
+    return path.name
+
+
+def newest_survives(root, monkeypatch, runs) -> bool:
+    """Run after run tries what is missing, on two machines that are merged in the end."""
+    machines = [Study.open(root, name, create=True) for name in ("a", "b")]
+    last: dict[str, dict[int, str]] = {"a": {}, "b": {}}
+    for number, (clock_s, second, outcomes) in enumerate(runs):
+        study = machines[second]
+        monkeypatch.setattr(time, "time_ns", lambda clock_s=clock_s: clock_s * 10**9)
+        shard = study.shard(study.new_shard_id())
+        for seed, ok in enumerate(outcomes):
+            if make_record(request(seed)).trial.key in study.done_keys():
+                continue  # what is done is never made again
+            image = study.put_image(b"image", ".png") if ok else None
+            status = Status.OK if ok else Status.ERROR
+            record = make_record(request(seed), status=status, image=image)
+            shard.append_record(dataclasses.replace(record, error=f"{number}"))
+            last[study.name][seed] = f"{number}"
+        shard.close()
+    for study in machines:
+        found = {r.trial.request.seed: r.error for r in study.records()}
+        if found != last[study.name]:
+            return False
+    done = machines[0].done_keys() | machines[1].done_keys()
+    for path in (machines[1].path / "journal").glob("*.jsonl"):
+        shutil.copy(path, machines[0].path / "journal" / f"{path.stem}b.jsonl")
+    machines[0].put_image(b"image", ".png")
+    return Study.open(root, "a").done_keys() == done
+
+
+@given(CLOCKS)
+@settings(max_examples=60, deadline=None)
+def test_the_newest_record_counts_whatever_the_clocks_say(tmp_path_factory, runs):
+    with pytest.MonkeyPatch.context() as patch:
+        assert newest_survives(tmp_path_factory.mktemp("clocks"), patch, runs)
+
+
+def test_order_by_name_would_let_the_clock_decide(tmp_path, monkeypatch):
+    """The mutant: shards by the time in their names, as before; one run had its clock ahead."""
+    real = store.new_shard_id
+    monkeypatch.setattr(store, "new_shard_id", lambda *_: real().partition("-")[2])
+    monkeypatch.setattr(store, "shard_order", by_name)
+    ahead = [(2_000_000_000, False, [False] * 3), (1_900_000_000, False, [False] * 3)]
+    assert not newest_survives(tmp_path, monkeypatch, ahead)
 
 
 def test_full_disk_is_said_and_leaves_no_temporary_file(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from sd35bench.errors import (
     MetricError,
     Paused,
     SD35BenchError,
+    StudyGone,
     StudyLocked,
     nearest,
 )
@@ -42,6 +43,7 @@ VERBS = {
     "reference": ("reference", "what set metrics are held against, computed once"),
     "serve": ("serve", "the hosted prediction protocol over a local backend"),
     "export": ("export", "the denoiser as an ONNX graph, kept for the onnx and openvino backends"),
+    "clean": ("clean", "files of a study that no record names: list them, or move them away"),
     "doctor": ("doctor", "what works on this machine, and what to install"),
 }
 """All verbs: the module of this package that has its `Command` in `COMMANDS`, and its meaning."""
@@ -136,7 +138,7 @@ def _command(verb: str) -> Command:
 
 
 def _exit_code(exc: SD35BenchError) -> int:
-    if isinstance(exc, StudyLocked | DiskFull | Paused):
+    if isinstance(exc, StudyLocked | StudyGone | DiskFull | Paused):
         return RESUMABLE
     if isinstance(exc, ConfigError | MetricError):
         return WRONG_INPUT

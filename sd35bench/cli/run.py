@@ -104,6 +104,7 @@ def run(given: Given) -> Answer:
             raise result
     document = _document(job, results)
     _print_summary(out, document)
+    _print_unnamed(out, job)
     incomplete = document["failed"] or document["paused"] is not None
     return Answer(document=document, exit_code=RESUMABLE if incomplete else 0)
 
@@ -193,6 +194,17 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "paused": next((r["paused"] for r in results if r["paused"] is not None), None),
         "paths": {"study": str(path), "images": str(path / "images")},
     }
+
+
+def _print_unnamed(out: Any, job: Job) -> None:
+    count = len(Study.open(job.results_dir, job.study).unnamed())
+    if count:
+        out.print(
+            f"{count} files of images that no record names are kept; `sd35bench clean {job.study}`"
+            " lists them",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _print_summary(out: Any, document: dict[str, Any]) -> None:

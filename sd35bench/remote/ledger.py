@@ -17,19 +17,18 @@ where a budget depends on it.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import disk_errors, open_lock
+from sd35bench.disk import LineFile, disk_errors, open_lock
 from sd35bench.errors import Paused, StoreError
+from sd35bench.store import shard_order
 
 ROUNDING_USD = 1e-9
 """Sums of prices are off by rounding; a budget is not passed by that."""
@@ -87,7 +86,7 @@ class Ledger:
         """
         self.folder = ledger_folder(study)
         self._shard = shard
-        self._handle: int | None = None
+        self._file = LineFile(self.folder / f"{shard}.jsonl")
         self._read: dict[Path, int] = {}
         self._intents: dict[str, Intent] = {}
         self._by_trial: dict[str, Intent] = {}
@@ -167,25 +166,20 @@ class Ledger:
 
     def catch_up(self) -> None:
         """Read what has been added to any ledger since the last time."""
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for path in sorted(self.folder.glob("*.jsonl"), key=shard_order):
             self._read_on(path)
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
         """Have a line on disk, then in memory."""
         if self._shard is None:
             raise ValueError("this ledger was opened to be read")
         data = json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        path = self.folder / f"{self._shard}.jsonl"
-        with disk_errors(path):
-            if self._handle is None:
-                self._handle = _open_new(path)
-            _append_whole(self._handle, data, self._read.get(path, 0))
+        path = self._file.path
+        self._file.append(data)
         self._read[path] = self._read.get(path, 0) + len(data)
         self._apply(line)
 
@@ -193,7 +187,7 @@ class Ledger:
     def _locked(self) -> Iterator[None]:
         """One process at a time looks at the sum and adds to it."""
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # without its study there is nothing to pay for
         with open_lock(self.folder / ".lock") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -239,32 +233,6 @@ class Ledger:
         elif kind in ("lost", "refused"):
             setattr(intent, kind, True)
             intent.why = line["why"]
-
-
-def _open_new(path: Path) -> int:
-    """Open a file of this writer's own, and have its name on disk as well."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return handle
-
-
-def _append_whole(handle: int, data: bytes, size: int) -> None:
-    """Append a line, or leave the file's `size` bytes as they were: a torn line may only be last.
-
-    Raises: OSError.
-    """
-    try:
-        if os.write(handle, data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(handle)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(handle, size)
-        raise
 
 
 def _sum(cost_usd: float | None) -> float | None:
