@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sd35bench.remote.ledger as ledger_module
 from sd35bench.errors import DiskFull, Paused, StoreError
 from sd35bench.remote.ledger import Intent, Ledger
 
@@ -142,7 +141,7 @@ def test_a_line_that_does_not_fit_leaves_no_torn_one_behind(
     ledger = Ledger(tmp_path, "a")
     intended(ledger, "t1")
     write = os.write
-    monkeypatch.setattr(ledger_module.os, "write", lambda handle, data: write(handle, data[:10]))
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:10]))
     with pytest.raises(DiskFull):
         intended(ledger, "t2")
     monkeypatch.undo()
@@ -154,9 +153,7 @@ def test_a_line_that_does_not_fit_leaves_no_torn_one_behind(
 def test_every_line_is_synced_before_the_next_step(tmp_path: Path, monkeypatch):
     synced: list[int] = []
     fsync = os.fsync
-    monkeypatch.setattr(
-        ledger_module.os, "fsync", lambda handle: (synced.append(handle), fsync(handle))
-    )
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), fsync(handle)))
     ledger = Ledger(tmp_path, "a")
     intent = intended(ledger)
     assert len(synced) == 2  # the new file's name, and the line
