@@ -255,6 +255,13 @@ class RemoteConf(Conf):
     expected_latency_s: Annotated[float, Interval(gt=0, le=1e6)] | None = known(
         None, "when to poll first; adapts to what is seen", "the model's target latency"
     )
+    output_hosts: Text | None = known(
+        None,
+        "further hosts that outputs may come from, between spaces; .HOST: its subdomains too",
+    )
+    accept_size: Annotated[Text, doc("WIDTHxHEIGHT in px")] | None = known(
+        None, "a size that is taken for the one that was asked for"
+    )
 
 
 class AxesConf(Conf):

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from sd35bench.config.models import ModelConf, RunConf
 from sd35bench.engine import Engine, hosted_engine, local_engine
@@ -113,6 +113,8 @@ def _remote_settings(
         init_image_url=_init_image_url(conf),
         expected_latency_s=latency_s,
         single_stream=single_stream,
+        output_hosts=_output_hosts(remote.output_hosts),
+        accept_size=_size(remote.accept_size),
         aspect_ratios=_ratios(conf.model, conf.backend.name, sizes),
     )
 
@@ -156,7 +158,36 @@ def _base_url(conf: RunConf) -> tuple[str, bool]:
         raise ConfigError(f"{where}: is on this machine; add remote.allow_loopback=true")
     if parts.scheme == "http" and not here:
         raise ConfigError(f"{where}: the key would travel in the clear; write https://")
-    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}", here
+    return f"{parts.scheme}://{_netloc(parts)}{parts.path.rstrip('/')}", here
+
+
+def _netloc(parts: SplitResult) -> str:
+    """One spelling of host and port: a study asked for in another would be bought again."""
+    host = f"{parts.hostname}"
+    host = "127.0.0.1" if host == "localhost" else host
+    host = f"[{ipaddress.ip_address(host)}]" if ":" in host else host
+    own = {"https": 443, "http": 80}[parts.scheme]
+    return host if parts.port in (None, own) else f"{host}:{parts.port}"
+
+
+def _output_hosts(text: str | None) -> tuple[str, ...]:
+    hosts = () if text is None else tuple(text.lower().split())
+    for host in hosts:
+        if re.fullmatch(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)+", host) is None:
+            raise ConfigError(
+                f"remote.output_hosts={text}: must be names of hosts between spaces, such as"
+                " cdn.example.org or .example.org"
+            )
+    return hosts
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", text)
+    if found is None:
+        raise ConfigError(f"remote.accept_size={text}: must be WIDTHxHEIGHT in px, as 1024x1024")
+    return int(found[1]), int(found[2])
 
 
 def _shown(url: str) -> str:

@@ -78,6 +78,15 @@ _NOT_GLOBAL_V6 = tuple(
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
+class HostNotAllowed(UnsafeAddress):
+    """A URL on a `host` that the caller does not allow."""
+
+    def __init__(self, message: str, *, host: str) -> None:
+        """Keep both."""
+        super().__init__(message)
+        self.host = host
+
+
 class Unresolved(RemoteError):
     """A host has no address, or the name server gave no answer."""
 
@@ -102,7 +111,9 @@ def check_url(url: str, *, hosts: Sequence[str] | None, allow_loopback: bool) ->
     if not loopback and port != _HTTPS_PORT and port < _FIRST_USER_PORT:
         raise UnsafeAddress(f"{_shown(url)}: port {port} belongs to another service than https")
     if hosts is not None and not any(_takes(allowed.lower(), host) for allowed in hosts):
-        raise UnsafeAddress(f"{_shown(url)} is on none of the allowed hosts: {', '.join(hosts)}")
+        raise HostNotAllowed(
+            f"{_shown(url)} is on none of the allowed hosts: {', '.join(hosts)}", host=host
+        )
     _literal_or_none(host, allow_loopback=loopback)
     try:
         read = httpx2.URL(url).copy_with(fragment=None)

@@ -22,6 +22,7 @@ from sd35bench.analysis.settings import setting_key
 from sd35bench.errors import ConfigError, Paused, UnsupportedRequest
 from sd35bench.measure import environment, environment_id
 from sd35bench.plan import Plan
+from sd35bench.remote.brake import Brake
 from sd35bench.remote.flights import Flights
 from sd35bench.remote.key import Key, read_key
 from sd35bench.remote.ledger import Ledger
@@ -126,6 +127,12 @@ class _Rounds:
         run.new_session()
         self.ledger = Ledger(run.study.path, run.session_id)
         self.spent_before_usd = self.ledger.spent_usd
+        price_usd, limit_usd = self.settings.usd_per_image, self.settings.max_cost_usd
+        # A lost create that may be resubmitted can cost twice, as its help says.
+        most = 2 if self.settings.on_ambiguous == "resubmit" else 1
+        self.ledger.agreed_usd = most * price_usd * len(run.missing)
+        budget_usd = self.ledger.agreed_usd if limit_usd is None else limit_usd
+        self.brake = Brake(self.ledger, run.done, price_usd, budget_usd)
         run.append_session(self._session())
         try:
             async with self._transport(key) as transport:
@@ -174,14 +181,22 @@ class _Rounds:
         left = [t for t in self.run.missing if self._is_left(t)]
         fresh = [t for t in self.run.missing if not self._is_left(t)]
         first = _first_of_settings(self.run.plan.trials, self.settings.single_stream)
-        alone = [t for t in fresh if t.key in first]
-        rest = [t for t in fresh if t.key not in first]
+        alone = self._probe_first([t for t in fresh if t.key in first], fresh)
+        alone_keys = {t.key for t in alone}
+        rest = [t for t in fresh if t.key not in alone_keys]
         for trials, width in (
             (left, self.settings.concurrency),
             (alone, 1),
             (rest, self.settings.concurrency),
         ):
             await self._round(iter(trials), min(width, len(trials)), client, uploads)
+
+    def _probe_first(self, alone: list[Trial], fresh: list[Trial]) -> list[Trial]:
+        """On probation, put one that was never bought in front of those that run alone."""
+        if not self.brake.probation or not fresh:
+            return alone
+        probe = next((t for t in fresh if self.ledger.latest(t.key) is None), fresh[0])
+        return [probe, *(t for t in alone if t.key != probe.key)]
 
     def _is_left(self, trial: Trial) -> bool:
         intent = self.ledger.latest(trial.key)
@@ -223,6 +238,7 @@ class _Rounds:
                     client,
                     trial,
                     flight,
+                    self.run.study.path / "refused",
                     lambda: uploads.url(trial.request.init_image),
                     download_hosts(self.provider, self.settings),
                     setting,
@@ -259,13 +275,19 @@ class _Rounds:
                 remote=outcome.call,
             )
         )
-        self._count_blame(outcome)
+        self._count_blame(trial, outcome)
         self._show()
 
-    def _count_blame(self, outcome: Outcome) -> None:
+    def _count_blame(self, trial: Trial, outcome: Outcome) -> None:
+        """End the run where the service fails, or is paid for what cannot be used."""
         self.blamed = self.blamed + 1 if outcome.blames_service else 0
         if self.blamed >= GIVE_UP_AFTER and self.paused is None:
             self.paused = Paused(f"{self.blamed} trials in a row failed, the last: {outcome.error}")
+        intent = self.ledger.latest(trial.key)
+        if intent is not None and intent.is_over and not outcome.call.resumed:
+            usable = outcome.status is Status.OK
+            stop = self.brake.count(intent, usable, f"{outcome.error}")
+            self.paused = stop if self.paused is None else self.paused
 
     def _what_is_left(self, paused: Paused) -> str:
         """The reason, and what the same command would still do and cost."""
@@ -312,10 +334,10 @@ class _Rounds:
 
 def download_hosts(provider: Provider, settings: RemoteSettings) -> tuple[str, ...]:
     """The hosts that an output may come from; another base URL may serve its own."""
-    if settings.base_url == provider.base_url:
-        return provider.output_hosts
+    known = (*provider.output_hosts, *settings.output_hosts)
     host = urlsplit(settings.base_url).hostname
-    return (*provider.output_hosts, *(() if host is None else (host,)))
+    own = settings.base_url == provider.base_url or host is None
+    return known if own else (*known, str(host))
 
 
 def _key(provider: Provider, settings: RemoteSettings) -> Key | None:

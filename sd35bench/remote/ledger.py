@@ -9,6 +9,7 @@ One `Intent` is one create that is about to be sent, once. Its lines:
     lost       why                     sent, and no answer that names a prediction
     refused    why                     it created nothing: never left, or the service said so
     finished   phase, cost, outputs    what the service said in the end
+    kept       sha256                  an image that was refused, in <study>/refused
 
 A crash leaves an intent at one of these places, and the next run goes on from there. Every intent
 that is not proven uncharged counts at its price; a cost that the service reports replaces it.
@@ -44,7 +45,8 @@ class Intent:
     """One create, from before it was sent to its end.
 
     `at` is when it was about to be sent (aware, UTC). `phase` is the service's last word, and
-    `outputs` the URLs that came with it. `why` says why it was lost or refused.
+    `outputs` the URLs that came with it. `why` says why it was lost or refused. `kept` is the
+    SHA-256 of an image that came and was not what was asked for.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Intent:
     outputs: tuple[str, ...] = ()
     cost_usd: float | None = None
     why: str | None = None
+    kept: str | None = None
 
     @property
     def charge_usd(self) -> float:
@@ -66,6 +69,11 @@ class Intent:
         if self.refused:
             return 0.0
         return self.price_usd if self.cost_usd is None else self.cost_usd
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is expected of it."""
+        return self.phase is not None
 
     @property
     def may_exist(self) -> bool:
@@ -87,6 +95,7 @@ class Ledger:
         self.folder = ledger_folder(study)
         self._shard = shard
         self._file = LineFile(self.folder / f"{shard}.jsonl")
+        self.agreed_usd = math.inf
         self._read: dict[Path, int] = {}
         self._intents: dict[str, Intent] = {}
         self._by_trial: dict[str, Intent] = {}
@@ -98,9 +107,19 @@ class Ledger:
         """Sum over all intents of the study, those in flight included."""
         return math.fsum(intent.charge_usd for intent in self._intents.values())
 
+    @property
+    def own_usd(self) -> float:
+        """What this writer's intents count with."""
+        own = f"{self._shard}-"
+        return math.fsum(i.charge_usd for i in self._intents.values() if i.id.startswith(own))
+
     def latest(self, trial: str) -> Intent | None:
         """The trial's last intent."""
         return self._by_trial.get(trial)
+
+    def intents(self) -> list[Intent]:
+        """Every intent, the oldest first."""
+        return list(self._intents.values())
 
     def open_intents(self) -> list[Intent]:
         """Each trial's last intent where the service may know it: created, or lost on the way."""
@@ -115,7 +134,8 @@ class Ledger:
     ) -> Intent:
         """Write down that a create is about to be sent.
 
-        Raises: Paused where its price would pass `limit_usd`; nothing is written then.
+        Raises: Paused where its price would pass `limit_usd` of the study or the total that was
+        agreed to for this writer (`agreed_usd`); nothing is written then.
         """
         with self._locked():
             if limit_usd is not None:
@@ -125,6 +145,12 @@ class Ledger:
                         f"remote.max_cost_usd={limit_usd:g}: {self.spent_usd:.4g} USD are spent and"
                         f" the next image costs {price_usd:.4g}"
                     )
+            if self.own_usd + price_usd > self.agreed_usd + ROUNDING_USD:
+                raise Paused(
+                    f"the agreed total of {self.agreed_usd:.4g} USD is used up: this run spent"
+                    f" {self.own_usd:.4g}, as the service charges more than the listed"
+                    f" {price_usd:.4g} an image; to agree, give remote.usd_per_image=PRICE"
+                )
             intent = Intent(
                 id=f"{self._shard}-{len(self._intents)}",
                 trial=trial,
@@ -163,6 +189,10 @@ class Ledger:
         """Write down how it ended and what the service says it cost."""
         line = {"kind": "finished", "id": intent.id, "phase": phase}
         self._append({**line, "cost_usd": _sum(cost_usd), "outputs": list(outputs)})
+
+    def kept(self, intent: Intent, sha256: str) -> None:
+        """Write down that its image was kept among the refused ones."""
+        self._append({"kind": "kept", "id": intent.id, "sha256": sha256})
 
     def catch_up(self) -> None:
         """Read what has been added to any ledger since the last time."""
@@ -230,6 +260,8 @@ class Ledger:
         elif kind == "finished":
             intent.phase, intent.cost_usd = line["phase"], line["cost_usd"]
             intent.outputs = tuple(line["outputs"])
+        elif kind == "kept":
+            intent.kept = line["sha256"]
         elif kind in ("lost", "refused"):
             setattr(intent, kind, True)
             intent.why = line["why"]

@@ -18,13 +18,19 @@ is the one. What is listed without its input is polled for it: that is free.
 """
 
 import asyncio
+import contextlib
+import functools
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
+from sd35bench.disk import write_atomic
 from sd35bench.errors import InvalidImage, LostAnswer, Paused, RemoteError, UnsafeAddress
+from sd35bench.remote.addresses import HostNotAllowed
 from sd35bench.remote.download import Downloaded, download
 from sd35bench.remote.flights import Flight
 from sd35bench.remote.http import Interrupted
@@ -43,6 +49,7 @@ from sd35bench.remote.retry import (
     send,
     shortest_gap_s,
 )
+from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply
 from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
 from sd35bench.worker import check_image
@@ -80,12 +87,16 @@ class HostedTrial:
         client: Client,
         trial: Trial,
         flight: Flight,
+        refused: Path,
         image_url: Callable[[], Awaitable[str | None]],
         hosts: tuple[str, ...],
         setting: str,
     ) -> None:
-        """`image_url` gives the init image's URL at the service; `hosts` may serve the output."""
-        self.client, self.trial, self.flight = client, trial, flight
+        """`image_url` gives the init image's URL at the service; `hosts` may serve the output.
+
+        Images that were paid for and are not what was asked for are kept in the folder `refused`.
+        """
+        self.client, self.trial, self.flight, self.refused = client, trial, flight, refused
         self.image_url, self.hosts, self.setting = image_url, hosts, setting
         self.deadline = Deadline(client.settings.timeout_s)
         self.step = "create"
@@ -247,8 +258,29 @@ class HostedTrial:
 
     async def _image(self, intent: Intent) -> Outcome:
         """Wait for a created prediction, fetch what it made, look at it."""
-        self.step, self.prediction_id = "poll", intent.prediction
+        self.prediction_id = intent.prediction
         self.deadline.start()
+        data, here_at = await self._accepted_now(intent), 0.0
+        if data is None:
+            data = await self._download(intent)
+            here_at = time.perf_counter()
+            self.step = "guard"
+            try:
+                await self._check(data)
+            except InvalidImage:
+                self._keep_refused(intent, data)
+                raise
+        total_s = None if self.resumed else here_at - self.sent_at
+        return Outcome(
+            status=Status.OK,
+            call=self._call(),
+            data=data,
+            timings=None if total_s is None else Timings(generate_s=total_s, encode_s=0.0),
+        )
+
+    async def _download(self, intent: Intent) -> bytes:
+        """Wait for the end, and fetch what was made."""
+        self.step = "poll"
         prediction = self.ended = await self._wait(intent)
         if prediction.phase is not Phase.SUCCEEDED:
             said = prediction.error if prediction.error else "no reason given"
@@ -259,18 +291,29 @@ class HostedTrial:
             raise PredictionFailed(Status.ERROR, "the service says it succeeded and names no image")
         self.step = "download"
         got = await self._fetch(prediction.outputs[0])
-        here_at = time.perf_counter()
         self.download_s = got.seconds
-        self.step = "guard"
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.client.checks, check_file, got.data, self.trial.request)
-        total_s = None if self.resumed else here_at - self.sent_at
-        return Outcome(
-            status=Status.OK,
-            call=self._call(),
-            data=got.data,
-            timings=None if total_s is None else Timings(generate_s=total_s, encode_s=0.0),
-        )
+        return got.data
+
+    def _keep_refused(self, intent: Intent, data: bytes) -> None:
+        """Keep what was paid for: another run may take it, and does not fetch it again."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        write_atomic(self.refused / sha256, data)
+        self.client.ledger.kept(intent, sha256)
+
+    async def _accepted_now(self, intent: Intent) -> bytes | None:
+        """The image that an earlier run refused, where the settings of this one take it."""
+        if intent.kept is None:
+            return None
+        with contextlib.suppress(OSError, InvalidImage):
+            data = (self.refused / intent.kept).read_bytes()
+            if hashlib.sha256(data).hexdigest() == intent.kept:
+                await self._check(data)
+                return data
+        return None
+
+    async def _check(self, data: bytes) -> None:
+        check = functools.partial(check_file, data, self.trial.request, self.client.settings)
+        await asyncio.get_running_loop().run_in_executor(self.client.checks, check)
 
     async def _wait(self, intent: Intent) -> Prediction:
         """Poll until it is over, and write down how it ended."""
@@ -348,6 +391,11 @@ class HostedTrial:
                 return await download(
                     url, hosts=self.hosts, allow_loopback=self.client.settings.allow_loopback
                 )
+            except HostNotAllowed as exc:
+                raise UnsafeAddress(
+                    f"{exc}; if it is the service's, give remote.output_hosts={exc.host}: the image"
+                    " was paid for and is then fetched"
+                ) from exc
             except UnsafeAddress:
                 raise
             except RemoteError as exc:
@@ -396,8 +444,8 @@ class HostedTrial:
         )
 
 
-def check_file(data: bytes, request: Request) -> None:
-    """See that an image file is what was asked for, by its bytes.
+def check_file(data: bytes, request: Request, settings: RemoteSettings) -> None:
+    """See that an image file is what was asked for, or is accepted for it, by its bytes.
 
     Raises: InvalidImage, RemoteError.
     """
@@ -406,9 +454,12 @@ def check_file(data: bytes, request: Request) -> None:
         raise InvalidImage(f"asked for output_format={request.output_format}, got {found}")
     pixels = decode_image(data)
     height, width = pixels.shape[:2]
-    if (width, height) != (request.width, request.height):
-        raise InvalidImage(f"asked for {request.width}x{request.height} px, got {width}x{height}")
-    check_image(pixels, request)
+    if (width, height) not in ((request.width, request.height), settings.accept_size):
+        raise InvalidImage(
+            f"asked for {request.width}x{request.height} px, got {width}x{height}; it is kept, and"
+            f" remote.accept_size={width}x{height} takes it"
+        )
+    check_image(pixels, replace(request, width=width, height=height))
 
 
 async def find_lost(client: Client, intent: Intent, deadline: Deadline) -> str | None:

@@ -11,7 +11,9 @@ class RemoteSettings:
     `base_url` has no trailing slash, no credentials and no query. `slug` is the model's name at
     the service. `aspect_ratios` maps (width, height) in px to the protocol's word for it.
     `usd_per_image` is the price that budgets count with where the service names none.
-    `expected_latency_s` is when a prediction is first asked after, until some have been seen.
+    `output_hosts` may serve outputs too; images of `accept_size` (width, height) px are taken for
+    what was asked. `expected_latency_s` is when a prediction is first asked after, until some have
+    been seen.
     `single_stream` is how many trials of each setting run alone, for latencies, before the rest
     runs at `concurrency`.
     """
@@ -32,4 +34,6 @@ class RemoteSettings:
     init_image_url: str | None = None
     expected_latency_s: float = 8.0
     single_stream: int = 4
+    output_hosts: tuple[str, ...] = ()
+    accept_size: tuple[int, int] | None = None
     aspect_ratios: Mapping[tuple[int, int], str] = field(default_factory=dict)

@@ -99,7 +99,7 @@ def test_what_is_sent_is_finished_in_spite_of_a_cancel():
 def test_a_file_is_judged_by_its_bytes(size, made, message):
     request = Request(prompt="p", steps=4, cfg=5.0, seed=0, width=64, height=64)
     with pytest.raises(InvalidImage, match=message):
-        check_file(picture("x", size, made), request)
+        check_file(picture("x", size, made), request, hosted_settings("http://127.0.0.1"))
 
 
 def test_another_base_url_may_serve_its_own_outputs():
