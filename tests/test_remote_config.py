@@ -124,3 +124,34 @@ def test_timed_limit_says_how_many_run_alone():
     assert isinstance(job.engine, HostedService)
     assert job.engine.settings.single_stream == 7
     assert not job.sweep.notes
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("http://localhost:8000", "http://127.0.0.1:8000"),
+        ("http://LOCALHOST:8000/", "http://127.0.0.1:8000"),
+        ("http://127.0.0.1:80/v", "http://127.0.0.1/v"),
+        ("https://Example.org:443/api/", "https://example.org/api"),
+        ("http://[0:0::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_spellings_of_one_address_are_one_service(one: str, other: str):
+    """Another spelling would buy everything again."""
+    more = ("backend=eachlabs", "remote.allow_loopback=true", "remote.slug=x")
+    keys = {
+        frozen(*more, f"remote.base_url='{url}'", "remote.usd_per_image=1").sweep.load.key
+        for url in (one, other)
+    }
+    assert len(keys) == 1
+
+
+def test_further_hosts_and_another_size_are_read_and_checked():
+    settings = frozen(
+        *LOCAL, "remote.output_hosts='cdn.example.org .b.org'", "remote.accept_size=8x16"
+    ).engine.settings
+    assert settings.output_hosts == ("cdn.example.org", ".b.org")
+    assert settings.accept_size == (8, 16)
+    for wrong in ("remote.output_hosts=https://a.org/", "remote.accept_size=8"):
+        with pytest.raises(ConfigError, match="must be"):
+            frozen(*LOCAL, wrong)
