@@ -11,6 +11,7 @@ budget or a balance that is used up ends the run when those in flight have been 
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from sd35bench.remote.brake import Brake
 from sd35bench.remote.flights import Flights
 from sd35bench.remote.key import Key, read_key
 from sd35bench.remote.ledger import Ledger
-from sd35bench.remote.limiter import LEASE_S, Limiter, limiter_path
+from sd35bench.remote.limiter import LEASE_S, Limiter, WaitBounds, limiter_path
 from sd35bench.remote.prediction import HostedTrial, Outcome
 from sd35bench.remote.providers import provider_class
 from sd35bench.remote.providers.base import Provider
@@ -119,6 +120,7 @@ class _Rounds:
         self.flights = Flights(self._show)
         self.paused: Paused | None = None
         self.blamed = 0
+        self.said = False
         self.started = time.perf_counter()
 
     async def make(self, key: Key | None, policy: RetryPolicy) -> None:
@@ -174,6 +176,7 @@ class _Rounds:
             latencies=Latencies(settings.expected_latency_s),
             checks=checks,
             policy=policy,
+            paused=lambda: self.paused,
         )
 
     async def _rounds(self, client: Client) -> None:
@@ -216,7 +219,10 @@ class _Rounds:
             for trial in trials:
                 if self.paused is not None:
                     return
-                await self._one(trial, client, uploads)
+                try:
+                    await self._one(trial, client, uploads)
+                except Paused as exc:
+                    self.paused = exc if self.paused is None else self.paused
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -229,9 +235,10 @@ class _Rounds:
     async def _one(self, trial: Trial, client: Client, uploads: Uploads) -> None:
         name = f"{self.run.study.path.resolve()}:{trial.key}"
         setting = setting_key(trial)
-        async with self.limiter.flight(name) as slot:
-            if self.paused is not None:
-                return
+        bounds = WaitBounds(
+            limit_s=self.settings.timeout_s, stopped=lambda: self.paused, say=self._say
+        )
+        async with self.limiter.flight(name, bounds) as slot:
             with self.flights.one() as flight:
                 started_at = datetime.now(UTC).isoformat()
                 hosted = HostedTrial(
@@ -245,9 +252,6 @@ class _Rounds:
                 )
                 try:
                     outcome = await hosted.run()
-                except Paused as exc:
-                    self.paused = exc if self.paused is None else self.paused
-                    return
                 finally:
                     if self._goes_on(trial):
                         slot.abandon()
@@ -325,6 +329,12 @@ class _Rounds:
                 "usd_per_image": settings.usd_per_image,
             },
         )
+
+    def _say(self, text: str) -> None:
+        """Say once what a run waits for, on a terminal or not."""
+        if not self.said:
+            self.said = True
+            print(f"sd35bench: {text}; it waits", file=sys.stderr, flush=True)
 
     def _show(self) -> None:
         self.run.show(

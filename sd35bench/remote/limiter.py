@@ -21,6 +21,7 @@ latest that it can have been. A file that is no database any more counts as ever
 import asyncio
 import fcntl
 import hashlib
+import math
 import os
 import platform
 import random
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sd35bench.errors import StoreError
+from sd35bench.errors import Paused, StoreError
 
 T = TypeVar("T")
 Clock = Callable[[], float]
@@ -46,6 +47,8 @@ WAITING_S = 10.0
 LOOK_S = 0.2
 """How often one looks for a slot that another process gave back; its own wake at once."""
 LOCK_S = 30.0
+SAY_S = 10.0
+"""A wait that is longer says what it waits for."""
 SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS requests (at REAL NOT NULL);
@@ -92,6 +95,19 @@ class Flight:
         self.abandoned = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitBounds:
+    """How a wait for a slot ends early, and what it says.
+
+    `stopped` gives the reason why nobody needs the slot any more; after `limit_s` nobody waits on;
+    `say` gets one line once `SAY_S` have passed.
+    """
+
+    limit_s: float = math.inf
+    stopped: Callable[[], Paused | None] = lambda: None
+    say: Callable[[str], None] = lambda _: None
+
+
 class Limiter:
     """The limits of one service and key, kept with every other process that opens the same file.
 
@@ -131,14 +147,18 @@ class Limiter:
                 await asyncio.sleep(wait_s + random.uniform(0, 0.01))
 
     @asynccontextmanager
-    async def flight(self, name: str | None = None) -> AsyncIterator[Flight]:
-        """Hold one slot in flight; waits until there is one.
+    async def flight(
+        self, name: str | None = None, bounds: WaitBounds | None = None
+    ) -> AsyncIterator[Flight]:
+        """Hold one slot in flight; waits until there is one, or its bounds end that.
+
+        Raises: Paused where the bounds end the wait.
 
         `name` is the prediction's, unique on this machine (the study's folder and the trial's key):
         who takes it up again after a crash takes over the slot that it still holds, instead of
         waiting until the lease has ended.
         """
-        held = Flight(await self._entered(name))
+        held = Flight(await self._entered(name, WaitBounds() if bounds is None else bounds))
         renewal = asyncio.create_task(self._renew(held.row))
         try:
             yield held
@@ -147,8 +167,9 @@ class Limiter:
             if not held.abandoned:
                 await self._leave(held.row)
 
-    async def _entered(self, name: str | None) -> int:
+    async def _entered(self, name: str | None, bounds: WaitBounds) -> int:
         row: int | None = None
+        began, said = time.monotonic(), False
         while True:
             entering = asyncio.to_thread(self._count.enter, self._clock, row, name)
             entry = asyncio.ensure_future(entering)
@@ -156,6 +177,16 @@ class Limiter:
                 row, granted = await asyncio.shield(entry)
                 if granted:
                     return row
+                waited_s = time.monotonic() - began
+                if waited_s >= SAY_S and not said:
+                    bounds.say(_no_slot(self._count.in_flight, waited_s))
+                    said = True
+                ended = bounds.stopped()
+                if ended is None and waited_s >= bounds.limit_s:
+                    ended = Paused(_no_slot(self._count.in_flight, waited_s))
+                if ended is not None:
+                    await self._leave(row)
+                    raise ended
                 await self._freed_or(random.uniform(0.5, 1.5) * LOOK_S)
             except asyncio.CancelledError:
                 # A thread goes on when its caller does not, and so would its row.
@@ -179,6 +210,13 @@ class Limiter:
                 await self._freed.wait()
         except TimeoutError:
             return
+
+
+def _no_slot(in_flight: int, waited_s: float) -> str:
+    return (
+        f"no slot was free for {waited_s:.0f} s: {in_flight} predictions, of this run or of others"
+        " with the same service and key, may still be at work there"
+    )
 
 
 @dataclass(frozen=True, slots=True)

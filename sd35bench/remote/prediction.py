@@ -149,6 +149,9 @@ class HostedTrial:
         unsent = 0
         while True:
             await self.client.limiter.request()
+            paused = self.client.paused()
+            if paused is not None:
+                raise paused  # decided while this one waited: nothing more is bought
             self.deadline.start()
             retry_after_s = None
             try:

@@ -30,7 +30,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from sd35bench.errors import ConfigError, LostAnswer, RemoteError, UnsafeAddress
+from sd35bench.errors import ConfigError, LostAnswer, Paused, RemoteError, UnsafeAddress
 from sd35bench.remote.ledger import Ledger
 from sd35bench.remote.providers.base import Call, Provider
 from sd35bench.remote.settings import RemoteSettings
@@ -184,6 +184,7 @@ class Client:
     latencies: Latencies
     checks: Executor
     policy: RetryPolicy = field(default_factory=RetryPolicy)
+    paused: Callable[[], Paused | None] = lambda: None
     reached: bool = False
     inputs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 

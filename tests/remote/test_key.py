@@ -93,7 +93,7 @@ def test_nothing_that_a_whole_run_writes_holds_the_key(tmp_path, monkeypatch, ca
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv("EACHLABS_API_KEY", raising=False)
     key_file = private(tmp_path.parent / f"{tmp_path.name}-key")
-    with serving(keys=(CANARY,), cost_usd=0.01) as server:
+    with serving(keys=(CANARY,), cost_usd=0.0) as server:
         server.script("create", None, "429-soon", "400", "lost-answer")
         command = [
             *("run", "-m", "--json", "backend=eachlabs", f"remote.base_url={server.url}"),
