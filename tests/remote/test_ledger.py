@@ -1,6 +1,7 @@
 """The ledger: what a crash at any byte leaves, what it adds up to, who else writes."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from sd35bench.errors import DiskFull, Paused, StoreError
 from sd35bench.remote.ledger import Intent, Ledger
+from sd35bench.store import Study
 
 PRICE = 0.035
 
@@ -164,3 +166,24 @@ def test_every_line_is_synced_before_the_next_step(tmp_path: Path, monkeypatch):
 def test_a_reader_writes_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match="opened to be read"):
         intended(Ledger(tmp_path, None))
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["as it is", "mutant: names by time"])
+def test_the_last_intent_counts_though_the_clock_stepped_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbered: bool
+):
+    """A refusal under a clock two days ahead hid what was bought later, which was bought again."""
+    study = Study.open(tmp_path, "s", create=True)
+    for clock_s, prediction in ((2_000_000_000, None), (1_999_800_000, "p-1")):
+        monkeypatch.setattr(time, "time_ns", lambda clock_s=clock_s: clock_s * 10**9)
+        name = study.new_shard_id()
+        ledger = Ledger(study.path, name if numbered else name.partition("-")[2])
+        intent = intended(ledger, "t1")
+        if prediction is None:
+            ledger.refused(intent, "429")
+        else:
+            ledger.created(intent, prediction, "answered")
+        ledger.close()
+    latest = Ledger(study.path, None).latest("t1")
+    assert latest is not None
+    assert (latest.prediction == "p-1") == numbered
