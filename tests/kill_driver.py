@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sd35bench.store import Study
 from sd35bench.trials import run_plan
-from tests.fakes import fake_load, fake_plan
+from tests.studies.fakes import fake_load, fake_plan
 
 
 def main(root: str, count: int, delay_s: float, batch_size: int) -> None:

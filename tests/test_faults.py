@@ -21,7 +21,7 @@ from sd35bench.store import Study
 from sd35bench.trials import run_plan
 from sd35bench.types import Record, Status
 from sd35bench.worker import Failed, Ready
-from tests.fakes import fake_load, fake_plan
+from tests.studies.fakes import fake_load, fake_plan
 
 MEMORY_LIMIT_BYTES = 400_000_000  # a worker with the fake backend holds about 100 MB
 DEATHS = {
@@ -308,7 +308,7 @@ def test_ctrl_c_while_a_worker_hangs_keeps_what_is_done_and_exits_3(tmp_path):
     every = one_victim(plan)[0]
     code = (
         "import sys; import sd35bench.trials; from sd35bench.cli import main\n"
-        "from tests.fakes import fake_load, fake_plan\n"
+        "from tests.studies.fakes import fake_load, fake_plan\n"
         f"plan = fake_plan(fake_load(fault='hang', fault_every={every}), 6)\n"
         "real = sd35bench.trials.run_plan\n"
         "sd35bench.trials.run_plan = lambda _, study, *rest: real(plan, study, *rest)\n"

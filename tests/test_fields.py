@@ -24,7 +24,7 @@ from sd35bench.fields import (
     work_identity,
 )
 from sd35bench.types import PromptRef, Request, SkipLayerGuidance
-from tests.fakes import fake_load
+from tests.studies.fakes import fake_load
 
 FIRST = {
     *("prompt", "negative_prompt", "steps", "cfg", "seed", "width", "height", "init_image"),

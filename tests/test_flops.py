@@ -206,7 +206,7 @@ def configurations(pipe: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tiny():
-    from tests.tiny import build_tiny_sd3
+    from tests.studies.tiny import build_tiny_sd3
 
     return build_tiny_sd3()
 

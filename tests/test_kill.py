@@ -15,7 +15,7 @@ import pytest
 
 from sd35bench.store import Study
 from sd35bench.types import Status
-from tests.fakes import fake_load, fake_plan
+from tests.studies.fakes import fake_load, fake_plan
 
 ROOT = Path(__file__).parent.parent
 DELAY_S = 0.004

@@ -18,8 +18,8 @@ from sd35bench.metrics.init_kept import InitKept
 from sd35bench.metrics.prompt_accuracy import PromptAccuracy
 from sd35bench.score import guard_image, score_study
 from sd35bench.store import Study
-from tests.analysis.synthetic import LOAD, record, session
 from tests.metrics.doubles import pictures, save_random_evaluator
+from tests.studies.memory import LOAD, record, session
 
 PROMPT = "a red circle on white"
 

@@ -31,7 +31,7 @@ from sd35bench.types import (
     to_json,
 )
 from sd35bench.worker import encode_image
-from tests.fakes import fake_load
+from tests.studies.fakes import fake_load
 
 finite = st.floats(min_value=0, max_value=1e6, allow_nan=False)
 requests = st.builds(

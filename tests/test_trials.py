@@ -15,7 +15,7 @@ from sd35bench.store import Study
 from sd35bench.trials import run_plan, shares
 from sd35bench.types import Flops, GpuState, Status, Timings
 from sd35bench.worker import Answer, Made, Ready, Settled, encode_image
-from tests.fakes import fake_load, fake_plan
+from tests.studies.fakes import fake_load, fake_plan
 
 
 @pytest.fixture

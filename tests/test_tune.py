@@ -14,7 +14,7 @@ from sd35bench.tune.race import Evidence, Out, judge, look, promise
 from sd35bench.tune.search import Search
 from sd35bench.tune.session import SHARE, Budget, Outcome, default_images, tune
 from sd35bench.tune.space import Axis, Point, Space, spread
-from tests.tune_surface import GRID, RANGES, Surface, side_by_side
+from tests.studies.tune_surface import GRID, RANGES, Surface, side_by_side
 from tests.validity.races import Edge
 
 BALANCED = Profile(name="balanced", margins={"prompt_accuracy": 0.08})

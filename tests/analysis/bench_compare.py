@@ -17,7 +17,7 @@ from sd35bench.analysis.settings import setting_fields
 from sd35bench.gate.judge import compare_sides
 from sd35bench.gate.policy import as_policy
 from sd35bench.gate.sides import Side, Start
-from tests.analysis.synthetic import record
+from tests.studies.memory import record
 
 METRICS = ("prompt_accuracy", "clip_score_nano", "init_kept", "sharpness", "contrast")
 SEEDS = 4

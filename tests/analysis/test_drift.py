@@ -9,7 +9,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import Profile
 from sd35bench.types import Load
-from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
+from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 FIGURES = (
     "max_abs",

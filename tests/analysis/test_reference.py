@@ -8,7 +8,7 @@ from sd35bench.analysis.set_metrics import STATISTICS, compute
 from sd35bench.analysis.summary import show_document
 from sd35bench.errors import MetricError
 from sd35bench.stats.frechet import fit
-from tests.analysis.synthetic import MemoryStudy, record
+from tests.studies.memory import MemoryStudy, record
 
 
 def _reference(n: int = 300, d: int = 4, **more) -> Reference:

@@ -12,7 +12,7 @@ from sd35bench.types import (
     Record,
     Status,
 )
-from tests.analysis.hosted_calls import (
+from tests.studies.hosted_calls import (
     DOWNLOAD,
     LATE,
     PREDICT,

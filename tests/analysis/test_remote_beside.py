@@ -17,14 +17,14 @@ from sd35bench.recommend.reproduce import remote_overrides, run_command, snippet
 from sd35bench.types import (
     Load,
 )
-from tests.analysis.hosted_calls import (
+from tests.studies.hosted_calls import (
     HOSTED,
     TOTAL,
     call,
     lone,
     made_of,
 )
-from tests.analysis.synthetic import LOAD, MemoryStudy, record, session
+from tests.studies.memory import LOAD, MemoryStudy, record, session
 
 
 def _both(tmp_path, **local: Any) -> MemoryStudy:

@@ -4,7 +4,7 @@ import pytest
 
 from sd35bench.analysis.settings import cluster_key, pair_key, setting_key
 from sd35bench.types import BackendSpec, SkipLayerGuidance
-from tests.analysis.synthetic import LOAD, record
+from tests.studies.memory import LOAD, record
 
 _OTHER_WEIGHTS = replace(LOAD, model=replace(LOAD.model, weights_digest="e" * 64))
 _OTHER_OPTIONS = replace(LOAD, backend=BackendSpec(name="eager", kind="eager", options={"a": 1}))

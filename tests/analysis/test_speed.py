@@ -9,7 +9,7 @@ from sd35bench.analysis.speed import TOLERANCE
 from sd35bench.analysis.summary import show_document
 from sd35bench.measure import RATE_FIELDS
 from sd35bench.types import BackendSpec, Flops, GpuState, Status, Timings
-from tests.analysis.synthetic import LOAD, MemoryStudy, record, session
+from tests.studies.memory import LOAD, MemoryStudy, record, session
 
 FLOPS = Flops(text=0.5e12, denoise=3e12, decode=0.5e12)
 FAST = replace(LOAD, backend=BackendSpec(name="compile", kind="compile"))

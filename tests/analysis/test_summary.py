@@ -10,7 +10,7 @@ from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import GUARD
 from sd35bench.stats.frechet import fit, frechet_distance
 from sd35bench.types import Memory, Status, Timings
-from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
+from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 CONTRACT = {
     *("model", "backend", "steps", "cfg", "prompt_strength", "n", "failed", "latency_s"),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sd35bench.types import Request, SkipLayerGuidance, Task
 from tests.backends.conftest import make_request
-from tests.tiny import TOKENS
+from tests.studies.tiny import TOKENS
 
 SKIPPING = SkipLayerGuidance(layers=(1,), scale=2.8, start=0.01, stop=0.6)
 I2I = {"init_image": "digest", "prompt_strength": 0.6}

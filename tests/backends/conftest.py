@@ -11,7 +11,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from sd35bench.backends import compiled
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
-from tests.tiny import TOKENS, write_tiny_sd3
+from tests.studies.tiny import TOKENS, write_tiny_sd3
 
 NANO = Path(__file__).parents[2] / "sd35bench" / "nano" / "weights"
 

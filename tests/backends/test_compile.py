@@ -24,7 +24,7 @@ from sd35bench.backends.eager import EagerBackend
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Request, SkipLayerGuidance
 from tests.backends.conftest import captured_only, make_load, make_request
-from tests.tiny_families import write_tiny
+from tests.studies.tiny_families import write_tiny
 
 SAMPLER_OF = {"sana": "euler", "pixart": "dpmpp_2m"}
 SKIPPING = SkipLayerGuidance(layers=(1,), scale=2.8, start=0.0, stop=0.5)

@@ -16,8 +16,8 @@ from sd35bench.loading.sources import DTYPES
 from sd35bench.types import Load, Request, SkipLayerGuidance, Task
 from tests.backends.bare import I2I, SKIPPING, bare_other_images, batch, differs, make_inits
 from tests.backends.conftest import make_load, make_request
-from tests.tiny import TOKENS
-from tests.tiny_families import write_tiny
+from tests.studies.tiny import TOKENS
+from tests.studies.tiny_families import write_tiny
 
 OTHERS = ("sana", "pixart")
 

@@ -25,7 +25,7 @@ from tests.backends.bare import (
     make_inits,
 )
 from tests.backends.conftest import make_load, make_request
-from tests.tiny import LAYERS, TOKENS
+from tests.studies.tiny import LAYERS, TOKENS
 
 LONG_PROMPT = "much longer than the tokens allow"  # 29 letters and the two ends: 7 too many
 

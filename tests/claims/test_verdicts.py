@@ -15,8 +15,8 @@ from sd35bench.claims.evidence import group_difference
 from sd35bench.claims.verdicts import CLAIMS, claims_document, is_claims_study
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import BackendSpec, Load, RemoteCall, Timings
-from tests.analysis.planted_claims import ClaimsStudy, Truth, planted_claims
-from tests.analysis.synthetic import LOAD, MODEL, record, session
+from tests.studies.memory import LOAD, MODEL, record, session
+from tests.studies.planted_claims import ClaimsStudy, Truth, planted_claims
 
 FLAT_CFG = dict.fromkeys((1.0, 4.0, 7.0, 10.0, 15.0), 0.7)
 FLAT_STEPS = dict.fromkeys((20, 30, 50, 70), 0.7)

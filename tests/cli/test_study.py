@@ -8,8 +8,8 @@ import pytest
 from sd35bench import store
 from sd35bench.analysis import table
 from sd35bench.cli import answer
-from tests.report import synthetic
-from tests.report.synthetic import make_study
+from tests.studies import drawn
+from tests.studies.drawn import make_study
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def results(tmp_path_factory):
     """Two studies of a model that has no default metric here, so that scoring is quick."""
     root = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "MODEL", dataclasses.replace(synthetic.MODEL, name="other"))
+        patch.setattr(drawn, "MODEL", dataclasses.replace(drawn.MODEL, name="other"))
         for name in ("one", "two"):
             make_study(root, name)
     return root

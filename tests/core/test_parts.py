@@ -11,7 +11,7 @@ import torch
 
 from sd35bench.core.text import CachedText, Embeddings
 from sd35bench.core.vae import WAYS, Choices, Vae
-from tests.tiny import build_tiny_sd3
+from tests.studies.tiny import build_tiny_sd3
 
 
 def eager(function: Any) -> Any:

@@ -17,7 +17,7 @@ from sd35bench.core.weights import (
     read_folder,
 )
 from tests.original_layout import write_original
-from tests.tiny import build_tiny_sd3
+from tests.studies.tiny import build_tiny_sd3
 
 STEP = 5e-6
 """One step's rounding: outputs are of the order of 5, float32's epsilon is 1.2e-7."""

@@ -32,7 +32,7 @@ from sd35bench.export.graph import (
     weight_counts,
 )
 from sd35bench.export.onnx_model import relative_error
-from tests.tiny import LAYERS, build_tiny_sd3
+from tests.studies.tiny import LAYERS, build_tiny_sd3
 
 PARITY = 1e-4
 SIZES = {"1:1": (8, 8), "16:9": (4, 14), "9:16": (14, 4)}

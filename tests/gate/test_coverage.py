@@ -16,7 +16,7 @@ from sd35bench.gate.sides import read_sides
 from sd35bench.metrics.base import METRICS
 from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 from sd35bench.types import Status, Timings
-from tests.analysis.synthetic import MemoryStudy, planted, record, session
+from tests.studies.memory import MemoryStudy, planted, record, session
 
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
 FAILURES = {"failures": {"required": True, "margins": {"failed": 0.01}}}

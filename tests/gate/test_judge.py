@@ -11,7 +11,7 @@ from sd35bench.gate.judge import compare_sides, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import Start, match_pairs, merge_starts, read_sides
 from sd35bench.types import BackendSpec, Memory, Status, Timings
-from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
+from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
 PROMPTS, SEEDS = 128, 2

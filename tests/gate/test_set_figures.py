@@ -37,7 +37,7 @@ from sd35bench.stats.kernel import (
     kernel_distance,
     polynomial_kernel,
 )
-from tests.analysis.set_studies import EXTRACTOR, set_studies
+from tests.studies.sets import EXTRACTOR, set_studies
 from tests.validity import set_figures as truth
 from tests.validity.set_figures import World, draw
 

@@ -33,9 +33,9 @@ from sd35bench.types import (
     Timings,
     Trial,
 )
-from tests.analysis.planted_claims import Truth, planted_claims
-from tests.report.backends import make_backends_study
-from tests.report.hosted import make_hosted_study
+from tests.studies.backends import make_backends_study
+from tests.studies.hosted import make_hosted_study
+from tests.studies.planted_claims import Truth, planted_claims
 
 MODEL = ModelSpec(
     name="nano", path="nano", weights_digest="ab" * 32, max_sequence_length=24, target_latency_s=0.5

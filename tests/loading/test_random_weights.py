@@ -27,7 +27,7 @@ from sd35bench.loading.sources import load_model, prove_device, prove_dtypes
 from sd35bench.types import BackendSpec, Load, ModelSpec
 from tests.backends.bare import differs
 from tests.backends.conftest import make_request
-from tests.tiny import build_tiny_sd3
+from tests.studies.tiny import build_tiny_sd3
 
 CPU = torch.device("cpu")
 NANO_TOKENS = 16

@@ -15,7 +15,7 @@ from sd35bench.loading.sources import load_model, prove_dtypes
 from sd35bench.types import BackendSpec, Load, ModelSpec
 from tests.backends.bare import IDENTICAL, bare_images, differs, make_inits
 from tests.original_layout import ENCODERS, write_original
-from tests.tiny import TOKENS, build_tiny_sd3
+from tests.studies.tiny import TOKENS, build_tiny_sd3
 
 
 def file_spec(path: Path, components: Path) -> ModelSpec:

@@ -28,8 +28,8 @@ from tests.backends.bare import (
     make_inits,
 )
 from tests.backends.conftest import make_load
-from tests.tiny import SHIFT
-from tests.tiny_families import write_tiny
+from tests.studies.tiny import SHIFT
+from tests.studies.tiny_families import write_tiny
 
 
 def test_in_force_is_true(eager: EagerBackend) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sd35bench.store import Study
 from sd35bench.types import Load
-from tests.analysis.synthetic import LOAD, record, session
+from tests.studies.memory import LOAD, record, session
 
 
 def load(

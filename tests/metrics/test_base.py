@@ -22,7 +22,7 @@ from sd35bench.metrics.base import (
 from sd35bench.metrics.reference import ReferencedMetric
 from sd35bench.metrics.selection import ON_FEATURES
 from sd35bench.types import Task
-from tests.analysis.synthetic import LOAD, record
+from tests.studies.memory import LOAD, record
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "metric"
 

@@ -8,8 +8,8 @@ from sd35bench.errors import MetricError
 from sd35bench.metrics.base import load_metric
 from sd35bench.metrics.clip_score import ClipScore
 from sd35bench.metrics.extractors import NanoEvaluator, OpenClip
-from tests.analysis.synthetic import record
 from tests.metrics.doubles import TINY_CLIP, pictures, save_open_clip, save_random_evaluator
+from tests.studies.memory import record
 
 LONG = " ".join(["a very long prompt about many things"] * 5)
 

@@ -9,8 +9,8 @@ from sd35bench.metrics.fid import Fid
 from sd35bench.metrics.reference import true_renders
 from sd35bench.nano.prompts import prompt_set, true_render
 from sd35bench.stats.frechet import Gaussian, fit, frechet_distance
-from tests.analysis.synthetic import record
 from tests.metrics.doubles import pictures, save_open_clip, save_random_evaluator
+from tests.studies.memory import record
 
 PROMPTS = ["a red circle on white", "two blue squares on a black background"]
 

@@ -87,7 +87,7 @@ def test_drift_has_lpips_where_weights_are_and_says_which(weights):
     metric = load_metric("drift", lpips=str(weights))
     value = metric.score_pair(Pair(image=A, reference=B))
     assert value.detail["lpips"] == Lpips(weights)(A, B)
-    from tests.analysis.synthetic import record
+    from tests.studies.memory import record
 
     about = metric.about(record(0), record(1))
     assert about["lpips_weights"] == Lpips(weights).digest

@@ -5,8 +5,8 @@ from PIL import Image, ImageFilter
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import load_metric
 from sd35bench.metrics.luma import contrast, luma, sharpness
-from tests.analysis.synthetic import record
 from tests.metrics.doubles import pictures
+from tests.studies.memory import record
 
 
 def _grey(values) -> np.ndarray:

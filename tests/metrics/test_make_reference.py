@@ -14,8 +14,8 @@ from sd35bench.cli import main
 from sd35bench.metrics.extractors import NanoEvaluator
 from sd35bench.score import score_study
 from sd35bench.store import Study
-from tests.analysis.synthetic import record, session
 from tests.metrics.doubles import pictures, save_open_clip, save_random_evaluator
+from tests.studies.memory import record, session
 
 
 @pytest.fixture(scope="module")

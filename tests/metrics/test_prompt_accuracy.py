@@ -4,7 +4,7 @@ import pytest
 from sd35bench.metrics.init_kept import InitKept
 from sd35bench.metrics.prompt_accuracy import PromptAccuracy
 from sd35bench.metrics.reference import true_renders
-from tests.analysis.synthetic import record
+from tests.studies.memory import record
 
 RED, BLUE = "a large red circle on white", "a large blue circle on white"
 

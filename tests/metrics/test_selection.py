@@ -4,9 +4,9 @@ from sd35bench.errors import MetricError
 from sd35bench.score import score_study
 from sd35bench.store import Study
 from sd35bench.types import Load
-from tests.analysis.synthetic import LOAD
 from tests.metrics.doubles import pictures
 from tests.metrics.drifted import load, nudge, put
+from tests.studies.memory import LOAD
 
 
 @pytest.fixture

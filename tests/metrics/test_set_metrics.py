@@ -16,8 +16,8 @@ from sd35bench.metrics.selection import select_metrics
 from sd35bench.nano.prompts import prompt_set, true_render
 from sd35bench.stats.frechet import fit
 from sd35bench.stats.kernel import Sample
-from tests.analysis.synthetic import MemoryStudy, record
 from tests.metrics.doubles import pictures, save_open_clip
+from tests.studies.memory import MemoryStudy, record
 
 PARAMETERS = {"kid": {"normalise": True}, "cmmd": {}, "precision": {"k": 3}, "recall": {"k": 3}}
 FAMILIES = ("kid", "cmmd", "precision", "recall", "fid_infinity")

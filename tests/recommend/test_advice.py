@@ -14,7 +14,7 @@ from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.decision import decide
 from sd35bench.types import Timings
-from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
+from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 T2I, I2I = "text-to-image", "image-to-image"
 # The best is slow, a fast one is nearly as good, two are clearly worse.

@@ -17,7 +17,7 @@ from sd35bench.recommend.confirm import most_prompts, part_rows, prompts_to_conf
 from sd35bench.recommend.entry import confirmation_text
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import Status
-from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record, session
+from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 T2I = "text-to-image"
 MARGIN = {"p": {"margins": {"prompt_accuracy": 0.15}}}

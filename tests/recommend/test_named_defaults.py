@@ -12,7 +12,7 @@ from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.named_defaults import NAMED, verdict_beside
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import SkipLayerGuidance, Task, Timings
-from tests.analysis.synthetic import LOAD, MemoryStudy, planted, record
+from tests.studies.memory import LOAD, MemoryStudy, planted, record
 
 T2I, I2I = "text-to-image", "image-to-image"
 STABILITY = SkipLayerGuidance(layers=(2,), scale=2.5, start=0.01, stop=0.2)

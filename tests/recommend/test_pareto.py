@@ -12,7 +12,7 @@ from sd35bench.recommend import pareto
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.pareto import front_of, pareto_front, resampled_front, speeds
 from sd35bench.types import Memory, Status, Task
-from tests.analysis.synthetic import MemoryStudy, planted, record
+from tests.studies.memory import MemoryStudy, planted, record
 
 
 def test_front_leaves_out_what_is_worse_in_both():

@@ -21,9 +21,9 @@ from sd35bench.remote.providers.wire import schema_input
 from sd35bench.server.schema import parse_json, read_create, to_request
 from sd35bench.server.settings import ServedModel
 from sd35bench.types import BackendSpec, SkipLayerGuidance
-from tests.analysis.synthetic import LOAD, record
-from tests.tiny import TOKENS, write_tiny_sd3
-from tests.tiny_families import write_tiny
+from tests.studies.memory import LOAD, record
+from tests.studies.tiny import TOKENS, write_tiny_sd3
+from tests.studies.tiny_families import write_tiny
 
 SKIPPING = SkipLayerGuidance(layers=(1,), scale=2.8, start=0.01, stop=0.6)
 

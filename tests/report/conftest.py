@@ -4,9 +4,9 @@ import pytest
 
 from sd35bench.analysis.summary import show_document
 from sd35bench.recommend.advice import recommend_document
-from tests.report.backends import make_backends_study
-from tests.report.hosted import make_hosted_study
-from tests.report.synthetic import HOSTILE, PROFILES, Synthetic, make_study, show_of
+from tests.studies.backends import make_backends_study
+from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, make_study, show_of
+from tests.studies.hosted import make_hosted_study
 
 
 @pytest.fixture(scope="session")

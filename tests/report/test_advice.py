@@ -9,7 +9,7 @@ from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import as_profiles
 from sd35bench.report.headline import read_headline
 from sd35bench.report.page import build_document, render_report
-from tests.report.synthetic import PROFILES, Synthetic
+from tests.studies.drawn import PROFILES, Synthetic
 
 
 def _answer(recommend, rows, profile: str = "final", task: str = "text-to-image"):

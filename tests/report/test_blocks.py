@@ -13,8 +13,8 @@ from sd35bench.report.page import build_document, render_report
 from sd35bench.report.render import TERMINAL, Table
 from sd35bench.report.rows import read_rows
 from sd35bench.report.tables import print_settings, settings_markdown
-from tests.report.backends import DRIFT, GAIN, NOISE, SPEED, make_backends_study, with_impossible
-from tests.report.synthetic import Synthetic
+from tests.studies.backends import DRIFT, GAIN, NOISE, SPEED, make_backends_study, with_impossible
+from tests.studies.drawn import Synthetic
 
 TITLES = (
     "Throughput, images per second",

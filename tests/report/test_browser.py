@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from sd35bench.report.page import build_document, render_report
-from tests.report.synthetic import Synthetic
+from tests.studies.drawn import Synthetic
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [

@@ -10,8 +10,8 @@ from rich.console import Console
 from sd35bench.claims.verdicts import CLAIMS, claims_document
 from sd35bench.report.claims import claims_markdown, claims_section, print_claims
 from sd35bench.report.page import build_document, render_report
-from tests.analysis.planted_claims import Truth, planted_claims
-from tests.report.synthetic import Synthetic
+from tests.studies.drawn import Synthetic
+from tests.studies.planted_claims import Truth, planted_claims
 
 
 @pytest.fixture(scope="module")

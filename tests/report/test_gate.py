@@ -10,7 +10,7 @@ from sd35bench.gate.judge import compare_sides
 from sd35bench.gate.policy import as_policy
 from sd35bench.gate.sides import read_sides
 from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
-from tests.analysis.synthetic import planted
+from tests.studies.memory import planted
 
 POLICY = {
     "dimensions": {

@@ -17,8 +17,8 @@ from sd35bench.report.page import build_document, render_report
 from sd35bench.report.render import TERMINAL, Table
 from sd35bench.report.rows import match_records, read_rows
 from sd35bench.report.tables import print_settings, settings_markdown
-from tests.report.hosted import AMBIGUOUS, LONE, SECONDS, UNTOLD_S, USD
-from tests.report.synthetic import Synthetic
+from tests.studies.drawn import Synthetic
+from tests.studies.hosted import AMBIGUOUS, LONE, SECONDS, UNTOLD_S, USD
 
 TITLES = ("Hosted calls made alone, seconds", "Hosted calls: throughput and price")
 WORDS = {"submit": "submit", "queue": "queue", "predict": "inference", "download": "download"}

@@ -8,7 +8,7 @@ import pytest
 
 from sd35bench.report.page import build_document, embed_json, render_report, write_report
 from sd35bench.store import Study
-from tests.report.synthetic import HOSTILE, PROFILES, Synthetic, make_study, show_of
+from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, make_study, show_of
 
 # Attributes that load something, and the only kinds of value that stay inside the file.
 LOADING = {"src", "href", "srcset", "data", "poster", "action", "background", "xlink:href"}

@@ -22,7 +22,7 @@ from sd35bench.report.plots import (
 from sd35bench.report.rows import Row, read_rows
 from sd35bench.report.svg import Box, Label, Scale, place_labels, ramp, spread
 from sd35bench.words import Estimate
-from tests.report.synthetic import HOSTILE, Synthetic
+from tests.studies.drawn import HOSTILE, Synthetic
 
 
 def row(name: str, seconds: float | None, value: float | None, metric: str = "prompt_accuracy"):

@@ -3,7 +3,7 @@
 import pytest
 
 from sd35bench.report.provenance import rerun_commands
-from tests.analysis.synthetic import record
+from tests.studies.memory import record
 
 
 def command(images: dict[int, int]) -> str:

@@ -16,7 +16,7 @@ from sd35bench.report.recommend import (
     recommendation_markdown,
     write_recommended,
 )
-from tests.analysis.synthetic import planted
+from tests.studies.memory import planted
 
 PROFILES = Path(__file__).parents[2] / "configs" / "profile"
 GRID = {(4, 1.0): (0.2, 0.05), (12, 4.0): (0.88, 0.3), (28, 4.0): (0.92, 0.7)}

@@ -7,7 +7,7 @@ import pytest
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profiles
 from sd35bench.report.recommend import recommendation_markdown
-from tests.analysis.synthetic import planted
+from tests.studies.memory import planted
 
 PROFILES = Path(__file__).parents[2] / "configs" / "profile"
 GRID = {(4, 1.0): (0.2, 0.05), (8, 4.0): (0.5, 0.1), (12, 4.0): (0.88, 0.3), (40, 5.0): (0.92, 0.7)}

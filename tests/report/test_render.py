@@ -25,7 +25,7 @@ from sd35bench.report.render import (
     text_column,
 )
 from sd35bench.report.tables import print_settings, settings_markdown, settings_parts
-from tests.report.synthetic import Synthetic
+from tests.studies.drawn import Synthetic
 
 
 def printed(parts, width: int = 80) -> str:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from sd35bench.report.tables import print_settings
-from tests.report.synthetic import Synthetic
+from tests.studies.drawn import Synthetic
 
 
 def printed(document: dict, width: int = 160) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from sd35bench.report import wall
 from sd35bench.report.rows import match_records, read_rows
 from sd35bench.report.wall import build_wall, encode_thumbnail
-from tests.report.synthetic import Synthetic, make_study, show_of
+from tests.studies.drawn import Synthetic, make_study, show_of
 
 
 def build(study) -> dict:

@@ -13,7 +13,7 @@ import httpx2
 from sd35bench.server.serving import Server, bind, open_state
 from sd35bench.server.settings import ServedModel, ServerSettings
 from sd35bench.server.state import ServerState
-from tests.fakes import fake_load
+from tests.studies.fakes import fake_load
 
 MODEL = ServedModel(
     name="nano",

@@ -28,7 +28,7 @@ from sd35bench.recommend.pareto import Front, speeds
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.verdicts import holm
 from sd35bench.types import Record, SkipLayerGuidance, Task
-from tests.analysis.synthetic import record
+from tests.studies.memory import record
 
 BETTER = "better"
 STUDIES, PROMPTS = 300, 64

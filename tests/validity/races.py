@@ -21,7 +21,7 @@ from sd35bench.recommend.profiles import Profile, load_profiles
 from sd35bench.tune.search import Search
 from sd35bench.tune.session import Budget, default_images, tune
 from sd35bench.tune.space import Point
-from tests.tune_surface import GRID, Surface
+from tests.studies.tune_surface import GRID, Surface
 
 __all__ = ["CASES", "Edge", "Measured", "measure"]
 

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from tests.tiny import T5_WIDTH, TOKENS, _t5_encoder, _t5_tokenizer
+from tests.studies.tiny import T5_WIDTH, TOKENS, _t5_encoder, _t5_tokenizer
 
 GEMMA_WIDTH = 16
 SANA_SHIFT = 3.0

@@ -21,7 +21,7 @@ from sd35bench.types import (
     Timings,
     Trial,
 )
-from tests.report.synthetic import MODEL, draw
+from tests.studies.drawn import MODEL, draw
 
 FLOPS_PER_EVALUATION = 0.4e9
 GAIN = {1: 1.0, 2: 1.5, 4: 1.8}

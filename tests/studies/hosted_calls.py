@@ -11,7 +11,7 @@ from sd35bench.types import (
     RemoteCall,
     Timings,
 )
-from tests.analysis.synthetic import LOAD, MemoryStudy, record, session
+from tests.studies.memory import LOAD, MemoryStudy, record, session
 
 HOSTED = replace(
     LOAD,

@@ -10,7 +10,7 @@ import numpy as np
 from sd35bench.nano.captions import parse
 from sd35bench.nano.prompts import overlap_set, prompt_set
 from sd35bench.types import Load, Record
-from tests.analysis.synthetic import LOAD, MemoryStudy, record
+from tests.studies.memory import LOAD, MemoryStudy, record
 
 EXTRACTOR = "planted"
 DIMENSIONS = 24

@@ -19,7 +19,7 @@ from sd35bench.types import (
     Status,
     Timings,
 )
-from tests.report.synthetic import EAGER, MODEL, draw
+from tests.studies.drawn import EAGER, MODEL, draw
 
 SECONDS = {
     "eachlabs": {"submit": 0.31, "queue": 1.12, "predict": 5.9, "download": 0.17, "late": 0.45},

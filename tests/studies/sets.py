@@ -7,7 +7,7 @@ import numpy as np
 
 from sd35bench.analysis.reference import Reference, write_reference
 from sd35bench.stats.frechet import fit
-from tests.analysis.synthetic import MemoryStudy, record
+from tests.studies.memory import MemoryStudy, record
 from tests.validity.set_figures import World, draw
 
 __all__ = ["EXTRACTOR", "SETS", "set_studies"]
