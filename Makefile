@@ -13,7 +13,7 @@ help:
 	@echo "make setup      create $(VENV) with the sd35bench command (no-op when up to date)"
 	@echo "make demo       sweep the embedded model, score, recommend, write the HTML report"
 	@echo "make decide     on nano: the vendor's claims, an adaptive search, a recommendation, a gate that fails"
-	@echo "make bench      the 8-bit linear, and SD3.5-Medium's true width, on this machine"
+	@echo "make bench      the 8-bit linear, the compiled core against its peers, SD3.5-Medium's true width"
 	@echo "make bench-gpu  the full SD3.5-Medium on a GPU, random weights; writes results/tables/gpu.md"
 	@echo "make bench-gpu-rehearsal  the same chain at one layer and 256 px, on any machine"
 	@echo "make test       the default test suite"
@@ -52,6 +52,8 @@ decide: setup
 
 bench: setup
 	@$(BIN)/python kernels/bench/w8a8_linear.py
+	@echo "# The compiled core on this machine\n" > results/tables/core.md
+	@for case in block block-1024px nano; do $(BIN)/python kernels/bench/mmdit_step.py --case $$case --markdown results/tables/core.md || exit 1; done
 	@$(BIN)/sd35bench run experiment=true-width
 	@$(BIN)/sd35bench show true-width
 

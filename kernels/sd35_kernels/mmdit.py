@@ -86,6 +86,10 @@ class Executor:
         check_sizes(self._library)
         self._library.sd35_scratch_bytes.restype = ctypes.c_int64
         self._kind = KINDS[tier]
+        if self._kind == INT8 and not self._library.sd35_int8_ready():
+            raise KernelUnavailable(
+                "the system keeps AMX tiles back; SD35_KERNELS_ISA=avx512_vnni runs without them"
+            )
         self._memory = Memory()
         self._kept: list[torch.Tensor] = []
         self._lock = threading.Lock()

@@ -37,6 +37,12 @@ LEVELS: dict[str, tuple[frozenset[str], str]] = {
     "avx2": (frozenset({"avx2", "fma", "bmi2", "f16c"}), "haswell"),
 }
 """Instruction sets from best to least: the CPU flags that each needs, and g++'s name for it."""
+BY_NAME = {
+    "amx_emulated": ("avx512_vnni", "-DSD35_AMX_EMULATED"),
+    "amx_tiles": ("amx", "-DSD35_AMX_TILES"),
+}
+"""Levels picked only by name, on CPUs of the level that they are compiled for: AMX's loops with the
+tiles in plain C++, for tests, and with the instructions, which no machine has run yet."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 
 
@@ -65,6 +71,8 @@ def pick_level(flags: frozenset[str] | None = None) -> str:
             f"{platform.machine()} under {platform.system()}: use backend=eager or compile"
         )
     asked = os.environ.get("SD35_KERNELS_ISA")
+    if asked in BY_NAME and BY_NAME[asked][0] in can:
+        return asked
     if asked is not None and asked not in can:
         raise KernelUnavailable(f"SD35_KERNELS_ISA={asked!r}: this CPU has {', '.join(can)}")
     return asked or can[0]
@@ -79,23 +87,21 @@ def cache_folder() -> Path:
 
 
 @functools.lru_cache
-def library(level: str, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
+def library(level: str) -> ctypes.CDLL:
     """Return the library for `level`, compiled now if it is not in the cache.
-
-    `defines`: preprocessor names to set, for tests of paths that this CPU lacks.
 
     Raises: KernelUnavailable where there is no compiler or it fails, with its words.
     """
-    path = cache_folder() / f"{_digest(level, defines)}.so"
+    path = cache_folder() / f"{_digest(level)}.so"
     if not path.exists():
-        _compile(path, level, defines)
+        _compile(path, level)
     torch.get_num_threads()  # torch first: its OpenMP runtime is the one that the library finds
     return ctypes.CDLL(str(path))
 
 
-def _digest(level: str, defines: tuple[str, ...]) -> str:
+def _digest(level: str) -> str:
     digest = hashlib.sha256()
-    for part in (*FLAGS, level, *defines, _compiler()[1]):
+    for part in (*FLAGS, *_target(level), _compiler()[1]):
         digest.update(part.encode() + b"\0")
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -117,13 +123,18 @@ def _compiler() -> tuple[str, str]:
     return found, f"{real} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _compile(path: Path, level: str, defines: tuple[str, ...]) -> None:
+def _target(level: str) -> tuple[str, ...]:
+    """Flags that say what to compile for."""
+    base, *defines = BY_NAME.get(level, (level,))
+    return (f"-march={LEVELS[base][1]}", *defines)
+
+
+def _compile(path: Path, level: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved: two processes that compile at once both end with a whole file.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        march = LEVELS[level][1]
-        command = [_compiler()[0], *FLAGS, f"-march={march}", *(f"-D{name}" for name in defines)]
+        command = [_compiler()[0], *FLAGS, *_target(level)]
         result = subprocess.run(
             [*command, str(SOURCES / "api.cpp"), "-o", str(built)],
             capture_output=True,

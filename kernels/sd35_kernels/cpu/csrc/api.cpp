@@ -20,6 +20,15 @@ void sd35_pack_int8(const float* w, int64_t n, int64_t k, int64_t chunk, int8_t*
 
 int64_t sd35_scratch_bytes(const Model* model, const Step* s) { return scratch_bytes(*model, *s); }
 
+// Whether the int8 tier can run: 0 where the system keeps AMX tiles back.
+int64_t sd35_int8_ready() {
+#ifdef SD35_AMX
+  if (!tiles_begin()) return 0;
+  tiles_end();
+#endif
+  return 1;
+}
+
 double sd35_peak(int64_t kind, int64_t threads) { return peak(kind, threads); }
 
 void sd35_step(const Model* model, const Step* s) { step(*model, *s); }

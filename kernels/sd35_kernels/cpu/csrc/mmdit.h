@@ -60,7 +60,8 @@ struct Arena {
   }
   Rows rows(int64_t kind, int64_t count, int64_t width, int64_t chunks) {
     if (kind == FP32) return {take<float>(count * width), nullptr, width, chunks};
-    uint8_t* data = take<uint8_t>(count * width + 64);
+    // AMX reads 32 rows whatever the rest is.
+    uint8_t* data = take<uint8_t>((count + 32) * width);
     return {data, take<float>(count * chunks), width, chunks};
   }
 };
@@ -340,7 +341,15 @@ inline void step(const Model& m, const Step& s) {
   Buffers buffers(m, s, arena);
   const int64_t phases = m.layers * PHASES_PER_BLOCK + 8;
   run_team(static_cast<int>(s.threads), phases, buffers.threads, Buffers::thread_floats(m), s.nanoseconds,
-           [&](Team& team) { Walk{m, s, buffers, team}.run(); });
+           [&](Team& team) {
+#ifdef SD35_AMX
+             if (m.kind == INT8) tiles_begin();
+#endif
+             Walk{m, s, buffers, team}.run();
+#ifdef SD35_AMX
+             if (m.kind == INT8) tiles_end();
+#endif
+           });
 }
 
 }  // namespace sd35

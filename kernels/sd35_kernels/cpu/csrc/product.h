@@ -16,6 +16,7 @@
 #pragma once
 #include <algorithm>
 
+#include "amx.h"
 #include "team.h"
 #include "vec.h"
 
@@ -195,6 +196,12 @@ INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64
       const int32_t* start = layer.start + chunk * round_up(layer.n, PANEL) + col;
       const float* scale = x.scale + row * x.chunks + chunk;
       const int64_t size = std::min(layer.chunk, k1 - k);
+#ifdef SD35_AMX
+      if (layer.chunk % TILE_BYTES == 0) {
+        tile_block(rows, a, x.width, b, size, start, scale, x.chunks, tile, ldt, k == 0);
+        continue;
+      }
+#endif
 #define SD35_CALL(R) int8_block<R>(a, x.width, b, size, start, scale, x.chunks, tile, ldt, k == 0)
       SD35_BY_ROWS(rows, SD35_CALL)
 #undef SD35_CALL
@@ -203,13 +210,22 @@ INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64
   }
 }
 
+// Rows that the inner loop takes at once.
+INLINE int64_t block_rows(const Linear& layer) {
+#ifdef SD35_AMX
+  if (layer.kind == INT8 && layer.chunk % TILE_BYTES == 0) return 2 * TILE_ROWS;
+#endif
+  return ROWS;
+}
+
 // One task: rows x channels of y. epilogue(row, col, values, cols) gets one finished row at a time.
 template <class Epilogue>
 void product_task(const Linear& layer, const Rows& x, const Grid& grid, int64_t task, float* tile,
                   Epilogue&& epilogue) {
   const int64_t row0 = task % grid.down * grid.rows, row1 = std::min(row0 + grid.rows, grid.m);
   const int64_t col0 = task / grid.down * grid.cols, col1 = std::min(col0 + grid.cols, grid.n);
-  const int64_t ldt = round_up(col1 - col0, PANEL), blocks = ceil_div(row1 - row0, ROWS);
+  const int64_t ldt = round_up(col1 - col0, PANEL);
+  const int64_t blocks = ceil_div(row1 - row0, block_rows(layer));
   const bool once = grid.step >= layer.k;  // then a block of rows is finished before the next
   for (int64_t k0 = 0; k0 < layer.k; k0 += grid.step) {
     const int64_t k1 = std::min(k0 + grid.step, layer.k);
