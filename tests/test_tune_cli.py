@@ -321,7 +321,8 @@ def test_tune_holds_settings_against_a_named_default(call):
     assert best["non_inferiority"]["rival"] == best["difference_from_best"]["best"] == vendor
     assert best["confirmation"]["against"]["cfg"] == 5
     row = next(row for row in document["tried"] if row["setting"] == vendor)
-    assert row["prompts"] == 16, "what others are held against goes on to the end"
+    deepest = max(row["prompts"] for row in document["tried"])
+    assert row["prompts"] == deepest, "what others are held against goes on to the end"
 
 
 UNANSWERABLE = {

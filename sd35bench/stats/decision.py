@@ -116,12 +116,15 @@ def decide(
     walk = _walk(front, cost, reference, best)
     rivals = front if reference is None else [reference]
     tests = _walked(against, walk, rivals)
-    chosen = fallback
+    chosen = best
     if fastest:
         chosen = next((i for i in reversed(walk) if tests[i].shown), fallback)
-    if best not in tests and len(front) > 1:
-        tests[best] = against.test(best, [j for j in rivals if j != best], 0.0)
+    rest = [j for j in rivals if j != best]
+    if best not in tests and rest:
+        tests[best] = against.test(best, rest, 0.0)
     others = [j for j in (allowed if reference is None else [reference]) if j != chosen]
+    if chosen not in tests and others:  # it beats all others in what was seen
+        tests[chosen] = against.test(chosen, others, 0.0)
     loss = expected_loss(sums, counts, chosen, [chosen, *others])
     unshown = max(others, key=lambda j: against.p(chosen, j), default=None)
     if unshown is not None and against.p(chosen, unshown) <= LEVEL:

@@ -337,7 +337,9 @@ def test_threads_are_torchs_own():
     load(TINY, reference.random_weights(TINY), "exact", threads=2)
     with open("/proc/self/maps", encoding="ascii") as maps:
         found = {line.split()[-1] for line in maps if "libgomp" in line}
-    assert len(found) == 1, found
+    # sentencepiece brings a runtime of its own, which is there where another test used it.
+    ours = {path for path in found if "sentencepiece" not in path}
+    assert len(ours) == 1, found
 
 
 def test_steps_from_two_threads_do_not_mix():

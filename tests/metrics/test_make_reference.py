@@ -155,7 +155,7 @@ def test_reference_of_a_study_is_what_kid_then_pairs_prompts_with(tmp_path, stud
         (["study=s", "extractor=clip"], "belong together"),
         (["images=x", "setting=1"], "needs study=NAME"),
         (["studi=s"], "did you mean study"),
-        (["--forse", "study=s"], "no such option"),
+        (["--forse", "study=s"], "unknown flag --forse; did you mean --force"),
         (["another", "study=s"], "expected `sd35bench reference make NAME"),
     ],
 )

@@ -78,7 +78,7 @@ def test_answer_without_a_setting_is_a_row(document):
 
 def test_others_say_how_surely_they_are_dominated(document):
     text = recommendation_markdown(document)
-    assert text.count("| p (Holm) | dominated | why not |") == 3
+    assert text.count("| p (adjusted) | dominated | why not |") == 3
     assert text.count("Dominated: in how many of 2000 resamples") == 3
     sentence = "The choice is on the Pareto front of quality and latency; dominated in "
     assert text.count(sentence) == 3
