@@ -3,7 +3,7 @@
 An engine is asked three things: to refuse up front what it cannot do (`prepare`), to make what is
 missing of a plan (`run`), and what that may cost (`price`). Local worker processes and hosted
 services are the engines of today. Whatever an engine does, the process that called it alone writes
-the store (docs/adr/0002): makers hand records back to `sd35bench.trials.run_trials`. So an engine
+the store (docs/adr/0002): it hands records to `sd35bench.trials.Run`. So an engine
 that hands chunks of whole blocks to other machines needs neither locks nor a shared disk.
 """
 
@@ -11,9 +11,10 @@ from typing import Protocol
 
 from sd35bench.limits import Limits
 from sd35bench.plan import Plan
+from sd35bench.process import LocalProcesses
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.store import Study
-from sd35bench.trials import LocalProcesses, Observer, Price, RunSummary
+from sd35bench.trials import Observer, Price, RunSummary
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""The parent's end of a worker process: messages with deadlines, and a watch over its memory.
+"""Local worker processes: the parent's end, and the engine that runs a plan on them.
 
 Three ways in which a worker can fail to answer, told apart by type: it ended by itself
 (`WorkerDied`, with the exit code or signal), it let a deadline pass (`WorkerHung`), its resident
@@ -6,7 +6,12 @@ set passed the limit (`WorkerTooLarge`). In the last two it is killed here.
 
 Cost: waiting is one poll(2) per message; the memory watch, only there with a limit, reads the
 process's size every `WATCH_S`, 10 µs each time in the parent, so it takes 0.02 % of one core
-and none of the worker's.
+and none of the worker's. A trial costs one message each way over a socket pair, and two fsyncs.
+
+What a worker dies over gets a record with the phase it died in, and a new worker goes on with the
+rest. One that dies in warm-up takes everything of the same kind with it, which would die alike;
+after `max_failures` deaths the rest is skipped. Skipped trials have records that say why, and are
+tried by the next run like all failures.
 """
 
 import contextlib
@@ -16,17 +21,26 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
-from sd35bench.limits import Limits
-from sd35bench.types import Load
-from sd35bench.worker import Answer, Failed, Job, Ready, Settle, Settled
+from sd35bench.fields import work_identity
+from sd35bench.limits import Limits, work_of
+from sd35bench.machine import measure_once
+from sd35bench.plan import Batch, Plan
+from sd35bench.store import Study
+from sd35bench.trials import Observer, Price, Run, RunSummary, open_run, shares
+from sd35bench.types import Load, Record, Session, Status, Trial
+from sd35bench.worker import Answer, Failed, Job, Made, Ready, Settle, Settled
 
-__all__ = ["WorkerProcess"]
+_Kind = tuple[Any, ...]
 
 WATCH_S = 0.05
 EXIT_WAIT_S = 10.0
@@ -181,3 +195,273 @@ def _has_fileno(stream: Any) -> bool:
     except (AttributeError, OSError, ValueError):
         return False
     return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalProcesses:
+    """The engine of backends that run here: worker processes, one after the other."""
+
+    limits: Limits = field(default_factory=Limits)
+    price: Price = field(default_factory=Price)
+
+    @property
+    def starts(self) -> int:
+        """Worker processes that share a plan."""
+        return self.limits.starts
+
+    def prepare(self, plan: Plan, *, dry: bool) -> None:
+        """Nothing to refuse: a backend refuses when it is loaded."""
+
+    def run(self, plan: Plan, study: Study, observer: Observer | None = None) -> RunSummary:
+        """Measure the machine once, then make what is missing.
+
+        Raises: as `run_plan`.
+        """
+        measure_once(study, plan.load)
+        return run_plan(plan, study, observer, self.limits)
+
+
+def run_plan(
+    plan: Plan, study: Study, observer: Observer | None = None, limits: Limits | None = None
+) -> RunSummary:
+    """Make what is missing of `plan` in worker processes of this machine.
+
+    Raises: StudyLocked, DiskFull, StoreError. Failures of trials become records.
+    """
+    with open_run(plan, study, observer) as run:
+        _Workers(run, Limits() if limits is None else limits).make()
+    return run.summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """What becomes of every trial that is left."""
+
+    status: Status
+    error: str
+    phase: str | None = None
+
+
+class _Workers:
+    """Makes a run's images on worker processes: which one holds the load, and where it stands."""
+
+    def __init__(self, run: Run, limits: Limits) -> None:
+        self.run, self.limits = run, limits
+        self.deaths = 0
+        self.failure: _Failure | None = None
+        self.unsafe: dict[_Kind, str] = {}  # what a warm-up died of
+        self.warm: dict[_Kind, tuple[float, float]] = {}  # seconds and work of this worker's
+        self.phase, self.current = "load", 0
+
+    def make(self) -> None:
+        """Run every missing batch, share by share."""
+        plan_shares = shares(self.run.plan.batches, self.limits.starts)
+        for start, share in enumerate(plan_shares):
+            self._share(start, [batch for batch in share if self._missing(batch)])
+
+    def _missing(self, batch: Batch) -> bool:
+        return any(trial.key not in self.run.done for trial in batch.trials)
+
+    def _share(self, start: int, batches: list[Batch]) -> None:
+        """One start's batches, on as many workers as die over them."""
+        left = self._safe(batches)
+        while left and self.failure is None:
+            left = self._safe(self._one_worker(start, left))
+        if self.failure is not None:
+            for batch in left:
+                self._fail(batch, self.failure)
+
+    def _safe(self, batches: list[Batch]) -> list[Batch]:
+        """Leave out what has killed a worker in warm-up, and say so."""
+        for batch in batches:
+            died_of = self.unsafe.get(_kind(batch))
+            if died_of is not None:
+                error = f"not tried: warming up for this size and setting failed ({died_of})"
+                self._fail(batch, _Failure(status=Status.SKIPPED, error=error, phase="warm-up"))
+        return [b for b in batches if _kind(b) not in self.unsafe]
+
+    def _one_worker(self, start: int, batches: list[Batch]) -> list[Batch]:
+        """Run batches on one worker; returns what is left after its end."""
+        self.run.new_session()
+        self.warm = {}
+        self.phase, self.current = "load", 0
+        worker = WorkerProcess(self.run.plan.load, self.limits)
+        try:
+            if not self._begin(worker, start, batches):
+                return batches
+            self.phase = "generate"
+            for self.current, batch in enumerate(batches):
+                started = time.perf_counter()
+                self._one_batch(worker, batch)
+                self.run.summary.wall_s += time.perf_counter() - started
+            worker.close()
+            return []
+        except WorkerDied as exc:
+            return self._record_death(exc, batches)
+        finally:
+            worker.kill()
+
+    def _record_death(self, exc: WorkerDied, batches: list[Batch]) -> list[Batch]:
+        """Record what the worker died over; returns what is still to do."""
+        victim = batches[self.current]
+        failure = _Failure(
+            status=_status_of(exc), error=f"{type(exc).__name__}: {exc}", phase=self.phase
+        )
+        self._fail(victim, failure)
+        self.deaths += 1
+        if self.phase == "warm-up":
+            self.unsafe[_kind(victim)] = failure.error
+            del batches[self.current]
+        else:
+            batches = batches[self.current + 1 :]
+        if self.deaths >= self.limits.max_failures:
+            times = "once" if self.deaths == 1 else f"{self.deaths} times"
+            self.failure = _Failure(
+                status=Status.SKIPPED,
+                error=f"not tried: the worker died {times} (last, in {self.phase}:"
+                f" {failure.error}); fix that or raise max_failures={self.limits.max_failures},"
+                " and run the same command again",
+            )
+        return batches
+
+    def _begin(self, worker: WorkerProcess, start: int, batches: Sequence[Batch]) -> bool:
+        """Load, warm up, settle, and write the session down; False if the backend refused."""
+        started_at = _now()
+        ready = worker.load()
+        self.run.summary.loads += 1
+        if isinstance(ready, Failed):
+            self.failure = _Failure(status=ready.status, error=ready.error, phase="load")
+            return False
+        answers = self._warm_up(worker, batches)
+        self.phase, self.current = "settle", 0
+        settled = worker.settle()
+        if isinstance(settled, Failed):
+            self.failure = _Failure(status=settled.status, error=settled.error, phase="warm-up")
+            return False
+        warmup_s = sum(answer.wall_s for answer in answers)
+        good = [answer.wall_s for answer in answers if answer.phase is None]
+        self.run.summary.load_s = (self.run.summary.load_s or 0.0) + ready.load_s
+        self.run.summary.warmup_s = (self.run.summary.warmup_s or 0.0) + warmup_s
+        self.run.append_session(
+            Session(
+                id=self.run.session_id,
+                load=self.run.plan.load,
+                started_at=started_at,
+                environment_id=ready.environment_id,
+                environment=ready.environment,
+                load_s=ready.load_s,
+                first_call_s=good[0] if good else answers[0].wall_s,
+                warmup_s=warmup_s,
+                in_force=settled.in_force,
+                start=start,
+            )
+        )
+        return True
+
+    def _warm_up(self, worker: WorkerProcess, batches: Sequence[Batch]) -> list[Answer]:
+        """Run one batch of every kind that is timed; the first one where nothing is."""
+        self.phase = "warm-up"
+        kinds: dict[_Kind, int] = {}
+        for index, batch in enumerate(batches):
+            if batch.trials[0].batch_size in self.run.plan.timed_batch_sizes:
+                kinds.setdefault(_kind(batch), index)
+        answers = []
+        for self.current in list(kinds.values()) or [0]:
+            batch = batches[self.current]
+            deadline_s = self.limits.start_deadline_s(_work(batch))
+            answers.append(worker.run(self._job(batch), deadline_s))
+            self.warm[_kind(batch)] = answers[-1].wall_s, _work(batch)
+        return answers
+
+    def _expected_s(self, batch: Batch) -> float:
+        """Its warm-up's seconds; for what had none, those of the slowest, in proportion."""
+        if _kind(batch) in self.warm:
+            return self.warm[_kind(batch)][0]
+        return max(seconds / work for seconds, work in self.warm.values()) * _work(batch)
+
+    def _job(self, batch: Batch) -> Job:
+        requests = tuple(t.request for t in batch.trials)
+        inits = tuple(
+            None if r.init_image is None else str(self.run.study.init_path(r.init_image))
+            for r in requests
+        )
+        return Job(
+            requests=requests,
+            inits=inits,
+            keep_latents=self.limits.keep_latents,
+            timed=batch.trials[0].batch_size in self.run.plan.timed_batch_sizes,
+        )
+
+    def _one_batch(self, worker: WorkerProcess, batch: Batch) -> None:
+        started_at = _now()
+        answer = worker.run(self._job(batch), self.limits.batch_deadline_s(self._expected_s(batch)))
+        if answer.timings is not None:
+            self.run.summary.measured_s += answer.timings.latency_s
+        for trial, made in zip(batch.trials, answer.made, strict=True):
+            if trial.key not in self.run.done:
+                self._keep(trial, made, answer, started_at, len(batch.trials))
+
+    def _keep(
+        self, trial: Trial, made: Made, answer: Answer, started_at: str, batch_actual: int
+    ) -> None:
+        ok = made.status is Status.OK
+        image = self.run.study.put_image(made.data, made.suffix) if ok else None
+        latents = None if made.latents is None else self.run.study.put_latents(*made.latents)
+        self._append(
+            Record(
+                trial=trial,
+                status=made.status,
+                session_id=self.run.session_id,
+                started_at=started_at,
+                phase=None if ok else answer.phase,
+                error=made.error,
+                timings=answer.timings if ok else None,
+                memory=answer.memory,
+                image=image,
+                image_bytes=len(made.data) if ok else None,
+                effective_steps=answer.effective_steps,
+                evaluations=answer.evaluations,
+                truncated_tokens=made.truncated_tokens,
+                batch_actual=batch_actual,
+                latents=latents,
+                flops=answer.flops,
+                gpu=answer.gpu,
+            )
+        )
+
+    def _fail(self, batch: Batch, failure: _Failure) -> None:
+        for trial in batch.trials:
+            if trial.key not in self.run.done:
+                self._append(
+                    Record(
+                        trial=trial,
+                        status=failure.status,
+                        session_id=self.run.session_id,
+                        started_at=_now(),
+                        phase=failure.phase,
+                        error=failure.error,
+                        batch_actual=len(batch.trials),
+                    )
+                )
+
+    def _append(self, record: Record) -> None:
+        self.run.append(record)
+        self.run.show()
+
+
+def _kind(batch: Batch) -> _Kind:
+    """What decides the work of a call: two batches alike in this need one warm-up."""
+    return (len(batch.trials), *work_identity(batch.trials[0].request))
+
+
+def _work(batch: Batch) -> float:
+    return work_of(batch.trials[0].request, len(batch.trials))
+
+
+def _status_of(exc: WorkerDied) -> Status:
+    kinds = {WorkerHung: Status.TIMED_OUT, WorkerTooLarge: Status.OUT_OF_MEMORY}
+    return kinds.get(type(exc), Status.CRASHED)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import sd35bench.trials
+import sd35bench.process
 from sd35bench.cli import VERBS, main
 from sd35bench.cli.run import RunTask
 from sd35bench.config import compose
@@ -261,7 +261,7 @@ def test_what_goes_wrong_while_running_has_its_exit_code(call, monkeypatch, erro
     def broken(*_):
         raise error
 
-    monkeypatch.setattr(sd35bench.trials, "run_plan", broken)
+    monkeypatch.setattr(sd35bench.process, "run_plan", broken)
     found, document = call("run", *FAKE)
     assert found == code
     assert document["error"]["type"] == type(error).__name__
@@ -330,14 +330,14 @@ def test_a_real_lock_is_exit_code_3(call):
 
 
 def test_one_load_that_cannot_run_does_not_stop_the_others(call, monkeypatch):
-    real = sd35bench.trials.run_plan
+    real = sd35bench.process.run_plan
 
     def sometimes(plan, *rest):
         if plan.load.threads == 1:
             raise WorkerDied("died")
         return real(plan, *rest)
 
-    monkeypatch.setattr(sd35bench.trials, "run_plan", sometimes)
+    monkeypatch.setattr(sd35bench.process, "run_plan", sometimes)
     code, _ = call("run", "-m", *FAKE, "threads=1,2")
     assert code == 4
     assert len(Study.open(Path("results"), "t").records()) == 2

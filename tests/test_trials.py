@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sd35bench import trials as run
+from sd35bench import process
 from sd35bench.errors import DiskFull, StudyLocked
 from sd35bench.limits import Limits
 from sd35bench.plan import Plan
-from sd35bench.process import WorkerProcess
+from sd35bench.process import WorkerProcess, run_plan
 from sd35bench.store import Study
-from sd35bench.trials import run_plan, shares
+from sd35bench.trials import shares
 from sd35bench.types import Flops, GpuState, Status, Timings
 from sd35bench.worker import Answer, Made, Ready, Settled, encode_image
 from tests.studies.fakes import fake_load, fake_plan
@@ -237,7 +237,7 @@ GPU = GpuState(sm_clock_mhz=1, memory_clock_mhz=2, power_w=3.0, temperature_c=4)
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(run, "WorkerProcess", Recorder)
+    monkeypatch.setattr(process, "WorkerProcess", Recorder)
 
 
 def batched_plan(*sizes: int, timed=frozenset({1})) -> Plan:

@@ -36,7 +36,7 @@ from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import Transport
 from sd35bench.remote.uploads import Uploads, content_type, data_uri
 from sd35bench.store import Study
-from sd35bench.trials import Observer, Price, Run, RunSummary, run_trials
+from sd35bench.trials import Observer, Price, Run, RunSummary, open_run
 from sd35bench.types import Record, Scalar, Session, Status, Trial
 
 GIVE_UP_AFTER = 5
@@ -106,10 +106,10 @@ class HostedService:
         provider = provider_class(self.settings.provider)(self.settings)
         key = _key(provider, self.settings)
 
-        def make(run: Run) -> None:
-            asyncio.run(_Rounds(run, self.settings, provider).make(key, self.policy))
-
-        return run_trials(plan, study, make, observer)
+        with open_run(plan, study, observer) as run:
+            if run.missing:
+                asyncio.run(_Rounds(run, self.settings, provider).make(key, self.policy))
+        return run.summary
 
 
 class _Rounds:
