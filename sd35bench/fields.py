@@ -18,8 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import DocInfo, Interval
 
-from sd35bench.evaluations import SAMPLERS
-from sd35bench.guidance import skip_layer_text
+from sd35bench.evaluations import SAMPLERS, skip_layer_text
 from sd35bench.types import (
     Load,
     PromptRef,

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd35bench.errors import ConfigError
+from sd35bench.evaluations import acting_steps, skip_layer_text
 from sd35bench.fields import FIELDS, PAIR, SETTING, make_trial
-from sd35bench.guidance import acting_steps, skip_layer_text
 from sd35bench.prompts import PromptItem
 from sd35bench.types import (
     Load,

@@ -20,7 +20,7 @@ from sd35bench.config.remote import place_of
 from sd35bench.config.weights import model_notes, model_spec, refuse_hosted_only
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
-from sd35bench.guidance import parse_skip_layers
+from sd35bench.evaluations import parse_skip_layers
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task

@@ -23,9 +23,8 @@ from typing import Any
 
 from sd35bench.analysis.settings import known_digest, known_threads, shared_negatives
 from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
-from sd35bench.evaluations import skip_layer_window
+from sd35bench.evaluations import skip_layer_text, skip_layer_window
 from sd35bench.fields import FIELDS, SETTING, is_unasked, later_asked
-from sd35bench.guidance import skip_layer_text
 from sd35bench.types import Load, ModelSpec, PromptRef, Record, Request, SkipLayerGuidance, Task
 
 _DEFAULT_RESULTS = "results"

@@ -20,7 +20,7 @@ from sd35bench.analysis.settings import PairKey, setting_key
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.disk import open_lock, try_flock
 from sd35bench.errors import ConfigError, StudyLocked
-from sd35bench.guidance import acting_steps
+from sd35bench.evaluations import acting_steps
 from sd35bench.plan import AxisValue, Batch, Plan, Sweep, expand
 from sd35bench.prompts import PromptItem
 from sd35bench.recommend.pareto import peak_bytes

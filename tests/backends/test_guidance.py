@@ -8,8 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sd35bench.backends.eager import EagerBackend
-from sd35bench.evaluations import SAMPLERS, evaluations, skip_layer_evaluations
-from sd35bench.guidance import acting_steps, parse_skip_layers, skip_layer_text
+from sd35bench.evaluations import (
+    SAMPLERS,
+    acting_steps,
+    evaluations,
+    parse_skip_layers,
+    skip_layer_evaluations,
+    skip_layer_text,
+)
 from sd35bench.types import SkipLayerGuidance, Task
 from tests.backends.conftest import make_request
 
