@@ -111,7 +111,7 @@ def _plan(study: Study, records: Sequence[Record]) -> Plan:
     return Plan(
         load=kept[0].load,
         batches=tuple(Batch((trial,)) for trial in kept),
-        inits={digest: study.init_path(digest).read_bytes() for digest in sorted(inits)},
+        inits={digest: study.read_init_file(digest) for digest in sorted(inits)},
     )
 
 

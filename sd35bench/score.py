@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sd35bench.analysis.settings import HELD_OUT, setting_key
-from sd35bench.analysis.table import GUARD
+from sd35bench.analysis.table import DAMAGED, GUARD, MISSING
 from sd35bench.errors import StoreError
 from sd35bench.metrics.base import (
     Extractor,
@@ -66,7 +66,7 @@ def score_study(
         options: by metric family, what its module's `load` takes (``{"fid": {"reference": …}}``).
 
     Returns: ``{"study", "images", "scored": {metric: new}, "embedded": {extractor: new},
-    "excluded": {reason: count}, "refused": {metric: why}, "notes": {metric: what it leaves out},
+    "excluded": {reason: count}, "damaged": [files], "refused": {metric: why}, "notes": {metric: what it leaves out},
     "total"}``; `total` counts new scores and features, 0 when nothing was missing.
 
     Raises: MetricError where a metric that was asked for by name cannot be had, or is one of
@@ -106,7 +106,8 @@ class _Job:
         for score in study.scores():
             self.done[score.metric][score.key, score.image] = score
         self.excluded = {w: str(s.detail["reason"]) for w, s in self._guards() if not s.value}
-        self.missing_files: set[Where] = set()
+        whole = study.images().whole
+        self.missing_files = {_where(r) for r in self.ok if r.image not in whole}
         self.made: Counter[str] = Counter()
         self.embedded: Counter[str] = Counter()
         self.refused: dict[str, str] = {}
@@ -360,14 +361,18 @@ class _Job:
         """Summarise what was done."""
         scored = {name: n for name, n in self.made.items() if n}
         excluded = Counter(self.excluded.values())
-        if self.missing_files:
-            excluded["image file missing"] += len(self.missing_files)
+        named = {image for _, image in self.missing_files}
+        paths = [p for p in self.study.images().damaged if p.name.partition(".")[0] in named]
+        damaged = {path.name.partition(".")[0] for path in paths}
+        for _, image in self.missing_files:
+            excluded[DAMAGED if image in damaged else MISSING] += 1
         return {
             "study": self.study.name,
             "images": len(self.records),
             "scored": scored,
             "embedded": dict(self.embedded),
             "excluded": dict(excluded),
+            "damaged": sorted(str(path.relative_to(self.study.path)) for path in paths),
             "refused": self.refused,
             "notes": {name: m.note for name, m in self.metrics.items() if m.note},
             "total": sum(scored.values()) + sum(self.embedded.values()),

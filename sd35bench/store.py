@@ -17,7 +17,6 @@ different loads may share a study; a second writer of the same load is refused.
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -43,10 +42,10 @@ from sd35bench.disk import (
     write_atomic,
 )
 from sd35bench.errors import StoreError, StudyLocked
+from sd35bench.stored import Scan, StoredFiles, is_named
 from sd35bench.types import Load, Record, Session, Status, to_json
 
 SCHEMA = 1
-_STORED = re.compile(r"[0-9a-f]{64}\.[a-z]+")
 _NUMBER = re.compile(r"([0-9]{6,9})-[0-9]{8}T")
 IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
 
@@ -78,21 +77,6 @@ def shard_order(path: Path) -> tuple[int, str]:
     """Sorts shards from the oldest to the newest: by number, then by name; names had no number."""
     found = _NUMBER.match(path.name)
     return (0 if found is None else int(found[1]), path.name)
-
-
-def image_digests(folder: Path) -> set[str]:
-    """Digests of the images in a study's `images`; of 20,000 in a tenth of the time of asking each.
-
-    Raises: StoreError where the folder cannot be read.
-    """
-    try:
-        parts = [part.path for part in os.scandir(folder) if part.is_dir()]
-        names = [entry.name for part in parts for entry in os.scandir(part)]
-    except FileNotFoundError:
-        return set()
-    except OSError as exc:
-        raise StoreError(f"cannot read {folder}: {exc.strerror}") from exc
-    return {name.partition(".")[0] for name in names if name.endswith(IMAGE_SUFFIXES)}
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
@@ -203,6 +187,9 @@ class Study:
         """Use `Study.open`."""
         self.path = path
         self.name = path.name
+        self._images = StoredFiles(path / "images", IMAGE_SUFFIXES)
+        self._inits = StoredFiles(path / "inits", (".img",))
+        self._latents = StoredFiles(path / "latents", (".npz",))
         self._journal = _Shards(path / "journal", _Journal().parse)
         decoder = msgspec.json.Decoder(Score)
         self._scores = _Shards(path / "scores", lambda line: decode_line(line, decoder))
@@ -242,7 +229,7 @@ class Study:
     def records(self) -> list[Record]:
         """Read every trial's last record, in the order in which keys first appeared.
 
-        A record with its image wins over failures, whichever is later: the image is there.
+        A record with its whole image wins over failures, whichever is later.
 
         Raises: StoreError for a damaged journal.
         """
@@ -251,7 +238,7 @@ class Study:
         for record in self.all_records():
             before = last.get(record.trial.key)
             if before is not None and before.status is Status.OK is not record.status:
-                there = image_digests(self.path / "images") if there is None else there
+                there = self.images().whole if there is None else there
                 if before.image in there:
                     continue
             last[record.trial.key] = record
@@ -266,71 +253,73 @@ class Study:
         return {line.id: line for line in self._journal.lines() if isinstance(line, Session)}
 
     def done_keys(self) -> set[str]:
-        """Keys of the trials that succeeded and whose image is still there."""
-        there = image_digests(self.path / "images")
+        """Keys of the trials that succeeded and whose image is still there, and whole."""
+        there = self.images().whole
         ok = (r for r in self.records() if r.status is Status.OK)
         return {r.trial.key for r in ok if r.image in there}
 
     # Images ------------------------------------------------------------------------------------
 
+    def images(self) -> Scan:
+        """Look at all images: which are whole, and which are not what their names say.
+
+        Raises: StoreError where the folder cannot be read.
+        """
+        return self._images.scan()
+
     def put_image(self, data: bytes, suffix: str) -> str:
-        """Keep an image file under its SHA-256 and return that."""
-        return self._put("images", data, suffix)
+        """Keep an image file under its SHA-256 and return that; a damaged one is put aside."""
+        return self._images.put(data, suffix)
 
     def image_path(self, digest: str) -> Path:
-        """Path of an image. Raises: StoreError if it is gone."""
-        path = self._find_image(digest)
-        if path is None:
-            raise StoreError(f"image {digest} is not in study {self.name!r}; run it again")
-        return path
+        """Path of an image. Raises: StoreError if it is gone or damaged."""
+        return self._there(self._images.path(digest), f"image {digest}")
+
+    def read_image_file(self, digest: str) -> bytes:
+        """Read an image's file. Raises: StoreError if it is gone or damaged."""
+        return self._there(self._images.bytes_of(digest), f"image {digest}")
 
     def read_image(self, digest: str) -> np.ndarray:
-        """Read an image as uint8 RGB [H, W, 3]. Raises: StoreError if it is gone."""
-        return decode_rgb(self.image_path(digest).read_bytes())
+        """Read an image as uint8 RGB [H, W, 3]. Raises: StoreError if it is gone or damaged."""
+        return decode_rgb(self.read_image_file(digest))
 
     def put_init(self, data: bytes) -> str:
         """Keep an init image's file under its SHA-256 and return that."""
-        return self._put("inits", data, ".img")
+        return self._inits.put(data, ".img")
 
     def init_path(self, digest: str) -> Path:
-        """Path of an init image's file."""
+        """Where an init image's file is, if it is there."""
         return self.path / "inits" / digest[:2] / f"{digest}.img"
 
+    def read_init_file(self, digest: str) -> bytes:
+        """Read an init image's file. Raises: StoreError if it is gone or damaged."""
+        return self._there(self._inits.bytes_of(digest), f"init image {digest}")
+
     def read_init(self, digest: str) -> np.ndarray:
-        """Read an init image as uint8 RGB [H, W, 3]. Raises: StoreError if it is gone."""
-        path = self.init_path(digest)
-        if not path.exists():
-            raise StoreError(f"init image {digest} is not in study {self.name!r}")
-        return decode_rgb(path.read_bytes())
+        """Read an init image as uint8 RGB [H, W, 3]. Raises: StoreError if gone or damaged."""
+        return decode_rgb(self.read_init_file(digest))
 
     def put_latents(self, first: np.ndarray, last: np.ndarray) -> str:
         """Keep one image's latents [C, h, w] after the first and the last step."""
         buffer = io.BytesIO()
         np.savez(buffer, first=first, last=last)
-        return self._put("latents", buffer.getvalue(), ".npz")
+        return self._latents.put(buffer.getvalue(), ".npz")
 
     def read_latents(self, digest: str) -> tuple[np.ndarray, np.ndarray]:
         """Read the latents after the first and the last step. Raises: StoreError if gone."""
-        path = self.path / "latents" / digest[:2] / f"{digest}.npz"
-        if not path.exists():
-            raise StoreError(f"latents {digest} are not in study {self.name!r}; run it again")
-        with np.load(path) as data:
-            return data["first"], data["last"]
+        data = self._there(self._latents.bytes_of(digest), f"latents {digest}")
+        with np.load(io.BytesIO(data)) as arrays:
+            return arrays["first"], arrays["last"]
 
-    def _put(self, folder: str, data: bytes, suffix: str) -> str:
-        digest = hashlib.sha256(data).hexdigest()
-        path = self.path / folder / digest[:2] / f"{digest}{suffix}"
-        if not path.exists():
-            write_atomic(path, data)
-        return digest
+    def save_checked(self) -> None:
+        """Keep which files were found whole, so that they are not read again for that."""
+        for files in (self._images, self._inits, self._latents):
+            files.save()
 
-    def _find_image(self, digest: str) -> Path | None:
-        stem = self.path / "images" / digest[:2] / digest
-        for suffix in IMAGE_SUFFIXES:
-            path = stem.with_name(digest + suffix)
-            if path.exists():
-                return path
-        return None
+    def _there(self, found: T | None, what: str) -> T:
+        if found is None:
+            raise StoreError(f"{what} is not in study {self.name!r}; run it again")
+        return found
 
     # Scores and features -----------------------------------------------------------------------
 
@@ -414,7 +403,7 @@ class Study:
         """
         named = {name for r in self.all_records() for name in (r.image, r.latents)}
         files = (p for name in ("images", "latents") for p in (self.path / name).glob("*/*"))
-        return sorted(p for p in files if _STORED.fullmatch(p.name) and p.stem not in named)
+        return sorted(p for p in files if is_named(p) and p.stem not in named)
 
     # Derived views -----------------------------------------------------------------------------
 

@@ -172,11 +172,13 @@ def open_run(plan: Plan, study: Study, observer: Observer | None = None) -> Iter
     """
     with study.lock(plan.load.key):
         run = Run(plan, study, observer)
-        for digest, data in plan.inits.items():
-            if not study.init_path(digest).exists():
-                study.put_init(data)
+        for data in plan.inits.values():
+            study.put_init(data)
         with contextlib.closing(run):
-            yield run
+            try:
+                yield run
+            finally:
+                study.save_checked()
 
 
 def _cell(batch: Batch) -> tuple[Any, ...]:

@@ -7,12 +7,12 @@ file that another seed gave in the same setting. One pass over the records, one 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
-from sd35bench.store import image_digests
 from sd35bench.types import Record, Session, Status
 
 GUARD = "guard"
@@ -20,6 +20,9 @@ GUARD = "guard"
 
 REPEATED = "same image under different seeds"
 MISSING = "image file missing"
+DAMAGED = "image file damaged"
+NAMED = 5
+"""Damaged files whose names are said; `sd35bench verify` names all."""
 RESUMED = "found again after a crash or a lost answer"
 BESIDE = "ran beside others"
 _BATCHED = "did not run at batch size 1"
@@ -110,11 +113,27 @@ def read_table(study: Any) -> Table:
     for score in study.scores():
         scores[score.metric][score.key, score.image] = score
     refused = {where: str(s.detail.get("reason")) for where, s in _guarded(scores) if not s.value}
-    present = image_digests(study.path / "images")
+    images = study.images()
+    damaged = {path.name.partition(".")[0]: path for path in images.damaged}
     rows = _rows(study.records(), sessions)
     for row in rows:
-        _sort_out(row, refused, present)
-    return Table(rows, sessions, dict(scores), _warnings(rows))
+        _sort_out(row, refused, images.whole, damaged)
+    named = {r.image for row in rows for r in row.records}
+    paths = [p.relative_to(study.path) for digest, p in damaged.items() if digest in named]
+    warnings = [*damaged_text(paths), *_warnings(rows)]
+    return Table(rows, sessions, dict(scores), warnings)
+
+
+def damaged_text(paths: Iterable[Path]) -> list[str]:
+    """Name stored images that are not what their names say, and the remedy; nothing for none."""
+    names = sorted(map(str, paths))
+    if not names:
+        return []
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if names[NAMED:] else "")
+    return [
+        f"{len(names)} stored images are damaged: {shown}; the `sd35bench run` that made them makes"
+        " them again, or fetches them again where a service made them: it buys none"
+    ]
 
 
 def keep_records(rows: Iterable[Row], keep: Callable[[Record], bool]) -> list[Row]:
@@ -209,7 +228,12 @@ def _rows(records: Iterable[Record], sessions: Mapping[str, Session]) -> list[Ro
     return list(rows.values())
 
 
-def _sort_out(row: Row, refused: Mapping[tuple[str, str], str], present: set[str]) -> None:
+def _sort_out(
+    row: Row,
+    refused: Mapping[tuple[str, str], str],
+    whole: Container[str],
+    damaged: Container[str],
+) -> None:
     """Fill in which of a row's records are timed, usable or excluded."""
     ok = [r for r in row.records if r.status is Status.OK and r.image is not None]
     repeated = repeated_seeds(ok)
@@ -218,15 +242,15 @@ def _sort_out(row: Row, refused: Mapping[tuple[str, str], str], present: set[str
         reason = refused.get((record.trial.key, record.image))
         if reason is None and record.image in repeated:
             reason = REPEATED
-        if reason is None and record.image not in present:
-            reason = MISSING
+        if record.image not in whole and (reason is None or record.image in damaged):
+            reason = DAMAGED if record.image in damaged else MISSING
         if reason is None:
             row.usable.append(record)
         else:
             row.excluded[reason] += 1
         why = why_untimed(record)
-        # A deleted file and an ignored seed say nothing against the time that was measured.
-        if why is None and reason in (None, MISSING, REPEATED):
+        # A file that is gone and an ignored seed say nothing against the time that was measured.
+        if why is None and reason in (None, MISSING, DAMAGED, REPEATED):
             row.timed.append(record)
         elif why is not None and record.remote is not None:
             row.untimed[why] += 1

@@ -23,6 +23,7 @@ from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
 from sd35bench.store import Study
+from sd35bench.stored import DAMAGED
 from sd35bench.sweeper import sweep
 from sd35bench.trials import shares
 from sd35bench.types import content_hash
@@ -39,10 +40,11 @@ class RunTask:
         """With `dry_run` the jobs are prepared and not launched; `yes` agrees to their bill."""
         self.dry_run, self.yes = dry_run, yes
         self.prepared: list[tuple[Job, Plan]] = []
+        self.damaged = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to another process: not the plans, each job makes its own again."""
-        return {"dry_run": self.dry_run, "yes": self.yes, "prepared": []}
+        return {"dry_run": self.dry_run, "yes": self.yes, "prepared": [], "damaged": 0}
 
     def prepare(self, configs: Sequence[DictConfig]) -> bool:
         """Validate and plan every job before the first is launched; True ends it there."""
@@ -51,6 +53,7 @@ class RunTask:
             self.prepared.append((job, expand(job.sweep)))
         for job, plan in self.prepared:
             job.engine.prepare(plan, dry=self.dry_run)
+        self.damaged = _damaged(self.prepared[0][0])
         if not (self.dry_run or self.yes):
             self._refuse_bill()
         return self.dry_run
@@ -103,6 +106,13 @@ def run(given: Given) -> Answer:
         if isinstance(result, SD35BenchError):
             raise result
     document = _document(job, results)
+    if task.damaged:
+        out.print(
+            f"{task.damaged} stored images were damaged, so their trials were tried again; where"
+            f" a new file took the name of one, the old one is kept as NAME{DAMAGED}",
+            markup=False,
+            soft_wrap=True,
+        )
     _print_summary(out, document)
     _print_unnamed(out, job)
     incomplete = document["failed"] or document["paused"] is not None
@@ -194,6 +204,12 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "paused": next((r["paused"] for r in results if r["paused"] is not None), None),
         "paths": {"study": str(path), "images": str(path / "images")},
     }
+
+
+def _damaged(job: Job) -> int:
+    """How many images of a study are not what their names say, if the study is there."""
+    there = (job.results_dir / job.study / "study.json").exists()
+    return len(Study.open(job.results_dir, job.study).images().damaged) if there else 0
 
 
 def _print_unnamed(out: Any, job: Job) -> None:

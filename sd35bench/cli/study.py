@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def score(given: Given) -> Answer:
     """Add metrics to a study."""
+    from sd35bench.analysis.table import damaged_text
+
     study = _open(given)
     metrics = given.text("--metric")
     names = None if metrics is None else [n for n in metrics.split(",") if n]
@@ -24,6 +26,8 @@ def score(given: Given) -> Answer:
         out.print(f"{name}: {count} new scores", markup=False)
     if counts["total"] == 0:
         out.print("nothing was missing")
+    for text in damaged_text(map(Path, counts["damaged"])):
+        out.print(text, markup=False, soft_wrap=True)
     for name, note in counts["notes"].items():
         out.print(f"{name}: {note}", markup=False, soft_wrap=True)
     _print_refused(out, counts)
@@ -161,6 +165,12 @@ def _open(given: Given) -> Study:
         raise ConfigError(f"which study? in {root} there are: {there}")
     study = open_study(root, given.words[0])
     if not study.done_keys():
+        damaged = len(study.images().damaged)
+        if damaged:
+            raise ConfigError(
+                f"study {study.name!r} has no whole image: {damaged} are damaged; `sd35bench verify"
+                f" {study.name}` names them, and the same run makes them again"
+            )
         raise ConfigError(f"study {study.name!r} has no image yet; see what failed with run again")
     return study
 
@@ -176,7 +186,7 @@ def score_missing(
     from sd35bench.score import score_study
 
     if not study.done_keys():
-        return {"refused": {}}
+        return {"refused": {}, "damaged": []}
     options = metric_options(overrides)
     with show_progress() as bar:
         task = bar.add_task(f"scoring {study.name}", total=None)

@@ -57,7 +57,7 @@ class Uploads:
         async with self._turns.setdefault(digest, asyncio.Lock()):
             url, at = self._urls.get(digest, ("", 0.0))
             if not url or time.monotonic() - at > FRESH_S:
-                url = await self._upload(self._study.init_path(digest).read_bytes())
+                url = await self._upload(self._study.read_init_file(digest))
                 self._urls[digest] = url, time.monotonic()
         return url
 

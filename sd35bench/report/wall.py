@@ -171,8 +171,8 @@ class _Wall:
             return None
         if digest not in self._image_ids:
             try:
-                path = self.study.init_path(digest) if is_init else self.study.image_path(digest)
-                uri = encode_thumbnail(path.read_bytes())
+                read = self.study.read_init_file if is_init else self.study.read_image_file
+                uri = encode_thumbnail(read(digest))
             except (OSError, StoreError):
                 return None
             self._image_ids[digest] = len(self.images)
