@@ -12,12 +12,14 @@ Nothing is downloaded here.
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sd35bench.errors import ConfigError
+from sd35bench.disk import parse_json, read_regular
+from sd35bench.errors import ConfigError, StoreError
 
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 INDEX = "model_index.json"
@@ -33,6 +35,7 @@ LAYOUT = {
 EXCLUDED = ("sd3*", "text_encoders/*", "*fp16*", "*.md")
 """What a download can leave out: the same weights once more, in other layouts and dtypes."""
 HEADER_LIMIT_BYTES = 100_000_000
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def find_checkpoint(name: str, path: str | None, hub_id: str | None, gated: bool = True) -> Path:
@@ -318,10 +321,11 @@ class _Cache:
 
     def _read(self) -> dict[str, str]:
         try:
-            known = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            known = parse_json(read_regular(self._path, follow=True)[0])
+            hashes = known.items()
+        except (StoreError, ValueError, AttributeError):
             return {}
-        return known if isinstance(known, dict) else {}
+        return {k: v for k, v in hashes if isinstance(v, str) and _DIGEST.fullmatch(v)}
 
 
 def _hash_file(path: Path) -> str:

@@ -14,9 +14,10 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -27,14 +28,57 @@ _TEMPORARY = re.compile(r"\.sd35bench-([0-9a-f]{8})-([0-9]{1,9})-.+\.tmp")
 
 
 def decode_line(line: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
-    """Parse one JSON line to the decoder's type; unknown keys are ignored."""
+    """Parse one JSON line to the decoder's type; unknown keys are ignored.
+
+    Raises: msgspec.ValidationError for another shape, ValueError for what is not JSON.
+    """
     try:
         return decoder.decode(line)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
         # `json.dumps` writes a lone surrogate of a prompt as \\udXXX, which msgspec refuses.
-        return msgspec.convert(json.loads(line), decoder.type)
+        return msgspec.convert(parse_json(line), decoder.type)
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON; NaN and Infinity are none, nor is what is nested too deep to be ours.
+
+    Raises: ValueError.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(data, parse_constant=refuse)
+    except RecursionError as exc:
+        raise ValueError("nested too deep") from exc
+
+
+def read_regular(path: Path, follow: bool = False) -> tuple[bytes, os.stat_result]:
+    """Read a regular file, once; a pipe or a folder is refused without waiting.
+
+    `follow`: a link is followed, else it is refused. Raises: StoreError that says what is there.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        handle = os.open(path, flags)
+    except FileNotFoundError as exc:
+        raise StoreError(f"{path} is not there") from exc
+    except OSError as exc:
+        what = "it is a link" if exc.errno == errno.ELOOP else exc.strerror
+        raise StoreError(f"{path} cannot be read: {what}") from exc
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreError(f"{path} cannot be read: it is no regular file")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(), found
+    except OSError as exc:
+        raise StoreError(f"{path} cannot be read: {exc.strerror}") from exc
+    finally:
+        os.close(handle)
 
 
 def read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
@@ -42,7 +86,7 @@ def read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
 
     Raises: StoreError for any other line that is not JSON, or not of the expected type.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = read_regular(path, follow=True)[0].split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -50,7 +94,8 @@ def read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
             yield parse(line)
         except msgspec.ValidationError as exc:
             raise StoreError(
-                f"{path}:{number} cannot be read by this version of sd35bench: {exc}"
+                f"{path}:{number} cannot be read by this version of sd35bench: {exc}; update"
+                " sd35bench, or restore or delete that line"
             ) from exc
         except ValueError as exc:
             if number == len(lines):
@@ -204,8 +249,12 @@ def disk_errors(path: Path, cleanup: Callable[[], None] = lambda: None) -> Itera
 
 @contextlib.contextmanager
 def open_lock(path: Path) -> Iterator[int]:
-    """Open a lock's file, made if need be; closing it gives the lock back."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """Open a lock's file, made if need be; closing it gives the lock back.
+
+    Raises: StoreError where something else has its name, or the folder cannot be written.
+    """
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     try:
         yield handle
     finally:

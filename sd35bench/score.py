@@ -66,8 +66,9 @@ def score_study(
         options: by metric family, what its module's `load` takes (``{"fid": {"reference": …}}``).
 
     Returns: ``{"study", "images", "scored": {metric: new}, "embedded": {extractor: new},
-    "excluded": {reason: count}, "damaged": [files], "refused": {metric: why}, "notes": {metric: what it leaves out},
-    "total"}``; `total` counts new scores and features, 0 when nothing was missing.
+    "excluded": {reason: count}, "damaged": [files], "refused": {metric: why}, "notes": {metric:
+    what it leaves out}, "total"}``; `total` counts new scores and features, 0 when nothing was
+    missing.
 
     Raises: MetricError where a metric that was asked for by name cannot be had, or is one of
     quality and all there is was made with random weights; a default like that is in `refused`.
@@ -132,7 +133,9 @@ class _Job:
         self.metrics[metric.name] = metric
         if isinstance(metric, PairMetric):
             self.pairings[metric.name] = metric.pairing(self.records)
-        if isinstance(metric, FeatureMetric | SetMetric) and self.todo(metric):
+        if isinstance(metric, SetMetric) or (
+            isinstance(metric, FeatureMetric) and self.todo(metric)
+        ):
             name = metric.extractor.name
             if name not in self.features:
                 self.features[name] = self.study.features(name)
@@ -180,9 +183,8 @@ class _Job:
             if where not in self.done[GUARD]:
                 needs[where].append(GUARD)
         for metric in self.metrics.values():
-            for record in self.todo(metric):
-                if isinstance(metric, ImageMetric | PairMetric) or not self._kept(metric, record):
-                    needs[_where(record)].append(metric.name)
+            for record in self._unseen(metric):
+                needs[_where(record)].append(metric.name)
         place: dict[Any, int] = {}
         for record in by_where.values():
             place.setdefault(record.trial.request, len(place))
@@ -198,9 +200,19 @@ class _Job:
                 progress(seen, len(ordered))
         self.flush()
 
-    def _kept(self, metric: Metric, record: Record) -> bool:
-        assert isinstance(metric, FeatureMetric | SetMetric)
-        return record.image in self.features[metric.extractor.name]
+    def _unseen(self, metric: Metric) -> list[Record]:
+        """Records whose image a metric, or what extracts its features, has to look at.
+
+        A set metric needs all features, also where its rows are there: their file may be damaged.
+        """
+        if not isinstance(metric, FeatureMetric | SetMetric):
+            return self.todo(metric)
+        if isinstance(metric, SetMetric):
+            wanted = [r for r in self.records if judges(metric, r)]
+        else:
+            wanted = self.todo(metric)
+        kept = self.features.get(metric.extractor.name, {})
+        return [r for r in wanted if r.image not in kept]
 
     def _batch(self, records: list[Record], needs: Mapping[Where, list[str]]) -> None:
         pairs = [(r, i) for r in records if (i := self._healthy(r)) is not None]

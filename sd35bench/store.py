@@ -23,7 +23,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -37,13 +37,15 @@ from sd35bench.disk import (
     disk_errors,
     is_abandoned,
     open_lock,
+    parse_json,
     read_lines,
+    read_regular,
     try_flock,
     write_atomic,
 )
 from sd35bench.errors import StoreError, StudyLocked
 from sd35bench.stored import Scan, StoredFiles, is_named
-from sd35bench.types import Load, Record, Session, Status, to_json
+from sd35bench.types import BackendSpec, Load, ModelSpec, Record, Request, Session, Status, to_json
 
 SCHEMA = 1
 _NUMBER = re.compile(r"([0-9]{6,9})-[0-9]{8}T")
@@ -121,24 +123,41 @@ class _Shards(Generic[T]):
         self._parse = parse
         self._kept: dict[Path, tuple[tuple[int, int, int], list[T]]] = {}
 
+    def paths(self) -> list[Path]:
+        """The shards, the oldest first."""
+        return sorted(self._folder.glob("*.jsonl"), key=shard_order)
+
+    def read(self, path: Path) -> Iterator[T]:
+        """Parse one shard, whatever is kept of it. Raises: StoreError."""
+        return read_lines(path, self._parse)
+
     def lines(self) -> Iterator[T]:
         """Every line of every shard, the oldest first."""
-        for path in sorted(self._folder.glob("*.jsonl"), key=shard_order):
+        for path in self.paths():
             # The stamp is taken before the read: what is appended meanwhile changes it again.
-            found = path.stat()
+            with disk_errors(path):
+                found = path.stat()
             stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
             kept = self._kept.get(path)
             if kept is None or kept[0] != stamp:
-                kept = self._kept[path] = (stamp, list(read_lines(path, self._parse)))
+                kept = self._kept[path] = (stamp, list(self.read(path)))
             yield from kept[1]
 
 
 class _TrialHead(msgspec.Struct):
     load: msgspec.Raw
+    request: msgspec.Raw
+
+
+_FIELDS = {cls: {f.name for f in fields(cls)} for cls in (Request, Load, ModelSpec, BackendSpec)}
+
+
+class _Kind(msgspec.Struct):
+    kind: str
 
 
 class _Head(msgspec.Struct):
-    """What a journal line is, and its load's text."""
+    """What a journal line is, and the text of what its trial is of."""
 
     kind: str
     trial: _TrialHead | None = None
@@ -162,9 +181,15 @@ class _Journal:
         if head.kind != "record":
             return None
         record = decode_line(line, self._record)
-        if head.trial is not None:
-            load = self._loads.setdefault(bytes(head.trial.load), record.trial.load)
-            object.__setattr__(record.trial, "load", load)
+        if head.trial is None:
+            trial = parse_json(line)["trial"]
+            _refuse_unknown(trial["request"], trial["load"])
+            return record
+        raw = bytes(head.trial.load)
+        load = self._loads.get(raw)
+        request = msgspec.json.decode(head.trial.request)
+        _refuse_unknown(request, {} if load is not None else msgspec.json.decode(raw))
+        object.__setattr__(record.trial, "load", self._loads.setdefault(raw, record.trial.load))
         return record
 
     def _decode_head(self, line: bytes) -> _Head:
@@ -173,7 +198,39 @@ class _Journal:
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:  # see `decode_line`
-            return _Head(json.loads(line)["kind"])
+            return _Head(msgspec.convert(parse_json(line), _Kind).kind)
+
+
+def _refuse_unknown(request: dict[str, Any], load: dict[str, Any]) -> None:
+    """Refuse fields of a newer version in what tells settings apart: without them they would pool.
+
+    Other fields that are not known are left where they are. Raises: msgspec.ValidationError.
+    """
+    parts = (
+        ("request", request, Request),
+        ("load", load, Load),
+        ("load.model", load.get("model", {}), ModelSpec),
+        ("load.backend", load.get("backend", {}), BackendSpec),
+    )
+    for name, given, cls in parts:
+        unknown = given.keys() - _FIELDS[cls]
+        if unknown:
+            raise msgspec.ValidationError(
+                f"trial.{name} has `{min(unknown)}`, which a newer version wrote"
+            )
+
+
+def _check_schema(marker: Path, name: str) -> None:
+    """Refuse another schema, and a damaged `study.json`. Raises: StoreError."""
+    try:
+        schema = parse_json(read_regular(marker, follow=True)[0])["schema"]
+    except (ValueError, TypeError, KeyError) as exc:
+        raise StoreError(
+            f"{marker} is damaged: it must be {json.dumps({'schema': SCHEMA})}; write that into it"
+            f" if version {SCHEMA} made study {name!r}"
+        ) from exc
+    if schema != SCHEMA:
+        raise StoreError(f"study {name!r} has schema {schema}, this version reads {SCHEMA}")
 
 
 class Study:
@@ -190,6 +247,7 @@ class Study:
         self._images = StoredFiles(path / "images", IMAGE_SUFFIXES)
         self._inits = StoredFiles(path / "inits", (".img",))
         self._latents = StoredFiles(path / "latents", (".npz",))
+        self._features: dict[str, tuple[tuple[Path, ...], dict[str, np.ndarray]]] = {}
         self._journal = _Shards(path / "journal", _Journal().parse)
         decoder = msgspec.json.Decoder(Score)
         self._scores = _Shards(path / "scores", lambda line: decode_line(line, decoder))
@@ -202,7 +260,7 @@ class Study:
         """
         path = Path(root) / name
         marker = path / "study.json"
-        if not marker.exists():
+        if not os.path.lexists(marker):
             if not create:
                 known = sorted(p.parent.name for p in Path(root).glob("*/study.json"))
                 there = ", ".join(known) if known else "none"
@@ -211,9 +269,7 @@ class Study:
                 for folder in ("journal", "scores", "images", "inits", "features"):
                     (path / folder).mkdir(parents=True, exist_ok=True)
             write_atomic(marker, json.dumps({"schema": SCHEMA}).encode())
-        schema = json.loads(marker.read_text()).get("schema")
-        if schema != SCHEMA:
-            raise StoreError(f"study {name!r} has schema {schema}, this version reads {SCHEMA}")
+        _check_schema(marker, name)
         return cls(path)
 
     # Records -----------------------------------------------------------------------------------
@@ -221,6 +277,14 @@ class Study:
     def new_shard_id(self) -> str:
         """Name a shard that comes after all others of the study, ledgers included."""
         return new_shard_id(self.path / "journal", self.path / "remote")
+
+    def shards(self) -> list[Path]:
+        """The journal's files, the oldest first."""
+        return self._journal.paths()
+
+    def check_lines(self, folder: str, shard: Path) -> list[Any]:
+        """Parse one shard of `journal` or `scores`. Raises: StoreError where it is damaged."""
+        return list((self._journal if folder == "journal" else self._scores).read(shard))
 
     def shard(self, shard_id: str) -> Shard:
         """Open a new journal shard of this writer's own."""
@@ -282,6 +346,11 @@ class Study:
     def read_image(self, digest: str) -> np.ndarray:
         """Read an image as uint8 RGB [H, W, 3]. Raises: StoreError if it is gone or damaged."""
         return decode_rgb(self.read_image_file(digest))
+
+    def find_stored(self, kind: str, digest: str) -> Path:
+        """Where a file of `images`, `inits` or `latents` is, or would be; it is not read."""
+        files = {"images": self._images, "inits": self._inits, "latents": self._latents}[kind]
+        return files.find(digest)
 
     def put_init(self, data: bytes) -> str:
         """Keep an init image's file under its SHA-256 and return that."""
@@ -346,12 +415,19 @@ class Study:
         )
 
     def features(self, extractor: str) -> dict[str, np.ndarray]:
-        """Read an extractor's features [d] by image digest."""
-        found: dict[str, np.ndarray] = {}
-        for path in sorted((self.path / "features" / extractor).glob("*.npz")):
-            with np.load(path) as data:
-                found.update(zip(data["digests"].tolist(), data["features"], strict=True))
-        return found
+        """Read an extractor's features [d] by image digest; a damaged file counts as missing.
+
+        They are read again only when files were added.
+        """
+        paths = tuple(sorted((self.path / "features" / extractor).glob("*.npz")))
+        kept = self._features.get(extractor)
+        if kept is None or kept[0] != paths:
+            found: dict[str, np.ndarray] = {}
+            for path in paths:
+                with contextlib.suppress(StoreError):  # what is missing is embedded again
+                    found.update(load_features(path))
+            kept = self._features[extractor] = paths, found
+        return dict(kept[1])
 
     # The machine -------------------------------------------------------------------------------
 
@@ -363,10 +439,8 @@ class Study:
 
     def machine(self) -> list[dict[str, Any]]:
         """Read the measurements of the machines that ran this study, the latest last."""
-        return [
-            json.loads(p.read_bytes())
-            for p in sorted((self.path / "machine").glob("*.json"), key=shard_order)
-        ]
+        paths = sorted((self.path / "machine").glob("*.json"), key=shard_order)
+        return [load_machine(path) for path in paths]
 
     # Locks and sweeping ------------------------------------------------------------------------
 
@@ -438,6 +512,43 @@ class Study:
                 quoted = str(path).replace("'", "''")
                 connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
             return connection.sql(query).to_arrow_table()
+
+
+def load_features(path: Path) -> dict[str, np.ndarray]:
+    """Read one file of features [d] by digest. Raises: StoreError where it is damaged."""
+    try:
+        with np.load(io.BytesIO(read_regular(path)[0]), allow_pickle=False) as data:
+            digests, features = data["digests"].tolist(), data["features"]
+        if features.ndim != 2 or not np.isfinite(features).all():
+            raise ValueError(f"an array of shape {features.shape}, or with NaN")
+        return dict(zip(digests, features, strict=True))
+    except StoreError:
+        raise
+    except Exception as exc:  # numpy and zipfile raise a dozen kinds for damaged bytes
+        raise StoreError(f"{path} is damaged: {exc}; delete it, and score again") from exc
+
+
+def load_machine(path: Path) -> dict[str, Any]:
+    """Read one measurement of a machine. Raises: StoreError where it is damaged."""
+    remedy = "delete it: run measures the machine again"
+    try:
+        found = parse_json(read_regular(path)[0])
+        whole = msgspec.convert(found, _Machine)
+    except (ValueError, msgspec.ValidationError) as exc:
+        raise StoreError(f"{path} is damaged: {exc}; {remedy}") from exc
+    return {**found, "rates": whole.rates}
+
+
+class _Machine(msgspec.Struct):
+    """What is read of a measurement; a rate has a unit, and numbers."""
+
+    key: str
+    device: str
+    threads: int
+    environment: dict[str, str | int | float | bool | None]
+    measured_at: str
+    rates: dict[str, dict[str, Any]]
+    error: str | None = None
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

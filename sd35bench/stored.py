@@ -11,12 +11,11 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sd35bench.disk import write_atomic
+from sd35bench.disk import read_regular, write_atomic
 from sd35bench.errors import StoreError
 
 CHECKED = ".checked.json"
@@ -25,29 +24,6 @@ DAMAGED = ".damaged"
 _STORED = re.compile(r"[0-9a-f]{64}\.[a-z]+")
 _Stamp = tuple[int, ...]
 """Size, inode, times of change in ns; empty: its bytes were found to be others."""
-
-
-def read_regular(path: Path) -> tuple[bytes, os.stat_result]:
-    """Read a regular file, once; a link, a pipe or a folder is refused without waiting.
-
-    Raises: StoreError that says what is there instead.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        handle = os.open(path, flags)
-    except FileNotFoundError as exc:
-        raise StoreError(f"{path} is not there") from exc
-    except OSError as exc:
-        what = "it is a link" if path.is_symlink() else exc.strerror
-        raise StoreError(f"{path} cannot be read: {what}") from exc
-    with open(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise StoreError(f"{path} cannot be read: it is no regular file")
-        try:
-            return file.read(), found
-        except OSError as exc:
-            raise StoreError(f"{path} cannot be read: {exc.strerror}") from exc
 
 
 def read_named(path: Path) -> bytes:
@@ -133,15 +109,23 @@ class StoredFiles:
 
     def path(self, digest: str) -> Path | None:
         """Path of a whole file, or ``None`` where there is none. Raises: StoreError if damaged."""
-        path = self._find(digest)
-        if path is not None and not self._is_known(digest, path.lstat()):
+        path = self.find(digest)
+        if not os.path.lexists(path):
+            return None
+        if not self._is_known(digest, path.lstat()):
             self.read(path)
         return path
 
     def bytes_of(self, digest: str) -> bytes | None:
         """A file's bytes, or ``None`` where there is none. Raises: StoreError if damaged."""
-        path = self._find(digest)
-        return None if path is None else self.read(path)
+        path = self.find(digest)
+        return self.read(path) if os.path.lexists(path) else None
+
+    def find(self, digest: str) -> Path:
+        """Where a file is, or would be."""
+        stem = self._folder / digest[:2] / digest
+        paths = [stem.with_name(f"{digest}{suffix}") for suffix in self._suffixes]
+        return next((path for path in paths if os.path.lexists(path)), paths[0])
 
     def put(self, data: bytes, suffix: str) -> str:
         """Keep a file under its digest and return that; a damaged one is moved out of its way.
@@ -166,10 +150,6 @@ class StoredFiles:
             with contextlib.suppress(StoreError):
                 write_atomic(self._checked, json.dumps(known).encode())
                 self._changed = False
-
-    def _find(self, digest: str) -> Path | None:
-        paths = (self._folder / digest[:2] / f"{digest}{suffix}" for suffix in self._suffixes)
-        return next((path for path in paths if os.path.lexists(path)), None)
 
     @property
     def _checked(self) -> Path:

@@ -113,7 +113,10 @@ def _set_metric(study: Any, found: list[tuple[Record, ScoreLike]]) -> dict[str, 
         reason = f"refused: {extractor} needs {need} images, there are {len(records)}"
         return _nothing(reason) | {"n": len(records), "needs": need}
     reference = read_reference(study, name)
-    kept = _features(study, extractor)
+    kept = study.features(extractor)
+    gone = sum(r.image not in kept for r in records)
+    if gone:
+        return _nothing(f"features of {gone} images are gone; sd35bench score makes them again")
     images = Sample(np.stack([kept[str(r.image)] for r in records]), _prompts(records))
     parameters = detail.get("parameters", {})
     try:
@@ -128,21 +131,6 @@ def _prompts(records: list[Record]) -> NDArray[np.str_]:
     """What resampling draws together, as text, so that a reference's prompts can be matched."""
     keys = (cluster_key(r.trial) for r in records)
     return np.array([p if init is None else f"{init} {p}" for p, init in keys])
-
-
-_FEATURES: dict[tuple[str, str], tuple[int, dict[str, NDArray]]] = {}
-
-
-def _features(study: Any, extractor: str) -> dict[str, NDArray]:
-    """Return an extractor's kept features; they are read again only when files were added."""
-    folder = study.path / "features" / extractor
-    files = sum(1 for _ in folder.glob("*.npz"))
-    key = (str(study.path.resolve()), extractor)
-    if key not in _FEATURES or _FEATURES[key][0] != files:
-        for other in [k for k in _FEATURES if k[0] != key[0]]:
-            del _FEATURES[other]  # one study's features at a time
-        _FEATURES[key] = (files, study.features(extractor))
-    return _FEATURES[key][1]
 
 
 def _entry(interval: Interval) -> dict[str, Any]:

@@ -44,6 +44,7 @@ VERBS = {
     "serve": ("serve", "the hosted prediction protocol over a local backend"),
     "export": ("export", "the denoiser as an ONNX graph, kept for the onnx and openvino backends"),
     "clean": ("clean", "files of a study that no record names: list them, or move them away"),
+    "verify": ("verify", "whether a study's files are there and whole; exit code 1 if not"),
     "doctor": ("doctor", "what works on this machine, and what to install"),
 }
 """All verbs: the module of this package that has its `Command` in `COMMANDS`, and its meaning."""

@@ -12,7 +12,6 @@ images of nano and 2 MB of Inception. Its reference is not: the candidate's stud
 
 import io
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
@@ -22,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.errors import ConfigError
+from sd35bench.disk import parse_json, read_regular
+from sd35bench.errors import ConfigError, StoreError
 from sd35bench.fields import ASKED, completed
 from sd35bench.gate.sides import FeatureReader, Features, SetScore, Side, Start, told_apart
 
@@ -72,8 +72,8 @@ def baseline_text(sides: Sequence[Side]) -> str:
 def read_baseline(path: Path) -> list[Side]:
     """Read a baseline file. Raises: ConfigError where it is none, or of another schema."""
     try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
+        raw = parse_json(read_regular(path, follow=True)[0])
+    except (StoreError, ValueError) as exc:
         raise ConfigError(f"baseline {path}: cannot be read: {exc}") from exc
     if not isinstance(raw, Mapping) or raw.get("kind") != _KIND:
         raise ConfigError(f"baseline {path}: not made by sd35bench baseline make")
@@ -147,7 +147,7 @@ def _read_features(path: Path, extractor: str) -> Features:
             if f"digests/{extractor}" not in data.files:
                 return {}
             digests, rows = data[f"digests/{extractor}"], data[f"features/{extractor}"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as exc:
+    except Exception as exc:  # numpy and zipfile raise a dozen kinds for damaged bytes
         raise ConfigError(
             f"{path} cannot be read: {exc}; make the baseline again with sd35bench baseline make"
         ) from exc

@@ -195,8 +195,8 @@ def keep_reference(study: Any, metric: SetMetric, name: str, records: Sequence[R
 
     Raises: MetricError where it cannot be had, or has too few images for this metric.
     """
-    if reference_path(study, name).exists():
-        kept = read_reference(study, name)  # another metric, or an earlier version, made it
+    kept = _kept_reference(study, name)
+    if kept is not None:  # another metric, or an earlier version, made it
         metric.require_images(kept.gaussian.n, kept.source)
         if kept.features is not None or not metric.needs_features:
             return
@@ -210,6 +210,16 @@ def keep_reference(study: Any, metric: SetMetric, name: str, records: Sequence[R
         prompts=data.prompts,
     )
     write_reference(study, reference)
+
+
+def _kept_reference(study: Any, name: str) -> Reference | None:
+    """A reference that is there and whole; one that is damaged is made again."""
+    if not reference_path(study, name).exists():
+        return None
+    try:
+        return read_reference(study, name)
+    except MetricError:
+        return None
 
 
 def reduce_images(

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import LineFile, disk_errors, open_lock
+from sd35bench.disk import LineFile, disk_errors, open_lock, parse_json, read_regular
 from sd35bench.errors import Paused, StoreError
 from sd35bench.store import shard_order
 
@@ -224,21 +224,19 @@ class Ledger:
 
     def _read_on(self, path: Path) -> None:
         start = self._read.get(path, 0)
-        with disk_errors(path), open(path, "rb") as file:
-            file.seek(start)
-            data = file.read()
+        data = read_regular(path, follow=True)[0][start:]
         whole, _, torn = data.rpartition(b"\n")
         for line in whole.split(b"\n") if whole else ():
             try:
-                self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError) as exc:
+                self._apply(parse_json(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as exc:
                 raise StoreError(
                     f"{path}: a line cannot be read; restore the file: it says what was paid for"
                 ) from exc
         self._read[path] = start + len(data) - len(torn)
         # A last line may be whole but for its end; applying one twice changes nothing.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            self._apply(json.loads(torn))
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            self._apply(parse_json(torn))
 
     def _apply(self, line: Mapping[str, Any]) -> None:
         kind = line["kind"]
@@ -246,8 +244,8 @@ class Ledger:
             intent = Intent(
                 id=line["id"],
                 trial=line["trial"],
-                input=line["input"],
-                price_usd=float(line["price_usd"]),
+                input=dict(line["input"]),
+                price_usd=_charge(line["price_usd"]),
                 at=datetime.fromisoformat(line["at"]),
             )
             if intent.id not in self._intents:
@@ -255,16 +253,24 @@ class Ledger:
             return
         intent = self._intents[line["id"]]
         if kind == "created":
-            intent.prediction = line["prediction"]
-            self._by_prediction.setdefault(line["prediction"], intent)
+            intent.prediction = str(line["prediction"])
+            self._by_prediction.setdefault(intent.prediction, intent)
         elif kind == "finished":
-            intent.phase, intent.cost_usd = line["phase"], line["cost_usd"]
-            intent.outputs = tuple(line["outputs"])
+            cost_usd = line["cost_usd"]
+            intent.cost_usd = None if cost_usd is None else _charge(cost_usd)
+            intent.phase, intent.outputs = str(line["phase"]), tuple(map(str, line["outputs"]))
         elif kind == "kept":
-            intent.kept = line["sha256"]
+            intent.kept = str(line["sha256"])
         elif kind in ("lost", "refused"):
             setattr(intent, kind, True)
             intent.why = line["why"]
+
+
+def _charge(value: object) -> float:
+    """A price that is no number would pass every budget. Raises: ValueError."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{value!r} is no price")
+    return float(value)
 
 
 def _sum(cost_usd: float | None) -> float | None:
