@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sd35bench.fields import make_trial
+from sd35bench.stored import Scan
 from sd35bench.types import (
     BackendSpec,
     Load,
@@ -106,6 +107,9 @@ class MemoryStudy:
 
     def features(self, extractor: str) -> dict[str, np.ndarray]:
         return self.kept_features[extractor]
+
+    def images(self) -> Scan:
+        return Scan(whole={path.stem for path in (self.path / "images").glob("*/*")})
 
     def init_path(self, digest: str) -> Path:
         return self.path / "inits" / digest
