@@ -5,6 +5,7 @@ may stand anywhere on the line and are never abbreviated. It imports no other mo
 so that help and refusals are fast.
 """
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,19 @@ class Given:
         if text is not None and not (text.isascii() and text.isdigit()):
             raise ConfigError(f"{flag}={text}: must be a whole number")
         return None if text is None else int(text)
+
+    def number(self, flag: str) -> float | None:
+        """The value of a flag as a number. Raises: ConfigError."""
+        text = self.flags.get(flag)
+        if text is None:
+            return None
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found):
+            raise ConfigError(f"{flag}={text}: must be a number")
+        return found
 
     @property
     def config_dir(self) -> Path | None:

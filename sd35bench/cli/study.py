@@ -59,6 +59,8 @@ def recommend(given: Given) -> Answer:
     profiles = _profiles(given.text("--profile"))
     study = _open(given)
     score_missing(study)
+    if given.has("--plan"):
+        return _plan(study, profiles, given)
     document = recommend_document(study, profiles)
     exit_code = 0
     if given.has("--run"):
@@ -71,6 +73,20 @@ def recommend(given: Given) -> Answer:
     out = console(given.as_json or given.has("--markdown"))
     out.print(f"written: {path}", markup=False, soft_wrap=True)
     return Answer(document=document, exit_code=exit_code)
+
+
+def _plan(study: Study, profiles: dict[str, "Profile"], given: Given) -> Answer:
+    """Say how many images would decide; nothing is written."""
+    from sd35bench.recommend.plan import Asked, plan_document
+
+    wanted = {"margin": given.number("--margin"), "power": given.number("--power")}
+    asked = Asked(**{name: value for name, value in wanted.items() if value is not None})
+    document = plan_document(study, profiles, asked)
+    if not given.as_json:
+        from sd35bench.report.planning import plan_markdown, print_plan
+
+        _print(document, given.has("--markdown"), plan_markdown, print_plan)
+    return Answer(document=document)
 
 
 def _profiles(names: str | None) -> dict[str, "Profile"]:
@@ -103,6 +119,11 @@ def _check_together(given: Given) -> None:
         raise ConfigError("--run makes held-out images; give it with --confirm")
     if given.has("--markdown") and confirm and not run:
         raise ConfigError("--markdown prints the recommendation, --confirm commands; give one")
+    if given.has("--plan") and confirm:
+        raise ConfigError("--plan says how many images to make, --confirm confirms; give one")
+    for name in ("--margin", "--power"):
+        if given.has(name) and not given.has("--plan"):
+            raise ConfigError(f"{name} is of a plan; give it with --plan")
 
 
 def _print_recommended(document: dict[str, Any], given: Given) -> None:
@@ -268,6 +289,8 @@ sd35bench recommend grid --profile preview
 sd35bench recommend grid --profile final,mine.yaml
                                             your own limits: the fields of configs/profile/*.yaml
 sd35bench recommend grid --markdown > defaults.md
+sd35bench recommend grid --plan --margin 0.05
+                                            how many images would decide, before they are paid for
 sd35bench recommend grid --confirm          the commands that make the held-out images
 sd35bench recommend grid --confirm --run    makes them, and says whether the choice holds there
 """,
@@ -280,6 +303,17 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
             MARKDOWN,
             Flag(name="--confirm", means="print the commands that make held-out images"),
             Flag(name="--run", means="with --confirm: make them now"),
+            Flag(name="--plan", means="how many images would decide, with the study as pilot"),
+            Flag(
+                name="--margin",
+                value="M",
+                means="with --plan: what may be lost of quality; default: each profile's own",
+            ),
+            Flag(
+                name="--power",
+                value="P",
+                means="with --plan: probability to decide where settings are equal; default: 0.8",
+            ),
             RESULTS_DIR,
         ),
     ),

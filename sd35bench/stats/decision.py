@@ -108,7 +108,8 @@ def decide(
         within: settings that may be named, at least one; all by default.
     """
     allowed = list(range(len(quality))) if within is None else within
-    means, sums, counts = _by_prompt(quality, clusters)
+    sums, counts = prompt_sums(quality, clusters)
+    means = quality.mean(axis=1)
     front = front_by_cost(means, cost, allowed)
     best = front[0]
     against = _Against(sums, counts, quality, clusters, margin, span)
@@ -200,7 +201,7 @@ class _Against:
         at = max(range(len(others)), key=lambda a: (found[a], means[others[a]]))
         rival = others[at]
         worst = max(others, key=lambda j: means[j])
-        beyond = p_loss(-self._paired(i, worst), self.counts, -self.margin, None) <= LEVEL
+        beyond = shown_beyond(self._paired(i, worst), self.counts, self.margin)
         bounds = None if self.span is None else (-self.span, self.span)
         paired = self.quality[i] - self.quality[rival]
         difference = mean_t(paired, self.clusters, bounds=bounds)
@@ -236,6 +237,11 @@ def p_loss(sums: Floats, counts: Floats, margin: float, span: float | None) -> f
     return min(by_t, max(0.0, 1.0 - margin / span) ** k)
 
 
+def shown_beyond(sums: Floats, counts: Floats, margin: float) -> bool:
+    """Whether prompts' sums of differences [k] show a loss of more than the margin."""
+    return p_loss(-sums, counts, -margin, None) <= LEVEL
+
+
 def _walked(against: _Against, walk: list[int], rivals: list[int]) -> dict[int, Tested]:
     tests: dict[int, Tested] = {}
     largest = 0.0
@@ -247,12 +253,13 @@ def _walked(against: _Against, walk: list[int], rivals: list[int]) -> dict[int, 
     return tests
 
 
-def _by_prompt(quality: Floats, clusters: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
+def prompt_sums(quality: Floats, clusters: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Sums [k, S] of quality [S, n] over each of k prompts, and their pairs [k]."""
     labels = np.unique(clusters, return_inverse=True)[1]
     counts = np.bincount(labels).astype(np.float64)
     weighed = [np.bincount(labels, weights=row).astype(np.float64) for row in quality]
     sums = np.stack(weighed, axis=1)
-    return quality.mean(axis=1), sums, counts
+    return sums, counts
 
 
 @lru_cache(maxsize=32)

@@ -18,7 +18,7 @@ from tests.validity.coverage import (
     quantile_table,
     ratio_table,
 )
-from tests.validity.decisions import decision_table
+from tests.validity.decisions import decision_table, planned_table
 from tests.validity.decisions import power_table as decision_power
 from tests.validity.drawn import BUSY_SHARE, BUSY_SHIFT, BUSY_STAY, FAILURES, MEANS, SEEDS, SHARES
 from tests.validity.kinds import FAILURE_KINDS, MEAN_KINDS, SHARE_KINDS
@@ -46,6 +46,7 @@ def tables(seed: int) -> dict[str, Callable[[], Iterator[list[str]]]]:
         "power": lambda: power_table(seed),
         "decisions": lambda: decision_table(seed),
         "decided": lambda: decision_power(seed),
+        "planned": lambda: planned_table(seed),
     }
 
 
@@ -91,6 +92,12 @@ def _introductions() -> dict[str, str]:
         ),
         "decided": (
             "**Equal quality:** in how many % of studies the cheap setting is named definitively."
+        ),
+        "planned": (
+            "**How many?** `recommend --plan` and `prompts.limit=auto`: the size that a pilot of so"
+            " many prompts plans (median), made on top of the pilot, and how often the rule then"
+            " decides where all settings are truly equal. *Wrongly*: how often it definitively"
+            " names a setting that loses the margin and 0.001 more, where all but the best do."
         ),
         "power": (
             "**Power,** one figure, 400 comparisons each. Starts of a couple share the machine's"
