@@ -1,4 +1,4 @@
-"""Prompt sets from files: text, JSONL, CSV, TSV, Parquet, and the GenEval and COCO layouts.
+"""Prompt sets from files: text, JSON, JSONL, CSV, TSV, Parquet, and GenEval's and COCO's layouts.
 
 Every error names the file and the line. UTF-8 with or without a byte order mark, LF or CRLF.
 """
@@ -14,7 +14,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.prompts import PromptItem, PromptSpec, read_init_image
 from sd35bench.types import PromptRef
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COLUMNS = ("prompt", "negative_prompt", "init_image", "id")
 
 Row = tuple[str, dict[str, Any]]  # (where it stands, its columns)
@@ -39,6 +39,8 @@ def read_file(spec: PromptSpec) -> list[PromptItem]:
     for name, column in columns.items():
         if name in spec.columns and column != name and column not in rows[0][1]:
             raise ConfigError(f"prompts.columns.{name}={column}: no such column in {path}")
+    if spec.skip_empty:
+        rows = [(where, row) for where, row in rows if not _is_empty(row.get(columns["prompt"]))]
     items = [
         _item(path, number, where, {n: row.get(c) for n, c in columns.items()})
         for number, (where, row) in enumerate(rows)
@@ -72,11 +74,15 @@ def read_coco(spec: PromptSpec) -> list[PromptItem]:
 
 def _item(path: Path, number: int, where: str, row: dict[str, Any]) -> PromptItem:
     for name, value in row.items():
-        if value is not None and not isinstance(value, str | int):
-            raise ConfigError(f"{where}: {name} must be text, not {type(value).__name__}")
+        kinds = str | int if name == "id" else str
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ConfigError(f"{where}: {name}={value!r} is not text")
     prompt = row["prompt"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(f"{where}: the prompt is empty")
+    if _is_empty(prompt):
+        raise ConfigError(
+            f"{where}: the prompt is empty; fill it in, or leave such rows out with"
+            " prompts.skip_empty=true"
+        )
     init = None
     if row["init_image"] not in (None, ""):
         init = read_init_image(path.parent / str(row["init_image"]), where)
@@ -89,6 +95,10 @@ def _item(path: Path, number: int, where: str, row: dict[str, Any]) -> PromptIte
         negative_prompt=None if negative in (None, "") else str(negative).strip(),
         init_image=init,
     )
+
+
+def _is_empty(prompt: Any) -> bool:
+    return prompt is None or (isinstance(prompt, str) and not prompt.strip())
 
 
 def _unrepeated(items: list[PromptItem], places: list[str]) -> list[PromptItem]:
@@ -119,12 +129,26 @@ def _rows(path: Path, prompt_column: str) -> Iterator[Row]:
                 yield f"{path}:{number}", {prompt_column: line}
     elif suffix == ".jsonl":
         yield from _json_lines(path)
+    elif suffix == ".json":
+        yield from _json_list(path, prompt_column)
     elif suffix in (".csv", ".tsv"):
         yield from _table(path, "," if suffix == ".csv" else "\t")
     elif suffix == ".parquet":
         yield from _parquet(path)
     else:
         raise ConfigError(f"prompts.path={path}: the suffix must be one of {', '.join(SUFFIXES)}")
+
+
+def _json_list(path: Path, prompt_column: str) -> Iterator[Row]:
+    """A list of texts, or of objects with named columns."""
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"prompts.path={path}: not JSON: {exc}") from exc
+    if not isinstance(found, list):
+        raise ConfigError(f"prompts.path={path}: must be a JSON list of prompts")
+    for number, row in enumerate(found):
+        yield f"{path}[{number}]", row if isinstance(row, dict) else {prompt_column: row}
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -150,7 +174,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
     try:
         header: list[str] | None = None
         for cells in reader:
-            if not any(cell.strip() for cell in cells):
+            if not cells:  # a line without a character is no row; one of commas is, an empty one
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]

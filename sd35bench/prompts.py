@@ -42,7 +42,8 @@ class PromptSpec:
     """Which prompts to load.
 
     `columns` maps prompt, negative_prompt, init_image and id to a file's own column names.
-    `limit` keeps the first so many. `task` and `seed` are for generated sets.
+    `limit` keeps the first so many. `task` and `seed` are for generated sets, `texts` are the
+    prompts of the kind `given`; `skip_empty` leaves out a file's rows without a prompt.
     """
 
     kind: str
@@ -51,11 +52,14 @@ class PromptSpec:
     task: str = "t2i"
     limit: int | None = None
     seed: int = 0
+    texts: tuple[str, ...] = ()
+    skip_empty: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
 READERS: dict[str, str] = {
     "nano": "sd35bench.prompts:read_nano",
+    "given": "sd35bench.prompts:read_given",
     "file": "sd35bench.prompt_files:read_file",
     "geneval": "sd35bench.prompt_files:read_geneval",
     "coco": "sd35bench.prompt_files:read_coco",
@@ -88,6 +92,20 @@ def load_prompts(spec: PromptSpec) -> tuple[PromptItem, ...]:
 def text_split(prompt: str) -> str:
     """Which half a prompt belongs to, by the hash of its text."""
     return "tune" if hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0 else "heldout"
+
+
+def read_given(spec: PromptSpec) -> list[PromptItem]:
+    """The prompts of the command line, each once and to the letter.
+
+    Raises: ConfigError where there is none.
+    """
+    if not spec.texts:
+        raise ConfigError("prompts=given: there is no prompt; give prompt=TEXT, once for each")
+    texts = dict.fromkeys(spec.texts)
+    return [
+        PromptItem(ref=PromptRef(id=f"{number:05d}", set="given"), prompt=text)
+        for number, text in enumerate(texts)
+    ]
 
 
 def read_nano(spec: PromptSpec) -> list[PromptItem]:

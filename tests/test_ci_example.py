@@ -16,7 +16,7 @@ import yaml
 from sd35bench.cli import compare, main
 from sd35bench.cli.parser import parse
 from sd35bench.config import check_overrides, compose
-from sd35bench.config.overrides import expand_short_names
+from sd35bench.config.overrides import written
 from sd35bench.score import score_study
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -109,7 +109,7 @@ def test_every_command_is_one_that_there_is(repository, arguments):
 def test_what_stands_instead_of_nano_is_known(repository, text):
     asked = ["experiment=gate", *text.split()]
     check_overrides(asked, multirun=False, extra=repository / "gate")
-    compose(expand_short_names(asked), repository / "gate")
+    compose(written(asked), repository / "gate")
 
 
 def test_the_whole_path_on_a_backend_without_a_model(repository):

@@ -6,7 +6,7 @@ from typing import Any
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import CONFIG_DIR, Command, Given
 from sd35bench.config import check_overrides, compose, freeze
-from sd35bench.config.overrides import expand_short_names
+from sd35bench.config.overrides import written
 from sd35bench.disk import copy_atomic, is_full
 from sd35bench.errors import BackendError, ConfigError, DiskFull, StoreError, nearest
 from sd35bench.types import Load
@@ -50,7 +50,7 @@ def _load(given: Given) -> Load:
     if not any(text.startswith("backend=") for text in overrides):
         overrides = ["backend=onnx", *overrides]
     check_overrides(overrides, False, given.config_dir)
-    load = freeze(compose(expand_short_names(overrides), given.config_dir)).sweep.load
+    load = freeze(compose(written(overrides), given.config_dir)).sweep.load
     if load.backend.kind not in KINDS:
         raise ConfigError(
             f"backend={load.backend.name}: it exports nothing; give onnx, onnx-int8, openvino or"

@@ -18,7 +18,7 @@ from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given,
 from sd35bench.config import Job, check_overrides, choices, freeze
 from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
-from sd35bench.config.overrides import expand_short_names
+from sd35bench.config.overrides import written
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
@@ -93,7 +93,7 @@ def run(given: Given) -> Answer:
     """
     check_overrides(given.settings, given.has("-m"), given.config_dir)
     task = RunTask(given.has("--dry-run"), given.has("--yes"))
-    results = sweep(task, expand_short_names(given.settings), given.config_dir)
+    results = sweep(task, written(given.settings), given.config_dir)
     job, _ = task.prepared[0]
     out = console(given.as_json)
     for note in _notes(task.prepared):
@@ -283,6 +283,7 @@ def _details(extra: Path | None) -> str:
     parts.append("For each image (all of these can be swept with -m):")
     parts += [_field_lines(field) for field in FIELDS.values() if field.axis]
     parts.append("\nFor the run:")
+    parts.append(in_columns("prompt=", "one prompt, commas included; give it again for each more"))
     parts += [_field_lines(field) for field in FIELDS.values() if not field.axis]
     parts.append(in_columns("backend.OPTION=", "the backend's own: see configs/backend/"))
     parts.append(
@@ -306,6 +307,8 @@ COMMANDS = {
         examples="""
 sd35bench run steps=28 cfg=4 prompts.limit=4
     one setting of the embedded model, four prompts
+sd35bench run prompt="a red cube, a blue sphere" steps=8 study=mine
+    a prompt of your own; prompt=... again for each further one
 sd35bench run -m steps=4,16,28 cfg=1,4,7 seed=0,1 prompts.limit=16 study=grid
     a grid; the model is loaded once
 sd35bench run -m prompt_strength=0.3,0.6,0.9 prompts.task=edit study=edits

@@ -185,6 +185,8 @@ def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
         task=prompts.task,
         limit=prompts.limit,
         seed=prompts.seed,
+        texts=tuple(prompts.texts),
+        skip_empty=prompts.skip_empty,
         columns={**vars(prompts.columns)},
     )
 

@@ -203,6 +203,10 @@ class PromptsConf(Conf):
         None, "the first so many prompts", "the set's"
     )
     seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = known(0, "seed of a generated set")
+    texts: list[AnyText] = []
+    skip_empty: bool = known(
+        False, "leave out a file's rows without a prompt, in place of refusing"
+    )
     columns: ColumnsConf = ColumnsConf()
 
 

@@ -7,6 +7,7 @@ those of a backend and of metrics, whose names a YAML declares: beside `options`
 for each option its choices, or its type as one word.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,21 @@ from sd35bench.config.models import FIELDS, BackendConf, check_field
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.types import Scalar
 
+FREE_TEXTS = ("negative_prompt",)
+"""Fields whose values are nobody's numbers, lists or interpolations."""
+PROMPTS_GIVEN = "prompts.texts"
+OTHER_NAMES = {
+    "guidance_scale": "cfg",
+    "guidance": "cfg",
+    "num_inference_steps": "steps",
+    "negative": "negative_prompt",
+    "scheduler": "sampler",
+    "strength": "prompt_strength",
+    "num_images_per_prompt": "batch_size",
+    "results-dir": "results_dir",
+    "generator": "seed",
+}
+"""What other tools call our fields."""
 GROUP_NAMES = ("model", "backend", "prompts", "experiment")
 LOAD_AXES = ("model", "backend", "threads")
 """What decides a load: sweeping these makes one job per combination."""
@@ -38,10 +54,10 @@ def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None
 
     Raises: ConfigError, one line.
     """
-    for text in overrides:
+    for text in written(overrides):
         override = parse(text)
         name = override.get_key_element()
-        if name.startswith("hydra"):
+        if name.startswith(("hydra", PROMPTS_GIVEN)):
             continue
         _check_prefix(override, text)
         _check_name(name, text)
@@ -57,15 +73,66 @@ def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None
                 check_field(name, value)
 
 
-def expand_short_names(overrides: Sequence[str]) -> list[str]:
-    """Write `backend.dtype=bf16` out as `backend.options.dtype=bf16`."""
-    written = []
-    for text in overrides:
-        head, dot, rest = text.partition(".")
-        option = rest.partition("=")[0].partition(".")[0]
-        short = head == "backend" and dot and option not in BackendConf.model_fields
-        written.append(f"backend.options.{rest}" if short else text)
-    return written
+# What a person types, as Hydra reads it -----------------------------------------------------------
+
+
+def written(overrides: Sequence[str]) -> list[str]:
+    """Write out what is short on a command line, and every free text so that Hydra leaves it alone.
+
+    `backend.dtype=bf16` sets `backend.options.dtype`; each `prompt=TEXT` is one prompt; a file of
+    prompts implies `prompts=file`. Idempotent but for free texts: apply it once.
+
+    Raises: ConfigError for an empty prompt, and for prompts given in two ways.
+    """
+    found = [_one(text) for text in overrides if not text.startswith("prompt=")]
+    given = [text.removeprefix("prompt=") for text in overrides if text.startswith("prompt=")]
+    names = {text.partition("=")[0]: text for text in overrides}
+    if given:
+        own = [names[name] for name in ("prompts", "prompts.path") if name in names]
+        if own:
+            raise ConfigError(f"prompt= and {own[0]}: give prompts in one way only")
+        if not all(text.strip() for text in given):
+            raise ConfigError("prompt=: the prompt is empty")
+        texts = ",".join(quoted(_unquoted(text).strip()) for text in given)
+        return ["prompts=given", *found, f"{PROMPTS_GIVEN}=[{texts}]"]
+    if "prompts.path" in names and not {"prompts", "experiment"} & names.keys():
+        return ["prompts=file", *found]
+    return found
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra and OmegaConf give it back to the letter, whatever it holds.
+
+    Backslashes count only before a quotation mark, an interpolation or the end.
+    """
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), text) + '"'
+
+
+def _one(text: str) -> str:
+    name, equals, value = text.partition("=")
+    if name in FREE_TEXTS and equals:
+        return f"{name}={','.join(quoted(piece) for piece in _pieces(value))}"
+    head, dot, rest = text.partition(".")
+    option = rest.partition("=")[0].partition(".")[0]
+    short = head == "backend" and dot and option not in BackendConf.model_fields
+    return f"backend.options.{rest}" if short else text
+
+
+def _pieces(value: str) -> list[str]:
+    """A comma list's texts; a comma inside quotation marks divides nothing."""
+    pieces = re.findall(r"\s*(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[^,]*)\s*(?:,|\Z)", value)
+    pieces = pieces[:-1] if len(pieces) > 1 and not value.endswith(",") else pieces
+    return [_unquoted(piece.strip()) for piece in pieces]
+
+
+def _unquoted(text: str) -> str:
+    """The text inside one pair of quotation marks, read as Hydra reads it."""
+    found = re.fullmatch(r"([\"'])((?:(?!\1)[^\\]|\\.)*)\1", text, re.DOTALL)
+    if found is None:
+        return text
+    mark, inside = found.groups()
+    return re.sub(rf"(\\+)({mark}|\Z)", lambda m: m[1][: len(m[1]) // 2] + m[2], inside)
 
 
 def parse(text: str) -> Override:
@@ -124,7 +191,8 @@ def _check_name(name: str, text: str) -> None:
         return  # a backend's options are checked against its YAML, axes against their fields
     leaf = name.rpartition(".")[2]
     known = [*FIELDS, *GROUP_NAMES]
-    hint = f"; did you mean {leaf}?" if leaf in FIELDS else nearest(name, known)
+    meant = leaf if leaf in FIELDS else OTHER_NAMES.get(name)
+    hint = f"; did you mean {meant}?" if meant is not None else nearest(name, known)
     raise ConfigError(f"{text}: unknown field {name!r}{hint} (see run --help)")
 
 

@@ -25,7 +25,7 @@ from sd35bench.config.models import (
     names_of,
     read,
 )
-from sd35bench.config.overrides import checked_options, expand_short_names, parse
+from sd35bench.config.overrides import checked_options, parse, written
 from sd35bench.config.weights import model_spec, refuse_hosted_only
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.limits import Limits
@@ -92,7 +92,7 @@ def compose_serve(overrides: Sequence[str], extra: Path | None = None) -> DictCo
     with hydra_session() as hydra, explained():
         config = hydra.compose_config(
             config_name="serve",
-            overrides=[*expand_short_names(overrides), *search_path(extra)],
+            overrides=[*written(overrides), *search_path(extra)],
             run_mode=RunMode.RUN,
         )
         with open_dict(config):

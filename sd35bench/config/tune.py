@@ -14,7 +14,7 @@ from sd35bench.config.compose import compose
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.freeze import Job, freeze
 from sd35bench.config.models import check_field
-from sd35bench.config.overrides import check_overrides, expand_short_names
+from sd35bench.config.overrides import check_overrides, written
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.plan import SETTING_AXES
 from sd35bench.recommend.profiles import Profile, load_profile
@@ -235,7 +235,7 @@ def _frozen(
             asked += [] if backend is None else [f"backend={backend}"]
             asked += [] if preset is None else [f"skip_layer_guidance={preset}"]
             asked += [f"axes.{n}=[{','.join(map(str, v))}]" for n, v in lists.items()]
-            job = freeze(compose(expand_short_names(asked), extra))
+            job = freeze(compose(written(asked), extra))
             key = backend, preset
             jobs[key] = job
             sources[key] = _source(job, lists)

@@ -259,7 +259,7 @@ def _quoted(text: str) -> str:
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
         return text
     # Hydra takes a backslash for itself only before a quotation mark.
-    escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), text)
+    escaped = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), text)
     return f'"{escaped}"'
 
 
@@ -282,6 +282,9 @@ def _prompts(records: Sequence[Record], asked: Elsewhere) -> list[str]:
     if first.set == "starter.txt":
         return ["prompts=starter", f"prompts.split={split}", *limit]
     part = [] if split == "all" else [f"prompts.split={split}"]
+    if first.set == "given":
+        texts = {r.trial.prompt.id: r.trial.request.prompt for r in records}
+        return [f"prompt={_quoted(texts[number])}" for number in sorted(texts)]
     if first.set in ("geneval", "coco"):
         return [f"prompts={first.set}", f"prompts.path={first.set.upper()}_FILE", *part, *limit]
     return ["prompts=file", f"prompts.path={_quoted(first.set)}", *part, *limit]
