@@ -15,7 +15,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-from sd35bench.cli.output import Answer, console
+from sd35bench.cli.output import Answer, console, write_line, write_plainly
 from sd35bench.cli.parser import Command, help_text, parse
 from sd35bench.errors import (
     ConfigError,
@@ -68,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [text for text in given if text != "--json"]
     as_json = len(arguments) < len(given)
+    for stream in (sys.stdout, sys.stderr):
+        write_plainly(stream)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE.format(verbs="\n".join(f"  {v:<11} {m}" for v, (_, m) in VERBS.items())))
+        write_line(USAGE.format(verbs="\n".join(f"  {v:<11} {m}" for v, (_, m) in VERBS.items())))
         return DONE if arguments else WRONG_INPUT
     if arguments[0] == "--version":
-        print(_version())
+        write_line(_version())
         return DONE
     try:
         quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
@@ -82,13 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(exc, _exit_code(exc), as_json)
     except KeyboardInterrupt as exc:
         return _failed(exc, RESUMABLE, as_json)
-    except BrokenPipeError:
-        return OTHER
     except Exception as exc:
         traceback.print_exc()
         return _failed(exc, OTHER, as_json)
     if as_json and found.document is not None:
-        print(json.dumps(found.document, allow_nan=False))
+        write_line(json.dumps(found.document, allow_nan=False))
     return found.exit_code
 
 
@@ -153,7 +153,7 @@ def _failed(exc: BaseException, code: int, as_json: bool) -> int:
     print(f"sd35bench: {message}", file=sys.stderr)
     if as_json:
         document: dict[str, Any] = {"error": {"type": type(exc).__name__, "message": message}}
-        print(json.dumps(document))
+        write_line(json.dumps(document))
     return code
 
 

@@ -1,5 +1,9 @@
 """What a verb hands back, and how progress and tables reach the terminal."""
 
+import codecs
+import os
+import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +24,59 @@ class Answer:
     exit_code: int = 0
 
 
+class _Terminal(Console):
+    """A console whose reader may leave: a closed pipe is neither an error nor a verdict."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more, and let the verb finish its files and its exit code; rich would exit 1."""
+        self.quiet = True
+        leave_stdout()
+
+
 def console(as_json: bool = False) -> Console:
     """A console on stdout, or on stderr when stdout belongs to a JSON document."""
-    return Console(stderr=as_json, highlight=False)
+    return _Terminal(stderr=as_json, highlight=False)
+
+
+def write_line(text: str) -> None:
+    """Print to stdout, whether or not anybody reads it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        leave_stdout()
+
+
+def leave_stdout() -> None:
+    """Send what is still to be flushed nowhere, once nobody reads stdout."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+_PLAIN = str.maketrans(
+    {
+        "·": "|", "×": "x", "–": "-", "−": "-", "→": "->", "≥": ">=", "≤": "<=", "≠": "!=",
+        "±": "+-", "…": "...", "▲": "^", "▼": "v", "─": "-", "│": "|", "•": "*", "µ": "u",
+        "²": "^2", "Δ": "d", "Σ": "S", "∞": "inf", "↑": "^", "↓": "v", "°": " deg",
+    }
+)  # fmt: skip
+
+
+def write_plainly(stream: Any) -> None:
+    """Let a stream whose encoding lacks a character write the nearest one, not a traceback."""
+    codecs.register_error("sd35bench.plain", _nearest)
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="sd35bench.plain")
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    text = unicodedata.normalize("NFKD", text)
+    return "".join(
+        c if ord(c) < 128 else "?" for c in text if not unicodedata.combining(c)
+    ), error.end
 
 
 class RunProgress:

@@ -1,0 +1,57 @@
+"""Terminals and pipes of every kind: encodings without our characters, readers that leave."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from sd35bench.cli import main, output
+
+
+def test_a_terminal_without_our_characters_gets_the_nearest(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    output.write_plainly(sys.stdout)
+    print("0.5 × 2 → [–] é ≥ 語")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"0.5 x 2 -> [-] e >= ?\n"
+
+
+def test_mutant_that_leaves_the_stream_as_it_is_fails(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(UnicodeEncodeError):
+        print("×", flush=True)
+
+
+PIPED = """
+import sys
+from sd35bench.cli import main, output
+sys.stdin.read()  # until nobody reads what is printed
+out = output.console()
+for _ in range(2):
+    out.print("x" * 100_000, soft_wrap=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["nosuch", "--json"], 2)])
+def test_a_closed_pipe_is_no_verdict(arguments, code):
+    command = [sys.executable, "-c", PIPED, *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        said = process.stderr.read().decode()
+        assert process.wait(60) == code
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
+
+
+def test_help_goes_to_a_stream_that_cannot_be_reconfigured(capsys):
+    assert main(["--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
