@@ -19,6 +19,7 @@ from sd35bench.config import Job, check_overrides, choices, freeze
 from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
 from sd35bench.config.overrides import written
+from sd35bench.config.unread import refuse_unread
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
@@ -36,18 +37,22 @@ POLL_S = 0.5
 class RunTask:
     """The task that Hydra's launcher calls once per load; can be sent to another process."""
 
-    def __init__(self, dry_run: bool, yes: bool = False) -> None:
-        """With `dry_run` the jobs are prepared and not launched; `yes` agrees to their bill."""
-        self.dry_run, self.yes = dry_run, yes
+    def __init__(self, dry_run: bool, yes: bool = False, asked: Sequence[str] = ()) -> None:
+        """With `dry_run` the jobs are prepared and not launched; `yes` agrees to their bill.
+
+        `asked`: the command line's settings, each of which some job must read.
+        """
+        self.dry_run, self.yes, self.asked = dry_run, yes, list(asked)
         self.prepared: list[tuple[Job, Plan]] = []
         self.damaged = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to another process: not the plans, each job makes its own again."""
-        return {"dry_run": self.dry_run, "yes": self.yes, "prepared": [], "damaged": 0}
+        return {"dry_run": self.dry_run, "yes": self.yes, "asked": [], "prepared": [], "damaged": 0}
 
     def prepare(self, configs: Sequence[DictConfig]) -> bool:
         """Validate and plan every job before the first is launched; True ends it there."""
+        refuse_unread(self.asked, configs)
         for config in configs:
             job = freeze(config)
             self.prepared.append((job, expand(job.sweep)))
@@ -92,7 +97,7 @@ def run(given: Given) -> Answer:
     Raises: ConfigError before anything is loaded; StudyLocked, DiskFull, StoreError.
     """
     check_overrides(given.settings, given.has("-m"), given.config_dir)
-    task = RunTask(given.has("--dry-run"), given.has("--yes"))
+    task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings)
     results = sweep(task, written(given.settings), given.config_dir)
     job, _ = task.prepared[0]
     out = console(given.as_json)

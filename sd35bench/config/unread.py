@@ -1,0 +1,74 @@
+"""A field that nobody reads is refused: asked for in vain, it would be measured as if it acted.
+
+Only what the command line itself sets counts; where some jobs of a sweep read a field, the others
+ignore it, and their plans say so.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sd35bench.errors import ConfigError
+from sd35bench.prompts import READERS
+from sd35bench.remote.providers import PROVIDERS
+
+_FILES = tuple(kind for kind in READERS if kind not in ("nano", "given"))
+
+
+def _is_hosted(conf: DictConfig) -> bool:
+    return conf.backend.kind in PROVIDERS
+
+
+def _runs_here(conf: DictConfig) -> bool:
+    return not _is_hosted(conf)
+
+
+def _values(conf: DictConfig, name: str) -> list[Any]:
+    return list(conf.axes[name]) if conf.axes[name] else [conf[name]]
+
+
+def _is_lossy(conf: DictConfig) -> bool:
+    return any(name != "png" for name in _values(conf, "output_format"))
+
+
+def _kind(*kinds: str) -> Callable[[DictConfig], bool]:
+    return lambda conf: conf.prompts.kind in kinds
+
+
+_HERE = (_runs_here, "it acts on backends that run here")
+_FILE = (_kind("file"), "only prompts=file reads it")
+_NANO = (_kind("nano"), "it is of generated sets; only prompts=nano reads it")
+READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
+    "remote.": (_is_hosted, "it acts on hosted services; add a backend such as backend=eachlabs"),
+    "threads": _HERE,
+    "starts": _HERE,
+    "max_failures": _HERE,
+    "deadline_s": _HERE,
+    "memory_limit_gb": _HERE,
+    "keep_latents": _HERE,
+    "noise_floor": _HERE,
+    "prompts.path": (_kind(*_FILES), f"these prompts are no file; add prompts={_FILES[0]}"),
+    "prompts.columns.": _FILE,
+    "prompts.skip_empty": _FILE,
+    "prompts.task": _NANO,
+    "prompts.seed": _NANO,
+    "output_quality": (_is_lossy, "it acts on jpg and webp; add output_format=webp"),
+}
+"""Field, or what fields begin with: which configurations read it, and what to do where none does.
+
+A field that is not here is read by every run, or refused elsewhere (`freeze`).
+"""
+
+
+def refuse_unread(asked: Sequence[str], configs: Sequence[DictConfig]) -> None:
+    """Refuse what the command line sets and no job of the sweep reads.
+
+    `asked`: NAME=VALUE as typed. Raises: ConfigError naming field, value and remedy.
+    """
+    for text in asked:
+        name = text.partition("=")[0]
+        for prefix, (reads, why) in READS.items():
+            named = name.startswith(prefix) if prefix.endswith(".") else name == prefix
+            if named and not any(reads(conf) for conf in configs):
+                raise ConfigError(f"{text}: nothing in this run reads it: {why}")
