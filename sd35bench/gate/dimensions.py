@@ -3,6 +3,11 @@
 A figure is one number of both sides, the effect (candidate minus baseline, or their log ratio) and
 its interval. Where one side has it and the other has not, it could not be measured; where both
 lack it, it does not apply. Nothing is judged here.
+
+Drift has three kinds of figure. `mean_abs` is how far images are apart, whatever the direction.
+`shift` is the mean signed difference of a channel: noise cancels in it, and a systematic change of
+a third of a level is seen in 64 images. `changed` is the share of images that are not bit-identical,
+for sides that should be.
 """
 
 from collections.abc import Callable
@@ -16,13 +21,14 @@ from sd35bench.analysis.quality import facts
 from sd35bench.gate.figure import Figure, difference, missing, ratio
 from sd35bench.gate.policy import Dimension, MetricMargin
 from sd35bench.gate.set_figures import set_figure
-from sd35bench.gate.sides import Matched, Side, match_pairs
+from sd35bench.gate.sides import Matched, Side, has_image, match_pairs, same_files
 from sd35bench.stats.clustered import mean_t, student
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.latency import Spread, couple_starts, log_ratio, run_drift
 
 Distances = Callable[[Side, Side, Matched], NDArray[np.float64] | str]
-"""Mean absolute difference (levels of 255) [n] of matched images; NaN where one is not there.
+"""Differences [n, 4] of matched images in levels of 255: the mean absolute one, then the mean
+signed one of each channel (candidate minus baseline); NaN where an image is not there.
 
 A text says why no difference could be measured at all.
 """
@@ -30,6 +36,9 @@ _QUANTILES = {"p50": 0.5, "p95": 0.95}
 _LEAST_PER_START = {"p50": 5, "p95": 40}
 """Lone images that a start needs for a quantile to say anything about it."""
 _LEAST_MEMORY_STARTS = 3
+_LEVELS = "levels of 255"
+_CHANNELS = {"shift_red": 1, "shift_green": 2, "shift_blue": 3}
+"""Columns of `Distances`."""
 
 
 def figures(
@@ -165,7 +174,23 @@ def _failures(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
     shares = [float(f.mean()) for f in flags]
     (name, margin), *_ = wanted.margins.items()
     asked = difference(name, "share of trials", margin)
-    return [asked(baseline=shares[0], candidate=shares[1], effect=effect)]
+    found = asked(baseline=shares[0], candidate=shares[1], effect=effect, span=(-1.0, 1.0))
+    same = not lost.any() and _all_same_files(a, b, len(lost))
+    return [_identical(found) if same else replace(found, unchanged=not lost.any())]
+
+
+def _all_same_files(a: Side, b: Side, pairs: int) -> bool:
+    """Whether all pairs that both sides have, so many, have the same image file on both."""
+    shown = match_pairs(a, b, (has_image(a), has_image(b)))
+    return len(shown.clusters) == pairs and bool(same_files(a, b, shown).all())
+
+
+def _identical(figure: Figure) -> Figure:
+    """A figure that is read off images which are the same files: without any error, at any n."""
+    assert figure.effect is not None
+    same = Interval(0.0, 0.0, 0.0, figure.effect.n, figure.effect.clusters)
+    note = f"all {same.n} images are the same on both sides, bit for bit"
+    return replace(figure, effect=same, certain=True, note=note)
 
 
 def _any_failed(side: Side) -> NDArray[np.bool_]:
@@ -216,34 +241,108 @@ def _metric(name: str, margin: MetricMargin, a: Side, b: Side) -> Figure:
     before, after = columns[0][matched.baseline], columns[1][matched.candidate]
     # Only for shares: what CLIP-score could be at most says nothing of what two images differ by.
     span = (-1.0, 1.0) if facts(name).bounds == (0.0, 1.0) else None
-    effect = mean_t(after - before, matched.clusters, bounds=span)
-    return asked(baseline=float(before.mean()), candidate=float(after.mean()), effect=effect)
+    lost = after - before
+    effect = mean_t(lost, matched.clusters, bounds=span)
+    found = asked(
+        baseline=float(before.mean()),
+        candidate=float(after.mean()),
+        effect=effect,
+        span=span,
+        unchanged=not lost.any(),
+    )
+    same = not lost.any() and bool(same_files(a, b, matched).all())
+    return _identical(found) if same else found
 
 
 # Drift -----------------------------------------------------------------------------------------
 
 
 def _drift(wanted: Dimension, a: Side, b: Side, distances: Distances) -> list[Figure]:
-    matched = match_pairs(a, b, (_has_image(a), _has_image(b)))
-    (name, margin), *_ = wanted.margins.items()
-    floor, said = _floor(wanted, a, b)
-    allowed = MetricMargin(floor + margin.margin, margin.direction)
-    asked = difference(name, "levels of 255", allowed)
+    matched = match_pairs(a, b, (has_image(a), has_image(b)))
     if not len(matched.clusters):
-        return [asked(unmeasured=True, note="no pair has an image on both sides")]
-    levels = distances(a, b, matched)
-    if isinstance(levels, str):
-        return [asked(unmeasured=True, note=levels)]
-    known = np.isfinite(levels)
+        return [
+            difference(name, _LEVELS, margin)(
+                unmeasured=True, note="no pair has an image on both sides"
+            )
+            for name, margin in wanted.margins.items()
+        ]
+    measured = distances(a, b, matched)
+    same = same_files(a, b, matched)
+    if not isinstance(measured, str):
+        # Files of other bytes may hold the same pixels.
+        same |= measured[:, 0] == 0.0
+    floor = _floor(wanted, a, b)
+    found: list[Figure] = []
+    for name, margin in wanted.margins.items():
+        if name == "changed":
+            found.append(_changed(margin, (a, b), matched, same))
+        else:
+            found += _levels(name, margin, floor, matched, measured)
+    return [_identical(f) if same.all() and _without_effect(f) else f for f in found]
+
+
+def _without_effect(figure: Figure) -> bool:
+    return figure.effect is not None and figure.effect.value == 0.0
+
+
+def _levels(
+    name: str,
+    margin: MetricMargin,
+    floor: tuple[float, str],
+    matched: Matched,
+    measured: NDArray[np.float64] | str,
+) -> list[Figure]:
+    """Mean differences of the images: the absolute one, or the signed one of each channel."""
+    allowed = MetricMargin(floor[0] + margin.margin, margin.direction)
+    columns = {name: 0} if name == "mean_abs" else _CHANNELS
+    made = {each: difference(each, _LEVELS, allowed) for each in columns}
+    if isinstance(measured, str):
+        return [asked(unmeasured=True, note=measured) for asked in made.values()]
+    known = np.isfinite(measured[:, 0])
     if not known.any():
-        return [asked(unmeasured=True, note="no pair's images could be held together")]
-    effect = mean_t(levels[known], matched.clusters[known])
+        why = "no pair's images could be held together"
+        return [asked(unmeasured=True, note=why) for asked in made.values()]
+    effects = [
+        mean_t(measured[known, column], matched.clusters[known]) for column in columns.values()
+    ]
     # The baseline's distance from itself is 0, so the candidate's distance is the effect.
-    return [asked(baseline=0.0, candidate=effect.value, effect=effect, note=said)]
+    return [
+        asked(baseline=0.0, candidate=effect.value, effect=effect, note=floor[1])
+        for asked, effect in zip(made.values(), effects, strict=True)
+    ]
 
 
-def _has_image(side: Side) -> NDArray[np.bool_]:
-    return np.array([image is not None for image in side.images], bool)
+def _changed(
+    margin: MetricMargin, sides: tuple[Side, Side], matched: Matched, same: NDArray[np.bool_]
+) -> Figure:
+    """Share of images that are not bit-identical; one that a side failed to make is not.
+
+    Where no share is allowed, one changed image is proof, which needs no test.
+    """
+    lost = _lost(*sides)
+    flags = np.concatenate([~same, np.ones(len(lost), bool)])
+    prompts = np.concatenate([sides[1].prompts[matched.candidate], lost])
+    effect = mean_t(flags, prompts, bounds=(0.0, 1.0))
+    note = f"{int(flags.sum())} of {len(flags)} images are not bit-identical"
+    if len(lost):
+        note += f", {len(lost)} of them failed on one side"
+    return difference("changed", "share of images", margin)(
+        baseline=0.0,
+        candidate=effect.value,
+        effect=effect,
+        note=note,
+        span=(0.0, 1.0),
+        unchanged=not flags.any(),
+        certain=margin.margin == 0.0 and bool(flags.any()),
+    )
+
+
+def _lost(a: Side, b: Side) -> NDArray[np.uint64]:
+    """Prompts [n] of the pairs that one side failed to make and the other made."""
+    made = np.setxor1d(a.pairs[has_image(a)], b.pairs[has_image(b)])
+    failed = np.union1d(a.pairs[a.failed], b.pairs[b.failed])
+    lost = np.intersect1d(np.intersect1d(made, failed), a.pairs)
+    return b.prompts[np.intersect1d(b.pairs, lost, return_indices=True)[1]]
 
 
 def _floor(wanted: Dimension, a: Side, b: Side) -> tuple[float, str]:

@@ -19,17 +19,19 @@ FindImage = Callable[[str], Path | None]
 
 
 class ImageDistances:
-    """Mean absolute differences of matched images in levels of 255; each pair is opened once."""
+    """Differences of matched images in levels of 255; each pair is opened once."""
 
     def __init__(self, baseline: FindImage, candidate: FindImage) -> None:
         """Where either side's images are found."""
         self._find = (baseline, candidate)
-        self._known: dict[tuple[str, str], float] = {}
+        self._known: dict[tuple[str, str], NDArray[np.float64]] = {}
 
     def __call__(
         self, baseline: Side, candidate: Side, matched: Matched
     ) -> NDArray[np.float64] | str:
-        """Distances [n] of matched images, or why they cannot be measured.
+        """Distances [n, 4] of matched images, or why they cannot be measured.
+
+        The mean absolute difference, and the mean signed one of red, green and blue.
 
         One missing file refuses them all: the identical ones alone would make drift look small.
         """
@@ -45,20 +47,26 @@ class ImageDistances:
                     f"{missing} of {len(digests)} images of the {name} differ and are not there;"
                     " keep its study, or make the baseline with --images"
                 )
-        return np.array([self._distance(*pair) for pair in digests], np.float64)
+        return np.array([self._distance(*pair) for pair in digests], np.float64).reshape(-1, 4)
 
-    def _distance(self, mine: str, theirs: str) -> float:
+    def _distance(self, mine: str, theirs: str) -> NDArray[np.float64]:
         if mine == theirs:
-            return 0.0
+            return np.zeros(4)
         if (mine, theirs) not in self._known:
             paths = [find(digest) for find, digest in zip(self._find, (mine, theirs), strict=True)]
             a, b = (decode_rgb(path.read_bytes()) for path in paths if path is not None)
-            self._known[mine, theirs] = _mean_abs(a, b)
+            self._known[mine, theirs] = image_difference(a, b)
         return self._known[mine, theirs]
 
 
-def _mean_abs(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """NaN for images of unlike sizes, which are no pair."""
+def image_difference(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How far an image `b` [h, w, 3] is from `a`, [4] in levels of 255.
+
+    The mean absolute difference, and the mean signed one (b minus a) of red, green and blue. NaN
+    for images of unlike sizes, which are no pair.
+    """
     if a.shape != b.shape:
-        return float("nan")
-    return float(np.abs(np.subtract(a, b, dtype=np.int16)).mean(dtype=np.float64))
+        return np.full(4, np.nan)
+    change = np.subtract(b, a, dtype=np.int16)
+    means = change.mean(axis=(0, 1), dtype=np.float64)
+    return np.array([np.abs(change).mean(dtype=np.float64), *means])

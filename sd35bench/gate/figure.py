@@ -15,9 +15,13 @@ class Figure:
     """One number of both sides; ``None`` is unknown.
 
     `kind` is "difference" or "ratio"; the effect of a ratio is its logarithm. `allowed` is the
-    margin on the effect's scale. `note` says what the reader must know, or why there is no effect;
-    `unmeasured` that one side lacks it; `needed` that the policy requires it by name, so that it
-    could not be measured where neither side has it.
+    margin on the effect's scale; `span` what an effect can be at least and at most, where that is
+    known. `note` says what the reader must know, or why there is no effect; `unmeasured` that one
+    side lacks it; `needed` that the policy requires it by name, so that it could not be measured
+    where neither side has it.
+
+    `unchanged`: no pair differs, so that no test could show harm, whatever its level. `certain`:
+    what was seen is the answer without any error, as for images that are the same files.
     """
 
     name: str
@@ -30,6 +34,9 @@ class Figure:
     effect: Interval | None = None
     unmeasured: bool = False
     needed: bool = False
+    span: tuple[float, float] | None = None
+    unchanged: bool = False
+    certain: bool = False
     note: str | None = None
 
     @property

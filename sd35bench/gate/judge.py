@@ -2,8 +2,12 @@
 
 Each figure passes where its interval shows that no more than the margin is lost, fails where it
 shows that more is, and is undecided in between. All figures of a comparison, over all settings,
-are one family for Holm's correction: what a gate fails by chance is at most 2.5 % in all. Two
-things are asked of the comparison as a whole: that it covers what the baseline made, and that
+are one family for Holm's correction: what a gate fails by chance is at most 2.5 % in all. The
+interval beside a verdict is the one that decided it: that of a figure which does not pass has its
+end on the side of harm at the corrected level. A figure in which no pair differs could not fail at
+any level, and is not in the family (Tarone 1990, "A modified Bonferroni method for discrete data").
+What is read off images that are the same files on both sides is the same, at any n. Two things are
+asked of the comparison as a whole: that it covers what the baseline made, and that
 anything could be measured at all.
 
 Coverage: every figure compares pairs that both sides have, so a candidate that died after its first
@@ -16,7 +20,7 @@ Beside the verdicts stand the pairs that lost most, which a person looks at when
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +30,21 @@ from sd35bench.errors import ConfigError
 from sd35bench.gate.dimensions import Distances, figures, start_drifts
 from sd35bench.gate.figure import Figure
 from sd35bench.gate.policy import Dimension, Policy
-from sd35bench.gate.sides import Side, match_pairs, match_sides
-from sd35bench.stats.verdicts import Direction, Judgement, Verdict, decide, holm, judge, worst
+from sd35bench.gate.sides import Side, has_image, match_pairs, match_sides, same_files
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.verdicts import (
+    TAIL,
+    Direction,
+    Judgement,
+    Verdict,
+    decide,
+    decisive,
+    harm_of,
+    holm,
+    holm_sizes,
+    judge,
+    worst,
+)
 
 _ROUNDING = 1e-9
 """A share such as 7/10 is below the 0.7 of a policy in the last digit."""
@@ -100,13 +117,13 @@ def worst_pairs(a: Side, b: Side, policy: Policy, distances: Distances) -> list[
 
     Returns: ``{"by", "value", "baseline_image", "candidate_image"}`` each; `value` is the effect.
     """
-    there = tuple(np.array([image is not None for image in s.images], bool) for s in (a, b))
-    matched = match_pairs(a, b, (there[0], there[1]))
+    matched = match_pairs(a, b, (has_image(a), has_image(b)))
     found: tuple[str, NDArray[np.float64], NDArray[np.float64]] | None = None
     if len(matched.clusters):
         if "drift" in policy.dimensions:
-            levels = distances(a, b, matched)
-            found = None if isinstance(levels, str) else ("mean_abs", levels, levels)
+            measured = distances(a, b, matched)
+            if not isinstance(measured, str):
+                found = ("mean_abs", measured[:, 0], measured[:, 0])
         if found is None and "quality" in policy.dimensions:
             found = _by_metric(a, b, policy, matched.baseline, matched.candidate)
     if found is None:
@@ -151,7 +168,16 @@ class _Judged:
     figure: Figure
     tested: Judgement | None
     p_adjusted: float | None = None
+    size: int | None = None
     verdict: Verdict = Verdict.UNDECIDED
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval that the verdict follows from."""
+        figure = self.figure
+        if figure.effect is None or self.size is None or self.verdict is Verdict.PASS:
+            return figure.effect
+        return decisive(figure.effect, figure.margin.direction, self.size, figure.span)
 
 
 def compare_sides(
@@ -169,12 +195,15 @@ def compare_sides(
     "required", "reason"}}, "comparisons", "warnings"}``; `gate` is what fails or passes the whole
     beside its dimensions; its coverage also has `share` and `required` (see `judge_coverage`). A
     comparison has `baseline_setting`, `candidate_setting`, `title`, `differs`,
-    `environment_differs` ({field: [baseline's, candidate's]}), `n_pairs`, `n_prompts`,
+    `environment_differs` ({field: [baseline's, candidate's]}), `n_pairs`, `n_prompts`, `n_images`
+    (pairs with an image on both sides) and `n_identical` of them that are the same file,
     `latency_drift` and `dimensions`, each with `verdict`, `required`, `reason` and `figures`:
-    `name`, `unit`, `kind`, `baseline`, `candidate`, `effect`, `ci95`, `margin`, `worse`, `n`,
-    `n_prompts`, `p`, `p_adjusted`, `verdict`, `note`; and `worst` (see `worst_pairs`). Effects of
-    kind "ratio" and their ends are ratios, candidate over baseline; others are candidate minus
-    baseline. What no data could have failed has no p, and is in no family.
+    `name`, `unit`, `kind`, `baseline`, `candidate`, `effect`, `ci95`, `interval`, `margin`,
+    `worse`, `n`, `n_prompts`, `p`, `p_adjusted`, `family`, `verdict`, `note`; and `worst` (see
+    `worst_pairs`). Effects of kind "ratio" and their ends are ratios, candidate over baseline;
+    others are candidate minus baseline. `ci95` is the plain 95 % interval; `interval` the one that
+    the verdict follows from, with its end of harm corrected for `family` figures where it does not
+    pass. What no data could have failed has no p, and is in no family.
 
     Raises: ConfigError where nothing can be compared.
     """
@@ -227,15 +256,20 @@ def gate_fails(document: dict[str, Any]) -> bool:
 
 
 def _measure(a: Side, b: Side, policy: Policy, distances: Distances) -> list[_Judged]:
-    found = []
-    for name, wanted in policy.dimensions.items():
-        for figure in figures(name, wanted, a, b, distances):
-            effect = figure.effect
-            tested = None
-            if effect is not None:
-                tested = judge(effect, figure.allowed, figure.margin.direction)
-            found.append(_Judged(name, figure, tested))
-    return found
+    return [
+        _tested(name, figure)
+        for name, wanted in policy.dimensions.items()
+        for figure in figures(name, wanted, a, b, distances)
+    ]
+
+
+def _tested(dimension: str, figure: Figure) -> _Judged:
+    if figure.effect is None:
+        return _Judged(dimension, figure, None)
+    tested = judge(figure.effect, figure.allowed, figure.margin.direction)
+    if figure.unchanged or figure.certain:
+        tested = replace(tested, can_fail=False)
+    return _Judged(dimension, figure, tested)
 
 
 def _decide(family: Sequence[_Judged]) -> None:
@@ -243,18 +277,29 @@ def _decide(family: Sequence[_Judged]) -> None:
     tested = [(j, j.tested) for j in family if j.tested is not None]
     # What cannot fail would only cost the others power.
     able = [(j, t) for j, t in tested if t.can_fail]
-    for (item, test), p in zip(able, holm([t.p_fail for _, t in able]), strict=True):
-        item.p_adjusted, item.verdict = p, decide(test, p)
+    p_values = [t.p_fail for _, t in able]
+    for (item, test), p, size in zip(able, holm(p_values), holm_sizes(p_values), strict=True):
+        item.p_adjusted, item.size, item.verdict = p, size, decide(test, p)
     for item, test in tested:
-        if not test.can_fail and test.passes:
+        if item.figure.certain:
+            item.verdict = Verdict.FAIL if _beyond(item.figure) else Verdict.PASS
+        elif not test.can_fail and test.passes:
             item.verdict = Verdict.PASS
     for item in family:
         if item.figure.absent:
             item.verdict = Verdict.NOT_APPLICABLE
 
 
+def _beyond(figure: Figure) -> bool:
+    """Whether the effect that was seen is worse than the margin allows."""
+    assert figure.effect is not None
+    harms = harm_of(figure.effect, figure.margin.direction)
+    return any(harm.value > figure.allowed for harm in harms)
+
+
 def _comparison(a: Side, b: Side, policy: Policy, judged: Sequence[_Judged]) -> dict[str, Any]:
     matched = match_pairs(a, b)
+    shown = match_pairs(a, b, (has_image(a), has_image(b)))
     parts = {name: [j for j in judged if j.dimension == name] for name in policy.dimensions}
     return {
         "baseline_setting": a.setting,
@@ -264,6 +309,8 @@ def _comparison(a: Side, b: Side, policy: Policy, judged: Sequence[_Judged]) -> 
         "environment_differs": _differs(a.environment, b.environment, _ENVIRONMENT_QUIET),
         "n_pairs": len(matched.clusters),
         "n_prompts": int(matched.clusters.max()) + 1,
+        "n_images": len(shown.clusters),
+        "n_identical": int(same_files(a, b, shown).sum()),
         "only_baseline": len(np.unique(a.pairs)) - len(matched.clusters),
         "only_candidate": len(np.unique(b.pairs)) - len(matched.clusters),
         "latency_drift": {"baseline": start_drifts(a), "candidate": start_drifts(b)},
@@ -310,24 +357,46 @@ def _blindness(judged: Sequence[_Judged], verdict: Verdict) -> str | None:
         return "; ".join(dict.fromkeys(str(j.figure.note) for j in blind))
     if verdict == Verdict.NOT_APPLICABLE:
         return next((j.figure.note for j in judged if j.figure.note), "neither side has it")
-    if not any(j.tested is not None and (j.tested.can_fail or j.tested.passes) for j in judged):
+    if not any(map(_was_measured, judged)):
         return "; ".join(_doubt(j) for j in judged if not j.figure.absent)
     return None
 
 
+def _was_measured(item: _Judged) -> bool:
+    """Whether the figure has an interval, so that data could have failed it."""
+    figure, tested = item.figure, item.tested
+    if tested is None:
+        return False
+    return tested.can_fail or tested.passes or figure.certain or _has_ends(figure.effect)
+
+
+def _has_ends(effect: Interval | None) -> bool:
+    return effect is not None and effect.low is not None
+
+
 def _doubt(item: _Judged) -> str:
+    """Why a figure is undecided, by what decided it."""
     if item.figure.unmeasured:
         return str(item.figure.note)
-    effect = item.figure.effect
-    if effect is None or effect.low is None:
-        return f"{item.figure.name} has too few prompts or images for an interval"
-    return f"{item.figure.name}: the interval reaches across the margin"
+    name, tested = item.figure.name, item.tested
+    if tested is None or not _has_ends(item.figure.effect):
+        return f"{name} has too few prompts or images for an interval"
+    if item.size is not None and tested.p_fail < TAIL:
+        return (
+            f"{name}: alone it would fail (p {tested.p_fail:.2g}); as one of {item.size} figures"
+            f" it does not (corrected p {item.p_adjusted:.2g}, {TAIL:g} fails)"
+        )
+    return f"{name}: the interval reaches across the margin"
 
 
 def _figure(item: _Judged) -> dict[str, Any]:
     figure, effect = item.figure, item.figure.effect
     back = np.exp if figure.kind == "ratio" else np.float64
-    ends = None if effect is None else effect.ci95
+
+    def ends(interval: Interval | None) -> list[float] | None:
+        found = None if interval is None else interval.ci95
+        return None if found is None else [float(back(end)) for end in found]
+
     return {
         "name": figure.name,
         "unit": figure.unit,
@@ -335,13 +404,15 @@ def _figure(item: _Judged) -> dict[str, Any]:
         "baseline": figure.baseline,
         "candidate": figure.candidate,
         "effect": None if effect is None else float(back(effect.value)),
-        "ci95": None if ends is None else [float(back(end)) for end in ends],
+        "ci95": ends(effect),
+        "interval": ends(item.interval),
         "margin": figure.margin.margin,
         "worse": str(figure.margin.direction),
         "n": 0 if effect is None else effect.n,
         "n_prompts": None if effect is None or figure.kind == "ratio" else effect.clusters,
         "p": item.tested.p_fail if item.tested is not None and item.tested.can_fail else None,
         "p_adjusted": item.p_adjusted,
+        "family": item.size,
         "verdict": item.verdict,
         "note": figure.note,
     }

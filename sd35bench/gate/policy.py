@@ -25,7 +25,7 @@ _MARGINS = {
     "latency": ("p50", "p95"),
     "memory": ("peak_vram_bytes", "peak_rss_bytes"),
     "failures": ("failed",),
-    "drift": ("mean_abs",),
+    "drift": ("mean_abs", "shift", "changed"),
 }
 """Figures that each dimension has; those of quality are metrics' names or their beginnings."""
 _RATIOS = frozenset({"latency", "memory"})
@@ -177,8 +177,11 @@ def _margin(where: str, dimension: str, figure: str, raw: Any) -> MetricMargin:
 def _worse(dimension: str, figure: str) -> Direction:
     """Which way is worse: outside of quality more of it (seconds, bytes, failures, differences).
 
-    Of what only describes an image (sharpness) neither is better, so any change is meant.
+    Of what only describes an image (sharpness) neither is better, so any change is meant, and so is
+    a shift of the colours, which has a sign.
     """
+    if figure == "shift":
+        return Direction.BOTH
     if dimension != "quality":
         return Direction.MORE
     known = facts(figure)

@@ -29,7 +29,7 @@ from sd35bench.analysis.set_metrics import (
 from sd35bench.errors import MetricError
 from sd35bench.gate.figure import Figure, difference
 from sd35bench.gate.policy import MetricMargin
-from sd35bench.gate.sides import Matched, SetScore, Side, match_pairs, prompt_hash
+from sd35bench.gate.sides import Matched, SetScore, Side, has_image, match_pairs, prompt_hash
 from sd35bench.stats.frechet import frechet_difference
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.kernel import (
@@ -137,7 +137,7 @@ def set_figure(name: str, margin: MetricMargin, a: Side, b: Side) -> Figure:
     asked = difference(name, SET_UNIT, margin)
     scores = (a.sets.get(name), b.sets.get(name))
     rows = [
-        _has_image(side) if score is None else score.rows
+        has_image(side) if score is None else score.rows
         for score, side in zip(scores, (a, b), strict=True)
     ]
     matched = match_pairs(a, b, (rows[0], rows[1]))
@@ -245,7 +245,3 @@ def _labels(reference: Reference, prompts: NDArray[np.uint64]) -> tuple[NDArray,
     known = {prompt_hash(str(text)): str(text) for text in np.unique(reference.prompts)}
     labels = np.array([known.get(int(p), f"#{int(p)}") for p in prompts])
     return labels, all(int(p) in known for p in np.unique(prompts))
-
-
-def _has_image(side: Side) -> NDArray[np.bool_]:
-    return np.array([image is not None for image in side.images], bool)

@@ -191,6 +191,18 @@ def match_pairs(
     return Matched(mine, theirs, clusters)
 
 
+def has_image(side: Side) -> NDArray[np.bool_]:
+    """Which rows [n] have an image that quality comes from."""
+    return np.array([image is not None for image in side.images], bool)
+
+
+def same_files(baseline: Side, candidate: Side, matched: Matched) -> NDArray[np.bool_]:
+    """Which matched pairs [n] have an image on both sides, and the very same file."""
+    rows = zip(matched.baseline, matched.candidate, strict=True)
+    images = ((baseline.images[i], candidate.images[j]) for i, j in rows)
+    return np.array([a is not None and a == b for a, b in images], bool)
+
+
 def match_sides(
     baselines: Sequence[Side], candidates: Sequence[Side]
 ) -> tuple[list[tuple[Side, Side]], list[Side]]:

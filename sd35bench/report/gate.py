@@ -39,7 +39,7 @@ from sd35bench.report.render import (
 from sd35bench.report.svg import read_asset
 from sd35bench.words import MISSING
 
-_COLUMNS = ("dimension", "figure", "baseline", "candidate", "effect", "95 %", "margin", "n")
+_COLUMNS = ("dimension", "figure", "baseline", "candidate", "effect", "interval", "margin", "n")
 _COLOURS = {"pass": "green", "fail": "red", "undecided": "yellow", "not applicable": "dim"}
 _PIXEL_ART_PX = 128
 _LONGEST_PX = 384
@@ -94,7 +94,7 @@ def _table(comparison: Mapping[str, Any]) -> Table:
             verdict = Cell(text=figure["verdict"], style=_COLOURS[figure["verdict"]])
             change = Cell(text=effect, beside=interval)
             rows.append((verdict, f"{dimension} {name}", f"{before} → {after}", change, margin, n))
-    titles = ("", "figure", "baseline → candidate", "effect, 95 %", "margin", "n")
+    titles = ("", "figure", "baseline → candidate", "effect, interval", "margin", "n")
     first, *others = text_table(titles, rows)
     columns = (replace(first, wraps=False), *others)
     return Table(columns=columns, layouts=WRAPPED, frame="edged", forms=(TERMINAL,))
@@ -120,16 +120,17 @@ def about(comparison: Mapping[str, Any]) -> str:
     fields = {**comparison["differs"], **comparison["environment_differs"]}
     said = [f"{name}: {_short(a)} → {_short(b)}" for name, (a, b) in fields.items()]
     differs = "; ".join(said) if said else "nothing"
-    return (
-        f"{comparison['n_pairs']} pairs of {comparison['n_prompts']} prompts. Differs: {differs}."
-    )
+    pairs = f"{comparison['n_pairs']} pairs of {comparison['n_prompts']} prompts"
+    same, images = comparison["n_identical"], comparison["n_images"]
+    seen = f", {same} of {images} images bit-identical" if images else ""
+    return f"{pairs}{seen}. Differs: {differs}."
 
 
 def figure_cells(figure: Mapping[str, Any]) -> list[str]:
     """Name, baseline, candidate, effect, interval, margin and n of a figure."""
     ratio = figure["kind"] == "ratio"
-    ends = figure["ci95"]
-    share = figure["unit"] == "share of trials"
+    ends = figure["interval"]
+    share = figure["unit"].startswith("share of ")
     margin = f"×{words.plain(figure['margin'])}" if ratio else _amount(figure["margin"], share)
     return [
         str(figure["name"]),
@@ -180,10 +181,15 @@ def _unscored(figure: Mapping[str, Any]) -> bool:
 
 
 def _meaning(document: Mapping[str, Any]) -> str:
+    rule = (
+        "Brackets: 95 % intervals; a figure passes where its interval is within the margin and fails"
+        " where it is beyond. For a figure that does not pass, the end on the side of harm is"
+        " corrected for the number of figures (Holm)."
+    )
     if document["verdict"] != "undecided":
-        return "Brackets: 95 % intervals; a figure fails where its interval is beyond the margin."
+        return rule
     passes = "fails" if document["undecided_fails"] else "passes with a warning"
-    return f"Undecided {passes} under this policy: the data do not show either."
+    return f"Undecided {passes} under this policy: the data do not show either. {rule}"
 
 
 def _effect(value: float | None, ratio: bool, share: bool) -> str:
@@ -203,7 +209,7 @@ def _value(value: float | None, unit: str) -> str:
         return MISSING
     if unit == "bytes":
         return f"{words.number(value / 2**20, 0)} MiB"
-    if unit == "share of trials":
+    if unit.startswith("share of "):
         return _amount(value, True)
     return f"{words.digits(value, 4)}{' s' if unit == 's' else ''}"
 

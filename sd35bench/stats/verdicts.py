@@ -8,7 +8,8 @@ a failure, one across it is undecided. Equivalence is two such tests, one for ea
 
 The gate: many tests that must all hold need no correction, as every one of them has to pass. Any
 of them may fail it, so failures are corrected over the whole comparison (Holm 1979, "A Simple
-Sequentially Rejective Multiple Test Procedure").
+Sequentially Rejective Multiple Test Procedure"). `decisive` is the interval that says the same as
+the corrected verdict: its end lies beyond the margin exactly where Holm's method fails the figure.
 
 The number of images that would decide is that of a test of the difference that was seen, with the
 spread that was seen: the prompts k at which ``distance sqrt(k) / sd >= t(k-1, level) + t(k-1,
@@ -97,6 +98,49 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def holm_sizes(p_values: Sequence[float]) -> list[int]:
+    """Of how many tests each one is where Holm's method decides on it: it is held to `TAIL` over that.
+
+    The m p-values are taken in order, each with those that are left; from the first that is not
+    shown on, all have that one's number. These are the levels of the method's own confidence
+    limits (Strassburger and Bretz 2008, "Compatible simultaneous lower confidence bounds").
+    """
+    order = np.argsort(p_values, kind="stable")
+    sizes, left, shown = [1] * len(p_values), len(p_values), True
+    for rank, index in enumerate(order):
+        if shown:
+            left = len(p_values) - rank
+            shown = left * p_values[index] < TAIL
+        sizes[index] = left
+    return sizes
+
+
+def decisive(
+    effect: Interval, direction: Direction, size: int, span: tuple[float, float] | None = None
+) -> Interval:
+    """Move the ends on the side of harm out to the level at which harm was tested.
+
+    Args:
+        effect: candidate minus baseline, with its 95 % interval.
+        direction: which way is worse; with `Direction.BOTH` both ends are of harm.
+        size: of how many tests the figure was one (`holm_sizes`).
+        span: what the effect can be at least and at most, where that is known.
+    """
+    if effect.low is None or effect.high is None:
+        return effect
+    degrees = max(effect.clusters - 1, 1)
+    tests = size * (2 if direction is Direction.BOTH else 1)
+    factor = float(special.stdtrit(degrees, 1.0 - TAIL / tests) / student(degrees))
+    low, high = effect.low, effect.high
+    if direction is not Direction.LESS:
+        low = effect.value - factor * (effect.value - low)
+    if direction is not Direction.MORE:
+        high = effect.value + factor * (high - effect.value)
+    if span is not None:
+        low, high = max(low, span[0]), min(high, span[1])
+    return Interval(effect.value, low, high, effect.n, effect.clusters)
 
 
 def decide(tested: Judgement, p_adjusted: float) -> Verdict:

@@ -16,7 +16,7 @@ from sd35bench.gate.sides import read_sides
 from sd35bench.metrics.base import METRICS
 from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 from sd35bench.types import Status, Timings
-from tests.studies.memory import MemoryStudy, planted, record, session
+from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
 FAILURES = {"failures": {"required": True, "margins": {"failed": 0.01}}}
@@ -39,7 +39,7 @@ def _judge(before, after, policy=None, distances=None):
     sides = [read_sides(x) if isinstance(x, MemoryStudy) else x for x in (before, after)]
     asked = {"dimensions": FAILURES} if policy is None else policy
     found = load_policy(asked, POLICIES) if isinstance(asked, str) else as_policy("own", asked)
-    near = (lambda _a, _b, m: np.zeros(len(m.clusters))) if distances is None else distances
+    near = (lambda _a, _b, m: np.zeros((len(m.clusters), 4))) if distances is None else distances
     return compare_sides(*sides, found, near)
 
 
@@ -159,7 +159,9 @@ def test_pair_at_another_batch_size_is_there(tmp_path, base):
 
 
 def test_required_dimension_that_nothing_could_fail_is_not_measured(tmp_path):
-    studies = [_study(tmp_path / name, prompts=1) for name in "ab"]
+    other = replace(LOAD.backend, options={"dtype": "bf16"})
+    loads = {"a": LOAD, "b": replace(LOAD, backend=other)}  # images of their own
+    studies = [_study(tmp_path / n, prompts=1, load=load) for n, load in loads.items()]
     margins = {"prompt_accuracy": 0.05}
     required = {"dimensions": {"quality": {"required": True, "margins": margins}}}
     document = _judge(*studies, required)
@@ -289,7 +291,7 @@ def test_default_direction_is_the_metric_s_own(metric, worse):
 
 def test_candidate_s_own_noise_excuses_no_drift(base):
     policy = {"dimensions": {"drift": {"required": True, "margins": {"mean_abs": 1}}}}
-    (before,), levels = read_sides(base), np.random.default_rng(0).uniform(2.5, 3.5, 100)
+    (before,), levels = read_sides(base), np.random.default_rng(0).uniform(2.5, 3.5, (100, 4))
     quiet, noisy = replace(before, floor_levels=0.5), replace(before, floor_levels=10.0)
     document = _judge([quiet], [noisy], policy, lambda *_: levels)
     (figure,) = document["comparisons"][0]["dimensions"]["drift"]["figures"]

@@ -37,7 +37,7 @@ def _study(path, *, accuracy=0.9, latency=1.0, failures=0, rss=1000, rng_seed=0,
 
 def _compare(a, b, policy="all", distances=None):
     found = load_policy(policy, POLICIES) if isinstance(policy, str) else as_policy("own", policy)
-    near = distances if distances is not None else lambda _a, _b, m: np.zeros(len(m.clusters))
+    near = distances if distances is not None else lambda _a, _b, m: np.zeros((len(m.clusters), 4))
     return compare_sides(read_sides(a), read_sides(b), found, near)
 
 
@@ -99,7 +99,7 @@ def test_drift_fails_beyond_the_noise_floor_only(same):
 
     def apart(levels):
         noise = np.random.default_rng(0).uniform(-0.2, 0.2, PROMPTS * SEEDS)
-        return lambda _a, _b, m: levels + noise[: len(m.clusters)]
+        return lambda _a, _b, m: np.tile((levels + noise[: len(m.clusters)])[:, None], 4)
 
     for levels, verdict in ((2.5, "pass"), (3.0, "undecided"), (3.5, "fail")):
         found = _compare(same, same, policy, apart(levels))
@@ -182,7 +182,7 @@ def test_each_setting_is_held_against_its_own(tmp_path):
 
 def test_several_candidates_are_corrected_for_their_number(tmp_path):
     before = _grid(tmp_path / "a", {4.0: 0.9})
-    after = _grid(tmp_path / "b", {1.0: 0.8, 2.0: 0.9, 3.0: 0.9, 7.0: 0.9})
+    after = _grid(tmp_path / "b", {1.0: 0.8, 2.0: 0.88, 3.0: 0.86, 7.0: 0.84})
     document = _compare(before, after, _quality())
     figures = [c["dimensions"]["quality"]["figures"][0] for c in document["comparisons"]]
     lowest = min(figures, key=lambda f: f["p"])
@@ -227,7 +227,7 @@ def test_baseline_file_gives_the_same_verdicts_as_its_study(tmp_path, same):
     path = tmp_path / "baseline.json"
     path.write_text(baseline_text(read_sides(same)))
     policy = load_policy("all", POLICIES)
-    near = lambda _a, _b, m: np.zeros(len(m.clusters))  # noqa: E731
+    near = lambda _a, _b, m: np.zeros((len(m.clusters), 4))  # noqa: E731
     from_file = compare_sides(read_baseline(path), read_sides(other), policy, near)
     from_study = compare_sides(read_sides(same), read_sides(other), policy, near)
     mine, theirs = (d["comparisons"][0]["dimensions"] for d in (from_file, from_study))
@@ -313,7 +313,7 @@ def test_policy_may_be_a_file_of_one_s_own(tmp_path):
     policy = load_policy(str(path), POLICIES)
     assert policy.name == "mine"
     assert policy.dimensions["quality"].margin("sharpness_x").direction == "both"
-    with pytest.raises(ConfigError, match="known: all, drift, quality, speed"):
+    with pytest.raises(ConfigError, match="known: all, drift, exact, quality, speed"):
         load_policy("fast", POLICIES)
 
 

@@ -52,7 +52,7 @@ def _policy(*, optional=(), required=True, **margins):
 
 
 def _judge(sides, policy):
-    return compare_sides(*sides, policy, lambda _a, _b, m: np.zeros(len(m.clusters)))
+    return compare_sides(*sides, policy, lambda _a, _b, m: np.zeros((len(m.clusters), 4)))
 
 
 def _read(studies):

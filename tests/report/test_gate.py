@@ -29,7 +29,7 @@ def document(tmp_path):
     studies[1].name = "b|<script>\x07"
     sides = [read_sides(study) for study in studies]
     noise = np.random.default_rng(0).uniform(0.0, 2.0, 128)
-    return compare_sides(*sides, as_policy("own", POLICY), lambda _a, _b, _m: noise)
+    return compare_sides(*sides, as_policy("own", POLICY), lambda _a, _b, _m: noise[:, None])
 
 
 def test_junit_has_one_test_per_dimension_and_says_why(document):
