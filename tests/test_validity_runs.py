@@ -14,7 +14,7 @@ from sd35bench.nano import WEIGHTS
 from sd35bench.store import Study
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
 from tests.validity_runs import alarms, kept, page, plants
-from tests.validity_runs.defects import CONTROL, DEFECTS
+from tests.validity_runs.defects import CONTROL, DEFECTS, SYSTEMATIC
 from tests.validity_runs.matrix import POLICIES, caught_by, images_needed, run_cell
 from tests.validity_runs.planted_models import PLANTS, PlantedEager, to_four_bits
 from tests.validity_runs.sides import Amount, planted, run_side
@@ -85,9 +85,12 @@ def test_plant_makes_what_another_request_would(honest, monkeypatch, name, same)
     assert broken.in_force == honest.in_force, "a defect does not give itself away"
 
 
-@pytest.mark.parametrize("name", [d.name for d in DEFECTS.values() if d.patch is not None])
+_EVERY = {**DEFECTS, **SYSTEMATIC}
+
+
+@pytest.mark.parametrize("name", [d.name for d in _EVERY.values() if d.patch is not None])
 def test_changed_checkpoint_makes_other_images(honest, tmp_path, name):
-    broken = EagerBackend(_spec(DEFECTS[name].checkpoint(tmp_path)))
+    broken = EagerBackend(_spec(_EVERY[name].checkpoint(tmp_path)))
     assert not np.array_equal(_image(broken), _image(honest))
 
 
@@ -115,7 +118,8 @@ def test_one_image_of_twenty_is_black():
 
 
 def test_every_defect_of_code_has_a_plant():
-    assert {d.name for d in DEFECTS.values() if d.patch is None} == PLANTS.keys() - {"control"}
+    planted = {**DEFECTS, **SYSTEMATIC}.values()
+    assert {d.name for d in planted if d.patch is None} == PLANTS.keys()
 
 
 # The page ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`compare`, the gate, and `baseline make`, the small file that a gate is held against."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
@@ -9,6 +9,9 @@ from sd35bench.cli.study import open_study, score_missing
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.gate.sides import Side
 from sd35bench.store import Study
+
+if TYPE_CHECKING:
+    from sd35bench.gate.policy import Policy
 
 REGRESSION = 1
 
@@ -24,14 +27,19 @@ def compare(given: Given) -> Answer:
     from sd35bench.gate.policy import load_policy
     from sd35bench.report.gate import print_comparison
 
+    if given.has("--plan"):
+        return _plan(given)
+    if len(given.words) < 2:
+        raise ConfigError(
+            f"expected `sd35bench compare BASELINE CANDIDATE`, not {' '.join(given.words)!r}; see"
+            " compare --help (only --plan takes a baseline alone)"
+        )
     policy = load_policy(given.flags.get("--policy", "all"), config_dir() / "policy")
     before, after = (_Source(name, given.results_dir) for name in given.words)
     rounds = given.whole("--rerun")
     if rounds is not None:
         _rerun(before, after, rounds)
-    # Speed, memory and failures need no scores; drift needs them for its noise floor.
-    scored = bool({"quality", "drift"} & set(policy.dimensions))
-    sides = before.sides(scored), after.sides(scored)
+    sides = before.sides(_needs_scores(policy)), after.sides(_needs_scores(policy))
     distances = ImageDistances(before.find_image, after.find_image)
     document = compare_sides(*sides, policy, distances)
     unscored = dict.fromkeys((*before.unscored, *after.unscored))
@@ -42,6 +50,45 @@ def compare(given: Given) -> Answer:
     for path in _write(given, document, before, after):
         out.print(f"written: {path}", markup=False, soft_wrap=True)
     return Answer(document=document, exit_code=REGRESSION if gate_fails(document) else 0)
+
+
+def _needs_scores(policy: "Policy") -> bool:
+    """Speed, memory, failures and changed files need no scores; drift does for its noise floor."""
+    drift = policy.dimensions.get("drift")
+    return "quality" in policy.dimensions or (
+        drift is not None and set(drift.margins) != {"changed"}
+    )
+
+
+def _plan(given: Given) -> Answer:
+    """Say what each policy sees at which n; nothing is judged, so the exit code is 0."""
+    from sd35bench.config import config_dir
+    from sd35bench.gate.distances import ImageDistances
+    from sd35bench.gate.plan import plan_document
+    from sd35bench.gate.policy import load_policy
+    from sd35bench.gate.sides import match_sides
+    from sd35bench.report.gate import plan_markdown, print_plan
+
+    folder = config_dir() / "policy"
+    named = given.text("--policy")
+    names = sorted(p.stem for p in folder.glob("*.yaml")) if named is None else [named]
+    policies = [load_policy(name, folder) for name in names]
+    sources = [_Source(name, given.results_dir) for name in given.words]
+    scored = any(map(_needs_scores, policies))
+    sides = [source.sides(scored) for source in sources]
+    pairs = match_sides(*sides)[0] if len(sides) == 2 else [(sides[0][0], None)]
+    distances = ImageDistances(sources[0].find_image, sources[-1].find_image)
+    document = plan_document(*pairs[0], policies, distances)
+    out = console(given.as_json)
+    if not given.as_json:
+        print_plan(document, out)
+    markdown = given.text("--markdown")
+    if markdown is not None:
+        from sd35bench.disk import append_whole
+
+        append_whole(Path(markdown), plan_markdown(document).encode("utf-8", "replace"))
+        out.print(f"written: {markdown}", markup=False, soft_wrap=True)
+    return Answer(document=document)
 
 
 class _Source:
@@ -185,10 +232,11 @@ def baseline(given: Given) -> Answer:
 
 _COMPARE = Command(
     call=compare,
-    words=("BASELINE", "CANDIDATE"),
+    words=("BASELINE", "[CANDIDATE]"),
     about="""Each is a study; the baseline may be a file of `sd35bench baseline make`, too. Held
 against each other are latency, memory, failures, quality and drift: each passes, fails, or stays
-undecided, with effect, interval, margin and n.
+undecided, with effect, interval, margin and n. Images that are the same files on both sides pass
+at any n for all that is read off them.
 
 The candidate must have recorded everything that the baseline did; what failed or was given up
 counts as failed. For a candidate that is smaller on purpose copy the policy into a file of your
@@ -201,6 +249,8 @@ settings or pairs of the baseline, 2 nothing to compare.""",
 sd35bench compare main branch                     every dimension, 95 % intervals
 sd35bench compare baselines/main.json branch --policy quality
                                                   against a committed file
+sd35bench compare main branch --policy exact      a refactor: the same images, bit for bit
+sd35bench compare main --plan                     what each policy sees with 16 to 512 prompts
 sd35bench compare main branch --policy speed --rerun 5
                                                   five more process starts of both, in turn
 sd35bench compare main branch --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY" --html gate.html
@@ -209,7 +259,12 @@ sd35bench compare main branch --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY"
         Flag(
             name="--policy",
             value="NAME",
-            means="quality, drift, speed, all, or a YAML file; default: all",
+            means="quality, drift, exact, speed, all, or a YAML file; default: all",
+        ),
+        Flag(
+            name="--plan",
+            means="judge nothing; say which harm each policy would see at which n, from a pilot"
+            " (BASELINE CANDIDATE) or, with assumed spreads, from BASELINE alone",
         ),
         Flag(name="--rerun", value="K", means="make K more process starts of both, in turn"),
         Flag(name="--junit", value="FILE", means="write JUnit XML"),

@@ -6,8 +6,8 @@ lack it, it does not apply. Nothing is judged here.
 
 Drift has three kinds of figure. `mean_abs` is how far images are apart, whatever the direction.
 `shift` is the mean signed difference of a channel: noise cancels in it, and a systematic change of
-a third of a level is seen in 64 images. `changed` is the share of images that are not bit-identical,
-for sides that should be.
+a third of a level is seen in 64 images. `changed` is the share of images that are not
+bit-identical, for sides that should be.
 """
 
 from collections.abc import Callable

@@ -157,6 +157,7 @@ def _by_metric(
 
 
 _QUIET = frozenset({"setting", "commit", "dirty", "target_latency_s"})
+_CODE = frozenset({"commit", "dirty"})
 _ENVIRONMENT_QUIET = frozenset({"hostname", "pid", "boot_id"})
 
 
@@ -231,6 +232,7 @@ def compare_sides(
     warnings += [f"no shared pair: {b.title}" for a, b in matches if (a, b) not in kept]
     warnings += _doubts(dimensions)
     warnings += [w for c in comparisons for w in _comparison_warnings(c)]
+    warnings += [w for (a, _), c in zip(kept, comparisons, strict=True) for w in _unexplained(a, c)]
     warnings += [w for side in (*baselines, *candidates) for w in _elsewhere(side)]
     warnings += [w for a, b in kept for w in _same_runs(a, b)]
     return {
@@ -454,6 +456,23 @@ def _elsewhere(side: Side) -> list[str]:
     return [
         f"{side.title}: {n} pairs of {side.study} ran in another environment (another {differs})"
         " and are in no figure; run that study anew in one environment"
+    ]
+
+
+def _unexplained(a: Side, comparison: dict[str, Any]) -> list[str]:
+    """Images that changed though nothing that is recorded did, where no figure says so."""
+    changed = comparison["n_images"] - comparison["n_identical"]
+    drift = comparison["dimensions"].get("drift", {"figures": ()})
+    judged = any(figure["name"] == "changed" for figure in drift["figures"])
+    differs = {*comparison["differs"], *comparison["environment_differs"]} - _CODE
+    if not changed or judged or differs:
+        return []
+    floor = a.floor_levels
+    noise = "" if floor is None else f" (noise floor {floor:.2g} levels)"
+    return [
+        f"{comparison['title']}: {changed} of {comparison['n_images']} images are not"
+        f" bit-identical, though no setting and no machine differs{noise}; --policy exact fails for"
+        " that"
     ]
 
 

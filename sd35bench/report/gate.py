@@ -9,7 +9,7 @@ failing test.
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,64 @@ def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
         yield paragraph(f"Warning: {text}")
 
 
+def print_plan(document: Mapping[str, Any], console: Console) -> None:
+    """Print what each policy sees at which n."""
+    print_document(_plan_parts(document), console)
+
+
+def plan_markdown(document: Mapping[str, Any]) -> str:
+    """Render a plan document."""
+    return markdown_document(_plan_parts(document))
+
+
+def _plan_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    pilot = document["candidate"]
+    by = "with spreads that are assumed (*)" if pilot is None else f"by the pilot {pilot}"
+    title = f"What a gate against {document['baseline']} sees, {by}"
+    yield say((title, "bold"), wraps=True)
+    yield Heading(title, 1, forms=(MARKDOWN,))
+    for counts in ("prompts", "couples of starts"):
+        rows = [
+            (policy, row)
+            for policy, found in document["policies"].items()
+            for row in found["rows"]
+            if row["counts"] == counts
+        ]
+        if rows:
+            yield _plan_table(counts, rows)
+    rule = (
+        f"The smallest harm that fails in {document['power']:.0%} of cases, as one of all figures"
+        " of its policy; of a share, by a loss that goes one way. 'passes from': the n from which a"
+        " candidate that lost nothing passes. Images that are the same on both sides pass at any n."
+    )
+    yield say((rule, "dim"), wraps=True)
+    yield paragraph(rule)
+
+
+def _plan_table(counts: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    numbers = [str(n) for n, _ in rows[0][1]["sees"]]
+    cells = []
+    for policy, row in rows:
+        ratio, share = row["kind"] == "ratio", _is_share(row)
+        sees = [_harm(harm, ratio, share) for _, harm in row["sees"]]
+        margin = _harm(row["margin"], ratio, share)
+        clear = MISSING if row["passes_from"] is None else words.count(row["passes_from"])
+        mark = "*" if row["assumed"] else ""
+        cells.append((policy, f"{row['dimension']} {row['name']}{mark}", margin, *sees, clear))
+    titles = ("policy", "figure", "margin", f"{counts}: {numbers[0]}", *numbers[1:])
+    return Table(columns=text_table((*titles, "passes from"), cells, (*titles[2:], "passes from")))
+
+
+def _is_share(row: Mapping[str, Any]) -> bool:
+    return row["unit"].startswith("share of ")
+
+
+def _harm(value: float | None, ratio: bool, share: bool) -> str:
+    if value is None:
+        return MISSING
+    return f"×{words.number(value, 2)}" if ratio else _amount(value, share)
+
+
 def _table(comparison: Mapping[str, Any]) -> Table:
     """Figures that were measured, narrow enough for a terminal of 80 columns."""
     rows = []
@@ -130,7 +188,7 @@ def figure_cells(figure: Mapping[str, Any]) -> list[str]:
     """Name, baseline, candidate, effect, interval, margin and n of a figure."""
     ratio = figure["kind"] == "ratio"
     ends = figure["interval"]
-    share = figure["unit"].startswith("share of ")
+    share = _is_share(figure)
     margin = f"×{words.plain(figure['margin'])}" if ratio else _amount(figure["margin"], share)
     return [
         str(figure["name"]),
@@ -182,8 +240,8 @@ def _unscored(figure: Mapping[str, Any]) -> bool:
 
 def _meaning(document: Mapping[str, Any]) -> str:
     rule = (
-        "Brackets: 95 % intervals; a figure passes where its interval is within the margin and fails"
-        " where it is beyond. For a figure that does not pass, the end on the side of harm is"
+        "Brackets: 95 % intervals; a figure passes where its interval is within the margin and"
+        " fails where it is beyond. For a figure that does not pass, the end on the side of harm is"
         " corrected for the number of figures (Holm)."
     )
     if document["verdict"] != "undecided":

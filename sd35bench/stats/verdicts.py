@@ -101,7 +101,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def holm_sizes(p_values: Sequence[float]) -> list[int]:
-    """Of how many tests each one is where Holm's method decides on it: it is held to `TAIL` over that.
+    """Of how many tests each is one where Holm decides on it: its level is `TAIL` over that.
 
     The m p-values are taken in order, each with those that are left; from the first that is not
     shown on, all have that one's number. These are the levels of the method's own confidence

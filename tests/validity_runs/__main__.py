@@ -2,6 +2,7 @@
 
     python -m tests.validity_runs defects                 every planted defect against a baseline
     python -m tests.validity_runs defects --defect guidance --seed 7    one, from a fresh seed
+    python -m tests.validity_runs systematic              what changes every image by a little
     python -m tests.validity_runs alarms                  real reruns against each other
     python -m tests.validity_runs grid                    every setting on 256 prompts: the truth
     python -m tests.validity_runs tune                    ten searches per profile against it
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.validity_runs import alarms, choices, grid, page, searches, truth
-from tests.validity_runs.defects import CONTROL, DEFECTS
+from tests.validity_runs.defects import CONTROL, DEFECTS, SYSTEMATIC
 from tests.validity_runs.kept import keep
 from tests.validity_runs.matrix import run_cell
 
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tests.validity_runs", description=__doc__, formatter_class=form
     )
     parser.add_argument("table", choices=(*_TABLES, "page"))
-    names = (CONTROL.name, *DEFECTS)
+    names = (CONTROL.name, *DEFECTS, *SYSTEMATIC)
     parser.add_argument("--defect", action="append", choices=names, help="default: all")
     parser.add_argument(
         "--seed", type=int, help=f"of prompts and images; default: {SEED}, the grid's {grid.SEED}"
@@ -71,6 +72,15 @@ def _defects(given: argparse.Namespace, root: Path) -> str:
         cells[name] = run_cell(root, given.seed, known[name])
         _keep(given, "defects", name, cells[name])
     return page.matrix_table(cells)
+
+
+def _systematic(given: argparse.Namespace, root: Path) -> str:
+    cells = {}
+    for name in SYSTEMATIC if given.defect is None else given.defect:
+        _say(name)
+        cells[name] = run_cell(root, given.seed, SYSTEMATIC[name])
+        _keep(given, "systematic", name, cells[name])
+    return page.systematic_table(cells)
 
 
 def _alarms(given: argparse.Namespace, root: Path) -> str:
@@ -115,6 +125,7 @@ def _keep(given: argparse.Namespace, table: str, row: str, found: dict[str, Any]
 
 _TABLES = {
     "defects": _defects,
+    "systematic": _systematic,
     "alarms": _alarms,
     "grid": _grid,
     "tune": _tune,

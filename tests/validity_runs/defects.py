@@ -7,15 +7,18 @@ one file changed. Neither shows in a request: both sides are asked for the same.
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from sd35bench.nano import WEIGHTS
+from sd35bench.nano.world import render, sample_scene
 
-__all__ = ["CONTROL", "DEFECTS", "Defect"]
+__all__ = ["CONTROL", "DEFECTS", "SYSTEMATIC", "Defect"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +27,8 @@ class Defect:
 
     `subtle` ones get the most images that a gate may ask for. `paired_starts` says that it is a
     matter of seconds: both sides start again and again in turn. `ratio` is what was planted, where
-    that is a ratio that is known.
+    that is a ratio that is known. `systematic` ones are held to 64 images, and `words` says what
+    both sides are asked then.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Defect:
     subtle: bool = False
     paired_starts: bool = False
     ratio: float | None = None
+    systematic: bool = False
+    words: Callable[[Path], list[str]] | None = None
 
     def checkpoint(self, root: Path) -> Path | None:
         """The changed checkpoint, made below `root`; ``None`` where the code is what is wrong."""
@@ -60,16 +66,40 @@ def _set(file: str, **values: float) -> Callable[[Path], None]:
     return patch
 
 
-def _zero(part: str) -> Callable[[Path], None]:
+def _weights(file: str, change: Callable[[str, Any], Any]) -> Callable[[Path], None]:
     def patch(folder: Path) -> None:
-        path = folder / part / "model.safetensors"
-        save_file(
-            {name: np.zeros_like(tensor) for name, tensor in load_file(path).items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        path = folder / file
+        changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file(changed, path, metadata={"format": "pt"})
 
     return patch
+
+
+def _as_bfloat16(name: str, weight: np.ndarray) -> np.ndarray:
+    """Weights with the 8 bits of precision that bf16 has, rounded half to even, kept in float32."""
+    if weight.dtype != np.float32:
+        return weight
+    bits = weight.view(np.uint32).astype(np.uint64)
+    rounded = bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
+    return (rounded & np.uint64(0xFFFF0000)).astype(np.uint32).view(np.float32)
+
+
+def _four_bit_output(name: str, weight: np.ndarray) -> np.ndarray:
+    """`proj_out` with the 15 levels per output that symmetric int4 has."""
+    if name != "proj_out.weight":
+        return weight
+    step = np.abs(weight).max(axis=1, keepdims=True) / 7
+    return (np.round(weight / step) * step).astype(weight.dtype)
+
+
+def _edits(root: Path) -> list[str]:
+    """Image-to-image with an init image half as large again as what is made of it."""
+    path = root / "init.png"
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        scene = sample_scene(np.random.default_rng(3), "several", 96, 96)
+        Image.fromarray(render(scene)).save(path)
+    return [f"init_image={path}", "prompt_strength=0.6", "width=64", "height=64"]
 
 
 CONTROL = Defect(
@@ -97,7 +127,7 @@ DEFECTS = {
             name="encoder",
             title="one text encoder zeroed",
             how="T5's weights in the checkpoint",
-            patch=_zero("text_encoder_3"),
+            patch=_weights("text_encoder_3/model.safetensors", lambda _, w: np.zeros_like(w)),
         ),
         Defect(
             name="int4",
@@ -130,3 +160,46 @@ DEFECTS = {
         Defect(name="failures", title="5 % failures", how="every 20th image is black", subtle=True),
     )
 }
+_TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+_SCALE, _SHIFT = 0.4545, 0.7639
+"""Of nano's autoencoder."""
+SYSTEMATIC = {
+    defect.name: replace(defect, systematic=True)
+    for defect in (
+        CONTROL,
+        Defect(name="red", title="red + 3 of 255", how="on the way to the file"),
+        Defect(name="gamma", title="gamma 1.02", how="on the way to the file"),
+        Defect(
+            name="scale",
+            title="VAE scale x 1.02",
+            how="scaling_factor in the checkpoint's VAE",
+            patch=_set("vae/config.json", scaling_factor=1.02 * _SCALE),
+        ),
+        Defect(
+            name="offset",
+            title="VAE shift x 1.05",
+            how="shift_factor in the checkpoint's VAE",
+            patch=_set("vae/config.json", shift_factor=1.05 * _SHIFT),
+        ),
+        Defect(
+            name="bf16",
+            title="bf16 noise",
+            how="the transformer's weights rounded to bf16",
+            patch=_weights(_TRANSFORMER, _as_bfloat16),
+        ),
+        Defect(name="sigma", title="last sigma not 0", how="0.02 in the schedule"),
+        Defect(
+            name="proj",
+            title="4-bit proj_out",
+            how="15 levels per output of the transformer's last layer",
+            patch=_weights(_TRANSFORMER, _four_bit_output),
+        ),
+        Defect(
+            name="nearest",
+            title="nearest-neighbour init resize",
+            how="96 px to 64 px, image-to-image at strength 0.6",
+            words=_edits,
+        ),
+    )
+}
+"""Changes of everything by a little, which a mean absolute difference below 1 level lets pass."""

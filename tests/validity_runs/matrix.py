@@ -19,9 +19,11 @@ from tests.validity_runs.sides import Amount, alternate, judge, run_side
 __all__ = ["BATCHED", "POLICIES", "STARTED", "SUBTLE", "images_needed", "run_cell", "summarise"]
 
 POLICIES = ("quality", "drift", "speed", "all")
+FEW_POLICIES = ("quality", "drift", "all", "exact")
 BATCHED = Amount(prompts=60, seeds=2, batch=16, alone=8)
 SUBTLE = Amount(prompts=124, seeds=2, batch=16, alone=8)
 STARTED = Amount(prompts=12, seeds=1, batch=1)
+FEW = Amount(prompts=64, seeds=1, batch=16, alone=0)
 ROUNDS = 9
 
 
@@ -34,15 +36,25 @@ def run_cell(
     where `images` and `starts` are of one side.
     """
     role, own = _amount(defect)
+    own_name = f"few-{defect.name}" if defect.systematic else defect.name
+    policies = FEW_POLICIES if defect.systematic else POLICIES
     chosen = own if amount is None else amount
     sides = [
-        run_side(root, f"{seed}-{name}", chosen, seed, defect=planted, backend=defect.backend)
-        for name, planted in ((f"{defect.backend}-{role}", None), (defect.name, defect))
+        run_side(
+            root,
+            f"{seed}-{name}",
+            chosen,
+            seed,
+            defect=planted,
+            backend=defect.backend,
+            words=defect.words,
+        )
+        for name, planted in ((f"{defect.backend}-{role}", None), (own_name, defect))
     ]
     if defect.paired_starts:
         _top_up(sides[0], sides[1], rounds, defect)
     starts = 1 + (rounds if defect.paired_starts else 0)
-    found = {p: judge(root, sides[0].name, sides[1].name, p) for p in POLICIES}
+    found = {p: judge(root, sides[0].name, sides[1].name, p) for p in policies}
     return {
         "defect": defect.name,
         "seed": seed,
@@ -54,6 +66,8 @@ def run_cell(
 
 def _amount(defect: Defect) -> tuple[str, Amount]:
     """What the baseline's study is called, and how many images a side has."""
+    if defect.systematic:
+        return "few" if defect.words is None else "edits", FEW
     if defect.paired_starts:
         return "starts", STARTED
     return ("images", SUBTLE) if defect.subtle else ("fewer", BATCHED)
@@ -69,9 +83,10 @@ def _top_up(baseline: Study, candidate: Study, rounds: int, defect: Defect) -> N
 def summarise(document: dict[str, Any], code: int) -> dict[str, Any]:
     """Keep of a comparison what the page shows: verdicts, and each figure's effect and interval."""
     (comparison,) = document["comparisons"]
-    kept = ("name", "kind", "unit", "baseline", "candidate", "effect", "ci95", "margin", "worse")
+    kept = ("name", "kind", "unit", "baseline", "candidate", "effect", "ci95", "interval")
+    kept += ("margin", "worse", "n", "p_adjusted", "verdict")
     figures = [
-        {"dimension": name, **{k: figure[k] for k in (*kept, "n", "p_adjusted", "verdict")}}
+        {"dimension": name, **{k: figure[k] for k in kept}}
         for name, part in comparison["dimensions"].items()
         for figure in part["figures"]
         if figure["effect"] is not None

@@ -9,10 +9,10 @@ from typing import Any
 
 from sd35bench.disk import write_atomic
 from sd35bench.stats.verdicts import Verdict
-from tests.validity_runs.defects import CONTROL, DEFECTS, Defect
+from tests.validity_runs.defects import CONTROL, DEFECTS, SYSTEMATIC, Defect
 from tests.validity_runs.figure import FIGURES, regret_figure
 from tests.validity_runs.kept import read
-from tests.validity_runs.matrix import POLICIES, caught_by, figures_of, images_needed
+from tests.validity_runs.matrix import FEW_POLICIES, POLICIES, caught_by, figures_of, images_needed
 from tests.validity_runs.truth_page import (
     FIGURE,
     choice_section,
@@ -33,6 +33,7 @@ __all__ = [
     "matrix_table",
     "search_table",
     "sections",
+    "systematic_table",
     "write",
     "written",
 ]
@@ -43,6 +44,8 @@ END = "<!-- end of what python -m tests.validity_runs page makes -->"
 _WORDS = {Verdict.FAIL: "**fail**", Verdict.NOT_APPLICABLE: "–"}
 _SHOWN = ("prompt_accuracy", "clip_score", "mean_abs", "failed", "p50", "peak_rss_bytes")
 _UNITS = {"prompt_accuracy": "accuracy", "clip_score": "CLIP", "mean_abs": "levels"}
+_SHOWN += ("shift_red", "shift_green", "shift_blue", "changed")
+_UNITS |= {name: name.removeprefix("shift_") for name in _SHOWN[-4:]}
 _UNITS |= {"failed": "failures", "p50": "p50", "peak_rss_bytes": "memory"}
 
 
@@ -50,6 +53,20 @@ def matrix_table(cells: dict[str, Any]) -> str:
     """One row per defect: each policy's verdict, and what its figures were."""
     head = ["planted", "how", *POLICIES, "effect and 95 % interval, candidate against baseline"]
     rows = [_matrix_row(defect, cells[defect.name]) for defect in _known(cells)]
+    return table(head, rows)
+
+
+def systematic_table(cells: dict[str, Any]) -> str:
+    """One row per systematic defect: each policy's verdict, and its drift."""
+    head = ["planted", "how", *FEW_POLICIES, "levels of 255 under `drift`; share changed"]
+    rows = []
+    for defect in (d for d in SYSTEMATIC.values() if d.name in cells):
+        found = cells[defect.name]["policies"]
+        verdicts = [_word(found[p]["verdict"]) for p in FEW_POLICIES]
+        drift = [f for f in found["drift"]["figures"] if f["dimension"] == "drift"]
+        changed = [f for f in found["exact"]["figures"] if f["name"] == "changed"]
+        effects = "; ".join(_effect(f) for f in (*drift, *changed))
+        rows.append([defect.title, defect.how, *verdicts, effects])
     return table(head, rows)
 
 
@@ -78,7 +95,9 @@ def _word(verdict: str) -> str:
 
 def _effect(figure: dict[str, Any]) -> str:
     name = next(n for n in _SHOWN if figure["name"].startswith(n))
-    low, high = figure["ci95"] if figure["ci95"] is not None else (None, None)
+    # Cells that were made before the corrected interval was kept have the plain one.
+    ends = figure.get("interval", figure["ci95"])
+    low, high = ends if ends is not None else (None, None)
     if figure["kind"] == "ratio":
         value, ends = f"x {figure['effect']:.3f}", f"{low:.3f} to {high:.3f}"
     else:
@@ -161,6 +180,22 @@ def _defects_section(cells: dict[str, Any]) -> str:
     )
 
 
+def _systematic_section(cells: dict[str, Any]) -> str:
+    planted = [d for d in SYSTEMATIC.values() if d.name in cells and d.name != CONTROL.name]
+    by = {p: [d for d in planted if p in caught_by(cells[d.name])] for p in FEW_POLICIES}
+    counts = ", ".join(f"`{p}` {len(found)}" for p, found in by.items())
+    blind = [d for d in planted if not caught_by(cells[d.name])]
+    return (
+        "**Systematic defects,** which change every image by a little: 64 images a side, else as"
+        " above. `exact` is for sides that should be alike to the bit; `drift` sees a shift of the"
+        " colours beyond 0.1 level (`python -m tests.validity_runs systematic`; one of them:"
+        " `--defect gamma --seed 7`).\n\n"
+        f"{systematic_table(cells)}\n\nOf {len(planted)} caught: {counts}. Caught by no policy:"
+        f" {_titles(blind)}. `drift` does not see: "
+        f"{_titles([d for d in planted if d not in by['drift']])}.\n\n{_made(cells)}"
+    )
+
+
 def _alarms_section(rows: dict[str, Any]) -> str:
     found = rows["starts"]
     apart = found["largest"]
@@ -172,7 +207,11 @@ def _alarms_section(rows: dict[str, Any]) -> str:
     )
 
 
-_MADE = {"defects": _defects_section, "alarms": _alarms_section}
+_MADE = {
+    "defects": _defects_section,
+    "systematic": _systematic_section,
+    "alarms": _alarms_section,
+}
 
 
 def _apart(largest: dict[str, float]) -> str:

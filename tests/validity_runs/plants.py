@@ -18,13 +18,14 @@ from PIL import Image
 
 from sd35bench.backends.base import Generation
 from sd35bench.backends.fake import FakeBackend
-from sd35bench.types import Load, Request
+from sd35bench.types import Load, Request, Task
 
 SLOWER = 0.1
 LARGER = 0.2
 EVERY = 20
 """One image of so many is black: 5 %."""
 JPEG_QUALITY = 10
+LAST_SIGMA = 0.02
 
 
 class Plant:
@@ -87,6 +88,42 @@ class Jpeg(Plant):
         return replace(generation, images=[_through_jpeg(image) for image in generation.images])
 
 
+class Red(Plant):
+    """Three levels more red: a colour profile that somebody applied, or left out."""
+
+    def made(self, generation: Generation, elapsed_s: float) -> Generation:
+        return replace(generation, images=[more_red(image) for image in generation.images])
+
+
+class Gamma(Plant):
+    """Gamma 1.02: another conversion between linear and stored values."""
+
+    def made(self, generation: Generation, elapsed_s: float) -> Generation:
+        return replace(generation, images=[with_gamma(image) for image in generation.images])
+
+
+class LastSigma(Plant):
+    """A schedule that ends at a sigma of 0.02: a fiftieth of the noise is never taken out."""
+
+    def loaded(self, backend: Any) -> None:
+        scheduler = type(backend.family.own_scheduler)
+        plain = scheduler.set_timesteps
+
+        def set_timesteps(own: Any, *arguments: Any, **named: Any) -> None:
+            plain(own, *arguments, **named)
+            own.sigmas[-1] = LAST_SIGMA
+
+        scheduler.set_timesteps = set_timesteps
+
+
+class Nearest(Plant):
+    """Init images brought to size by their nearest pixels."""
+
+    def loaded(self, backend: Any) -> None:
+        processor = backend.family.pipes[Task.IMAGE_TO_IMAGE].image_processor
+        processor.register_to_config(resample="nearest")
+
+
 class Slower(Plant):
     """Every call takes a tenth longer."""
 
@@ -134,6 +171,10 @@ PLANTS: dict[str, type[Plant]] = {
     "slower": Slower,
     "memory": Larger,
     "failures": Failures,
+    "red": Red,
+    "gamma": Gamma,
+    "sigma": LastSigma,
+    "nearest": Nearest,
 }
 
 
@@ -156,6 +197,18 @@ class Planted:
 
 class PlantedFake(Planted, FakeBackend):
     """The backend without a model, with a defect in it."""
+
+
+def more_red(image: np.ndarray) -> np.ndarray:
+    """An image [h, w, 3] with 3 levels of 255 more red."""
+    changed = image.copy()
+    changed[..., 0] = np.minimum(changed[..., 0].astype(np.int16) + 3, 255)
+    return changed
+
+
+def with_gamma(image: np.ndarray) -> np.ndarray:
+    """An image whose values, from 0 to 1, were raised to the power of 1.02."""
+    return np.round(255.0 * (image / 255.0) ** 1.02).astype(np.uint8)
 
 
 def _through_jpeg(image: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,25 @@ def planted(name: str | None) -> Iterator[None]:
 
 
 def run_side(
-    root: Path, study: str, amount: Amount, seed: int, *, defect: Defect | None, backend: str
+    root: Path,
+    study: str,
+    amount: Amount,
+    seed: int,
+    *,
+    defect: Defect | None,
+    backend: str,
+    words: Callable[[Path], list[str]] | None = None,
 ) -> Study:
-    """Run one side below `root`; what is there already is not made again.
+    """Run one side below `root`, asked for `words` too; what is there is not made again.
 
     Raises: RuntimeError where the command ended with neither 0 nor 3 (some trials failed).
     """
     checkpoint = None if defect is None else defect.checkpoint(root)
     own = [] if checkpoint is None else [f"model.path={checkpoint}"]
-    words = [*SETTING, *amount.overrides(seed), f"backend={backend}", *own]
+    more = [] if words is None else words(root)
+    every = [*SETTING, *amount.overrides(seed), f"backend={backend}", *own, *more]
     with planted(None if defect is None or defect.patch is not None else defect.name):
-        command("run", "-m", *words, f"study={study}", f"results_dir={root}")
+        command("run", "-m", *every, f"study={study}", f"results_dir={root}")
     return Study.open(root, study)
 
 
