@@ -157,7 +157,7 @@ def test_rerun_starts_both_sides_in_turn_and_is_counted(studies, capsys, tmp_pat
         (["a", "b", "--rerun", "0"], "--rerun=0"),
         (["a", "a", "--rerun", "1"], "are one study"),
         (["x.json", "b"], "cannot be read"),
-        (["a", "b", "--policy", "fast"], "known: all, drift, quality, speed"),
+        (["a", "b", "--policy", "fast"], "known: all, drift, exact, quality, speed"),
         (["a"], "CANDIDATE"),
     ],
 )
