@@ -237,7 +237,7 @@ def test_layer_survives_casts_and_its_own_state() -> None:
     assert list(half.parameters()) == []
 
 
-@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+@pytest.mark.parametrize("isa", ["AVX2", pytest.param("AVX512_CORE", marks=pytest.mark.slow)])
 def test_cpu_without_vnni_is_refused_or_exact(isa: str) -> None:
     code = (
         "import torch, sd35_kernels as k\n"
@@ -258,9 +258,12 @@ def test_cpu_without_vnni_is_refused_or_exact(isa: str) -> None:
     assert done.returncode == 0 or "KernelUnavailable" in done.stderr, done.stderr[-2000:]
 
 
-def interpreted(*arguments: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    """What the interpreter found; one process for kernels and mutant, since it takes 4 s to start."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
@@ -268,22 +271,21 @@ def interpreted(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_triton_kernels_agree_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-    found = interpreted()
-    for case in found["cases"]:
+def test_triton_kernels_agree_in_the_interpreter(interpreted: dict[str, Any]) -> None:
+    for case in interpreted["cases"]:
         assert case["quantised"] <= 1, case
         assert case["as_torch"] >= (0.999 if "int8" in case["case"] else 0.85), case
         assert case["product"] <= 1, case
         assert case["composed"], case
-    assert found["special"]["any_finite"] == [True, False, False, True]
-    assert found["special"]["all_finite"] == [True, False, False, True]
-    assert found["special"]["zero_row"]
+    special = interpreted["special"]
+    assert special["any_finite"] == [True, False, False, True]
+    assert special["all_finite"] == [True, False, False, True]
+    assert special["zero_row"]
 
 
-def test_triton_mutant_fails_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-    assert min(case["product"] for case in interpreted("scale")["cases"]) > 1
+def test_triton_mutant_fails_in_the_interpreter(interpreted: dict[str, Any]) -> None:
+    """The mutant: scales of the weights that are 2 % too large."""
+    assert min(case["mutant"] for case in interpreted["cases"]) > 1
 
 
 @pytest.mark.gpu
