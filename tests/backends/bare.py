@@ -1,6 +1,7 @@
 """The reference of the reference: images from bare diffusers calls, written as a person would."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
@@ -36,6 +38,16 @@ def make_inits(requests: Sequence[Request]) -> list[np.ndarray | None]:
     ]
 
 
+@lru_cache(maxsize=2)
+def _loaded(path: Path, dtype: torch.dtype, parts: tuple[tuple[str, Any], ...]) -> Any:
+    """The pipeline; its weights are only read, so many calls share it."""
+    return StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **dict(parts))
+
+
+def _own_scheduler(path: Path) -> Any:
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
+
+
 def bare_images(
     path: Path, requests: Sequence[Request], dtype: torch.dtype = torch.float32, **parts: Any
 ) -> list[np.ndarray]:
@@ -44,8 +56,8 @@ def bare_images(
     The dtype is said: without it transformers 5 keeps the file's and diffusers takes float32.
     """
     first = requests[0]
-    pipe: Any = StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **parts)
-    pipe.scheduler = bare_scheduler(pipe.scheduler, first)
+    pipe: Any = _loaded(path, dtype, tuple(parts.items()))
+    pipe.scheduler = bare_scheduler(_own_scheduler(path), first)
     extra: dict[str, Any] = {}
     if first.task is Task.IMAGE_TO_IMAGE:
         pipe = StableDiffusion3Img2ImgPipeline(**pipe.components)

@@ -1,15 +1,22 @@
 """Checkpoints and requests that the backends' tests share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from sd35bench.backends import compiled
 from sd35bench.backends.eager import EagerBackend
+from sd35bench.backends.onnx_runtime import OnnxBackend
+from sd35bench.checkpoint import weights_digest
+from sd35bench.export import artifact, onnx_model
+from sd35bench.export.artifact import Artifact
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
 from tests.studies.tiny import TOKENS, write_tiny_sd3
 
@@ -33,11 +40,45 @@ def captured_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Give each region of a backend that is loaded in here its function as it is for a graph.
+
+    There is one graph a signature, as with static shapes, but no Dynamo: capturing the tiny
+    transformer and its VAE takes 3 s a shape on an idle machine. What the regions count and refuse
+    is the same; that Dynamo can capture them is tested elsewhere.
+    """
+
+    def compile_nothing(function: Any, *, backend: Any, **_: Any) -> Callable[..., Any]:
+        graphs: dict[Any, Callable[[], Any]] = {}
+        given: list[Any] = []
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given[:] = [args, kwargs]
+            key = compiled._signature(args), compiled._signature(kwargs)
+            if key not in graphs:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(compiled, "lookup_backend", lambda _: lambda graph, _: graph)
+                    graphs[key] = backend(lambda: function(*given[0], **given[1]), [])
+            return graphs[key]()
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile_nothing)
+        yield
+
+
+@lru_cache
+def _digest(path: Path) -> str:
+    return weights_digest(path) if path.exists() else "none"
+
+
 def make_load(path: Path, kind: str = "eager", tokens: int = TOKENS, **options: Any) -> Load:
     """A load of the checkpoint at `path` on one thread."""
     return Load(
         model=ModelSpec(
-            name="tiny", path=str(path), weights_digest="tests", max_sequence_length=tokens
+            name="tiny", path=str(path), weights_digest=_digest(path), max_sequence_length=tokens
         ),
         backend=BackendSpec(name=kind, kind=kind, options=options),
         threads=1,
@@ -70,3 +111,34 @@ def fresh(tiny_path: Path) -> Iterator[EagerBackend]:
     backend = EagerBackend(make_load(tiny_path))
     yield backend
     backend.close()
+
+
+Loads = Callable[..., Load]
+
+
+@pytest.fixture(scope="session")
+def load(tiny_path: Path) -> Loads:
+    """Makes loads of the tiny checkpoint: `load("onnx", device="cpu")`."""
+    return partial(make_load, tiny_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(load: Loads) -> Artifact:
+    """The tiny denoiser's exported graph, made once for all workers.
+
+    Exporting takes 15 s, so whoever needs a graph takes this one. What the exporter says on the
+    terminal is in `told.txt` in the folder of all artifacts.
+    """
+    export_graph = onnx_model.export_graph
+
+    def overheard(transformer: Any, path: Path) -> None:
+        told = io.StringIO()
+        with redirect_stdout(told), redirect_stderr(told):
+            export_graph(transformer, path)
+        (artifact.artifact_root() / "told.txt").write_text(told.getvalue())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_model, "export_graph", overheard)
+        backend = OnnxBackend(load("onnx", device="cpu"))
+    backend.close()
+    return backend._artifact

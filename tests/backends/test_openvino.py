@@ -12,8 +12,10 @@ from sd35bench.backends.base import Generation, Probe
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.backends.openvino_runtime import OpenVinoBackend, openvino_errors, prove_compiled
 from sd35bench.errors import BackendError, OptimizationNotApplied, OutOfMemory
-from tests.backends.exported import CASES, PARITY, latents_error, make, nano_load, nano_request
+from tests.backends.conftest import Loads
+from tests.backends.exported import CASES, PARITY, latents_error, make, nano_load, small_request
 
+pytestmark = pytest.mark.usefixtures("tiny_graph")
 REMEDY = r"pip install 'sd35bench\[openvino\]'"
 HERE = importlib.util.find_spec("openvino") is not None
 NNCF = importlib.util.find_spec("nncf") is not None
@@ -23,16 +25,16 @@ FEW = ("1:1", "16:9", "9:16", "batch", "image-to-image", "skip-layers")
 
 
 @pytest.fixture(scope="module")
-def wanted() -> dict[str, Generation]:
-    backend = EagerBackend(nano_load("eager", device="cpu"))
+def wanted(load: Loads) -> dict[str, Generation]:
+    backend = EagerBackend(load("eager", device="cpu"))
     made = {name: make(backend, CASES[name]) for name in FEW}
     backend.close()
     return made
 
 
 @pytest.fixture(scope="module")
-def openvino() -> Iterator[OpenVinoBackend]:
-    backend = OpenVinoBackend(nano_load("openvino", device="cpu"))
+def openvino(load: Loads) -> Iterator[OpenVinoBackend]:
+    backend = OpenVinoBackend(load("openvino", device="cpu"))
     yield backend
     backend.close()
 
@@ -67,13 +69,15 @@ def test_openvino_says_what_is_in_force(openvino: OpenVinoBackend) -> None:
 
 @pytest.mark.slow
 @with_nncf
-def test_openvino_int8_is_int8(int8: OpenVinoBackend, wanted: dict[str, Generation]) -> None:
+def test_openvino_int8_is_int8(int8: OpenVinoBackend) -> None:
+    eager = EagerBackend(nano_load("eager", device="cpu"))
     proven = int8.in_force
     assert proven["quantised"]["layers"] > 50
     assert proven["quantised"]["weight_elements"]["int8"] > 5e6
     assert proven["parity"]["relative_max"] > PARITY
     for case in ("1:1", "skip-layers"):
-        assert PARITY < latents_error(make(int8, CASES[case]), wanted[case]) < 0.3
+        assert PARITY < latents_error(make(int8, CASES[case]), make(eager, CASES[case])) < 0.3
+    eager.close()
 
 
 @pytest.mark.slow
@@ -130,10 +134,10 @@ def test_openvino_that_runs_otherwise_is_refused(changes: dict[str, Any], messag
     ids=["dtype", "precision", "quantisation"],
 )
 def test_openvino_refuses_options(
-    options: dict[str, Any], error: type[BackendError], message: str
+    options: dict[str, Any], error: type[BackendError], message: str, load: Loads
 ) -> None:
     with pytest.raises(error, match=message):
-        OpenVinoBackend(nano_load("openvino", **{"device": "cpu", **options}))
+        OpenVinoBackend(load("openvino", **{"device": "cpu", **options}))
 
 
 @pytest.fixture
@@ -147,9 +151,9 @@ def without(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 
 @pytest.mark.parametrize("without", ["openvino"], indirect=True)
-def test_without_openvino_loading_says_how_to_get_it(without: str) -> None:
+def test_without_openvino_loading_says_how_to_get_it(without: str, load: Loads) -> None:
     with pytest.raises(BackendError, match=f"{without} cannot be imported.*{REMEDY}"):
-        OpenVinoBackend(nano_load("openvino", device="cpu"))
+        OpenVinoBackend(load("openvino", device="cpu"))
 
 
 @pytest.mark.parametrize("without", ["openvino"], indirect=True)
@@ -161,12 +165,12 @@ def test_without_openvino_probe_says_how_to_get_it(without: str) -> None:
 
 @with_openvino
 @pytest.mark.parametrize("without", ["nncf"], indirect=True)
-def test_without_nncf_only_int8_is_refused(without: str) -> None:
+def test_without_nncf_only_int8_is_refused(without: str, load: Loads) -> None:
     assert OpenVinoBackend.probe({"device": "cpu"}).ok
     found = OpenVinoBackend.probe({"device": "cpu", "quantisation": "int8"})
     assert (found.ok, found.remedy) == (None, "pip install 'sd35bench[openvino]'")
     with pytest.raises(BackendError, match=f"{without} cannot be imported.*{REMEDY}"):
-        OpenVinoBackend(nano_load("openvino", device="cpu", quantisation="int8"))
+        OpenVinoBackend(load("openvino", device="cpu", quantisation="int8"))
 
 
 @with_openvino
@@ -178,12 +182,12 @@ def test_openvino_probe_tells() -> None:
 
 
 @with_openvino
-def test_closed_openvino_backend_refuses() -> None:
-    backend = OpenVinoBackend(nano_load("openvino", device="cpu"))
+def test_closed_openvino_backend_refuses(load: Loads) -> None:
+    backend = OpenVinoBackend(load("openvino", device="cpu"))
     backend.close()
     backend.close()
     with pytest.raises(BackendError, match="closed"):
-        backend.generate([nano_request()], [None])
+        backend.generate([small_request()], [None])
 
 
 @pytest.mark.parametrize(

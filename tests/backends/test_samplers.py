@@ -194,7 +194,7 @@ def largest_distance(images: list[list[np.ndarray]]) -> float:
 @pytest.mark.parametrize(
     ("task", "levels", "prompts", "most"),
     [
-        ("t2i", 0.6, 1, 16),
+        ("t2i", 0.7, 1, 32),
         pytest.param("t2i", 0.6, 2, 32, marks=pytest.mark.slow),
         pytest.param("edit", 2.5, 2, 32, marks=pytest.mark.slow),
     ],

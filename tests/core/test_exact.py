@@ -102,7 +102,15 @@ def test_exact_catches_a_broken_sampler(
     assert apart(pair, CASES["dpmpp_2m-text"]) > 10 * EXACT
 
 
-@pytest.mark.parametrize("changes", [{}, {"width": 88, "height": 48}], ids=["square", "16:9"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 88, "height": 48, "steps": 6},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"width": 88, "height": 48}, marks=pytest.mark.slow),
+    ],
+    ids=["16:9-6-steps", "square", "16:9"],
+)
 def test_nano_is_eagers(changes: dict[str, int]) -> None:
     request = Request(
         prompt="a red circle",

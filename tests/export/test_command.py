@@ -6,9 +6,13 @@ from typing import Any
 
 import onnxruntime as ort
 import pytest
+import yaml
 
 from sd35bench.cli import main
+from sd35bench.config import config_dir
+from sd35bench.export.artifact import Artifact
 from sd35bench.export.denoiser import OUTPUT
+from tests.studies.tiny import TOKENS
 
 
 @pytest.fixture(autouse=True)
@@ -24,31 +28,46 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
     return code, json.loads(out), err
 
 
+TINY = ("model=tiny", "--config-dir", "own", "threads=1", "backend.device=cpu")
+
+
+@pytest.fixture
+def own_model(tiny_path: Path, tiny_graph: Artifact, tmp_path: Path) -> None:
+    """The tiny checkpoint as a model of one's own; its graph is there already."""
+    found = yaml.safe_load((config_dir() / "model" / "nano.yaml").read_text())
+    changes = {"name": "tiny", "path": str(tiny_path), "max_sequence_length": TOKENS}
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "tiny.yaml").write_text(yaml.safe_dump(found | changes))
+
+
+@pytest.mark.usefixtures("own_model")
 def test_export_makes_what_run_would_load(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_graph: Artifact
 ) -> None:
-    code, document, _ = call(capsys, "threads=1", "backend.device=cpu", "output=out")
+    code, document, _ = call(capsys, *TINY, "output=out")
     assert code == 0
     assert document["backend"] == "onnx"
     assert document["opset"] == 23
     assert document["parity"]["relative_max"] <= 1e-4
-    assert document["bytes"] == sum(document["files"].values()) > 30e6
+    assert document["folder"] == str(tiny_graph.folder)
+    assert document["bytes"] == sum(document["files"].values()) > 500_000
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(document["files"])
     session = ort.InferenceSession(
         tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"]
     )
     assert [o.name for o in session.get_outputs()] == [OUTPUT]
-    again = call(capsys, "threads=1", "backend.device=cpu")[1]
+    again = call(capsys, *TINY)[1]
     assert again["cached"] is True
     assert again["made_s"] is None
     assert again["folder"] == document["folder"]
     assert again["output"] is None
 
 
+@pytest.mark.usefixtures("own_model")
 def test_export_prints_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "backend=onnx-int8", "threads=1", "backend.device=cpu"]) == 0
+    assert main(["export", "backend=onnx-int8", *TINY]) == 0
     out, err = capsys.readouterr()
-    assert "nano for onnx-int8" in out
+    assert "tiny for onnx-int8" in out
     assert "model.onnx.data" in out
     assert "layers in int8" in out
     assert "largest relative difference from PyTorch" in out

@@ -1,7 +1,5 @@
 """The exported graph: every size, every set of skipped layers, against PyTorch's transformer."""
 
-import contextlib
-import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
+import sd35bench.export.artifact as artifact
 from sd35bench.errors import BackendError, UnsupportedRequest
+from sd35bench.export.artifact import Artifact
 from sd35bench.export.denoiser import (
     INPUTS,
     OUTPUT,
@@ -25,7 +25,6 @@ from sd35bench.export.denoiser import (
 from sd35bench.export.graph import (
     OPSET,
     example_inputs,
-    export_graph,
     leave_out,
     module_of,
     read_graph,
@@ -44,17 +43,9 @@ def transformer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def told() -> io.StringIO:
-    """What exporting says on the terminal."""
-    return io.StringIO()
-
-
-@pytest.fixture(scope="module")
-def exported(transformer: Any, told: io.StringIO, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-        export_graph(transformer, path)
-    return path
+def exported(tiny_graph: Artifact) -> Path:
+    """What `export_graph` wrote, for the same weights."""
+    return tiny_graph.folder / "model.onnx"
 
 
 def latents_and_text(
@@ -133,7 +124,10 @@ def test_leave_out_refuses_what_is_not_there(exported: Path) -> None:
 
 
 def test_graph_is_one_file_and_one_of_weights(exported: Path) -> None:
-    assert sorted(p.name for p in exported.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sorted(p.name for p in exported.parent.glob("*.onnx*")) == [
+        "model.onnx",
+        "model.onnx.data",
+    ]
     onnx.checker.check_model(str(exported))
     model = read_graph(exported)
     assert [o.name for o in model.graph.output] == [OUTPUT]
@@ -156,9 +150,9 @@ def test_nodes_are_named_after_their_modules(exported: Path) -> None:
     assert {"pos_embed.proj", "proj_out", "transformer_blocks.1.attn.to_q"} <= named
 
 
-def test_export_is_quiet(exported: Path, told: io.StringIO) -> None:
+def test_export_is_quiet(exported: Path) -> None:
     assert exported.is_file()
-    assert told.getvalue() == ""
+    assert (artifact.artifact_root() / "told.txt").read_text() == ""
     assert logging.getLogger("torch.onnx").level == logging.NOTSET
 
 

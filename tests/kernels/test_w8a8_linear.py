@@ -260,7 +260,7 @@ def test_cpu_without_vnni_is_refused_or_exact(isa: str) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    """What the interpreter found; one process for kernels and mutant, since it takes 4 s to start."""
+    """What the interpreter found for kernels and mutant; it takes 4 s to start."""
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted"]
