@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 # run ---------------------------------------------------------------------------------------------
 
 
-def test_run_json_has_the_contracts_fields_and_one_load(call):
+def test_run_json_has_the_contracts_fields_and_leaves_nothing_else(call):
     code, document = call("run", *GRID)
     assert code == 0
     wanted = {"study", "planned", "done", "skipped", "failed", "load_s", "wall_s", "overhead_frac"}
@@ -63,6 +63,9 @@ def test_run_json_has_the_contracts_fields_and_one_load(call):
     assert counts == ["t", 16, 16, 0, 0, 1]
     assert document["load_s"] > 0
     assert Path(document["paths"]["study"]).is_dir()
+    assert [p.name for p in Path().iterdir()] == ["results"]
+    assert [p.name for p in Path("results").iterdir()] == ["t"]
+    assert Study.open(Path("results"), "t").machine() == []  # a backend without weights
 
 
 def test_run_again_does_nothing_and_after_deleting_an_image_exactly_that_one(call):
@@ -77,12 +80,7 @@ def test_run_again_does_nothing_and_after_deleting_an_image_exactly_that_one(cal
     assert [third[n] for n in ("done", "skipped", "loads")] == [1, 15, 1]
 
 
-def test_run_loads_once_per_load_however_many_points(call):
-    _, document = call("run", *GRID, "threads=1,2")
-    assert [document[n] for n in ("planned", "done", "loads")] == [32, 32, 2]
-
-
-@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("place", [0, 6])
 def test_run_takes_m_anywhere_on_the_line(call, place):
     arguments = [*FAKE, "steps=4,8", "seed=0,1"]
     arguments.insert(place, "-m")
@@ -90,20 +88,16 @@ def test_run_takes_m_anywhere_on_the_line(call, place):
     assert document["trials"] == 8
 
 
-def test_run_measures_the_machine_for_each_load_before_its_images(call, monkeypatch):
+def test_run_loads_once_and_measures_the_machine_before_its_images(call, monkeypatch):
     seen = []
 
     def measured(study, load):
         seen.append((study.name, load.threads, len(study.records())))
 
-    monkeypatch.setattr("sd35bench.machine.measure_once", measured)
-    call("run", *GRID, "threads=1,2")
+    monkeypatch.setattr("sd35bench.process.measure_once", measured)
+    _, document = call("run", *GRID, "threads=1,2")
     assert seen == [("t", 1, 0), ("t", 2, 16)]
-
-
-def test_run_of_a_backend_without_weights_measures_nothing(call):
-    call("run", *GRID)
-    assert Study.open(Path("results"), "t").machine() == []
+    assert [document[n] for n in ("planned", "done", "loads")] == [32, 32, 2]
 
 
 def test_run_over_batch_sizes_makes_every_image_at_each(call):
@@ -115,12 +109,6 @@ def test_run_over_batch_sizes_makes_every_image_at_each(call):
     assert [t["n"] for t in row["throughput"]] == [2, 1]
     assert shown["machine"] == []
     assert shown["drift"] == {}
-
-
-def test_run_leaves_nothing_but_results_behind(call):
-    call("run", *GRID)
-    assert [p.name for p in Path().iterdir()] == ["results"]
-    assert [p.name for p in Path("results").iterdir()] == ["t"]
 
 
 def test_run_image_to_image_records_effective_steps(call):
@@ -175,8 +163,8 @@ def test_dry_run_knows_what_is_done_and_how_long_such_trials_take(call):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["-m", "steps=4,16", "cfg=1,4", "seed=0,1"], ["experiment=demo"], ["experiment=demo-edit"]],
-    ids=["grid", "demo", "demo-edit"],
+    [["-m", "steps=4,16", "cfg=1,4", "seed=0,1"], ["experiment=demo-edit"]],
+    ids=["grid", "demo-edit"],
 )
 def test_dry_run_of_good_inputs_on_the_real_backend(call, arguments):
     code, document = call("run", *arguments, "--dry-run")
@@ -210,9 +198,10 @@ def test_bad_input_costs_no_torch_and_little_time_from_a_cold_start():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # CPU seconds: wall time says more about the machine's other work than about ours.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < REFUSED_QUICKLY_S
-    every = [sys.executable, "-c", code, json.dumps(list(BAD_INPUTS.values()))]
+    several = [BAD_INPUTS[name] for name in ("typo", "strength", "no weights", "no such study")]
+    every = [sys.executable, "-c", code, json.dumps(several)]
     done = subprocess.run(every, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[2] * len(BAD_INPUTS), False]
+    assert json.loads(done.stdout) == [[2] * len(several), False]
 
 
 def test_errors_are_one_json_document_too(call):

@@ -332,25 +332,25 @@ def test_kernel_difference_has_no_bias_and_the_mutant_with_an_image_s_own_pair_h
 def test_width_is_the_spread_and_the_mutant_that_does_not_pair_is_wider():
     rng, world = np.random.default_rng(1), World(worse=0.3, alike=0.9)
     found, unpaired = [], []
-    for _ in range(80):
+    for _ in range(40):
         twins, renders = draw(world, rng, 48)
         found.append(kernel_difference(twins, renders, polynomial_kernel))
         unpaired.append(_spread(kernel_difference(_unpaired(twins), renders, polynomial_kernel)))
     spread = np.std([f.value for f in found])
-    assert np.mean([_spread(f) for f in found]) == pytest.approx(spread, rel=0.2)
+    assert np.mean([_spread(f) for f in found]) == pytest.approx(spread, rel=0.3)
     assert np.mean(unpaired) > 1.5 * spread
 
 
 def test_second_order_is_counted_once_where_both_sides_are_at_the_truth(monkeypatch):
     rng, world = np.random.default_rng(2), World(off=0.0)
-    drawn = [draw(world, rng, 48) for _ in range(120)]
+    drawn = [draw(world, rng, 32) for _ in range(50)]
 
     def measure():
         found = [kernel_difference(*d, polynomial_kernel) for d in drawn]
         return np.std([f.value for f in found]), np.sqrt(np.mean([_spread(f) ** 2 for f in found]))
 
     spread, width = measure()
-    assert width == pytest.approx(spread, rel=0.15)
+    assert width == pytest.approx(spread, rel=0.2)
     plain = kernels._variance
 
     def jackknife(found, counts, value, total):  # the mutant that takes nothing away

@@ -26,6 +26,11 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def lpips(weights):
+    return Lpips(weights)
+
+
 def _paper(image, reference, weights) -> float:
     """Zhang et al. 2018, equation 1, with the authors' input scaling and channel weights."""
     from pathlib import Path
@@ -57,20 +62,18 @@ def _paper(image, reference, weights) -> float:
     return total
 
 
-def test_lpips_is_the_papers_formula(weights):
-    ours = Lpips(weights)(A, B)
+def test_lpips_is_the_papers_formula(lpips, weights):
+    ours = lpips(A, B)
     assert ours == pytest.approx(_paper(A, B, weights), rel=1e-4)
     assert ours > 0
 
 
-def test_lpips_of_equal_images_is_0_and_swapped_channels_are_seen(weights):
-    lpips = Lpips(weights)
+def test_lpips_of_equal_images_is_0_and_swapped_channels_are_seen(lpips):
     assert lpips(A, A.copy()) == 0.0
     assert lpips(A[:, :, ::-1].copy(), A) > 0.01
 
 
-def test_lpips_refuses_floats_and_has_no_value_for_tiny_images(weights):
-    lpips = Lpips(weights)
+def test_lpips_refuses_floats_and_has_no_value_for_tiny_images(lpips):
     with pytest.raises(MetricError, match="uint8"):
         lpips(A.astype(np.float32), B)
     assert lpips(A[:31], B[:31]) is None
@@ -83,14 +86,14 @@ def test_file_that_is_not_alexnet_is_refused_by_name(tmp_path):
         Lpips(tmp_path / "w.pth")(A, B)
 
 
-def test_drift_has_lpips_where_weights_are_and_says_which(weights):
+def test_drift_has_lpips_where_weights_are_and_says_which(lpips, weights):
     metric = load_metric("drift", lpips=str(weights))
     value = metric.score_pair(Pair(image=A, reference=B))
-    assert value.detail["lpips"] == Lpips(weights)(A, B)
+    assert value.detail["lpips"] == lpips(A, B)
     from tests.studies.memory import record
 
     about = metric.about(record(0), record(1))
-    assert about["lpips_weights"] == Lpips(weights).digest
+    assert about["lpips_weights"] == lpips.digest
     other = metric.about(record(0), record(1)) | {"lpips_weights": None}
     assert about != other  # scores without it are stale
 
@@ -119,14 +122,14 @@ def test_weights_that_are_not_there_are_the_users_error(tmp_path):
         load_metric("drift", lpips=str(tmp_path / "none.pth"))
 
 
-def test_lpips_of_a_study_is_in_its_drift_table(tmp_path, weights):
+def test_lpips_of_a_study_is_in_its_drift_table(tmp_path, lpips, weights):
     study = Study.open(tmp_path, "s", create=True)
     images = pictures(3)
     put(study, images, load("eager"))
     put(study, [nudge(i) for i in images], load("compile"))
     score_study(study, ["drift"], options={"drift": {"lpips": str(weights)}})
     (row,) = show_document(study)["drift"]["rows"]
-    expected = np.mean([Lpips(weights)(nudge(i), i) for i in images])
+    expected = np.mean([lpips(nudge(i), i) for i in images])
     assert row["lpips"]["value"] == pytest.approx(expected)
     assert row["lpips"]["n"] == 3
 

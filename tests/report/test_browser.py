@@ -61,7 +61,7 @@ def tiles(page) -> int:
     return page.locator("#wall .tile").count()
 
 
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 400])
 def test_report_fits_its_window(open_report, demo: Synthetic, width: int):
     page = open_report(demo, width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -70,7 +70,7 @@ def test_report_fits_its_window(open_report, demo: Synthetic, width: int):
     assert page.evaluate(broken) == 0
 
 
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 400])
 def test_backends_fit_their_window_and_scroll_inside(open_report, backends: Synthetic, width: int):
     page = open_report(backends, width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -117,7 +117,7 @@ def test_compare_lays_the_same_pairs_side_by_side(open_report, demo: Synthetic):
     assert pairs.first.locator("img").count() == 3  # the init image is beside them
 
 
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 400])
 def test_hosted_calls_fit_their_window_and_scroll_inside(
     open_report, hosted: Synthetic, width: int
 ):

@@ -84,7 +84,7 @@ def test_answers_are_as_documented(served, document, mode):
             continue  # nothing that could be wrong
 
         @settings(
-            max_examples=8,
+            max_examples=4,
             deadline=None,
             database=None,
             derandomize=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from sd35bench.server.auth import make_key
+from sd35bench.cli import main
 
 pytestmark = pytest.mark.model  # many processes
 ROOT = Path(__file__).parents[2]
@@ -120,13 +120,6 @@ def test_sigterm_finishes_what_is_being_made_and_keeps_the_rest(tmp_path):
         assert second.end(signal.SIGINT) == 0
 
 
-def test_a_second_server_on_the_same_state_is_refused(tmp_path):
-    with served(tmp_path, "no_auth=true"):
-        other = Served(tmp_path, "no_auth=true")
-        assert other.process.communicate(timeout=WAIT_S)[0].count(b"another server uses it") == 1
-        assert other.process.returncode == 2
-
-
 def test_sigterm_while_loading_ends_it_quietly(tmp_path):
     server = Served(tmp_path, "no_auth=true", "backend.load_delay_s=60")
     until = time.monotonic() + WAIT_S
@@ -138,9 +131,12 @@ def test_sigterm_while_loading_ends_it_quietly(tmp_path):
     server.process.stdout.close()
 
 
-def test_a_second_ctrl_c_ends_at_once_and_without_a_word(tmp_path):
+def test_a_second_server_is_refused_and_a_second_ctrl_c_ends_at_once_in_silence(tmp_path):
     slow = ("no_auth=true", "backend.delay_s=3")
     with served(tmp_path, *slow) as server, socket.create_connection(server.address) as wire:
+        other = Served(tmp_path, "no_auth=true")
+        assert other.process.communicate(timeout=WAIT_S)[0].count(b"another server uses it") == 1
+        assert other.process.returncode == 2
         body = json.dumps({"model": "nano", "input": {"prompt": "x"}}).encode()
         head = "POST /v1/prediction/run HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body) + 1}\r\n\r\n"
@@ -154,33 +150,23 @@ def test_a_second_ctrl_c_ends_at_once_and_without_a_word(tmp_path):
     assert "Traceback" not in said
 
 
-def test_sighup_reads_the_keys_again_and_ends_nothing(tmp_path):
-    key = make_key("a", tmp_path / "k.txt")
+def test_sighup_reads_the_keys_again_and_they_are_in_no_log_and_no_file(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "--json", "make_key=a", "key_file=k.txt"]) == 0
+    key = json.loads(capsys.readouterr().out)["key"]
     with served(tmp_path, "key_file=k.txt") as server:
+        assert server.client.get("/v1/model", headers={"X-API-Key": key}).status_code == 200
+        wrong = {"Authorization": "Bearer canary-key"}
+        assert server.client.get("/v1/model", headers=wrong).status_code == 401
         (tmp_path / "k.txt").write_text("# nobody\n")
         server.process.send_signal(signal.SIGHUP)
         answer = server.client.get("/v1/model", headers={"X-API-Key": key})
         assert answer.status_code == 401
         assert server.end(signal.SIGTERM) == 0
-        assert "key file read again" in server.errors.read_text()
-
-
-def test_keys_are_in_no_log_and_no_file(tmp_path):
-    made = subprocess.run(
-        [sys.executable, "-m", "sd35bench", "serve", "--json", "make_key=a", "key_file=k.txt"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        timeout=WAIT_S,
-        check=True,
-    )
-    key = json.loads(made.stdout)["key"]
-    with served(tmp_path, "key_file=k.txt") as server:
-        assert server.client.get("/v1/model", headers={"X-API-Key": key}).status_code == 200
-        wrong = {"Authorization": "Bearer canary-key"}
-        assert server.client.get("/v1/model", headers=wrong).status_code == 401
-        assert server.end(signal.SIGTERM) == 0
         text = server.errors.read_text()
+    assert "key file read again" in text
     assert key not in text
     assert "canary-key" not in text
     kept = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())

@@ -105,23 +105,23 @@ def test_holm_lies_between_the_p_value_and_bonferroni(p):
 
 
 def _false_alarms(correct):
-    """Share of 400 families of 20 candidates, which lose exactly the margin, with any alarm."""
+    """Share of 200 families of 10 candidates, which lose exactly the margin, with any alarm."""
     rng = np.random.default_rng(1)
     alarms = 0
-    for _ in range(400):
+    for _ in range(200):
         tests = [
             judge(mean_t(rng.normal(-0.1, 0.5, 48), np.arange(48)), 0.1, Direction.LESS)
-            for _ in range(20)
+            for _ in range(10)
         ]
         raw = [t.p_fail for t in tests]
         found = holm(raw) if correct else raw
         alarms += any(decide(t, p) == Verdict.FAIL for t, p in zip(tests, found, strict=True))
-    return alarms / 400
+    return alarms / 200
 
 
 def test_holm_keeps_false_alarms_of_a_family_and_the_mutant_without_does_not():
-    assert _false_alarms(correct=True) <= 0.045  # 2.5 % and 2.5 standard errors of 400
-    assert _false_alarms(correct=False) > 0.2
+    assert _false_alarms(correct=True) <= 0.055  # 2.5 % and 2.7 standard errors of 200
+    assert _false_alarms(correct=False) > 0.12
 
 
 def test_worst_of_several():
