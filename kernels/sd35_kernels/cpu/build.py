@@ -87,23 +87,25 @@ def cache_folder() -> Path:
 
 
 @functools.lru_cache
-def library(level: str) -> ctypes.CDLL:
+def library(level: str, entry: Path = SOURCES / "api.cpp") -> ctypes.CDLL:
     """Return the library for `level`, compiled now if it is not in the cache.
+
+    `entry` is the one file that is compiled; what lies in its folder may be a part of it.
 
     Raises: KernelUnavailable where there is no compiler or it fails, with its words.
     """
-    path = cache_folder() / f"{_digest(level)}.so"
+    path = cache_folder() / f"{_digest(level, entry)}.so"
     if not path.exists():
-        _compile(path, level)
+        _compile(path, level, entry)
     torch.get_num_threads()  # torch first: its OpenMP runtime is the one that the library finds
     return ctypes.CDLL(str(path))
 
 
-def _digest(level: str) -> str:
+def _digest(level: str, entry: Path) -> str:
     digest = hashlib.sha256()
     for part in (*FLAGS, *_target(level), _compiler()[1]):
         digest.update(part.encode() + b"\0")
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(entry.parent.iterdir()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 
@@ -129,14 +131,14 @@ def _target(level: str) -> tuple[str, ...]:
     return (f"-march={LEVELS[base][1]}", *defines)
 
 
-def _compile(path: Path, level: str) -> None:
+def _compile(path: Path, level: str, entry: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved: two processes that compile at once both end with a whole file.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         command = [_compiler()[0], *FLAGS, *_target(level)]
         result = subprocess.run(
-            [*command, str(SOURCES / "api.cpp"), "-o", str(built)],
+            [*command, str(entry), "-o", str(built)],
             capture_output=True,
             text=True,
             check=False,
