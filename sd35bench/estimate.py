@@ -3,7 +3,7 @@
 Cost model: an image takes time in proportion to denoiser evaluations (two per step with guidance)
 times pixels, plus a fixed part worth about two evaluations for text and decoding. The rate is the
 median over earlier records of the same model and backend in the results folder, each batch size
-on its own where it has been seen.
+on its own where it has been seen. Trials that other work disturbed teach nothing.
 """
 
 import functools
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.analysis.settings import setting_key
+from sd35bench.contention import read_contention
 from sd35bench.engine import Engine
 from sd35bench.errors import StoreError
 from sd35bench.evaluations import evaluations, skip_layer_evaluations
@@ -122,8 +123,9 @@ class _Seen:
         self._bytes: list[float] = []
         self._loads: list[float] = []
         for study in studies:
+            found = read_contention(study.all_records(), study.sessions())
             for record in study.records():
-                if _alike(record.trial, plan):
+                if _alike(record.trial, plan) and not found.is_disturbed(record):
                     self._learn(record)
             for session in study.sessions().values():
                 if _alike(session, plan):

@@ -30,7 +30,9 @@ class Limits:
     ``None`` derives both. `memory_limit_bytes`: resident set of the worker process, ``None`` for
     no limit. `max_failures`: deaths of workers on one load after which the rest is skipped.
     `starts`: worker processes that share the trials, one after the other. `keep_latents`: keep the
-    latents after the first and the last step of every image.
+    latents after the first and the last step of every image. `contention`: what becomes of timed
+    trials that other work disturbed: "retime" (up to half as many again), "warn", or "error" (they
+    count as failed).
     """
 
     deadline_s: float | None = None
@@ -38,6 +40,7 @@ class Limits:
     max_failures: int = 3
     starts: int = 1
     keep_latents: bool = False
+    contention: str = "retime"
 
     def batch_deadline_s(self, expected_s: float) -> float:
         """Seconds for a timed batch whose warm-up took `expected_s`."""

@@ -7,22 +7,29 @@ written bytes count). The best of the repetitions is the limit, the median says 
 
 `measure_once` starts ``python -m sd35bench.machine`` with as many threads as the load has and keeps
 its answer in the study, so the parent stays free of torch. It takes less than 10 s.
+
+The best speed of the canary that any run has seen on this machine is kept in the user's cache
+(`keep_best`), so that a run on a busy machine can say how far below it was.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from sd35bench.disk import write_atomic
+from sd35bench.errors import SD35BenchError
 from sd35bench.measure import RATE_FIELDS, environment
 from sd35bench.store import Study
-from sd35bench.types import Load, content_hash
+from sd35bench.types import CanaryFacts, Load, content_hash
 
 NO_WEIGHTS = "none"
 CHILD_TIMEOUT_S = 180.0
@@ -85,6 +92,45 @@ def _ask_child(threads: int, device: str) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired, ValueError) as exc:
         error = f"{type(exc).__name__}: {exc}"
     return {"device": device, "threads": threads, "rates": {}, "error": error}
+
+
+# The canary's best --------------------------------------------------------------------------
+
+_CANARY_FIELDS = ("machine", "cpu_model", "cpu_count", "gpu_name", "threads")
+
+
+def canary_facts(kind: str, best: float, where: Mapping[str, Any]) -> CanaryFacts:
+    """A session's canary: its `kind`, and the machine's best speed, at least this session's.
+
+    `best` is in 1e9 operations/s, `where` an `environment`.
+    """
+    place = content_hash([kind, *(where.get(name) for name in _CANARY_FIELDS)])[:16]
+    threads = int(where.get("threads") or 1)
+    return CanaryFacts(kind=kind, threads=threads, best=max(best, read_best(place)), machine=place)
+
+
+def read_best(place: str) -> float:
+    """The best speed kept for a machine (`CanaryFacts.machine`); 0 where there is none."""
+    try:
+        return float(json.loads(_best_path(place).read_text())["best"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def keep_best(place: str, best: float) -> None:
+    """Keep a machine's best speed if it is higher than what is kept.
+
+    Where the cache cannot be written the study's own readings have to do.
+    """
+    if best > read_best(place):
+        with contextlib.suppress(SD35BenchError, OSError):
+            _best_path(place).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(_best_path(place), json.dumps({"best": best}).encode())
+
+
+def _best_path(place: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sd35bench" / "canary" / f"{place}.json"
 
 
 # In the child ---------------------------------------------------------------------------------

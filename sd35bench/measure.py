@@ -13,11 +13,13 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,70 @@ def memory(device: str | None = None) -> Memory:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """CPU seconds of this process so far, and how often it was taken off a core."""
+
+    cpu_s: float
+    switches: int
+
+
+def usage() -> Usage:
+    """Read this process's use of the CPU, all threads; takes 2 microseconds."""
+    found = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(cpu_s=found.ru_utime + found.ru_stime, switches=found.ru_nivcsw)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """What the system counts for everybody; ``None`` is what it does not tell.
+
+    `pressure_s`: seconds so far in which some task waited for a core. `stolen` and `total`: clock
+    ticks of all cores that the host took, and all of them.
+    """
+
+    at_s: float
+    pressure_s: float | None
+    stolen: int | None
+    total: int | None
+    load_1m: float
+
+    def since(self, before: "Counters") -> tuple[float | None, float | None]:
+        """Shares of the time since then: some task waited for a core; the host took a core."""
+        waited = stolen = None
+        if self.pressure_s is not None and before.pressure_s is not None:
+            waited = min(1.0, (self.pressure_s - before.pressure_s) / (self.at_s - before.at_s))
+        if self.stolen is not None and before.stolen is not None:
+            ticks = (self.total or 0) - (before.total or 0)
+            stolen = (self.stolen - before.stolen) / ticks if ticks > 0 else 0.0
+        return waited, stolen
+
+
+def counters() -> Counters:
+    """Read the system's counters; takes 0.1 ms."""
+    stolen = total = None
+    head = _first_line("/proc/stat").split()[1:9]  # guests' ticks are in user's already
+    if len(head) == 8:
+        stolen, total = int(head[7]), sum(map(int, head))
+    pressure = re.search(r"total=(\d+)", _first_line("/proc/pressure/cpu"))
+    return Counters(
+        at_s=time.perf_counter(),
+        pressure_s=None if pressure is None else int(pressure[1]) / 1e6,
+        stolen=stolen,
+        total=total,
+        load_1m=os.getloadavg()[0],
+    )
+
+
+def _first_line(path: str) -> str:
+    """Its first line; empty where there is no such file, or no right to it."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.readline()
+    except OSError:
+        return ""
+
+
 def peak_rss_bytes() -> int:
     """Return the largest resident set of this process, in bytes.
 
@@ -170,6 +236,17 @@ def environment(threads: int | None = None) -> dict[str, Scalar]:
         **_commit(Path(__file__).resolve().parent.parent),
         **_gpu(),
     }
+
+
+def device_of(in_force: Mapping[str, Any]) -> str:
+    """The device that the denoiser is proven to be on, cuda or cpu.
+
+    ONNX Runtime's providers say it; `device` is then that of the text encoders and the VAE.
+    """
+    providers = in_force.get("providers")
+    said = [in_force.get("device")] if providers is None else providers
+    words = " ".join(str(word).lower() for word in said)
+    return "cuda" if "cuda" in words or "tensorrt" in words else "cpu"
 
 
 def environment_id(env: dict[str, Scalar]) -> str:
@@ -303,7 +380,19 @@ def gpu_state() -> GpuState | None:
         power_w=None if power_mw is None else power_mw / 1e3,
         temperature_c=_told(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
         throttled=None if reasons is None else _throttled(nvml, reasons),
+        foreign_processes=_foreign_processes(nvml, handle),
     )
+
+
+def _foreign_processes(nvml: Any, handle: Any) -> int | None:
+    """Other processes that compute on a device.
+
+    A container sees the host's process ids, among which ours is one that cannot be told.
+    """
+    try:
+        return max(0, len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1)
+    except nvml.NVMLError:
+        return None
 
 
 def _told(nvml: Any, ask: Callable[..., int], *arguments: Any) -> int | None:

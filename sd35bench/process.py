@@ -6,12 +6,14 @@ set passed the limit (`WorkerTooLarge`). In the last two it is killed here.
 
 Cost: waiting is one poll(2) per message; the memory watch, only there with a limit, reads the
 process's size every `WATCH_S`, 10 µs each time in the parent, so it takes 0.02 % of one core
-and none of the worker's. A trial costs one message each way over a socket pair, and two fsyncs.
+and none of the worker's. A trial costs one message each way over a socket pair, and two fsyncs; the
+canary's readings cost 3 to 6 ms every 0.3 s.
 
 What a worker dies over gets a record with the phase it died in, and a new worker goes on with the
 rest. One that dies in warm-up takes everything of the same kind with it, which would die alike;
 after `max_failures` deaths the rest is skipped. Skipped trials have records that say why, and are
-tried by the next run like all failures.
+tried by the next run like all failures. Trials that other work disturbed (`sd35bench.contention`)
+are timed again at the end of each worker, up to half as many as were timed.
 """
 
 import contextlib
@@ -22,22 +24,31 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
+from sd35bench.contention import (
+    BUDGET,
+    is_timed,
+    judge,
+    judge_session,
+    read_contention,
+    relative,
+    sustained,
+)
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
 from sd35bench.fields import work_identity
 from sd35bench.limits import Limits, work_of
-from sd35bench.machine import measure_once
+from sd35bench.machine import canary_facts, keep_best, measure_once
 from sd35bench.plan import Batch, Plan
 from sd35bench.store import Study
 from sd35bench.trials import Observer, Price, Run, RunSummary, open_run, shares
-from sd35bench.types import Load, Record, Session, Status, Trial
+from sd35bench.types import CanaryFacts, Load, Record, Session, Status, Trial
 from sd35bench.worker import Answer, Failed, Job, Made, Ready, Settle, Settled
 
 _Kind = tuple[Any, ...]
@@ -228,9 +239,17 @@ def run_plan(
 
     Raises: StudyLocked, DiskFull, StoreError. Failures of trials become records.
     """
-    with open_run(plan, study, observer) as run:
-        _Workers(run, Limits() if limits is None else limits).make()
+    bounds = Limits() if limits is None else limits
+    refused = _refused(study) if bounds.contention == "error" else frozenset[str]()
+    with open_run(plan, study, observer, refused) as run:
+        _Workers(run, bounds).make()
     return run.summary
+
+
+def _refused(study: Study) -> Set[str]:
+    """Keys of the trials whose last timing was disturbed, or made on a slow machine."""
+    found = read_contention(study.all_records(), study.sessions())
+    return {r.trial.key for r in study.records() if found.is_refused(r)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +271,8 @@ class _Workers:
         self.unsafe: dict[_Kind, str] = {}  # what a warm-up died of
         self.warm: dict[_Kind, tuple[float, float]] = {}  # seconds and work of this worker's
         self.phase, self.current = "load", 0
+        self.canary: CanaryFacts | None = None
+        self.timings: list[Record] = []  # of this worker, in order of time
 
     def make(self) -> None:
         """Run every missing batch, share by share."""
@@ -283,23 +304,61 @@ class _Workers:
     def _one_worker(self, start: int, batches: list[Batch]) -> list[Batch]:
         """Run batches on one worker; returns what is left after its end."""
         self.run.new_session()
-        self.warm = {}
+        self.warm, self.timings, self.canary = {}, [], None
         self.phase, self.current = "load", 0
         worker = WorkerProcess(self.run.plan.load, self.limits)
         try:
             if not self._begin(worker, start, batches):
                 return batches
             self.phase = "generate"
+            last = max((i for i, b in enumerate(batches) if self._is_timed(b)), default=-1)
             for self.current, batch in enumerate(batches):
-                started = time.perf_counter()
-                self._one_batch(worker, batch)
-                self.run.summary.wall_s += time.perf_counter() - started
+                self._one_batch(worker, batch, closes=self.current == last)
+            self._retime(worker, batches)
             worker.close()
             return []
         except WorkerDied as exc:
             return self._record_death(exc, batches)
         finally:
             worker.kill()
+            self._conclude()
+
+    def _retime(self, worker: WorkerProcess, batches: Sequence[Batch]) -> None:
+        """Time again what other work disturbed, up to `BUDGET` of what was timed.
+
+        A worker that dies over it has lost nothing: every trial has its record.
+        """
+        left = int(BUDGET * len(self.timings)) if self.limits.contention == "retime" else 0
+        with contextlib.suppress(WorkerDied):
+            while again := [b for b in self._disturbed(batches) if len(b.trials) <= left]:
+                for number, batch in enumerate(again, 1):
+                    if len(batch.trials) <= left:
+                        left -= len(batch.trials)
+                        closes = number == len(again) or left == 0
+                        self._one_batch(worker, batch, closes=closes, again=True)
+                        self.run.summary.retimed += len(batch.trials)
+
+    def _disturbed(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches whose latest timing was disturbed."""
+        judged = zip(self.timings, judge(self.timings), strict=True)
+        latest = {record.trial.key: bad for record, bad in judged}
+        return [b for b in batches if any(latest.get(trial.key) for trial in b.trials)]
+
+    def _conclude(self) -> None:
+        """Count how quiet the machine was, and keep the best speed that it has shown."""
+        if self.canary is None or not self.timings:
+            return
+        keep_best(self.canary.machine, self.canary.best * max(1.0, sustained(self.timings)))
+        found = judge_session(self.timings, self.canary)
+        latest = {record.trial.key: record for record in self.timings}.values()
+        summary = self.run.summary
+        summary.timed += len(latest)
+        summary.disturbed += sum(map(found.is_disturbed, latest))
+        speed = found.speed.get(self.run.session_id)
+        if speed is not None:
+            summary.speed = speed if summary.speed is None else min(speed, summary.speed)
+        if self.limits.contention == "error":
+            self.run.summary.refuse(sum(map(found.is_refused, latest)))
 
     def _record_death(self, exc: WorkerDied, batches: list[Batch]) -> list[Batch]:
         """Record what the worker died over; returns what is still to do."""
@@ -338,6 +397,9 @@ class _Workers:
         if isinstance(settled, Failed):
             self.failure = _Failure(status=settled.status, error=settled.error, phase="warm-up")
             return False
+        if settled.canary is not None:
+            kind, best = settled.canary
+            self.canary = canary_facts(kind, best, ready.environment)
         warmup_s = sum(answer.wall_s for answer in answers)
         good = [answer.wall_s for answer in answers if answer.phase is None]
         self.run.summary.load_s = (self.run.summary.load_s or 0.0) + ready.load_s
@@ -354,6 +416,7 @@ class _Workers:
                 warmup_s=warmup_s,
                 in_force=settled.in_force,
                 start=start,
+                canary=self.canary,
             )
         )
         return True
@@ -363,7 +426,7 @@ class _Workers:
         self.phase = "warm-up"
         kinds: dict[_Kind, int] = {}
         for index, batch in enumerate(batches):
-            if batch.trials[0].batch_size in self.run.plan.timed_batch_sizes:
+            if self._is_timed(batch):
                 kinds.setdefault(_kind(batch), index)
         answers = []
         for self.current in list(kinds.values()) or [0]:
@@ -379,7 +442,10 @@ class _Workers:
             return self.warm[_kind(batch)][0]
         return max(seconds / work for seconds, work in self.warm.values()) * _work(batch)
 
-    def _job(self, batch: Batch) -> Job:
+    def _is_timed(self, batch: Batch) -> bool:
+        return batch.trials[0].batch_size in self.run.plan.timed_batch_sizes
+
+    def _job(self, batch: Batch, expected_s: float = 0.0, closes: bool = False) -> Job:
         requests = tuple(t.request for t in batch.trials)
         inits = tuple(
             None if r.init_image is None else str(self.run.study.init_path(r.init_image))
@@ -389,44 +455,57 @@ class _Workers:
             requests=requests,
             inits=inits,
             keep_latents=self.limits.keep_latents,
-            timed=batch.trials[0].batch_size in self.run.plan.timed_batch_sizes,
+            timed=self._is_timed(batch),
+            watched=self._is_timed(batch),
+            closes=closes,
+            expected_s=expected_s,
         )
 
-    def _one_batch(self, worker: WorkerProcess, batch: Batch) -> None:
-        started_at = _now()
-        answer = worker.run(self._job(batch), self.limits.batch_deadline_s(self._expected_s(batch)))
+    def _one_batch(
+        self, worker: WorkerProcess, batch: Batch, *, closes: bool, again: bool = False
+    ) -> None:
+        started, started_at = time.perf_counter(), _now()
+        expected_s = self._expected_s(batch)
+        job = self._job(batch, expected_s, closes)
+        answer = worker.run(job, self.limits.batch_deadline_s(expected_s))
         if answer.timings is not None:
             self.run.summary.measured_s += answer.timings.latency_s
+        seen = None if self.canary is None else relative(answer.surroundings, self.canary)
+        answer = replace(answer, surroundings=seen)
         for trial, made in zip(batch.trials, answer.made, strict=True):
             if trial.key not in self.run.done:
-                self._keep(trial, made, answer, started_at, len(batch.trials))
+                record = self._record(trial, made, answer, started_at, len(batch.trials))
+                self._append(record, again)
+                if is_timed(record):
+                    self.timings.append(record)
+        self.run.summary.wall_s += time.perf_counter() - started
 
-    def _keep(
+    def _record(
         self, trial: Trial, made: Made, answer: Answer, started_at: str, batch_actual: int
-    ) -> None:
+    ) -> Record:
+        """What one image left behind; its files are on disk when this returns."""
         ok = made.status is Status.OK
         image = self.run.study.put_image(made.data, made.suffix) if ok else None
         latents = None if made.latents is None else self.run.study.put_latents(*made.latents)
-        self._append(
-            Record(
-                trial=trial,
-                status=made.status,
-                session_id=self.run.session_id,
-                started_at=started_at,
-                phase=None if ok else answer.phase,
-                error=made.error,
-                timings=answer.timings if ok else None,
-                memory=answer.memory,
-                image=image,
-                image_bytes=len(made.data) if ok else None,
-                effective_steps=answer.effective_steps,
-                evaluations=answer.evaluations,
-                truncated_tokens=made.truncated_tokens,
-                batch_actual=batch_actual,
-                latents=latents,
-                flops=answer.flops,
-                gpu=answer.gpu,
-            )
+        return Record(
+            trial=trial,
+            status=made.status,
+            session_id=self.run.session_id,
+            started_at=started_at,
+            phase=None if ok else answer.phase,
+            error=made.error,
+            timings=answer.timings if ok else None,
+            memory=answer.memory,
+            image=image,
+            image_bytes=len(made.data) if ok else None,
+            effective_steps=answer.effective_steps,
+            evaluations=answer.evaluations,
+            truncated_tokens=made.truncated_tokens,
+            batch_actual=batch_actual,
+            latents=latents,
+            flops=answer.flops,
+            gpu=answer.gpu,
+            surroundings=answer.surroundings,
         )
 
     def _fail(self, batch: Batch, failure: _Failure) -> None:
@@ -444,8 +523,8 @@ class _Workers:
                     )
                 )
 
-    def _append(self, record: Record) -> None:
-        self.run.append(record)
+    def _append(self, record: Record, again: bool = False) -> None:
+        self.run.append(record, again)
         self.run.show()
 
 

@@ -6,14 +6,15 @@ and the counts. An engine makes the images and gives each record to it: local wo
 
 The process that called the engine alone writes. Order for one batch: images (content-addressed,
 atomic), then one journal line per trial with fsync. A kill between the two leaves an image without
-a record; so what is lost is at most the batch in flight.
+a record; so what is lost is at most the batch in flight. A trial that is timed again gets a second
+record, which takes the first one's place.
 """
 
 import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,8 @@ class Price:
     resubmits: bool = False
 
 
+REFUSED = "timed beside other work or on a slow machine; contention=retime or warn would keep it"
+
 Observer = Callable[[Progress], None]
 """Called whenever a run's progress changed."""
 
@@ -58,8 +61,10 @@ class RunSummary:
 
     `wall_s` counts from the end of loading and warm-up to the last record. `measured_s` is the
     part of it spent in generation and image encoding; the rest is the harness's overhead.
-    `errors` counts failed trials by message, `statuses` by status. Of hosted services: `cost_usd`
-    was spent by this run, `ambiguous` trials may have been, and `paused` says why it ended early.
+    `errors` counts failed trials by message, `statuses` by status. Of `timed` trials other work
+    `disturbed` so many, after `retimed` more timings; `speed` is the slowest worker's median
+    canary, relative to the best that was seen on the machine. Of hosted services: `cost_usd` was
+    spent by this run, `ambiguous` trials may have been, and `paused` says why it ended early.
     """
 
     planned: int
@@ -76,6 +81,10 @@ class RunSummary:
     cost_usd: float | None = None
     ambiguous: int = 0
     paused: str | None = None
+    timed: int = 0
+    disturbed: int = 0
+    retimed: int = 0
+    speed: float | None = None
 
     def count(self, record: Record) -> None:
         """Count what became of one trial."""
@@ -87,6 +96,14 @@ class RunSummary:
         text = record.status.value if record.error is None else record.error
         for counts, name in ((self.errors, text), (self.statuses, record.status.value)):
             counts[name] = counts.get(name, 0) + 1
+
+    def refuse(self, count: int) -> None:
+        """Count as failed what was made while the machine was not quiet."""
+        if count:
+            self.done -= count
+            self.failed += count
+            self.errors[REFUSED] = self.errors.get(REFUSED, 0) + count
+            self.statuses["disturbed"] = self.statuses.get("disturbed", 0) + count
 
     @property
     def overhead_frac(self) -> float | None:
@@ -112,11 +129,16 @@ def shares(batches: Sequence[Batch], starts: int) -> list[list[Batch]]:
 
 
 class Run:
-    """One run's missing trials, and all that it writes: the open shard and the counts."""
+    """One run's missing trials, and all that it writes: the open shard and the counts.
 
-    def __init__(self, plan: Plan, study: Study, observer: Observer | None) -> None:
+    Trials in `refused` have a record that does not count, and are made again.
+    """
+
+    def __init__(
+        self, plan: Plan, study: Study, observer: Observer | None, refused: Set[str] = frozenset()
+    ) -> None:
         self.plan, self.study, self._observer = plan, study, observer
-        self.done = study.done_keys()
+        self.done = study.done_keys() - refused
         trials = {trial.key: trial for trial in plan.trials}.values()
         self.missing = [trial for trial in trials if trial.key not in self.done]
         planned = len(plan.trials)
@@ -141,11 +163,12 @@ class Run:
         assert self._shard is not None
         self._shard.append_session(session)
 
-    def append(self, record: Record) -> None:
-        """Write a record down and count it."""
+    def append(self, record: Record, again: bool = False) -> None:
+        """Write a record down and count it, unless its trial was counted before."""
         assert self._shard is not None
         self._shard.append_record(record)
-        self.summary.count(record)
+        if not again:
+            self.summary.count(record)
 
     def show(self, in_flight: int = 1, cost_usd: float | None = None) -> None:
         """Say how far the run is."""
@@ -163,15 +186,18 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(plan: Plan, study: Study, observer: Observer | None = None) -> Iterator[Run]:
+def open_run(
+    plan: Plan, study: Study, observer: Observer | None = None, refused: Set[str] = frozenset()
+) -> Iterator[Run]:
     """Hold a study's lock for one load, and hand out what is missing of `plan`.
 
-    A context and not a callback, so that the one who makes images is called by nobody here.
+    `refused`: keys of trials that are made again, though they are done. A context and not a
+    callback, so that the one who makes images is called by nobody here.
 
     Raises: StudyLocked, DiskFull, StoreError.
     """
     with study.lock(plan.load.key):
-        run = Run(plan, study, observer)
+        run = Run(plan, study, observer, refused)
         for data in plan.inits.values():
             study.put_init(data)
         with contextlib.closing(run):

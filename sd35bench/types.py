@@ -214,7 +214,8 @@ class Flops:
 class GpuState:
     """What NVML said right after an image; ``None`` is what this driver does not tell.
 
-    `throttled` names the active reasons, empty if there are none.
+    `throttled` names the active reasons, empty if there are none. `foreign_processes` counts other
+    processes that computed on the device.
     """
 
     sm_clock_mhz: int | None
@@ -222,6 +223,41 @@ class GpuState:
     power_w: float | None
     temperature_c: int | None
     throttled: tuple[str, ...] | None = ()
+    foreign_processes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What else the machine did around a timed trial; ``None`` is unknown.
+
+    `canary_before` and `canary_after` are the speed of a fixed loop right before and after,
+    relative to the session's `CanaryFacts.best`. Of trials that share a block only the first has
+    one before and the last one after. `cpu_share` is the worker's CPU seconds over wall seconds
+    times threads, `switches` how often it was taken off a core. Since the last reading:
+    `pressure`, the share of time in which some task waited for a core (PSI), `steal`, the share of
+    the machine's time that its host took, and `load_1m`, the load average.
+    """
+
+    canary_before: float | None = None
+    canary_after: float | None = None
+    cpu_share: float | None = None
+    switches: int | None = None
+    pressure: float | None = None
+    steal: float | None = None
+    load_1m: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryFacts:
+    """A session's canary: which loop on how many threads, the machine's best in 1e9 operations/s.
+
+    `machine` names what a best speed belongs to: hardware, loop and threads.
+    """
+
+    kind: str
+    threads: int
+    best: float
+    machine: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +306,8 @@ class Session:
     `in_force` is what the backend proved about itself; `environment` is a flat mapping
     (versions, device, commit …) and `environment_id` its hash. `first_call_s` is the first image,
     compilation included, `warmup_s` all warm-ups. `start` says which of the run's `starts` this
-    worker served, from 0; one that replaced a dead worker has the same number.
+    worker served, from 0; one that replaced a dead worker has the same number. `canary` is there
+    where trials were timed between readings of one.
     """
 
     id: str
@@ -283,6 +320,7 @@ class Session:
     warmup_s: float
     in_force: dict[str, Any]
     start: int = 0
+    canary: CanaryFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +331,7 @@ class Record:
     guidance's second half of the batch not counted. `truncated_tokens` counts prompt tokens that
     the CLIP encoders did not see. `batch_actual` is how many images ran together. `latents` is the
     SHA-256 of the kept latents (`store.Study.read_latents`), where they were asked for; `remote`
-    is there where a hosted service was asked.
+    is there where a hosted service was asked, `surroundings` where the trial was timed here.
     """
 
     trial: Trial
@@ -314,6 +352,7 @@ class Record:
     flops: Flops | None = None
     gpu: GpuState | None = None
     remote: RemoteCall | None = None
+    surroundings: Surroundings | None = None
 
 
 def content_hash(value: Any) -> str:

@@ -4,8 +4,8 @@ Started as ``python -m sd35bench.worker FD`` by `process.py`, which talks to it 
 and alone writes to the store. The worker dies with its parent. Messages to it are a
 `Load`, then `Job`s with one `Settle` after those that warm up, and ``None`` to end; it answers with
 `Ready`, an `Answer` per job, `Settled`, or `Failed` where the backend cannot be used. Every time is
-wall time with the device synchronised before and after; reading init images, encoding files and
-counting FLOPs lie outside `generate_s`, and encoding is timed by itself.
+wall time with the device synchronised before and after; reading init images, encoding files,
+counting FLOPs and the canary's readings lie outside `generate_s`, and encoding is timed by itself.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from sd35bench.backends.base import Backend, Generation, load_backend
+from sd35bench.canary import Lookout, start_lookout
 from sd35bench.errors import BackendError, InvalidImage, OutOfMemory, UnsupportedRequest
 from sd35bench.measure import Stopwatch, environment, environment_id, gpu_state, memory
 from sd35bench.store import decode_rgb
@@ -38,6 +39,7 @@ from sd35bench.types import (
     Request,
     Scalar,
     Status,
+    Surroundings,
     Timings,
 )
 
@@ -49,12 +51,19 @@ CONSTANT_SPREAD = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One batch: requests of one setting and size, and the paths of their init images."""
+    """One batch: requests of one setting and size, and the paths of their init images.
+
+    `watched`: the canary is read around it; `closes`: no such job follows, so that its block ends.
+    `expected_s`: how long it will take about.
+    """
 
     requests: tuple[Request, ...]
     inits: tuple[str | None, ...]
     keep_latents: bool = False
     timed: bool = True
+    watched: bool = False
+    closes: bool = False
+    expected_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +83,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What the backend has proven by now."""
+    """What the backend has proven by now.
+
+    `canary`: its kind, and the best of its readings so far in 1e9 operations a second.
+    """
 
     in_force: dict[str, Any]
+    canary: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +121,8 @@ class Answer:
     """What became of a job; `phase` is where a failure happened.
 
     `flops` is of one image; `gpu` was read right after the last of them; `wall_s` is the whole
-    job's, files included.
+    job's, files included. `surroundings`, of a watched job, has the canary's speeds in 1e9
+    operations a second.
     """
 
     made: tuple[Made, ...]
@@ -120,6 +134,7 @@ class Answer:
     flops: Flops | None = None
     gpu: GpuState | None = None
     wall_s: float
+    surroundings: Surroundings | None = None
 
 
 def main(handle: int) -> None:
@@ -152,35 +167,49 @@ def _serve(connection: Connection) -> None:
         )
     )
     with contextlib.closing(backend):
+        lookout: Lookout | None = None
         while (message := connection.recv()) is not None:
-            connection.send(
-                settle(backend) if isinstance(message, Settle) else answer(backend, message)
-            )
+            if isinstance(message, Settle):
+                connection.send(settle(backend, lookout))
+                continue
+            if message.watched and lookout is None:
+                lookout = start_lookout(backend.in_force, load.threads)
+            connection.send(answer(backend, message, lookout))
 
 
-def settle(backend: Backend) -> Settled | Failed:
+def settle(backend: Backend, lookout: Lookout | None = None) -> Settled | Failed:
     """Have the backend prove what its warm-up showed, and read what is in force again."""
     try:
         backend.settle()
     except (BackendError, MemoryError) as exc:
         return _failed(exc)
-    return Settled(in_force=backend.in_force)
+    return Settled(in_force=backend.in_force, canary=None if lookout is None else lookout.settle())
 
 
-def answer(backend: Backend, job: Job) -> Answer:
-    """Run one batch; failures become statuses, programming errors propagate."""
+def answer(backend: Backend, job: Job, lookout: Lookout | None = None) -> Answer:
+    """Run one batch; failures become statuses, programming errors propagate.
+
+    `lookout` reads the canary around what is timed.
+    """
     began = time.perf_counter()
     inits = [None if path is None else decode_rgb(Path(path).read_bytes()) for path in job.inits]
     backend.keep_latents, backend.timed = job.keep_latents, job.timed
+    watching = lookout if job.watched else None
+    worked = (0.0, 0)
     try:
+        if watching is not None:
+            watching.before(job.expected_s)
         with Stopwatch(backend.synchronize) as watch:
             generation = backend.generate(job.requests, inits)
+        if watching is not None:
+            worked = watching.worked()
     except (BackendError, MemoryError) as exc:
         failed = _failed(exc)
         made = (Made(status=failed.status, error=failed.error),) * len(job.requests)
         return Answer(made=made, phase="generate", wall_s=time.perf_counter() - began)
     gpu = gpu_state()  # at once: clocks fall within milliseconds
     made = _encode_all(job.requests, generation)
+    seen = None if watching is None else watching.after(worked, job.closes)
     wall_s = time.perf_counter() - began
     return Answer(
         made=made,
@@ -199,6 +228,7 @@ def answer(backend: Backend, job: Job) -> Answer:
         flops=backend.flops(job.requests[0], generation.evaluations),
         gpu=gpu,
         wall_s=wall_s,
+        surroundings=seen,
     )
 
 

@@ -390,6 +390,7 @@ def test_limits_reach_the_job_and_are_no_part_of_a_trial():
                 "max_failures=7",
                 "starts=2",
                 "keep_latents=true",
+                "contention=error",
             ]
         )
     )
@@ -399,5 +400,6 @@ def test_limits_reach_the_job_and_are_no_part_of_a_trial():
         max_failures=7,
         starts=2,
         keep_latents=True,
+        contention="error",
     )
     assert expand(given.sweep).trials == expand(bare.sweep).trials

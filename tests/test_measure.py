@@ -263,7 +263,15 @@ def test_gpu_state_reads_clocks_power_and_temperature(nvml: FakeNvml) -> None:
         power_w=612.345,
         temperature_c=61,
         throttled=(),
+        foreign_processes=0,
     )
+
+
+def test_gpu_state_counts_the_processes_of_others(nvml: FakeNvml) -> None:
+    nvml.processes = [SimpleNamespace(pid=pid, usedGpuMemory=1) for pid in (1, 2, 3)]
+    found = gpu_state()
+    assert found is not None
+    assert found.foreign_processes == 2
 
 
 @pytest.mark.parametrize(

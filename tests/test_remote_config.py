@@ -109,7 +109,11 @@ def test_what_cannot_be_called_is_refused_in_one_line(overrides, message):
 
 
 @pytest.mark.parametrize(
-    "field", ["threads=2", "starts=2", "keep_latents=true", "deadline_s=5", "memory_limit_gb=1"]
+    "field",
+    [
+        *("threads=2", "starts=2", "keep_latents=true", "deadline_s=5", "memory_limit_gb=1"),
+        "contention=warn",
+    ],
 )
 def test_what_acts_on_this_machine_only_is_said(field):
     notes = frozen(*LOCAL, field).sweep.notes

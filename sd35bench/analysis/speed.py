@@ -19,7 +19,8 @@ import numpy as np
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.settings import cluster_key, pair_key
 from sd35bench.analysis.table import Row, Table
-from sd35bench.measure import RATE_FIELDS
+from sd35bench.contention import unlike
+from sd35bench.measure import RATE_FIELDS, device_of
 from sd35bench.stats.intervals import mean_interval, quantile_interval
 from sd35bench.types import Flops, Record, Session, Status
 
@@ -180,9 +181,12 @@ def _eager_by(rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]) -> dic
 def speedup(row: Row, reference: Row) -> dict[str, Any] | None:
     """How many times faster than `reference`: geometric mean over shared pairs of lone images.
 
-    ``None`` for the reference itself, and without a shared pair. `with_network` says that a hosted
-    service's time is held against one that has no network in it.
+    ``None`` for the reference itself, without a shared pair, and where the machine ran in unlike
+    regimes. `with_network` says that a hosted service's time is held against one that has no
+    network in it.
     """
+    if unlike(row.clock.speed, reference.clock.speed):
+        return None
     theirs = {pair_key(r.trial): r.timings.latency_s for r in reference.timed if r.timings}
     shared = [r for r in row.timed if r.timings is not None and pair_key(r.trial) in theirs]
     if row is reference or not shared:
@@ -334,24 +338,13 @@ def _precision(sessions: Sequence[Session]) -> str:
     return "int8" if in_force.get("quantised") else OPENVINO_WORDS.get(said, said)
 
 
-def _device(session: Session) -> str:
-    """The device that the denoiser is proven to be on, cuda or cpu.
-
-    ONNX Runtime's providers say it; `device` is then that of the text encoders and the VAE.
-    """
-    providers = session.in_force.get("providers")
-    said = [session.in_force.get("device")] if providers is None else providers
-    words = " ".join(str(word).lower() for word in said)
-    return "cuda" if "cuda" in words or "tensorrt" in words else "cpu"
-
-
 def _rates(sessions: Sequence[Session], machine: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Precision → the best rate, in tera-operations a second, of the machine that made a row."""
     if not sessions:
         return {}
     last = sessions[-1]
     where = {name: last.environment.get(name) for name in RATE_FIELDS}
-    device = _device(last)
+    device = device_of(last.in_force)
     for found in reversed(machine):
         if found["rates"] and found["device"] == device and found["environment"] == where:
             return {k: v["best"] for k, v in found["rates"].items() if k != "copy"}
@@ -361,7 +354,7 @@ def _rates(sessions: Sequence[Session], machine: Sequence[Mapping[str, Any]]) ->
 def _gpu(timed: Sequence[Record], sessions: Sequence[Session]) -> dict[str, Any] | None:
     """Clocks, power and throttling over lone images; ``None`` where no GPU made them."""
     states = [r.gpu for r in timed if r.gpu is not None]
-    if not states or not sessions or _device(sessions[-1]) != "cuda":
+    if not states or not sessions or device_of(sessions[-1].in_force) != "cuda":
         return None
     clocks = [s.sm_clock_mhz for s in states if s.sm_clock_mhz is not None]
     power = [s.power_w for s in states if s.power_w is not None]

@@ -33,6 +33,7 @@ from sd35bench.analysis.table import (
     part_held_out,
     read_table,
 )
+from sd35bench.contention import DISTURBED, unlike
 from sd35bench.types import Record, Session, Status, to_json
 
 
@@ -57,6 +58,8 @@ def show_document(study: Any, table: Table | None = None) -> dict[str, Any]:
         summary |= speed_summary(table, row, latency, machine)
         reference = references.get(row.id)
         summary["speedup"] = None if reference is None else speedup(row, reference)
+        if reference is not None and unlike(row.clock.speed, reference.clock.speed):
+            summary["warnings"].append("no ratio to eager: the machine ran at another speed then")
         summary |= {"usd_per_image": usd_per_image(row), "remote": remote_summary(row, phases)}
         summary["warnings"] += speed_warnings(table, row, summary["achieved_tflops"], machine)
         settings.append(summary)
@@ -66,7 +69,8 @@ def show_document(study: Any, table: Table | None = None) -> dict[str, Any]:
         "machine": machine_document(machine),
         "drift": drift_document(study, table),
         "environments": environments,
-        "warnings": [*table.warnings, *notes],
+        "clock": table.clock,
+        "warnings": [*table.busy, *table.warnings, *notes],
     }
 
 
@@ -117,6 +121,7 @@ def _row(
         "excluded": dict(row.excluded),
         "quality_batch_size": row.quality_batch_size,
         "latency_s": to_json(latency),
+        "contention": row.clock.document(),
         "target_latency_s": target,
         "latency_ratio": None if target is None or p50 is None else p50 / target,
         "stage_s": _stages([] if row.hosted else row.timed),
@@ -152,6 +157,11 @@ def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
         found.append(f"{row.failed - row.ambiguous} trials failed")
     if row.ambiguous:
         found.append(ambiguous_text(row.ambiguous))
+    found += [f"{n} timed images in no latency: {why}" for why, n in row.clock.left.most_common()]
+    if row.clock.marked:
+        found.append(
+            f"{row.clock.disturbed} of {len(row.timed)} timed images {DISTURBED}; they count"
+        )
     for why, n in row.untimed.most_common():
         found.append(f"{n} call{'s' * (n > 1)} {why}: no latency from {'them' if n > 1 else 'it'}")
     if not row.timed:

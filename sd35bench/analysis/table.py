@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
+from sd35bench.contention import Timed, choose, clock_text, read_contention, sentences
 from sd35bench.types import Record, Session, Status
 
 GUARD = "guard"
@@ -44,7 +45,8 @@ class Row:
 
     `records` are all of them, failed ones too; `timed` the OK ones that ran alone; `usable` the
     ones whose images may be scored; `excluded` counts the OK ones that may not, by reason;
-    `untimed` counts hosted calls that are OK and give no latency, by reason.
+    `untimed` counts hosted calls that are OK and give no latency, by reason. `clock` says which of
+    the timings made here count, and how quiet the machine was.
     """
 
     setting: dict[str, Any]
@@ -54,6 +56,7 @@ class Row:
     usable: list[Record] = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
     untimed: Counter[str] = field(default_factory=Counter)
+    clock: Timed = field(default_factory=Timed)
 
     @property
     def id(self) -> str:
@@ -94,12 +97,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of a study, its sessions, and scores by metric and (trial key, image digest)."""
+    """Rows of a study, its sessions, and scores by metric and (trial key, image digest).
+
+    `busy` says in sentences what other work did to the latencies, `clock` how quiet the machine
+    was.
+    """
 
     rows: list[Row]
     sessions: dict[str, Session]
     scores: dict[str, dict[tuple[str, str], ScoreLike]]
     warnings: list[str]
+    busy: list[str] = field(default_factory=list)
+    clock: str | None = None
 
     def score(self, metric: str, record: Record) -> ScoreLike | None:
         """Look up a record's score for the image that it has now."""
@@ -116,12 +125,17 @@ def read_table(study: Any) -> Table:
     images = study.images()
     damaged = {path.name.partition(".")[0]: path for path in images.damaged}
     rows = _rows(study.records(), sessions)
+    found = read_contention(study.all_records(), sessions)
     for row in rows:
         _sort_out(row, refused, images.whole, damaged)
+        row.clock = choose(row.timed, found)
+        row.timed = row.clock.kept
     named = {r.image for row in rows for r in row.records}
     paths = [p.relative_to(study.path) for digest, p in damaged.items() if digest in named]
     warnings = [*damaged_text(paths), *_warnings(rows)]
-    return Table(rows, sessions, dict(scores), warnings)
+    clocks = [row.clock for row in rows]
+    busy, clock = sentences(clocks, found.speed), clock_text(clocks, found.speed)
+    return Table(rows, sessions, dict(scores), warnings, busy, clock)
 
 
 def damaged_text(paths: Iterable[Path]) -> list[str]:
@@ -144,6 +158,7 @@ def keep_records(rows: Iterable[Row], keep: Callable[[Record], bool]) -> list[Ro
         if records:
             part = Row(row.setting, row.environment_id, records)
             part.timed = [r for r in row.timed if keep(r)]
+            part.clock = row.clock
             part.usable = [r for r in row.usable if keep(r)]
             found.append(part)
     return found

@@ -20,6 +20,7 @@ from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
 from sd35bench.config.overrides import written
 from sd35bench.config.unread import refuse_unread
+from sd35bench.contention import REGIME
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan, expand
@@ -204,6 +205,10 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "overhead_frac": max(0.0, 1 - measured_s / wall_s) if done and wall_s else None,
         "errors": dict(errors),
         "statuses": dict(statuses),
+        "timed": total("timed"),
+        "disturbed": total("disturbed"),
+        "retimed": total("retimed"),
+        "speed": min((r["speed"] for r in results if r["speed"] is not None), default=None),
         "cost_usd": total("cost_usd"),
         "ambiguous": total("ambiguous"),
         "paused": next((r["paused"] for r in results if r["paused"] is not None), None),
@@ -237,6 +242,15 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
     )
     if document["loads"]:
         out.print(f"{document['loads']} load(s), {document['wall_s']:.1f} s after loading")
+    if document["disturbed"] or document["retimed"]:
+        out.print(
+            f"{document['disturbed']} of {document['timed']} timed images were disturbed by other"
+            f" work, after {document['retimed']} were timed again",
+            markup=False,
+            soft_wrap=True,
+        )
+    if document["speed"] is not None and document["speed"] < REGIME:
+        out.print(f"this machine ran at {document['speed']:.2f} of its best", markup=False)
     if document["statuses"]:
         counts = (f"{count} {status}" for status, count in document["statuses"].items())
         out.print(f"failed: {', '.join(counts)}", markup=False)

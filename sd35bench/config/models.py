@@ -323,6 +323,11 @@ class RunConf(LoadConf):
     keep_latents: bool = known(
         False, "keep latents after the first and the last step, for their relative error"
     )
+    contention: Literal["retime", "warn", "error"] = known(
+        "retime",
+        "timed images that other work disturbed: make up to half as many again, only say so, or"
+        " count them as failed",
+    )
     noise_floor: Text | None = known(
         None, "a backend to run again with another batch size and thread count, for drift"
     )

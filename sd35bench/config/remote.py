@@ -67,6 +67,7 @@ def _local(conf: RunConf, batch_sizes: Sequence[int]) -> Place:
         max_failures=conf.max_failures,
         starts=conf.starts,
         keep_latents=conf.keep_latents,
+        contention=conf.contention,
     )
     alone = 1 in batch_sizes and conf.timed_limit is not None
     return Place(
@@ -125,6 +126,7 @@ def _remote_notes(conf: RunConf) -> tuple[str, ...]:
         "threads": conf.threads is not None,
         "starts": conf.starts != 1,
         "keep_latents": conf.keep_latents,
+        "contention": conf.contention != "retime",
         "deadline_s": conf.deadline_s is not None,
         "memory_limit_gb": conf.memory_limit_gb is not None,
     }

@@ -153,7 +153,7 @@ def recommend_document(
         "prompts": _prompts(tasks),
         "profiles": found,
         "confirm": runs_document([run for t in tasks.values() for run in t.runs.values()]),
-        "notes": notes + problems,
+        "notes": [*table.busy, *notes, *problems],
         "warnings": table.warnings,
     }
 

@@ -121,7 +121,7 @@ def build_document(
     speed, speed_note = speed_figures(rows, matched, headline.badges, extra)
     return Document(
         study=study.name,
-        facts=tuple(_facts(rows, records, sessions)),
+        facts=(*_facts(rows, records, sessions), *_clock(show)),
         headline=headline,
         claims=None if claims is None else claims_section(claims),
         tasks=tuple(_tasks(rows, headline, extra, _target(records), shares)),
@@ -163,6 +163,12 @@ def _facts(
     facts += [("failed", words.count(failed))] if failed else []
     facts += [("run", started[0][:16].replace("T", " "))] if started else []
     return [(name, value) for name, value in facts if value]
+
+
+def _clock(show: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How quiet the machine was, where that is known."""
+    said = show.get("clock")
+    return [] if said is None else [("clock", said.removeprefix("clock: "))]
 
 
 def _device(session: Session) -> str:

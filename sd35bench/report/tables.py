@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sd35bench import words
 from sd35bench.report.blocks import comparison_blocks
 from sd35bench.report.hosted import hosted_blocks, network_note
 from sd35bench.report.leaderboard import setting_table
@@ -53,6 +54,9 @@ def settings_parts(document: Mapping[str, Any]) -> Iterator[Part]:
         "Latency: median of images made one at a time, from request to encoded file. Brackets:"
         " 95 % intervals, resampled by prompt. n: images." + _rates_note(rows)
     )
+    if clock := document.get("clock"):
+        yield say((clock, "dim"), wraps=True)
+        yield paragraph(f"{words.first_upper(clock)}.")
     if note := network_note(rows):
         yield say((note, "dim"), wraps=True)
         yield paragraph(note)

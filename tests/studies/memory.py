@@ -59,6 +59,7 @@ def record(number: int = 0, *, load: Load = LOAD, **fields: Any) -> Record:
         "flops": None,
         "gpu": None,
         "started_at": "2026-01-01T00:00:00",
+        "surroundings": None,
     }
     taken = {k: fields.pop(k, v) for k, v in own.items()}
     batch_size = fields.pop("batch_size", 1)
@@ -97,6 +98,9 @@ class MemoryStudy:
         return self.machines
 
     def records(self) -> list[Record]:
+        return self.kept
+
+    def all_records(self) -> list[Record]:
         return self.kept
 
     def sessions(self) -> dict[str, Session]:
