@@ -84,7 +84,8 @@ def read_regular(path: Path, follow: bool = False) -> tuple[bytes, os.stat_resul
 def read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
     """Parse the lines of a JSON lines file; skip a torn last line, which a kill leaves.
 
-    Raises: StoreError for any other line that is not JSON, or not of the expected type.
+    Raises: StoreError for any other line that is not JSON, or not of the expected type, or that
+    `parse` refuses with one; it names file and line.
     """
     lines = read_regular(path, follow=True)[0].split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -92,6 +93,8 @@ def read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
             continue
         try:
             yield parse(line)
+        except StoreError as exc:
+            raise StoreError(f"{path}:{number} {exc}") from exc
         except msgspec.ValidationError as exc:
             raise StoreError(
                 f"{path}:{number} cannot be read by this version of sd35bench: {exc}; update"

@@ -10,13 +10,14 @@ Drift holds an image against another one of the study, which is remembered from 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from sd35bench.analysis.settings import HELD_OUT, setting_key
 from sd35bench.analysis.table import DAMAGED, GUARD, MISSING
-from sd35bench.errors import StoreError
+from sd35bench.errors import MetricError, StoreError
 from sd35bench.metrics.base import (
     Extractor,
     FeatureMetric,
@@ -73,7 +74,7 @@ def score_study(
     Raises: MetricError where a metric that was asked for by name cannot be had, or is one of
     quality and all there is was made with random weights; a default like that is in `refused`.
     """
-    job = _Job(study)
+    job = _Job(study, by_name=metrics is not None)
     selection = select_metrics(metrics, job.records, {} if options is None else options)
     job.refused = selection.refused
     for metric in selection.metrics:
@@ -100,8 +101,8 @@ def guard_image(image: Image, record: Record) -> str | None:
 class _Job:
     """What is there, what is missing, and what was made."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, by_name: bool) -> None:
+        self.study, self.by_name = study, by_name
         self.ok = [r for r in study.records() if r.status is Status.OK and r.image is not None]
         self.done: dict[str, dict[Where, Score]] = defaultdict(dict)
         for score in study.scores():
@@ -330,7 +331,14 @@ class _Job:
                 groups[record.trial.request.task, held_out, *_size(record)].append(record)
         done = self.done[metric.name]
         for group in groups.values():
-            detail = self._reference(metric, group)
+            try:
+                detail = self._reference(metric, group)
+            except MetricError as exc:
+                if self.by_name:
+                    raise
+                # A default that cannot be had must not cost the scores that can.
+                self.refused[metric.name] = str(exc)
+                continue
             for record in group:
                 there = done.get(_where(record))
                 if there is None or there.detail != detail:
@@ -354,6 +362,8 @@ class _Job:
     def keep(self, metric: str, record: Record, value: Value) -> None:
         """Queue one score for the store."""
         key, image = _where(record)
+        if value.value is not None and not isfinite(value.value):
+            value = Value(None, value.detail | {"reason": f"the metric gave {value.value}"})
         score = Score(metric=metric, key=key, image=image, value=value.value, detail=value.detail)
         self.rows[metric].append(score)
         self.done[metric][key, image] = score

@@ -24,6 +24,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -61,6 +62,20 @@ class Score:
     image: str
     value: float | None
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+_SCORE = msgspec.json.Decoder(Score)
+
+
+def _read_score(line: bytes) -> Score:
+    """Parse one line of a score file. Raises: StoreError for a value that is not finite."""
+    score = decode_line(line, _SCORE)
+    if score.value is not None and not isfinite(score.value):
+        raise StoreError(
+            f"says {score.metric} = {score.value}, which is no number: delete that line, then"
+            " score the study again"
+        )
+    return score
 
 
 def new_shard_id(*folders: Path) -> str:
@@ -249,8 +264,7 @@ class Study:
         self._latents = StoredFiles(path / "latents", (".npz",))
         self._features: dict[str, tuple[tuple[Path, ...], dict[str, np.ndarray]]] = {}
         self._journal = _Shards(path / "journal", _Journal().parse)
-        decoder = msgspec.json.Decoder(Score)
-        self._scores = _Shards(path / "scores", lambda line: decode_line(line, decoder))
+        self._scores = _Shards(path / "scores", _read_score)
 
     @classmethod
     def open(cls, root: Path, name: str, create: bool = False) -> "Study":

@@ -289,6 +289,33 @@ def test_default_that_cannot_be_had_is_noted_and_the_rest_is_scored(study, monke
         score_study(study, ["clip_score"])
 
 
+def test_default_whose_reference_cannot_be_made_is_refused_and_the_rest_is_scored(
+    study, monkeypatch
+):
+    """A prompt of the user's has no true render; raising there (the mutant) aborts `recommend`."""
+    metrics = {"seen": Seen(), "fid_nano": Fid(Counting(), "nano")}
+    monkeypatch.setattr(selection, "default_metrics", lambda model, task: tuple(metrics))
+    monkeypatch.setattr(selection, "load_metric", lambda name, **options: metrics[name])
+    _put(study, pictures(8), prompt="a cat in a hat")
+    for new in (8, 0):
+        counts = score_study(study)
+        assert counts["scored"] == ({"seen": new} if new else {})
+        assert "'a cat in a hat' has no true render" in counts["refused"]["fid_nano"]
+    with pytest.raises(MetricError, match="no true render"):
+        score_study(study, [metrics["fid_nano"]])
+
+
+def test_metric_that_gives_no_number_leaves_a_reason(study):
+    class Broken(Seen):
+        def score_images(self, images, records, inits):
+            return [Value(float("nan")) for _ in images]
+
+    _put(study, pictures(1))
+    score_study(study, [Broken()])
+    (score,) = [s for s in study.scores() if s.metric == "seen"]
+    assert (score.value, score.detail) == (None, {"reason": "the metric gave nan"})
+
+
 def test_metric_that_applies_to_nothing_says_what_to_do(study):
     real = replace(LOAD, model=replace(LOAD.model, name="sd35-medium"))
     _put(study, pictures(2), load=real)

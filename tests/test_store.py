@@ -270,6 +270,16 @@ def test_image_comes_back_as_rgb(tmp_path, output_format):
     assert np.abs(back.astype(int) - pixels).max() <= (0 if output_format == "png" else 6)
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_score_that_is_no_number_is_refused_with_its_line(tmp_path, value):
+    study = Study.open(tmp_path, "s", create=True)
+    good = '{"metric": "m", "key": "k", "image": "i", "value": 1.0}'
+    path = study.path / "scores" / "000001-x.jsonl"
+    path.write_text(f"{good}\n{good.replace('1.0', value)}\n")
+    with pytest.raises(StoreError, match=rf"{path.name}:2 says m = .* delete that line, then"):
+        study.scores()
+
+
 def test_scores_last_wins_and_features_come_back(tmp_path):
     study = Study.open(tmp_path, "s", create=True)
     study.append_scores("m", [Score(metric="m", key="k", image="i", value=1.0)])
