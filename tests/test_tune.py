@@ -18,7 +18,7 @@ from tests.studies.tune_surface import GRID, RANGES, Surface, side_by_side
 from tests.validity.races import Edge
 
 BALANCED = Profile(name="balanced", margins={"prompt_accuracy": 0.08})
-PREVIEW = Profile(name="preview", latency_limit_frac=0.4)
+PREVIEW = Profile(name="preview", evaluations_limit=16)
 NOTHING_LOST = Profile(name="strict")
 BOUNDS = (0.0, 1.0)
 PROMPTS = 64
@@ -93,12 +93,21 @@ def test_tune_picks_at_random_fails_where_search_succeeds():
     assert sum(best - lab.accuracy(p) <= 0.08 for p in drawn) < 9
 
 
-def test_tune_keeps_a_profiles_latency_limit():
+def test_tune_keeps_a_profiles_limit_of_evaluations_and_settles_it_at_the_first_look():
     for seed in range(3):
         lab, outcome = searched(GRID, seed, profile=PREVIEW)
-        slowest = max(lab.latency_s(GRID.point(i)) for i in range(GRID.size))
-        assert lab.latency_s(winner_of(outcome)) <= 0.4 * slowest * 1.05
-        assert any(out.kind == "too slow" for out in outcome.out.values())
+        assert lab.work(winner_of(outcome)) <= 16
+        slow = {point for point, out in outcome.out.items() if out.kind == "too slow"}
+        assert slow == {p for p in outcome.found.points if lab.work(p) > 16}
+        assert {outcome.depth[p] for p in slow} == {8}
+
+
+def test_judge_spares_a_rival_whose_own_mean_or_p95_may_be_over_the_limit():
+    # It beats the other, but may be out itself: then the other is the answer.
+    seen = {("a",): evidence(GOOD, 1.0), ("b",): evidence(POOR, 1.0)}
+    for name in ("latency_mean_limit_s", "latency_p95_limit_s"):
+        assert verdicts(seen, profile=Profile(name="p", **{name: 0.9})) == {}
+        assert list(verdicts(seen, profile=Profile(name="p", **{name: 1.1}))) == [("b",)]
 
 
 # Racing ---------------------------------------------------------------------------------------
@@ -386,7 +395,7 @@ def raced(profile: Profile, prompts: int, default: Point | None = None) -> Outco
 def test_tune_takes_the_best_quality_where_the_profile_wants_it():
     # As `preview`: the fast one is within the margin of the best, and must not win for that.
     margins = {"prompt_accuracy": 0.08}
-    limited = {"latency_limit_frac": 0.5, "margins": margins}
+    limited = {"latency_limit_s": 0.5, "margins": margins}
     wanted = Profile(name="p", objective="best-quality", **limited)
     assert winner_of(raced(wanted, 1000)) == (4,)
     assert winner_of(raced(Profile(name="p", **limited), 1000)) == (2,)

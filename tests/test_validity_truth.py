@@ -11,7 +11,7 @@ from tests.validity_runs import choices, grid, kept, page, searches, truth
 
 MARGINS = {"prompt_accuracy": 0.05}
 ANY = Profile(name="any", margins=MARGINS)
-QUICK = Profile(name="quick", margins=MARGINS, latency_limit_frac=0.4)
+QUICK = Profile(name="quick", margins=MARGINS, evaluations_limit=16)
 
 
 def made_up() -> truth.Truth:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from sd35bench.analysis.pairs import Comparison
-from sd35bench.recommend.pareto import Limits, Speeds, amount, check_limits
+from sd35bench.recommend.pareto import Limits, Speeds, amount, check_limits, contradiction
 from sd35bench.recommend.profiles import Profile
-from sd35bench.stats.decision import LEVEL, Decision, Tested, decide
+from sd35bench.stats.decision import LEVEL, SAME_COST, Decision, Tested, decide
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import images_between
 
@@ -29,7 +29,8 @@ class Choice:
     says whether the answer is shown; else it is provisional. `expected_loss` is the mean shortfall
     from the best within the limits, `unshown` the setting within the limits that the choice is not
     shown to be as good as, with the difference from it. `more` says which question more images
-    would decide, and how many; empty where none is open.
+    would decide, and how many; empty where none is open. `caveats` say that a limit is only just
+    kept, and that another latency than p50 contradicts the choice.
     """
 
     chosen: int
@@ -47,6 +48,7 @@ class Choice:
     front: list[int]
     verdicts: dict[int, str] = field(default_factory=dict)
     reason: str = ""
+    caveats: list[str] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
 
     def as_good(self, i: int) -> bool:
@@ -83,6 +85,7 @@ def choose(
     )
     choice = _choice(comparison, found, limits, margin, named, feasible)
     choice.more = _open_question(choice, found)
+    choice.caveats = _caveats(choice, comparison, speed, profile)
     choice.reason = _reason(choice, comparison, speed, profile)
     choice.verdicts = {
         i: limits.broken[i] if i in limits.broken else _verdict(choice, speed, i)
@@ -163,10 +166,25 @@ def _verdict(choice: Choice, speed: Speeds, i: int) -> str:
 
 
 def _reason(choice: Choice, comparison: Comparison, speed: Speeds, profile: Profile) -> str:
-    if len(choice.differences) == 1:
-        return "the only setting within the limits"
     what = "the best" if choice.reference == choice.best else profile.reference
-    return _named_because(choice, comparison, speed, profile, what) + _provisional(choice, what)
+    if len(choice.differences) == 1:
+        text = "the only setting within the limits"
+    else:
+        text = _named_because(choice, comparison, speed, profile, what)
+        text += _provisional(choice, what)
+    return "; ".join([text, *choice.caveats])
+
+
+def _caveats(choice: Choice, comparison: Comparison, speed: Speeds, profile: Profile) -> list[str]:
+    """What the reason and the headline have to say of the latency, if anything."""
+    chosen = choice.chosen
+    found = [choice.limits.close[chosen]] if chosen in choice.limits.close else []
+    if speed.basis == "latency_s" and profile.objective == "fastest":
+        slowest = speed.values[chosen] * (1.0 + SAME_COST)
+        slower = [i for i in choice.differences if speed.values[i] > slowest]
+        text = contradiction(comparison, chosen, slower)
+        found += [] if text is None else [text]
+    return found
 
 
 def _named_because(
@@ -212,7 +230,8 @@ def _provisional(choice: Choice, what: str) -> str:
 
 
 def _nothing_feasible(speed: Speeds, limits: Limits) -> str:
-    if all(text.startswith("too slow") and ";" not in text for text in limits.broken.values()):
+    fast = limits.latency is not None and min(speed.values) > limits.latency
+    if fast and all(t.startswith("too slow") and ";" not in t for t in limits.broken.values()):
         return (
             f"no setting is within {amount(speed, limits.latency)}; the fastest takes"
             f" {amount(speed, min(speed.values))}"

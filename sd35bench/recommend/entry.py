@@ -32,6 +32,10 @@ from sd35bench.types import Task, to_json
 Claim = tuple[str, str]
 """The chosen setting and a default, by their hashes: that the first is better."""
 
+_LIMITS = (
+    *("latency_limit_s", "latency_mean_limit_s", "latency_p95_limit_s", "evaluations_limit"),
+    *("memory_limit_bytes", "cost_limit_usd"),
+)
 FRONT = ("on_front", "p_dominated")
 _SETTING = ("model", "backend", *SETTING, "threads")
 
@@ -116,7 +120,6 @@ class Entry:
         latency = latency_summary(self.row.timed)
         quality = self._quality(i)
         test = choice.tests.get(i)
-        limits = ("latency_limit_s", "latency_limit_frac", "memory_limit_bytes", "cost_limit_usd")
         return {
             "headline": self._headline(quality, latency),
             "reason": choice.reason,
@@ -137,7 +140,7 @@ class Entry:
             "usd_per_image": self._usd(i),
             "limit": choice.limits.latency,
             "limit_close": i in choice.limits.close,
-            **{name: getattr(self.profile, name) for name in limits},
+            **{name: getattr(self.profile, name) for name in _LIMITS},
             "margin": choice.margin,
             "best": setting_of(self._row(choice.best)),
             "difference_from_best": self._difference(i),
@@ -322,7 +325,7 @@ class Entry:
         sure = "" if self.choice.definitive else ", provisional"
         if sure and more and more["images"] is not None:
             sure += f": about {more['images']} more images would decide"
-        return f"{name} ({', '.join(figures)}){sure}"
+        return "; ".join([f"{name} ({', '.join(figures)}){sure}", *self.choice.caveats])
 
     def _beside(self, default: NamedDefault, p_holm: Mapping[Claim, float]) -> dict[str, Any]:
         """One named default beside the choice: in the study, or with the command that adds it."""

@@ -14,23 +14,33 @@ settings are nearly equal and prompts few (32 prompts and 0.1: 90.2 % of those w
 since the luckiest of many rivals looks better than it is. Without the 2 %, of two cfgs that cost
 the same the worse one would look dominated in half of the resamples only.
 
-What settings cost, in seconds, bytes, dollars and failures, is held against a profile's limits.
+What settings cost, in seconds, evaluations, bytes, dollars and failures, is held against a
+profile's limits, none of which depends on what else the study has.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.pairs import Candidate, Comparison
+from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.settings import cluster_key
 from sd35bench.analysis.speed import latency_summary
+from sd35bench.fields import describe
 from sd35bench.recommend.profiles import Profile
+from sd35bench.stats.clustered import quantile_t
 from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import weight_chunks
 from sd35bench.types import Record
+
+LEAST_FOR_P95 = 20
+"""Timed images below which one of them decides where the 95th percentile is."""
+_TAIL = 0.95
+_NOTABLE = 0.1
+"""Means and medians of undisturbed settings differ by 0.02 to 0.05: less is no contradiction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +60,36 @@ class Speeds:
 class Limits:
     """Which candidates are out, and why; `latency` is the limit in the units of the speeds.
 
-    `close` are those within all limits of which that is not sure: the interval of their latency
-    reaches beyond it.
+    `close` are those within all limits of which that is not sure, and what is not: the interval of
+    a latency reaches beyond its limit, or is not known.
     """
 
     latency: float | None
     broken: dict[int, str]
-    close: set[int]
+    close: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """A latency in seconds beside its limit; `high` is its interval's upper end, if known."""
+
+    name: str
+    value: float
+    high: float | None
+    limit: float
+
+    @property
+    def broken(self) -> str | None:
+        if self.value <= self.limit:
+            return None
+        return f"too slow: {self.name}{self.value:.3g} s, limit {self.limit:.3g} s"
+
+    @property
+    def close(self) -> str | None:
+        if self.high is not None and self.high <= self.limit:
+            return None
+        name = self.name or "p50 "
+        return f"{name}{self.value:.3g} s is not surely within the limit of {self.limit:.3g} s"
 
 
 def speeds(comparison: Comparison) -> Speeds:
@@ -72,14 +105,19 @@ def speeds(comparison: Comparison) -> Speeds:
 
 def check_limits(comparison: Comparison, speed: Speeds, profile: Profile) -> Limits | str:
     """Hold every candidate against the profile's limits; a text says why that cannot be done."""
-    limit = _latency_limit(speed, profile)
-    if isinstance(limit, str):
-        return limit
+    timed = speed.basis == "latency_s"
+    untimed = None if timed else _first_in_seconds(profile)
+    if untimed is not None:
+        return untimed
     broken: dict[int, str] = {}
+    close: dict[int, str] = {}
     for i, candidate in enumerate(comparison.candidates):
-        time_s = speed.values[i] if speed.basis == "latency_s" else None
+        time_s = speed.values[i] if timed else None
+        figures = _figures(candidate, speed, i, profile)
         found = [
-            _slow(speed, i, limit),
+            *(figure.broken for figure in figures),
+            _unknown_tail(candidate, profile),
+            _long(candidate, profile),
             _large(candidate, profile),
             _dear(candidate, time_s, profile),
             _unreliable(candidate, profile),
@@ -87,12 +125,36 @@ def check_limits(comparison: Comparison, speed: Speeds, profile: Profile) -> Lim
         why = [text for text in found if text is not None]
         if why:
             broken[i] = "; ".join(why)
-    close = {
-        i
-        for i, high in enumerate(speed.highs)
-        if i not in broken and limit is not None and high is not None and high > limit
-    }
+        elif unsure := [text for figure in figures if (text := figure.close) is not None]:
+            close[i] = "; ".join(unsure)
+    limit = profile.latency_limit_s if timed else profile.evaluations_limit
     return Limits(limit, broken, close)
+
+
+def contradiction(comparison: Comparison, chosen: int, others: Iterable[int]) -> str | None:
+    """Say by which latency a setting that is slower by p50 is faster than the chosen one, if any.
+
+    A few calls that take 50 times as long move the mean and p95, and leave p50 where it is.
+    """
+    mine = tails(comparison.candidates[chosen])
+    for name, value in mine.items():
+        theirs = {i: tails(comparison.candidates[i]).get(name) for i in others}
+        known = {i: v for i, v in theirs.items() if v is not None}
+        best = min(known, key=lambda i: known[i], default=None)
+        if best is not None and value > known[best] * (1.0 + _NOTABLE):
+            settings = [comparison.candidates[i].row.setting for i in (best, chosen)]
+            return (
+                f"by {name} it is slower than {describe(settings[0], settings[1:])}:"
+                f" {value:.3g} s against {known[best]:.3g} s"
+            )
+    return None
+
+
+def tails(candidate: Candidate) -> dict[str, float]:
+    """Mean and 95th percentile of the latency in seconds; of few images the mean alone."""
+    x = [r.timings.latency_s for r in candidate.row.timed if r.timings is not None]
+    found = {"the mean": float(np.mean(x))} if x else {}
+    return found | ({"p95": float(np.quantile(x, _TAIL))} if len(x) >= LEAST_FOR_P95 else {})
 
 
 def peak_bytes(candidate: Candidate) -> int | None:
@@ -121,25 +183,50 @@ def amount(speed: Speeds, value: float | None) -> str:
     return f"{value:.3g} s" if speed.basis == "latency_s" else f"{value:.3g} evaluations"
 
 
-def _latency_limit(speed: Speeds, profile: Profile) -> float | str | None:
-    """The profile's limit in the units of `speed`; the stricter one if there are two."""
-    limits = []
-    if profile.latency_limit_frac is not None:
-        limits.append(profile.latency_limit_frac * max(speed.values))
-    if profile.latency_limit_s is not None:
-        if speed.basis != "latency_s":
-            return (
-                f"the profile limits latency to {profile.latency_limit_s:g} s and not every"
-                " setting was timed; run with batch_size=1 or timed_limit=N"
-            )
-        limits.append(profile.latency_limit_s)
-    return min(limits) if limits else None
-
-
-def _slow(speed: Speeds, i: int, limit: float | None) -> str | None:
-    if limit is None or speed.values[i] <= limit:
+def _first_in_seconds(profile: Profile) -> str | None:
+    """Why a profile cannot be held against settings that were not timed; ``None`` where it can."""
+    limits = (profile.latency_limit_s, profile.latency_mean_limit_s, profile.latency_p95_limit_s)
+    known = [limit for limit in limits if limit is not None]
+    if not known:
         return None
-    return f"too slow: {amount(speed, speed.values[i])}, limit {amount(speed, limit)}"
+    return (
+        f"the profile limits latency to {known[0]:g} s and not every setting was timed; run with"
+        " batch_size=1 or timed_limit=N"
+    )
+
+
+def _figures(candidate: Candidate, speed: Speeds, i: int, profile: Profile) -> list[_Figure]:
+    """What of a candidate's latency the profile limits."""
+    found = []
+    if profile.latency_limit_s is not None:
+        found.append(_Figure("", speed.values[i], speed.highs[i], profile.latency_limit_s))
+    tail, records = tails(candidate), [r for r in candidate.row.timed if r.timings is not None]
+    if profile.latency_mean_limit_s is not None and tail:
+        ends = latency_summary(records).mean_ci95
+        high = None if ends is None else ends[1]
+        found.append(_Figure("mean ", tail["the mean"], high, profile.latency_mean_limit_s))
+    if profile.latency_p95_limit_s is not None and "p95" in tail:
+        seconds = [r.timings.latency_s for r in records if r.timings is not None]
+        high = quantile_t(seconds, cluster_labels(records), _TAIL).high
+        found.append(_Figure("p95 ", tail["p95"], high, profile.latency_p95_limit_s))
+    return found
+
+
+def _unknown_tail(candidate: Candidate, profile: Profile) -> str | None:
+    n = len(candidate.row.timed)
+    if profile.latency_p95_limit_s is None or n >= LEAST_FOR_P95:
+        return None
+    return (
+        f"its p95 is unknown with {n} timed images, and the profile limits it; time"
+        f" {LEAST_FOR_P95} or more (timed_limit={LEAST_FOR_P95})"
+    )
+
+
+def _long(candidate: Candidate, profile: Profile) -> str | None:
+    limit = profile.evaluations_limit
+    if limit is None or candidate.work <= limit:
+        return None
+    return f"too slow: {candidate.work:.3g} evaluations, limit {limit:.3g}"
 
 
 def _large(candidate: Candidate, profile: Profile) -> str | None:

@@ -21,6 +21,7 @@ BEST = "best"
 """The reference that stands for whichever setting within the limits is best."""
 
 _FAILURES_LIMIT = 0.01
+_GONE = "latency_limit_frac"
 _QUALITIES = ("prompt_accuracy", "edit_quality", "clip_score")
 """What a choice can be made by (`pairs`), or what such a metric's name begins with."""
 
@@ -29,9 +30,11 @@ _QUALITIES = ("prompt_accuracy", "edit_quality", "clip_score")
 class Profile:
     """Limits, and what is wanted of the settings that are within them.
 
-    Latency is limited in seconds, or as a share of the slowest setting's; memory in bytes (of the
-    GPU where there is one); `cost_limit_usd` is per image, and `usd_per_hour` what an hour of this
-    machine costs, without which only hosted services have a cost. `failures_limit` is the share of
+    Latency is limited in seconds, by its median, mean or 95th percentile; `evaluations_limit`
+    limits the denoiser's evaluations an image, guidance's second half counted, and needs no clock.
+    No limit is relative to the other settings of a study. Memory is in bytes (of the GPU where
+    there is one); `cost_limit_usd` is per image, and `usd_per_hour` what an hour of this machine
+    costs, without which only hosted services have a cost. `failures_limit` is the share of
     trials that may fail. `reference` is what "as good" means: `BEST`, or the name of a default (see
     `named_defaults`). `margins` maps metric names or their beginnings to what may be lost of them;
     a metric without a margin has 0: nothing may be.
@@ -41,7 +44,9 @@ class Profile:
     objective: str = "fastest"
     reference: str = BEST
     latency_limit_s: float | None = None
-    latency_limit_frac: float | None = None
+    latency_mean_limit_s: float | None = None
+    latency_p95_limit_s: float | None = None
+    evaluations_limit: float | None = None
     memory_limit_bytes: float | None = None
     cost_limit_usd: float | None = None
     usd_per_hour: float | None = None
@@ -107,8 +112,14 @@ def _read(path: Path) -> Profile:
 def _freeze(name: str, raw: Any) -> Profile:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"profile {name}: expected keys and values, got {raw!r}")
+    if raw.get(_GONE) is not None:
+        raise ConfigError(
+            f"profile.{_GONE}: a share of the slowest setting changed with every setting"
+            " that a study has; give evaluations_limit (the vendor's default has 80) or"
+            " latency_limit_s"
+        )
     known = {f.name for f in fields(Profile)}
-    unknown = sorted(set(raw) - known)
+    unknown = sorted(set(raw) - known - {_GONE})
     if unknown:
         raise ConfigError(f"profile.{unknown[0]}: unknown; known: {', '.join(sorted(known))}")
     margins = raw.get("margins")
@@ -122,7 +133,9 @@ def _freeze(name: str, raw: Any) -> Profile:
         objective=_word("objective", raw, "fastest", OBJECTIVES),
         reference=_word("reference", raw, BEST, None),
         latency_limit_s=_limit("latency_limit_s", raw),
-        latency_limit_frac=_limit("latency_limit_frac", raw),
+        latency_mean_limit_s=_limit("latency_mean_limit_s", raw),
+        latency_p95_limit_s=_limit("latency_p95_limit_s", raw),
+        evaluations_limit=_limit("evaluations_limit", raw),
         memory_limit_bytes=_limit("memory_limit_bytes", raw),
         cost_limit_usd=_limit("cost_limit_usd", raw),
         usd_per_hour=_limit("usd_per_hour", raw),

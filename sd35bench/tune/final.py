@@ -49,8 +49,7 @@ def decide(
 ) -> Final | str:
     """Choose as `recommend` would; a text says why nothing can be chosen.
 
-    `points` [S] are those of the comparison's candidates; a share of the slowest one's latency
-    must be seconds by now.
+    `points` [S] are those of the comparison's candidates.
     """
     speed = _speeds(comparison)
     named = None if reference is None else list(points).index(reference)

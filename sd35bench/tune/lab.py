@@ -309,6 +309,7 @@ class StudyLab:
             failed=self._failed(found),
             usd=usd,
             peak_bytes=peak_bytes(found),
+            work=found.work,
         )
 
     def _failed(self, found: Candidate) -> np.ndarray:

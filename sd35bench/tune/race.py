@@ -44,7 +44,7 @@ class Evidence:
 
     An image that failed has quality 0 and no latency; `failed` [P] is the share of a prompt's
     images that did (``None``: none). `usd` is what an image costs at a hosted service,
-    `peak_bytes` what making them took at most.
+    `peak_bytes` what making them took at most, `work` an image's evaluations (``None``: unknown).
     """
 
     quality: Floats
@@ -52,6 +52,7 @@ class Evidence:
     failed: Floats | None = None
     usd: float = 0.0
     peak_bytes: int | None = None
+    work: float | None = None
 
     def first(self, prompts: int) -> "Evidence":
         """The same, as if only the first so many prompts had been made."""
@@ -73,6 +74,12 @@ class Evidence:
         """Median latency in seconds; NaN where none was timed."""
         known = self.latency_s[~np.isnan(self.latency_s)]
         return float(np.median(known)) if len(known) else float("nan")
+
+    @property
+    def slowest_s(self) -> float:
+        """Largest latency in seconds; NaN where none was timed."""
+        known = self.latency_s[~np.isnan(self.latency_s)]
+        return float(known.max()) if len(known) else float("nan")
 
     @property
     def p50_ends_s(self) -> tuple[float, float]:
@@ -104,8 +111,9 @@ class Look:
     """Settings side by side: `points` [S], what they cost [S], and paired quality differences.
 
     `low` and `high` [S, S] bound the quality of the row's setting minus the column's; infinite
-    where too few prompts are shared. `p50_low` and `p50_high` [S] bound the median latency;
-    `peak_bytes` [S] is NaN where unknown; `failed` [S] is a share of all images to come too.
+    where too few prompts are shared. `p50_low` and `p50_high` [S] bound the median latency,
+    `slowest_s` [S] is the largest; `peak_bytes` and `work` [S] are NaN where unknown; `failed` [S]
+    is a share of all images to come too.
     """
 
     points: list[Point]
@@ -113,7 +121,9 @@ class Look:
     p50_s: Floats
     p50_low: Floats
     p50_high: Floats
+    slowest_s: Floats
     usd: Floats
+    work: Floats
     peak_bytes: Floats
     failed: Floats
     low: Floats
@@ -133,7 +143,9 @@ def look(seen: Mapping[Point, Evidence], bounds: tuple[float, float] | None) -> 
         p50_s=np.array([seen[p].p50_s for p in points]),
         p50_low=ends[:, 0],
         p50_high=ends[:, 1],
+        slowest_s=np.array([seen[p].slowest_s for p in points]),
         usd=np.array([seen[p].usd for p in points]),
+        work=np.array([np.nan if (w := seen[p].work) is None else w for p in points]),
         peak_bytes=np.array([np.nan if peak is None else peak for peak in peaks]),
         failed=np.array([seen[p].failed_share for p in points]),
         low=low,
@@ -148,17 +160,16 @@ def judge(
 
     `reference` is the named default that the profile holds settings against, where it does.
     """
-    limit = seconds_limit(found, profile)
     out: dict[Point, Out] = {}
     sure: list[int] = []
     for i, point in enumerate(found.points):
         if np.isnan(found.mean[i]) or np.isnan(found.p50_s[i]):
             out[point] = Out(kind="failed", why="it gave no image that counts")
             continue
-        over = _over(found, i, profile, limit)
+        over = _over(found, i, profile)
         if over is not None:
             out[point] = over
-        elif _surely_within(found, i, profile, limit):
+        elif _surely_within(found, i, profile):
             sure.append(i)
     ruler = None if reference is None else found.points.index(reference)
     for i, point in enumerate(found.points):
@@ -167,15 +178,6 @@ def judge(
             if verdict is not None:
                 out[point] = verdict
     return out
-
-
-def seconds_limit(found: Look, profile: Profile) -> float | None:
-    """The profile's limit in seconds, the stricter one; a share is of the slowest one seen."""
-    limits = [] if profile.latency_limit_s is None else [profile.latency_limit_s]
-    known = found.p50_s[~np.isnan(found.p50_s)]
-    if profile.latency_limit_frac is not None and len(known):
-        limits.append(profile.latency_limit_frac * float(known.max()))
-    return min(limits) if limits else None
 
 
 def promise(
@@ -217,8 +219,12 @@ def promise(
     return dict(zip(points, chances.tolist(), strict=True))
 
 
-def _over(found: Look, i: int, profile: Profile, limit: float | None) -> Out | None:
+def _over(found: Look, i: int, profile: Profile) -> Out | None:
     """Whether a setting is over one of the profile's limits, as far as that is sure."""
+    most = profile.evaluations_limit
+    if most is not None and found.work[i] > most:
+        return Out(kind="too slow", why=f"{found.work[i]:.3g} evaluations, limit {most:.3g}")
+    limit = profile.latency_limit_s
     if found.failed[i] > profile.failures_limit:
         most = f"{100 * profile.failures_limit:g} %"
         return Out(kind="failed", why=f"more than {most} of all its images, whatever comes")
@@ -236,8 +242,12 @@ def _over(found: Look, i: int, profile: Profile, limit: float | None) -> Out | N
     return None
 
 
-def _surely_within(found: Look, i: int, profile: Profile, limit: float | None) -> bool:
+def _surely_within(found: Look, i: int, profile: Profile) -> bool:
     """Whether nothing about a setting may turn out to be over a limit, as far as is known."""
+    limits = (profile.latency_mean_limit_s, profile.latency_p95_limit_s)
+    if any(limit is not None and found.slowest_s[i] > limit for limit in limits):
+        return False
+    limit = profile.latency_limit_s
     price = _price(found, i, profile, float(found.p50_high[i]))
     dear = profile.cost_limit_usd is not None and price > profile.cost_limit_usd
     return not dear and (limit is None or bool(found.p50_high[i] <= limit))

@@ -13,7 +13,7 @@ already costs nothing, and workers that share a study come to the same answer.
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isnan
 from typing import Protocol
 
@@ -29,7 +29,6 @@ from sd35bench.tune.race import (
     judge,
     look,
     promise,
-    seconds_limit,
 )
 from sd35bench.tune.search import Found, Search
 from sd35bench.tune.space import Point, Space
@@ -357,20 +356,14 @@ class _Race:
         return seen is None or isnan(seen.mean) or isnan(seen.p50_s)
 
     def _decide(self) -> Final | str:
-        """What `recommend` would say of those left; the limit is a share of all that were seen."""
+        """What `recommend` would say of those left."""
         if not self._racing:
             return "no setting meets the profile"
         if self._lost():
             return f"{self._profile.reference}'s setting gave no image to hold others against"
         asked = [self._points[i] for i in self._racing] + self._rulers()
         points, comparison = self._lab.compared(asked, self.depth)
-        limit = seconds_limit(self._found, self._profile)
-        return decide(
-            points,
-            comparison,
-            replace(self._profile, latency_limit_frac=None, latency_limit_s=limit),
-            reference=self._reference,
-        )
+        return decide(points, comparison, self._profile, reference=self._reference)
 
     @property
     def _price(self) -> int:

@@ -58,10 +58,10 @@ def test_margin_trades_quality_for_speed(tmp_path, margin, expected):
     ("limit", "expected"),
     [
         ({"latency_limit_s": 0.5}, (12, 4.0)),
-        ({"latency_limit_frac": 0.2}, (4, 4.0)),
-        ({"latency_limit_s": 0.5, "latency_limit_frac": 0.2}, (4, 4.0)),
+        ({"evaluations_limit": 20}, (4, 4.0)),
+        ({"latency_limit_s": 0.5, "evaluations_limit": 20}, (4, 4.0)),
     ],
-    ids=["absolute", "relative", "the-stricter"],
+    ids=["seconds", "evaluations", "the-stricter"],
 )
 def test_limit_takes_the_best_of_the_fast_ones(tmp_path, limit, expected):
     entry = _entry(planted(tmp_path, GRID, prompts=200), **limit)

@@ -1,6 +1,7 @@
 """The front and its resampling; what a profile's limits rule out."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from sd35bench.analysis.table import GUARD, read_table
 from sd35bench.recommend import pareto
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.pareto import front_of, pareto_front, resampled_front, speeds
-from sd35bench.types import Memory, Status, Task
+from sd35bench.recommend.profiles import load_profiles
+from sd35bench.types import Memory, Status, Task, Timings
 from tests.studies.memory import MemoryStudy, planted, record
 
 
@@ -266,6 +268,73 @@ def test_latency_that_is_only_just_within_its_limit_is_said(tmp_path):
     assert entry["setting"]["steps"] == 12
     assert entry["evidence"]["limit_close"] is True
     assert _entry(study, latency_limit_s=0.6)["evidence"]["limit_close"] is False
+
+
+def test_latency_whose_interval_is_not_known_is_not_surely_within_its_limit(tmp_path):
+    study = planted(tmp_path, GRID, prompts=1, seeds=1)
+    evidence = _entry(study, latency_limit_s=5.0)["evidence"]
+    assert evidence["limit_close"] is True
+    assert "is not surely within the limit of 5 s" in evidence["headline"]
+
+
+def test_hopeless_slow_setting_moves_no_profile_s_choice(tmp_path):
+    """With a limit relative to the slowest (the mutant) it moves `preview` from 4 to 12 steps."""
+    profiles = load_profiles(Path(__file__).parents[2] / "configs" / "profile")
+    slow = GRID | {(200, 4.0): (0.0, 9.0)}
+    small, large = (planted(tmp_path, g, prompts=60, seeds=1) for g in (GRID, slow))
+
+    def chosen(study, **mutant):
+        found = {n: replace(p, **(mutant if n == "preview" else {})) for n, p in profiles.items()}
+        entries = recommend_document(study, found)["profiles"]
+        return [entry["text-to-image"]["setting"]["steps"] for entry in entries.values()]
+
+    assert chosen(small) == chosen(large) == [4, 28, 28]
+    relative = [
+        {"latency_limit_s": 0.4 * slowest, "evaluations_limit": None} for slowest in (0.7, 9)
+    ]
+    mutants = [chosen(small, **relative[0]), chosen(large, **relative[1])]
+    assert mutants[0] != mutants[1]
+
+
+def _with_rare_stalls(tmp_path, prompts: int = 40) -> MemoryStudy:
+    """Equal quality; 8 steps take 0.1 s, and every tenth call 5 s; 16 steps take 0.2 s."""
+    study = MemoryStudy(tmp_path)
+    for p in range(prompts):
+        for steps, seconds in ((8, 5.0 if p % 10 == 0 else 0.1), (16, 0.2)):
+            timings = Timings(generate_s=seconds, encode_s=0.0)
+            study.add(record(p, steps=steps, timings=timings), prompt_accuracy=float(p % 4 > 0))
+    return study.touch_images()
+
+
+def test_headline_says_where_the_mean_contradicts_p50(tmp_path):
+    evidence = _entry(_with_rare_stalls(tmp_path))["evidence"]
+    said = "by the mean it is slower than 16 steps, cfg 4: 0.59 s against 0.2 s"
+    assert said in evidence["headline"]
+    assert said in evidence["reason"]
+    plain = _entry(planted(tmp_path, GRID, prompts=60), margins={"prompt_accuracy": 0.3})
+    assert "slower than" not in plain["evidence"]["headline"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps", "why"),
+    [
+        ({"latency_limit_s": 0.3}, 8, None),
+        ({"latency_mean_limit_s": 0.3}, 16, "too slow: mean 0.59 s, limit 0.3 s"),
+        ({"latency_p95_limit_s": 0.3}, 16, "too slow: p95 5 s, limit 0.3 s"),
+    ],
+    ids=["p50", "mean", "p95"],
+)
+def test_mean_and_p95_are_limited_where_p50_sees_nothing(tmp_path, limit, steps, why):
+    entry = _entry(_with_rare_stalls(tmp_path), **limit)
+    assert entry["setting"]["steps"] == steps
+    if why is not None:
+        assert _why(entry, 8) == why
+
+
+def test_p95_of_few_images_is_no_pass(tmp_path):
+    entry = _entry(_with_rare_stalls(tmp_path, prompts=19), latency_p95_limit_s=9.0)
+    assert entry["setting"] is None
+    assert "p95 is unknown with 19 timed images" in entry["evidence"]["reason"]
 
 
 @pytest.mark.parametrize(("objective", "steps"), [("fastest", 12), ("best-quality", 28)])

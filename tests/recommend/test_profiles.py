@@ -11,7 +11,9 @@ PROFILES = Path(__file__).parents[2] / "configs" / "profile"
 def test_shipped_profiles_are_preview_balanced_final_and_ever_stricter():
     found = load_profiles(PROFILES)
     assert list(found)[:3] == ["preview", "balanced", "final"]
-    assert found["preview"].latency_limit_frac is not None
+    assert found["preview"].evaluations_limit == 20, (
+        "a quarter of the vendor's 40 steps with guidance"
+    )
     assert found["balanced"].margin("prompt_accuracy") > found["final"].margin("prompt_accuracy")
 
 
@@ -28,7 +30,10 @@ def test_margin_is_by_the_longest_beginning_and_0_where_none_is_named():
         ({"latency_limit": 1}, "latency_limit"),
         ({"latency_limit_s": 0}, "latency_limit_s"),
         ({"latency_limit_s": "fast"}, "latency_limit_s"),
-        ({"latency_limit_frac": float("nan")}, "latency_limit_frac"),
+        ({"latency_mean_limit_s": -1}, "latency_mean_limit_s"),
+        ({"latency_p95_limit_s": "1"}, "latency_p95_limit_s"),
+        ({"evaluations_limit": float("nan")}, "evaluations_limit"),
+        ({"latency_limit_frac": 0.4}, "latency_limit_frac: .* give evaluations_limit"),
         ({"margins": {"fid": -1}}, "margins.fid"),
         ({"margins": {"fid": True}}, "margins.fid"),
         ({"margins": {"prompt_acuracy": 0.1}}, "margins.prompt_acuracy: no choice"),
@@ -36,7 +41,10 @@ def test_margin_is_by_the_longest_beginning_and_0_where_none_is_named():
         ({"name": 3}, "name=3"),
         ([], "expected keys"),
     ],
-    ids=["typo", "zero", "text", "nan", "negative", "bool", "metric", "share", "name", "list"],
+    ids=[
+        *("typo", "zero", "text", "mean", "p95", "nan", "gone"),
+        *("negative", "bool", "metric", "share", "name", "list"),
+    ],
 )
 def test_bad_profile_is_refused_by_name(raw, names):
     with pytest.raises(ConfigError, match=names):

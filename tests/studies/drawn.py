@@ -33,7 +33,7 @@ HOSTILE = (
     "\u202eمربع أحمر\u202c <b>bold</b>",
 )
 PROFILES = {
-    "preview": {"latency_limit_frac": 0.3, "margins": {}},
+    "preview": {"evaluations_limit": 16, "margins": {}},
     "balanced": {"margins": {"prompt_accuracy": 0.1, "edit_quality": 0.1}},
     "final": {"margins": {}},
 }

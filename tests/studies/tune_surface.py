@@ -95,6 +95,11 @@ class Surface:
     def latency_s(self, point: Point) -> float:
         return _between(LATENCY_S, self.space, point)
 
+    def work(self, point: Point) -> float:
+        """Evaluations an image; an axis that is not searched is without effect."""
+        named = self.space.named(point)
+        return float(str(named["steps"])) * (2.0 if float(str(named.get("cfg", 1))) > 1 else 1.0)
+
     def make(self, points: Sequence[Point], prompts: range) -> None:
         for point in points:
             made = self._made.setdefault(point, set())
@@ -117,7 +122,7 @@ class Surface:
         latency_s = self.latency_s(point) * np.exp(_TIMER * rng.standard_normal(self.prompts))
         missing = [i for i in range(self.prompts) if i not in self._made.get(point, set())]
         quality[missing] = latency_s[missing] = np.nan
-        return Evidence(quality=quality, latency_s=latency_s)
+        return Evidence(quality=quality, latency_s=latency_s, work=self.work(point))
 
 
 def side_by_side(seen: Sequence[Evidence]) -> Comparison:
@@ -127,7 +132,7 @@ def side_by_side(seen: Sequence[Evidence]) -> Comparison:
             row=_Local(setting={"setting": str(i)}, environment_id=None),
             quality=_by_key(evidence.quality),
             latency_s=_by_key(evidence.latency_s),
-            work=1.0,
+            work=1.0 if evidence.work is None else evidence.work,
         )
         for i, evidence in enumerate(seen)
     ]

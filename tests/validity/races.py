@@ -91,9 +91,8 @@ def _race(profile: Profile, prompts: int, edge: bool, seed: int) -> tuple[float,
 def _lost(lab: Surface, chosen: Point, profile: Profile) -> float:
     """True quality lost against the best within the limit; 1 where the choice is over it."""
     points = [GRID.point(i) for i in range(GRID.size)]
-    share = profile.latency_limit_frac
-    slowest = max(map(lab.latency_s, points))
-    allowed = [p for p in points if share is None or lab.latency_s(p) <= share * slowest]
+    limit = profile.evaluations_limit
+    allowed = [p for p in points if limit is None or lab.work(p) <= limit]
     if chosen not in allowed:
         return 1.0
     return max(map(lab.accuracy, allowed)) - lab.accuracy(chosen)

@@ -63,11 +63,10 @@ class Truth:
         )
 
     def allowed(self, profile: Profile) -> NDArray[np.bool_]:
-        """Which settings [S] keep the profile's share of the slowest one's latency."""
-        share = profile.latency_limit_frac
-        if share is None:
-            return np.ones(len(self.settings), bool)
-        return self.p50_s <= share * self.p50_s.max()
+        """Which settings [S] keep the profile's limit of evaluations."""
+        limit = profile.evaluations_limit
+        work = np.array([steps * (2 if cfg > 1 else 1) for steps, cfg in self.settings])
+        return work <= (np.inf if limit is None else limit)
 
     def regrets(self, profile: Profile) -> NDArray[np.float64]:
         """Quality lost by each setting [S] against the best that is allowed; 0 at least."""
