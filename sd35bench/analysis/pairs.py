@@ -10,8 +10,8 @@ take the prompt away from all others.
 """
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,8 @@ class Comparison:
     """Candidates on the pairs that all of them have.
 
     `quality`: [S, n]; `keys`: [n], what each pair is; `clusters`: [n], the prompt of each;
-    `left_out` are rows with too few pairs.
+    `left_out` are rows that are in no comparison, each with why; `lacking` counts, by candidate,
+    the pairs that others have and it has not.
     """
 
     metric: str
@@ -80,7 +81,8 @@ class Comparison:
     quality: NDArray[np.float64]
     keys: list[PairKey]
     clusters: NDArray[np.int64]
-    left_out: list[Candidate]
+    left_out: list[tuple[Candidate, str]]
+    lacking: dict[int, int] = field(default_factory=dict)
 
     def mean(self, index: int) -> Interval:
         """One candidate's mean quality."""
@@ -165,38 +167,81 @@ def candidates(table: Table, rows: list[Row], task: Task) -> tuple[str, list[Can
 
     Raises: ConfigError where no metric that can judge this task was scored.
     """
+    metric, found = all_candidates(table, rows, task)
+    return metric, [c for c in found if c.quality]
+
+
+def all_candidates(table: Table, rows: list[Row], task: Task) -> tuple[str, list[Candidate]]:
+    """Do the same with rows of which no image was scored.
+
+    Raises: ConfigError where no metric that can judge this task was scored.
+    """
     metric, names = _objective(table, rows, task)
     found = [
         Candidate(row, _quality(table, row, names), _latency(row), _work(row), _refused(table, row))
         for row in rows
     ]
-    return metric, _under_every_negative([c for c in found if c.quality])
+    return metric, _under_every_negative(found)
 
 
 def compare(metric: str, found: list[Candidate]) -> Comparison:
     """Put candidates on their common pairs.
 
+    Those with too few pairs are left out, and those that were judged on other prompts: of these the
+    larger group is compared.
+
     Raises: ConfigError with fewer than two candidates, or where they share no pair.
     """
-    outcomes = [c.outcomes() for c in found]
+    outcomes = [c.outcomes() if c.quality else {} for c in found]
     enough = _ENOUGH_PAIRS * max(map(len, outcomes), default=0)
-    kept = [c for c, o in zip(found, outcomes, strict=True) if len(o) >= enough]
-    left_out = [c for c, o in zip(found, outcomes, strict=True) if len(o) < enough]
-    outcomes = [o for o in outcomes if len(o) >= enough]
-    if len(kept) < 2:
+    many = [i for i, o in enumerate(outcomes) if len(o) >= max(enough, 1)]
+    alike = _on_the_same_pairs(outcomes, many)
+    shared = set().union(*(outcomes[i] for i in alike))
+    left_out = [
+        (c, _why_left_out(metric, c, outcomes[i], shared))
+        for i, c in enumerate(found)
+        if i not in alike
+    ]
+    kept, outcomes = [found[i] for i in alike], [outcomes[i] for i in alike]
+    if len(many) < 2:
         raise ConfigError(
-            f"nothing to compare: {len(kept)} setting with {metric}; sweep at least two, for"
+            f"nothing to compare: {len(many)} setting with {metric}; sweep at least two, for"
             " example `sd35bench run -m steps=4,16 cfg=1,4`"
         )
     tally = Counter(key for o in outcomes for key in o)
     common = [key for key in outcomes[0] if tally[key] == len(kept)]
-    if not common:
+    if not common or len(kept) < 2:
         raise ConfigError(
             "nothing to compare: the settings share no pair of prompt, seed, size and init image;"
             " sweep them over the same prompts and seeds"
         )
     quality = np.array([[o[key] for key in common] for o in outcomes])
-    return Comparison(metric, kept, quality, common, _clusters(common), left_out)
+    counts = [len(shared) - len(o) for o in outcomes]
+    lacking = {i: count for i, count in enumerate(counts) if count}
+    return Comparison(metric, kept, quality, common, _clusters(common), left_out, lacking)
+
+
+def _on_the_same_pairs(outcomes: Sequence[Mapping[PairKey, float]], among: list[int]) -> list[int]:
+    """Of these, the most that share half of the pairs of one of them, in their order."""
+    pairs = [outcomes[i].keys() for i in among]
+    if len(set().union(*pairs)) == max(map(len, pairs), default=0):
+        return among  # somebody has all pairs
+    groups = [
+        [i for i, others in zip(among, pairs, strict=True) if 2 * len(mine & others) >= len(mine)]
+        for mine in pairs
+    ]
+    return max(groups, key=len, default=[])
+
+
+def _why_left_out(
+    metric: str, candidate: Candidate, own: Mapping[PairKey, float], shared: set[PairKey]
+) -> str:
+    if not own:
+        return f"not scored: none of its {len(candidate.row.usable)} images has {metric}"
+    if shared and not shared & own.keys():
+        sets = sorted({r.trial.prompt.set for r in candidate.row.quality_records()})
+        return f"judged on other prompts: {len(own)} pairs of {', '.join(sets)}"
+    return f"too few pairs: {len(own)}"
 
 
 def _objective(table: Table, rows: list[Row], task: Task) -> tuple[str, list[str]]:

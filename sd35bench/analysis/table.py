@@ -281,6 +281,13 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
         found.append(f"{count} trials failed; they count in `failed` and nowhere else")
     if ambiguous:
         found.append(ambiguous_text(ambiguous))
+    for task, sets in _prompt_sets(rows).items():
+        if len(sets) > 1:
+            unlike = "; ".join(f"{n} settings on {', '.join(names)}" for names, n in sets.items())
+            found.append(
+                f"{task}: settings were judged on unlike prompts ({unlike}), so that their figures"
+                " do not compare; recommend compares settings on common prompts only"
+            )
     # That a service is another machine than this one goes without saying.
     places: dict[Any, set[str | None]] = defaultdict(set)
     for row in rows:
@@ -288,4 +295,14 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
     environments = max(map(len, places.values()), default=0)
     if environments > 1:
         found.append(f"{environments} unlike environments: their figures are in rows of their own")
+    return found
+
+
+def _prompt_sets(rows: Iterable[Row]) -> dict[str, Counter[tuple[str, ...]]]:
+    """By task, on which prompt sets settings were judged, and how many settings on each."""
+    found: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
+    for row in rows:
+        if row.usable:
+            sets = tuple(sorted({r.trial.prompt.set for r in row.usable}))
+            found[row.setting["task"]][sets] += 1
     return found

@@ -30,7 +30,8 @@ def score(given: Given) -> Answer:
         out.print(text, markup=False, soft_wrap=True)
     for name, note in counts["notes"].items():
         out.print(f"{name}: {note}", markup=False, soft_wrap=True)
-    _print_refused(out, counts)
+    for text in _refused(counts):
+        out.print(text, markup=False, soft_wrap=True)
     return Answer(document=counts)
 
 
@@ -41,11 +42,11 @@ def show(given: Given) -> Answer:
     study = _open(given)
     counts = score_missing(study)
     document = show_document(study)
+    document["warnings"] += _refused(counts)
     if not given.as_json:
         from sd35bench.report.tables import print_settings, settings_markdown
 
         _print(document, given.has("--markdown"), settings_markdown, print_settings)
-    _print_refused(console(given.as_json), counts)
     return Answer(document=document)
 
 
@@ -58,15 +59,16 @@ def recommend(given: Given) -> Answer:
     _check_together(given)
     profiles = _profiles(given.text("--profile"))
     study = _open(given)
-    score_missing(study)
+    counts = score_missing(study)
     if given.has("--plan"):
         return _plan(study, profiles, given)
     document = recommend_document(study, profiles)
     exit_code = 0
     if given.has("--run"):
         exit_code = run_confirming(document["confirm"]["commands"])
-        score_missing(study)
+        counts = score_missing(study)
         document = recommend_document(study, profiles)
+    document["warnings"] += _refused(counts)
     path = write_recommended(study, document)
     if not given.as_json:
         _print_recommended(document, given)
@@ -241,9 +243,8 @@ def _print(
         terminal(document, console())
 
 
-def _print_refused(out: Any, counts: dict[str, Any]) -> None:
-    for name, why in counts["refused"].items():
-        out.print(f"not scored: {name}: {why}", markup=False, soft_wrap=True)
+def _refused(counts: dict[str, Any]) -> list[str]:
+    return [f"not scored: {name}: {why}" for name, why in counts["refused"].items()]
 
 
 COMMANDS = {

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sd35bench.analysis.pairs import Candidate, Comparison, candidates, compare, pick_family
+from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
 from sd35bench.analysis.settings import HELD_OUT, is_hosted
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.errors import ConfigError
+from sd35bench.fields import describe
 from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.confirm import Parted, part_rows, read_held_out
 from sd35bench.recommend.entry import Claim, Entry, setting_of
@@ -26,6 +27,9 @@ from sd35bench.recommend.profiles import BEST, Profile, as_profiles
 from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command
 from sd35bench.stats.verdicts import holm
 from sd35bench.types import Record, Task
+
+_NAMED = 3
+"""Settings that lack pairs that a warning names; it counts the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,10 +133,12 @@ def recommend_document(
     parted = part_rows(table.rows)
     tasks: dict[str, _Task] = {}
     notes = list(parted.notes)
+    warnings = list(table.warnings)
     problems: list[str] = []
     for task in Task:
         rows, left = pick_family(parted.choice, task)
         notes += left
+        warnings += without_images(parted.choice, task)
         if rows:
             try:
                 tasks[task.value] = _Task(study, table, parted, rows, task)
@@ -145,6 +151,13 @@ def recommend_document(
         p.name: {t.value: entries[t.value][p.name] if t.value in tasks else None for t in Task}
         for p in checked
     }
+    for kind, each in tasks.items():
+        warnings += comparison_warnings(each.comparison, kind)
+        warnings += [
+            f"{name} ({kind}): {caveat}"
+            for name, entry in entries[kind].items()
+            for caveat in entry["evidence"].get("caveats", ())
+        ]
     confirmed, said = _confirmation(found, parted)
     return {
         "study": study.name,
@@ -154,8 +167,42 @@ def recommend_document(
         "profiles": found,
         "confirm": runs_document([run for t in tasks.values() for run in t.runs.values()]),
         "notes": [*table.busy, *notes, *problems],
-        "warnings": table.warnings,
+        "warnings": warnings,
     }
+
+
+def without_images(rows: Iterable[Row], task: Task) -> list[str]:
+    """Name the settings of a task that made no image that counts."""
+    return [
+        f"{task.value}: {describe(row.setting)} is in no comparison: none of its"
+        f" {len(row.records)} trials made an image that counts"
+        for row in rows
+        if row.setting["task"] == task.value and not row.usable and not row.random_weights
+    ]
+
+
+def comparison_warnings(comparison: Comparison, task: str) -> list[str]:
+    """Name the settings that are in no comparison, and those that shrink it for all others."""
+    found = [
+        f"{task}: {describe(c.row.setting)} is in no comparison: {why}"
+        for c, why in comparison.left_out
+    ]
+    lacking = sorted(comparison.lacking.items(), key=lambda entry: -entry[1])
+    if not lacking:
+        return found
+    n = comparison.quality.shape[1]
+    most = max(len(c.outcomes()) for c in comparison.candidates)
+    named = [
+        f"{describe(comparison.candidates[i].row.setting)} lacks {count}"
+        for i, count in lacking[:_NAMED]
+    ]
+    more = len(lacking) - len(named)
+    named += [f"{more} more settings lack some"] if more else []
+    return [
+        *found,
+        f"{task}: compared on {n} pairs, of which a setting has up to {most}: {', '.join(named)};"
+        " run and score them on the others, or leave them out",
+    ]
 
 
 class _Task:
@@ -165,7 +212,7 @@ class _Task:
         self, study: Any, table: Table, parted: Parted, rows: list[Row], task: Task
     ) -> None:
         self.study, self.table, self.task, self.parted = study, table, task, parted
-        metric, found = candidates(table, rows, task)
+        metric, found = all_candidates(table, rows, task)
         self.comparison: Comparison = compare(metric, found)
         self.speed: Speeds = speeds(self.comparison)
         self.front: Front = front_of(self.comparison, self.speed)

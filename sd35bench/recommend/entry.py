@@ -123,6 +123,7 @@ class Entry:
         return {
             "headline": self._headline(quality, latency),
             "reason": choice.reason,
+            "caveats": choice.caveats,
             "distinguishable": choice.distinguishable,
             "definitive": choice.definitive,
             "expected_loss": choice.expected_loss,
@@ -179,9 +180,9 @@ class Entry:
                 **dict.fromkeys(missing),
                 "failed": len(c.failed),
                 "n_trials": len(c.tried),
-                "why_not": f"too few pairs: {len(c.quality)}",
+                "why_not": why,
             }
-            for c in compared.left_out
+            for c, why in compared.left_out
         ]
         return found
 

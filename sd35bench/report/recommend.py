@@ -114,8 +114,9 @@ def _terminal(document: Mapping[str, Any]) -> Iterator[Part]:
             f"{images} held-out images would confirm it: sd35bench recommend"
             f" {document['study']} --confirm"
         )
-    for note in (*document["notes"], *document["warnings"]):
-        yield say(("note", "yellow"), f" {note}", wraps=True)
+    for kind in ("notes", "warnings"):
+        for text in document[kind]:
+            yield say((kind.removesuffix("s"), "yellow"), f" {text}", wraps=True)
     groups: dict[Any, _Entries] = defaultdict(list)
     for found in entries:
         if found[2]["setting"] is not None:
@@ -189,8 +190,9 @@ def _paper(document: Mapping[str, Any]) -> Iterator[Part]:
         (f" {words.first_upper(document['confirmation'])}.", "raw"),
         " Brackets are 95 % intervals, clustered by prompt.",
     )
-    for note in (*document["notes"], *document["warnings"]):
-        yield paragraph(f"Note: {note}.")
+    for kind in ("Note", "Warning"):
+        for text in document[f"{kind.lower()}s"]:
+            yield paragraph(f"{kind}: {text}.")
     for profile, task, entry in entries:
         if entry["setting"] is not None:
             yield from _section(profile, task, entry)

@@ -8,12 +8,13 @@ import pytest
 
 from sd35bench.analysis import pairs
 from sd35bench.analysis.pairs import EDIT_QUALITY
+from sd35bench.analysis.table import read_table
 from sd35bench.errors import ConfigError
 from sd35bench.recommend import choice
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.decision import decide
-from sd35bench.types import Timings
+from sd35bench.types import Status, Task, Timings
 from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 T2I, I2I = "text-to-image", "image-to-image"
@@ -128,6 +129,76 @@ def test_setting_with_few_pairs_does_not_shrink_the_rest(tmp_path):
     assert entry["evidence"]["n_pairs"] == 120
     few = next(a for a in entry["alternatives"] if a["setting"]["steps"] == 99)
     assert few["why_not"] == "too few pairs: 3"
+
+
+def _warnings(study) -> list[str]:
+    return recommend_document(study, _profile())["warnings"]
+
+
+def _why(entry: dict[str, Any]) -> dict[int, str]:
+    return {a["setting"]["steps"]: a["why_not"] for a in entry["alternatives"]}
+
+
+def test_setting_that_was_not_scored_is_named(tmp_path):
+    study = planted(tmp_path, GRID, prompts=20)
+    for p in range(20):
+        study.add(record(p, steps=99))
+    study.touch_images()
+    assert _why(_entry(study))[99] == "not scored: none of its 20 images has prompt_accuracy"
+    said = "99 steps, cfg 4 is in no comparison: not scored: none of its 20 images"
+    assert any(said in text for text in _warnings(study))
+    # The mutant: rows without a score are left out before anybody could name them.
+    table = read_table(study)
+    _, found = pairs.candidates(table, table.rows, Task.TEXT_TO_IMAGE)
+    assert pairs.compare("prompt_accuracy", found).left_out == []
+
+
+def test_setting_of_which_every_trial_failed_is_named(tmp_path):
+    study = planted(tmp_path, GRID, prompts=20)
+    for p in range(20):
+        study.add(record(p, steps=99, status=Status.ERROR))
+    said = "99 steps, cfg 4 is in no comparison: none of its 20 trials made an image that counts"
+    assert _warnings(study.touch_images())[-1] == f"text-to-image: {said}"
+
+
+def test_setting_that_takes_pairs_away_from_all_others_is_named(tmp_path):
+    study = planted(tmp_path, GRID, prompts=64, seeds=1)
+    for p in range(38):
+        study.add(record(p, steps=99), prompt_accuracy=1.0)
+    document = recommend_document(study.touch_images(), _profile())
+    assert document["profiles"]["p"][T2I]["evidence"]["n_pairs"] == 38
+    assert document["warnings"] == [
+        "text-to-image: compared on 38 pairs, of which a setting has up to 64: 99 steps, cfg 4"
+        " lacks 26; run and score them on the others, or leave them out"
+    ]
+    assert _warnings(planted(tmp_path, GRID, prompts=64)) == []
+
+
+@pytest.mark.parametrize("few", [3, 8])
+def test_settings_judged_on_other_prompts_share_no_ranking_and_are_named(tmp_path, few):
+    study = MemoryStudy(tmp_path)
+    for p in range(12):
+        for steps in (8, 28):
+            row = record(p, steps=steps, prompt_set="mine.txt")
+            study.add(row, prompt_accuracy=float(p % 4 > 0))
+    for p in range(100, 100 + few):
+        for steps in (4, 16):
+            study.add(record(p, steps=steps), prompt_accuracy=1.0)
+    document = recommend_document(study.touch_images(), _profile())
+    entry = document["profiles"]["p"][T2I]
+    assert entry["setting"]["steps"] == 8, "4 and 16 steps look better on easier prompts"
+    why = f"judged on other prompts: {few} pairs of nano"
+    assert _why(entry) == {28: _why(entry)[28], 4: why, 16: why}
+    said = "2 settings on mine.txt; 2 settings on nano"
+    assert any(f"unlike prompts ({said})" in text for text in document["warnings"])
+    assert sum(why in text for text in document["warnings"]) == 2
+
+
+def test_what_the_headline_warns_of_is_among_the_warnings(tmp_path):
+    study = planted(tmp_path, GRID, prompts=1, seeds=1)
+    document = recommend_document(study, _profile(latency_limit_s=5.0))
+    (caveat,) = document["profiles"]["p"][T2I]["evidence"]["caveats"]
+    assert document["warnings"] == [f"p (text-to-image): {caveat}"]
 
 
 def test_nothing_distinguishable_names_the_best_looking_provisionally(tmp_path):
