@@ -159,3 +159,11 @@ def test_further_hosts_and_another_size_are_read_and_checked():
     for wrong in ("remote.output_hosts=https://a.org/", "remote.accept_size=8"):
         with pytest.raises(ConfigError, match="must be"):
             frozen(*LOCAL, wrong)
+
+
+def test_mutant_that_takes_an_address_as_it_is_written_knows_two_services(monkeypatch):
+    monkeypatch.setattr("sd35bench.config.remote._netloc", lambda parts: parts.netloc)
+    with pytest.raises(AssertionError):
+        test_spellings_of_one_address_are_one_service(
+            "http://localhost:8000", "http://127.0.0.1:8000"
+        )

@@ -464,3 +464,45 @@ def test_shard_ids_sort_by_time():
     ids = [new_shard_id() for _ in range(50)]
     assert ids == sorted(ids)
     assert len(set(ids)) == 50
+
+
+def test_mutant_that_takes_every_temporary_file_for_a_dead_one_removes_a_living_one(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sd35bench.store.is_abandoned", lambda name: True)
+    with pytest.raises(AssertionError):
+        test_lock_removes_what_dead_writers_left_and_nothing_else(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["request", "load", "model", "backend"])
+def test_a_setting_with_a_field_of_a_newer_version_is_refused_and_not_pooled(tmp_path, where):
+    study = Study.open(tmp_path, "s", create=True)
+    study.shard("1").append_record(make_record(request(1)))
+    (shard,) = study.shards()
+    line = json.loads(shard.read_text())
+    trial = line["trial"]
+    part = trial if where == "request" else trial["load"]
+    (part if where == "load" else part[where])["quantum"] = True
+    if where == "load":
+        trial["load"]["quantum"] = True
+    shard.write_text(json.dumps(line) + "\n")
+    with pytest.raises(StoreError, match=rf"{shard.name}:1.*quantum.*newer version"):
+        Study.open(tmp_path, "s").records()
+
+
+def test_a_newer_measurement_of_a_known_setting_is_read_and_kept(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    study.shard("1").append_record(make_record(request(1)))
+    (shard,) = study.shards()
+    text = json.dumps({**json.loads(shard.read_text()), "watts": 300.0}) + "\n"
+    shard.write_text(text)
+    assert len(Study.open(tmp_path, "s").records()) == 1
+    assert shard.read_text() == text
+
+
+def test_mutant_that_ignores_fields_of_a_newer_version_pools_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("sd35bench.store._refuse_unknown", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception):
+        test_a_setting_with_a_field_of_a_newer_version_is_refused_and_not_pooled(
+            tmp_path, "request"
+        )

@@ -10,6 +10,7 @@ same would take a whole budget for no image. So:
 - A charge above `CHARGE_FACTOR` times the listed price ends it at once; the ledger refuses what
   would pass the agreed total.
 
+What may have been made counts as paid for: a prediction that never ends, or that nobody lists.
 What is in flight is collected; nothing that was paid for is thrown away.
 """
 
@@ -29,13 +30,12 @@ class Brake:
     def __init__(self, ledger: Ledger, done: Container[str], price_usd: float, budget_usd: float):
         """`done`: keys of the study's trials that have an image; `budget_usd`: of this run."""
         self._price_usd, self._budget_usd = price_usd, budget_usd
-        over = [i for i in ledger.intents() if i.is_over and i.charge_usd > 0]
-        usable = [intent.trial in done for intent in over]
+        usable = [intent.trial in done for intent in ledger.intents() if intent.charge_usd > 0]
         self.probation = not any(usable[-MOST_UNUSABLE:])
         self._row, self._wasted_usd = 0, 0.0
 
     def count(self, intent: Intent, usable: bool, why: str) -> Paused | None:
-        """Count a purchase of this run that is over; says why no more should be bought."""
+        """Count a purchase of this run; says why no more should be bought."""
         if intent.charge_usd > CHARGE_FACTOR * self._price_usd:
             return Paused(
                 f"the service charged {intent.charge_usd:.4g} USD for an image that is listed at"

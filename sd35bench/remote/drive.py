@@ -183,16 +183,14 @@ class _Rounds:
         uploads = Uploads(client, self.run.study)
         left = [t for t in self.run.missing if self._is_left(t)]
         fresh = [t for t in self.run.missing if not self._is_left(t)]
+        width = self.settings.concurrency
+        await self._round(iter(left), min(width, len(left)), client, uploads)
         first = _first_of_settings(self.run.plan.trials, self.settings.single_stream)
         alone = self._probe_first([t for t in fresh if t.key in first], fresh)
+        await self._round(iter(alone), min(1, len(alone)), client, uploads)
         alone_keys = {t.key for t in alone}
         rest = [t for t in fresh if t.key not in alone_keys]
-        for trials, width in (
-            (left, self.settings.concurrency),
-            (alone, 1),
-            (rest, self.settings.concurrency),
-        ):
-            await self._round(iter(trials), min(width, len(trials)), client, uploads)
+        await self._round(iter(rest), min(width, len(rest)), client, uploads)
 
     def _probe_first(self, alone: list[Trial], fresh: list[Trial]) -> list[Trial]:
         """On probation, put one that was never bought in front of those that run alone."""
@@ -288,10 +286,12 @@ class _Rounds:
         if self.blamed >= GIVE_UP_AFTER and self.paused is None:
             self.paused = Paused(f"{self.blamed} trials in a row failed, the last: {outcome.error}")
         intent = self.ledger.latest(trial.key)
-        if intent is not None and intent.is_over and not outcome.call.resumed:
-            usable = outcome.status is Status.OK
+        usable = outcome.status is Status.OK
+        if intent is not None and self.ledger.owns(intent):
             stop = self.brake.count(intent, usable, f"{outcome.error}")
             self.paused = stop if self.paused is None else self.paused
+        elif usable:
+            self.brake.probation = False
 
     def _what_is_left(self, paused: Paused) -> str:
         """The reason, and what the same command would still do and cost."""

@@ -110,8 +110,11 @@ class Ledger:
     @property
     def own_usd(self) -> float:
         """What this writer's intents count with."""
-        own = f"{self._shard}-"
-        return math.fsum(i.charge_usd for i in self._intents.values() if i.id.startswith(own))
+        return math.fsum(i.charge_usd for i in self._intents.values() if self.owns(i))
+
+    def owns(self, intent: Intent) -> bool:
+        """Whether this writer made an intent."""
+        return intent.id.startswith(f"{self._shard}-")
 
     def latest(self, trial: str) -> Intent | None:
         """The trial's last intent."""

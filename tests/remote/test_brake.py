@@ -1,13 +1,16 @@
 """Purchases stop where what is paid for cannot be used, or costs more than was agreed."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sd35bench.remote.brake as brake
+import sd35bench.remote.ledger as ledger
 import sd35bench.remote.prediction as prediction
+from sd35bench import disk
 from sd35bench.errors import StudyGone
 from sd35bench.remote.ledger import Ledger
 from sd35bench.store import Study, decode_rgb
@@ -155,3 +158,35 @@ def test_a_study_folder_that_goes_away_ends_the_purchases(server, study):
         make(server, study, single_stream=COUNT)
     assert creates(server) == 2
     assert Ledger(study.path.with_name("away"), None).spent_usd == pytest.approx(2 * PRICE_USD)
+
+
+def _charge_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brake, "CHARGE_FACTOR", float("inf"))
+
+
+def _any_total_is_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "ROUNDING_USD", float("inf"))
+
+
+def _a_file_is_always_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.LineFile, "_require_linked", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "test"),
+    [
+        (
+            _charge_is_believed,
+            partial(
+                test_a_charge_far_above_the_listed_price_ends_the_run, charge_usd=PRICE_USD * 1.6
+            ),
+        ),
+        (_any_total_is_agreed, test_charges_a_little_above_the_price_end_at_the_agreed_total),
+        (_a_file_is_always_there, test_a_study_folder_that_goes_away_ends_the_purchases),
+    ],
+    ids=["charge", "agreed total", "folder gone"],
+)
+def test_mutants_buy_on(server, study, monkeypatch, mutate, test):
+    mutate(monkeypatch)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test(server, study)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sd35bench.disk import LineFile
 from sd35bench.errors import DiskFull, Paused, StoreError
 from sd35bench.remote.ledger import Intent, Ledger
 from sd35bench.store import Study
@@ -187,3 +188,20 @@ def test_the_last_intent_counts_though_the_clock_stepped_back(
     latest = Ledger(study.path, None).latest("t1")
     assert latest is not None
     assert (latest.prediction == "p-1") == numbered
+
+
+def test_mutant_that_believes_a_write_leaves_a_torn_line(tmp_path: Path, monkeypatch):
+    """A short write is not looked at: the next line is glued to what was written."""
+
+    def append(self: LineFile, data: bytes) -> None:
+        if self._handle is None:
+            self._open()
+        assert self._handle is not None
+        os.write(self._handle, data)
+
+    monkeypatch.setattr(LineFile, "append", append)
+    with (
+        pytest.MonkeyPatch.context() as inner,
+        pytest.raises((AssertionError, StoreError, pytest.fail.Exception)),
+    ):
+        test_a_line_that_does_not_fit_leaves_no_torn_one_behind(tmp_path, inner)

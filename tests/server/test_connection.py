@@ -1,19 +1,22 @@
 """What a stranger may hold: heads, bodies, connections, and the log; spoken to byte by byte."""
 
+import asyncio
 import contextlib
 import functools
 import json
 import logging
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sd35bench.server import connection, envelope, serving
+from sd35bench.server import app, connection, envelope, predictions, serving
 from sd35bench.server.auth import KeyRing, make_key
 from sd35bench.server.connection import Door
 from tests.server.live import live, make_settings
@@ -210,14 +213,24 @@ PNG = {"Content-Type": "image/png"}
 
 
 def test_a_client_that_hangs_up_in_its_body_is_no_error(server, log_lines):
+    hang_up(server, log_lines, wait_s=30.0)
+
+
+def hang_up(server, log_lines, wait_s: float) -> None:
     with dial(server) as wire:
         wire.sendall(JSON_HEAD + b"Content-Length: 50\r\n\r\n{")
         time.sleep(0.2)
-    until = time.monotonic() + 30
+    until = time.monotonic() + wait_s
     while not any('"status": 499' in line for line in log_lines):
         assert time.monotonic() < until, log_lines
         time.sleep(0.01)
     assert not any("Traceback" in line for line in log_lines)
+
+
+def test_mutant_that_takes_a_hangup_for_an_error_says_so(server, log_lines, monkeypatch):
+    monkeypatch.setattr(envelope, "CLIENT_GONE", 500)
+    with pytest.raises(AssertionError):
+        hang_up(server, log_lines, wait_s=1.0)
 
 
 def test_strangers_fill_no_log(keyed, log_lines):
@@ -306,3 +319,52 @@ def test_mutants_fail(name, request, monkeypatch):
     monkeypatch.setattr(place, attribute, mutant)
     with pytest.raises((AssertionError, OSError)):
         test(given)
+
+
+def test_keep_days_forgets_predictions_while_it_serves(tmp_path):
+    with live(make_settings(tmp_path, keep_days=1e-9)) as opened:
+        opened.ended(opened.create())
+        asyncio.run(_swept(opened.state))
+        assert opened.client.get("/v1/executions").json()["executions"] == []
+
+
+async def _swept(state) -> None:
+    """Sweep once."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await app._sweep(state)
+
+
+def sent_a_hangup(taken: Callable[[], None]) -> None:
+    """What a server does on SIGHUP: it must not be what Python does, which is to die."""
+    server = serving.Server.__new__(serving.Server)
+    server._loop = SimpleNamespace(call_soon_threadsafe=lambda reload: reload())  # type: ignore
+    server._state = SimpleNamespace(keys=SimpleNamespace(reload=taken))  # type: ignore
+    with server.capture_signals():
+        signal.raise_signal(signal.SIGHUP)
+
+
+@pytest.fixture
+def deaths():
+    """How often SIGHUP came through to where Python would have died of it."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda sig, _: found.append(sig))
+    yield found
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_sighup_is_taken_for_a_word_about_keys(deaths):
+    read: list[bool] = []
+    sent_a_hangup(lambda: read.append(True))
+    assert (read, deaths) == ([True], [])
+
+
+def test_mutants_without_a_hangup_s_handler_and_without_a_limit_of_days(
+    deaths, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(serving, "_handling", lambda _: contextlib.nullcontext())
+    with pytest.raises(AssertionError):
+        test_sighup_is_taken_for_a_word_about_keys(deaths)
+    monkeypatch.setattr(predictions.PredictionStore, "prune", lambda *_: 0)
+    with pytest.raises(AssertionError):
+        test_keep_days_forgets_predictions_while_it_serves(tmp_path)

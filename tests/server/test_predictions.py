@@ -257,3 +257,17 @@ def test_a_file_that_is_no_database_is_ours_to_report(tmp_path):
     with pytest.raises(StoreError, match="predictions' file") as caught:
         open_store(tmp_path)
     assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+def test_mutant_that_forgets_what_was_spent_lets_a_balance_be_passed(store, monkeypatch):
+    prune = PredictionStore.prune
+
+    def forget(self, older_than_s: float) -> int:
+        count = prune(self, older_than_s)
+        with self._change() as db:
+            db.execute("DELETE FROM spent")
+        return count
+
+    monkeypatch.setattr(PredictionStore, "prune", forget)
+    with pytest.raises(pytest.fail.Exception):
+        test_what_is_over_for_long_is_forgotten_but_not_what_it_cost(store)

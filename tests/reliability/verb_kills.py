@@ -1,0 +1,181 @@
+"""SIGKILL every verb at random points while a second process works on the same study.
+
+Each verb is a forked child of a process that has imported everything, so that a life is the verb's
+work and not Python's start. After each kill the whole study is verified; a record that was there
+must stay, and the process beside must never fail.
+"""
+
+import contextlib
+import io
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sd35bench.cli import main
+from sd35bench.store import Study
+from sd35bench.types import Status
+from sd35bench.verify import verify_study
+from tests.reliability.experiment import Experiment, Figure
+
+KILLS = 500
+LIFE_S = 1.2
+SHORTEST_S = 0.01
+POINTS = "backend=fake study=s steps=1,2 cfg=1 prompts.limit=4"
+VERBS = {
+    "run": f"run -m {POINTS} threads=1 seed={{n}}",
+    "score": "score s --metric {metric}",
+    "show": "show s",
+    "recommend": "recommend s",
+    "tune": f"tune {POINTS} threads=1 seed=0 first=4 images=8",
+    "claims": "claims s",
+    "compare": "compare s s",
+    "baseline": "baseline make s out.json --images",
+    "report": "report s",
+    "clean": "clean s --apply",
+    "verify": "verify s",
+}
+METRICS = ("sharpness", "contrast", "prompt_accuracy", "clip_score_nano")
+BESIDE = f"run -m {POINTS} threads=2 seed={{n}}"
+
+
+def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
+    """Kill until there were enough; then each verb once in peace."""
+    os.environ.update({"XDG_CACHE_HOME": f"{folder / 'cache'}", "COLUMNS": "80"})
+    seen: list[str] = []
+    with contextlib.chdir(folder):
+        _quietly(lambda: main(VERBS["run"].format(n=0, metric="").split()))
+        for words in VERBS.values():
+            _quietly(lambda words=words: main(words.format(n=0, metric=METRICS[0]).split()))
+        beside = _fork(_work_beside)
+        try:
+            killed, in_vain, figures = _kill(round(KILLS * scale), folder, seen)
+        finally:
+            os.kill(beside, signal.SIGTERM)
+            failed = _exit_code(beside) != 0
+    if failed:
+        seen.append("the process beside failed; see its last words above")
+    with contextlib.chdir(folder):
+        codes = {
+            verb: _exit_code(_fork(lambda w=words: main(w.format(n=1, metric="").split())))
+            for verb, words in VERBS.items()
+            if verb != "score"
+        }
+    bad = [f"{verb} ended with {code} in peace" for verb, code in codes.items() if code]
+    twice = sum(count > 1 for count in _ok_lines(folder / "results" / "s").values())
+    return [
+        Figure(name="SIGKILLs of a running verb", value=sum(killed.values()), least=KILLS * scale),
+        *(Figure(name=f"of them: {verb}", value=killed[verb]) for verb in VERBS),
+        Figure(name="verbs that had ended before", value=in_vain),
+        *figures,
+        Figure(name="trials that were made twice", value=twice, most=0),
+        Figure(name="failures of the process beside", value=int(failed), most=0),
+        Figure(name="verbs that do not end well in peace", value=len(bad), most=0),
+    ], [*seen, *bad]
+
+
+def _kill(wanted: int, folder: Path, seen: list[str]) -> tuple[Counter[str], int, list[Figure]]:
+    draw = random.Random()
+    killed: Counter[str] = Counter()
+    in_vain = lost = damaged = number = 0
+    before: set[str] = set()
+    study = folder / "results" / "s"
+    while sum(killed.values()) < wanted:
+        number += 1
+        verb = list(VERBS)[number % len(VERBS)]
+        words = VERBS[verb].format(n=number, metric=METRICS[number % len(METRICS)]).split()
+        child = _fork(lambda words=words: main(words))
+        time.sleep(draw.uniform(SHORTEST_S, LIFE_S))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        if _exit_code(child) == -signal.SIGKILL:
+            killed[verb] += 1
+        else:
+            in_vain += 1
+        problems = verify_study(study).problems
+        damaged += bool(problems)
+        seen += [f"{verb}: {problem['what']}" for problem in problems]
+        now = Study.open(study.parent, "s").done_keys()
+        lost += len(before - now)
+        before = now
+    return (
+        killed,
+        in_vain,
+        [
+            Figure(name="images in the end", value=len(before), least=1),
+            Figure(name="times that the study was not whole", value=damaged, most=0),
+            Figure(name="images or records lost", value=lost, most=0),
+        ],
+    )
+
+
+def _ok_lines(study: Path) -> Counter[str]:
+    done = (r for r in Study(study).all_records() if r.status is Status.OK)
+    return Counter(record.trial.key for record in done)
+
+
+def _work_beside() -> int:
+    """Make images of another load, and look at them, until it is told to end."""
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda sig, _: ended.append(sig))
+    number = 0
+    while not ended:
+        number += 1
+        for words in (BESIDE, "score s --metric sharpness", "show s"):
+            code = main(words.format(n=number).split()) if not ended else 0
+            if code != 0:
+                return code
+    return 0
+
+
+def _fork(act: Callable[[], int]) -> int:
+    """Start `act` in a child, in a group of its own with its workers; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        code = act()
+    finally:
+        os._exit(code)
+
+
+def _exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _quietly(act: Callable[[], int]) -> None:
+    """In this process, so that all that a verb imports is there for its children."""
+    sink = io.StringIO()
+    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        act()
+
+
+VERB_KILLS = Experiment(
+    name="verb-kills",
+    title="Every verb killed, another process beside",
+    did=(
+        f"Verbs ({', '.join(VERBS)}) on one study of the fake backend, each a forked child with"
+        f" its workers, are sent SIGKILL after a time drawn evenly from {SHORTEST_S:g} to"
+        f" {LIFE_S:g} s. A second process makes images of another load in the same study, scores"
+        " and shows them all the while. After each kill `verify` reads the study; in the end each"
+        " verb runs in peace."
+    ),
+    fails_if=(
+        "the study is not whole after a kill, an image or record that was there is gone, a trial is"
+        " made twice, the process beside fails, or a verb does not end well in peace."
+    ),
+    shows_not=(
+        "Power cuts. `serve` and hosted runs are killed in experiments of their own; `export`,"
+        " `reference` and `doctor` are not among these verbs."
+    ),
+    run=run,
+    parallel=False,
+)
