@@ -177,6 +177,9 @@ class _Rounds:
             checks=checks,
             policy=policy,
             paused=lambda: self.paused,
+            bounds=WaitBounds(
+                limit_s=settings.timeout_s, stopped=lambda: self.paused, say=self._say
+            ),
         )
 
     async def _rounds(self, client: Client) -> None:
@@ -233,10 +236,7 @@ class _Rounds:
     async def _one(self, trial: Trial, client: Client, uploads: Uploads) -> None:
         name = f"{self.run.study.path.resolve()}:{trial.key}"
         setting = setting_key(trial)
-        bounds = WaitBounds(
-            limit_s=self.settings.timeout_s, stopped=lambda: self.paused, say=self._say
-        )
-        async with self.limiter.flight(name, bounds) as slot:
+        async with self.limiter.flight(name, client.bounds) as slot:
             with self.flights.one() as flight:
                 started_at = datetime.now(UTC).isoformat()
                 hosted = HostedTrial(

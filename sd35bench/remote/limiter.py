@@ -136,13 +136,26 @@ class Limiter:
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
 
-    async def request(self) -> None:
-        """Wait until one more request may leave, and count it; in this process first come first."""
+    async def request(self, bounds: WaitBounds | None = None) -> None:
+        """Wait until one more request may leave, and count it; in this process first come first.
+
+        Alone on its key a process whose turn it is waits one window at most, so that its bound is
+        two windows at least. Raises: Paused where other processes keep it waiting for longer.
+        """
+        bounds = WaitBounds() if bounds is None else bounds
+        limit_s = max(bounds.limit_s, 2 * self._count.span_s)
         async with self._turn:
+            began, said = time.monotonic(), False
             while True:
                 wait_s = await asyncio.to_thread(self._count.take, self._clock)
                 if wait_s <= 0:
                     return
+                waited_s = time.monotonic() - began
+                if waited_s >= limit_s:
+                    raise Paused(_no_turn(self._count.per_minute, waited_s))
+                if waited_s + wait_s >= SAY_S and not said:
+                    bounds.say(_no_turn(self._count.per_minute, waited_s + wait_s))
+                    said = True
                 # Jitter keeps processes that wait for the same moment from meeting at the lock.
                 await asyncio.sleep(wait_s + random.uniform(0, 0.01))
 
@@ -210,6 +223,13 @@ class Limiter:
                 await self._freed.wait()
         except TimeoutError:
             return
+
+
+def _no_turn(per_minute: int, waited_s: float) -> str:
+    return (
+        f"no request may leave for {waited_s:.0f} s: remote.requests_per_minute={per_minute} is"
+        " used up by this run, or by others with the same service and key"
+    )
 
 
 def _no_slot(in_flight: int, waited_s: float) -> str:

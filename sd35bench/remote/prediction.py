@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 from sd35bench.disk import write_atomic
 from sd35bench.errors import InvalidImage, LostAnswer, Paused, RemoteError, UnsafeAddress
 from sd35bench.remote.addresses import HostNotAllowed
-from sd35bench.remote.download import Downloaded, download
+from sd35bench.remote.download import DEADLINE_S, Downloaded, download
 from sd35bench.remote.flights import Flight
 from sd35bench.remote.http import Interrupted
 from sd35bench.remote.images import decode_image, sniff
@@ -148,7 +148,7 @@ class HostedTrial:
         inputs = self.client.provider.input(self.trial.request, await self.image_url())
         unsent = 0
         while True:
-            await self.client.limiter.request()
+            await self.client.limiter.request(self.client.bounds)
             paused = self.client.paused()
             if paused is not None:
                 raise paused  # decided while this one waited: nothing more is bought
@@ -392,7 +392,10 @@ class HostedTrial:
         while True:
             try:
                 return await download(
-                    url, hosts=self.hosts, allow_loopback=self.client.settings.allow_loopback
+                    url,
+                    hosts=self.hosts,
+                    allow_loopback=self.client.settings.allow_loopback,
+                    deadline_s=min(DEADLINE_S, self.client.settings.timeout_s),
                 )
             except HostNotAllowed as exc:
                 raise UnsafeAddress(

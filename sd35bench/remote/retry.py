@@ -32,6 +32,7 @@ from typing import Any, Protocol, TypeVar
 
 from sd35bench.errors import ConfigError, LostAnswer, Paused, RemoteError, UnsafeAddress
 from sd35bench.remote.ledger import Ledger
+from sd35bench.remote.limiter import WaitBounds
 from sd35bench.remote.providers.base import Call, Provider
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed, Transport
@@ -58,8 +59,8 @@ _Read = TypeVar("_Read")
 class RequestLimit(Protocol):
     """What is needed of a limiter here: wait until one more request may leave."""
 
-    async def request(self) -> None:
-        """Wait for a turn, and take it."""
+    async def request(self, bounds: WaitBounds | None = None) -> None:
+        """Wait for a turn, and take it. Raises: Paused where the bounds end the wait."""
         ...
 
 
@@ -185,6 +186,7 @@ class Client:
     checks: Executor
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     paused: Callable[[], Paused | None] = lambda: None
+    bounds: WaitBounds = field(default_factory=WaitBounds)
     reached: bool = False
     inputs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -199,7 +201,7 @@ async def ask(
     """
     failures = malformed = 0
     while True:
-        await client.limiter.request()
+        await client.limiter.request(client.bounds)
         deadline.start()
         retry_after_s = None
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from sd35bench.errors import SD35BenchError
+from sd35bench.errors import InvalidImage, SD35BenchError
 from sd35bench.remote.brake import MOST_UNUSABLE
 from sd35bench.store import Study, decode_rgb
 from sd35bench.types import Status
@@ -89,13 +89,21 @@ def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
     names = list(MISBEHAVIOURS)[:: max(1, round(1 / scale))]
     sold = Sold()
     surroundings = {"XDG_STATE_HOME": str(folder / "state"), "EACHLABS_API_KEY": ""}
-    decoder = mock.patch("sd35bench.remote.prediction.decode_image", decode_rgb)
+    decoder = mock.patch("sd35bench.remote.prediction.decode_image", _decode)
     with mock.patch.dict(os.environ, surroundings), decoder:
         for number, name in enumerate(names):
             sold.modes += 1
             from_start(name, folder / f"{number}-start", sold)
             after_good_ones(name, folder / f"{number}-turned", sold)
     return _figures(sold, scale), sold.seen
+
+
+def _decode(data: bytes) -> Any:
+    """The decoder, in this process: its child processes are what another experiment tests."""
+    try:
+        return decode_rgb(data)
+    except Exception as exc:
+        raise InvalidImage(f"cannot be decoded: {exc}") from exc
 
 
 def from_start(name: str, root: Path, sold: Sold) -> None:
