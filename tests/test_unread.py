@@ -19,6 +19,7 @@ VALUES = {
     "deadline_s": ("deadline_s=9", HOSTED, LOCAL),
     "memory_limit_gb": ("memory_limit_gb=9", HOSTED, LOCAL),
     "keep_latents": ("keep_latents=true", HOSTED, LOCAL),
+    "contention": ("contention=warn", HOSTED, LOCAL),
     "noise_floor": ("noise_floor=fake", HOSTED, LOCAL),
     "prompts.path": ("prompts.path=mine.txt", "prompts.kind=nano", "prompts.kind=geneval"),
     "prompts.columns.": ("prompts.columns.prompt=x", "prompts.kind=coco", "prompts.kind=file"),

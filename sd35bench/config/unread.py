@@ -47,6 +47,7 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "deadline_s": _HERE,
     "memory_limit_gb": _HERE,
     "keep_latents": _HERE,
+    "contention": _HERE,
     "noise_floor": _HERE,
     "prompts.path": (_kind(*_FILES), f"these prompts are no file; add prompts={_FILES[0]}"),
     "prompts.columns.": _FILE,
