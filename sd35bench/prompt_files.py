@@ -42,7 +42,7 @@ def read_file(spec: PromptSpec) -> list[PromptItem]:
     if spec.skip_empty:
         rows = [(where, row) for where, row in rows if not _is_empty(row.get(columns["prompt"]))]
     items = [
-        _item(path, number, where, {n: row.get(c) for n, c in columns.items()})
+        _item(path, number, where, {n: row.get(c) for n, c in columns.items()}, spec.first_frame)
         for number, (where, row) in enumerate(rows)
     ]
     return _unrepeated(items, [where for where, _ in rows])
@@ -72,7 +72,9 @@ def read_coco(spec: PromptSpec) -> list[PromptItem]:
     return items
 
 
-def _item(path: Path, number: int, where: str, row: dict[str, Any]) -> PromptItem:
+def _item(
+    path: Path, number: int, where: str, row: dict[str, Any], first_frame: bool
+) -> PromptItem:
     for name, value in row.items():
         kinds = str | int if name == "id" else str
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
@@ -85,7 +87,7 @@ def _item(path: Path, number: int, where: str, row: dict[str, Any]) -> PromptIte
         )
     init = None
     if row["init_image"] not in (None, ""):
-        init = read_init_image(path.parent / str(row["init_image"]), where)
+        init = read_init_image(path.parent / str(row["init_image"]), where, first_frame)
     own_id = row["id"]
     item_id = f"{number:05d}" if own_id in (None, "") else str(own_id)
     negative = row["negative_prompt"]

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sd35bench.errors import ConfigError
+from sd35bench.pictures import is_animated, oriented_size, read_picture
 from sd35bench.types import PromptRef
 
 SPLITS = ("all", "tune", "heldout")
@@ -43,7 +44,8 @@ class PromptSpec:
 
     `columns` maps prompt, negative_prompt, init_image and id to a file's own column names.
     `limit` keeps the first so many. `task` and `seed` are for generated sets, `texts` are the
-    prompts of the kind `given`; `skip_empty` leaves out a file's rows without a prompt.
+    prompts of the kind `given`; `skip_empty` leaves out a file's rows without a prompt,
+    `first_frame` takes animations as init images.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class PromptSpec:
     seed: int = 0
     texts: tuple[str, ...] = ()
     skip_empty: bool = False
+    first_frame: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -150,10 +153,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_init_image(path: Path, where: str) -> bytes:
+def read_init_image(path: Path, where: str, first_frame: bool = False) -> bytes:
     """Read an init image's file after looking at its header; `where` opens the error message.
 
-    Raises: ConfigError if it is missing, not PNG, JPEG or WEBP, or larger than 64 megapixels.
+    Raises: ConfigError if it is missing, not PNG, JPEG or WEBP, larger than 64 megapixels, or an
+    animation whose first frame was not asked for.
     """
     if not path.is_file():
         raise ConfigError(f"{where}: there is no file {path}")
@@ -163,26 +167,33 @@ def read_init_image(path: Path, where: str) -> bytes:
             width, height = image.size
             if width * height > INIT_PIXEL_LIMIT:
                 raise ConfigError(f"{where}: {path} has {width}x{height} px; at most 64 megapixels")
-            image.load()
+            if is_animated(image) and not first_frame:
+                raise ConfigError(
+                    f"{where}: {path} is an animation; take its first frame with"
+                    " prompts.first_frame=true"
+                )
+        read_picture(data, INIT_FORMATS)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
         raise ConfigError(f"{where}: {path} is not a readable PNG, JPEG or WEBP image") from exc
     return data
 
 
 def init_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in px of an init image's file."""
+    """(width, height) in px of an init image's file, as it is seen."""
     with Image.open(io.BytesIO(data), formats=INIT_FORMATS) as image:
-        return image.size
+        return oriented_size(image)
 
 
-def with_init_image(items: tuple[PromptItem, ...], path: Path) -> tuple[PromptItem, ...]:
+def with_init_image(
+    items: tuple[PromptItem, ...], path: Path, first_frame: bool = False
+) -> tuple[PromptItem, ...]:
     """Give every prompt the same init image.
 
     Raises: ConfigError if the file is no image, or the prompts bring init images of their own.
     """
     if any(item.init_image is not None for item in items):
         raise ConfigError(f"init_image={path}: this prompt set has init images of its own")
-    data = read_init_image(path, "init_image")
+    data = read_init_image(path, "init_image", first_frame)
     return tuple(replace(item, init_image=data) for item in items)
 
 

@@ -30,7 +30,6 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
-from PIL import Image
 
 from sd35bench.disk import (
     LineFile,
@@ -45,6 +44,7 @@ from sd35bench.disk import (
     write_atomic,
 )
 from sd35bench.errors import StoreError, StudyLocked
+from sd35bench.pictures import decode_rgb
 from sd35bench.stored import Scan, StoredFiles, is_named
 from sd35bench.types import BackendSpec, Load, ModelSpec, Record, Request, Session, Status, to_json
 
@@ -94,12 +94,6 @@ def shard_order(path: Path) -> tuple[int, str]:
     """Sorts shards from the oldest to the newest: by number, then by name; names had no number."""
     found = _NUMBER.match(path.name)
     return (0 if found is None else int(found[1]), path.name)
-
-
-def decode_rgb(data: bytes) -> np.ndarray:
-    """Decode an image file's bytes to uint8 RGB [H, W, 3]."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 class Shard:

@@ -30,7 +30,7 @@ from sd35bench.backends.base import Backend, Generation, load_backend
 from sd35bench.canary import Lookout, start_lookout
 from sd35bench.errors import BackendError, InvalidImage, OutOfMemory, UnsupportedRequest
 from sd35bench.measure import Stopwatch, environment, environment_id, gpu_state, memory
-from sd35bench.store import decode_rgb
+from sd35bench.pictures import decode_rgb
 from sd35bench.types import (
     Flops,
     GpuState,

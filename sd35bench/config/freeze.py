@@ -6,6 +6,7 @@ second. A model's YAML says what its scheduler and denoiser allow, a backend's w
 sweep must stay inside both.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from sd35bench.config.weights import model_notes, model_spec, refuse_hosted_only
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import parse_skip_layers
+from sd35bench.pictures import read_picture
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
@@ -75,7 +77,12 @@ def freeze(config: DictConfig) -> Job:
         batch_sizes=batch_sizes,
         timed_limit=_timed_limit(conf),
         order_seed=conf.order_seed,
-        notes=(*place.notes, *_notes(conf, axes), *_resize_notes(prompts, sizes)),
+        notes=(
+            *place.notes,
+            *_notes(conf, axes),
+            *_picture_notes(prompts),
+            *_resize_notes(prompts, sizes),
+        ),
     )
     return Job(
         study=conf.study,
@@ -171,7 +178,9 @@ def _prompts(conf: RunConf) -> tuple[PromptItem, ...]:
     spec = _prompt_spec(conf.prompts)
     items = load_prompts(spec)
     init_image = vars(conf)["init_image"]
-    return items if init_image is None else with_init_image(items, Path(init_image).expanduser())
+    if init_image is None:
+        return items
+    return with_init_image(items, Path(init_image).expanduser(), spec.first_frame)
 
 
 def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
@@ -187,6 +196,7 @@ def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
         seed=prompts.seed,
         texts=tuple(prompts.texts),
         skip_empty=prompts.skip_empty,
+        first_frame=prompts.first_frame,
         columns={**vars(prompts.columns)},
     )
 
@@ -230,6 +240,13 @@ def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, 
         notes.append("output_quality has no effect on png")
     notes.extend(model_notes(conf.model, conf.backend.needs_weights))
     return tuple(notes)
+
+
+def _picture_notes(prompts: tuple[PromptItem, ...]) -> tuple[str, ...]:
+    """Say what was done to init images that are not plain 8-bit RGB."""
+    files = {item.init_image for item in prompts if item.init_image is not None}
+    counts = Counter(done for data in files for done in read_picture(data).done)
+    return tuple(f"init images: {done} ({counts[done]} of {len(files)})" for done in sorted(counts))
 
 
 def _resize_notes(

@@ -207,6 +207,7 @@ class PromptsConf(Conf):
     skip_empty: bool = known(
         False, "leave out a file's rows without a prompt, in place of refusing"
     )
+    first_frame: bool = known(False, "take an animation's first frame for an init image")
     columns: ColumnsConf = ColumnsConf()
 
 

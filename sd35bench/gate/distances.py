@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.gate.sides import Matched, Side
-from sd35bench.store import decode_rgb
+from sd35bench.pictures import decode_rgb
 
 FindImage = Callable[[str], Path | None]
 """Path of an image by its digest; ``None`` where it is not there."""

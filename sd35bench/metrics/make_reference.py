@@ -26,6 +26,7 @@ from sd35bench.metrics.reference import (
     read_image,
     reduce_features,
     reduce_images,
+    skipped_files,
 )
 from sd35bench.stats.frechet import Gaussian
 from sd35bench.types import Record, Task
@@ -86,9 +87,13 @@ def from_folder(
             if progress is not None:
                 progress(done, len(taken))
 
+    skipped = skipped_files(folder)
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
     source = f"{len(taken)} of {len(files)} images of folder {folder.name}"
+    source += f" (not read: {kinds})" if skipped else ""
     data = reduce_images(extractor, images(), source, keep=choice.keep, seed=choice.seed)
     about = {"images": str(folder), "images_digest": seen.hexdigest(), "found": len(files)}
+    about |= {"skipped": skipped} if skipped else {}
     return _reference(name, data, extractor, choice, about)
 
 

@@ -7,6 +7,7 @@ text-to-image: an edit's target is one image, not a distribution.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,8 +26,8 @@ from sd35bench.analysis.reference import (
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Extractor, Image, ReferenceData, SetMetric, is_nano
 from sd35bench.metrics.extractors import Backbone, NanoEvaluator, choose_extractor
+from sd35bench.pictures import decode_rgb
 from sd35bench.stats.frechet import Gaussian
-from sd35bench.store import decode_rgb
 from sd35bench.types import Record, Task, content_hash
 
 PROMPTS = "prompts"
@@ -38,7 +39,7 @@ _REFERENCE_FACTOR = 2
 # Version 1 drew all prompts with the same seeds; its references must not pass for these.
 _SEEDING = 2
 _BATCH = 64
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"}
 
 
 class ReferencedMetric(SetMetric):
@@ -305,6 +306,13 @@ def image_files(path: Path) -> list[Path]:
     if not found:
         raise MetricError(f"reference {path}: no images in this folder")
     return found
+
+
+def skipped_files(folder: Path) -> dict[str, int]:
+    """How many files of a folder are not read as images, by suffix; hidden ones do not count."""
+    others = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    suffixes = (p.suffix.lower() or "without suffix" for p in others)
+    return dict(Counter(suffix for suffix in suffixes if suffix not in _SUFFIXES))
 
 
 def folder_digest(path: Path) -> str:

@@ -132,7 +132,7 @@ def snippet(record: Record, init_path: Path | None) -> str | None:
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted({pipeline} | imported))}",
-        *(["from PIL import Image"] if edit else []),
+        *(["from diffusers.utils import load_image"] if edit else []),
         "",
         f"torch.set_num_threads({load.threads})",
         f"pipe = {pipeline}.from_pretrained(",
@@ -200,7 +200,7 @@ def _arguments(record: Record, init_path: Path | None) -> list[tuple[str, str]]:
     found = [("prompt", repr(r.prompt)), ("negative_prompt", repr(r.negative_prompt))]
     if r.task is Task.IMAGE_TO_IMAGE:
         found += [
-            ("image", f'Image.open({str(init_path)!r}).convert("RGB")'),
+            ("image", f"load_image({str(init_path)!r})"),
             ("strength", repr(r.prompt_strength)),
         ]
     found += [
