@@ -31,7 +31,7 @@ from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, sear
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.models import AXES, SWEEPER_MODULE, check_lists
 from sd35bench.config.overrides import LOAD_AXES, parse, sweep_values
-from sd35bench.errors import ConfigError, nearest
+from sd35bench.errors import ConfigError, StoreError, nearest
 
 NOISE_BATCH = 8
 
@@ -116,7 +116,12 @@ class GroupingSweeper(Sweeper):
         prepare = getattr(self._task, "prepare", None)
         if prepare is not None and prepare(configs):
             return []
-        returned = self.launcher.launch(jobs, initial_job_idx=0)
+        try:
+            returned = self.launcher.launch(jobs, initial_job_idx=0)
+        except OSError as exc:  # Hydra makes its folders before it calls the task
+            raise StoreError(
+                f"cannot write {exc.filename}: {exc.strerror}; give another results_dir="
+            ) from exc
         return [_value(job) for job in returned]
 
 

@@ -4,6 +4,7 @@ Each load's job calls `RunTask`, possibly on another machine; the rest sums and 
 """
 
 import dataclasses
+import os
 import shlex
 import time
 from collections import Counter
@@ -218,7 +219,7 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _damaged(job: Job) -> int:
     """How many images of a study are not what their names say, if the study is there."""
-    there = (job.results_dir / job.study / "study.json").exists()
+    there = os.path.exists(job.results_dir / job.study / "study.json")
     return len(Study.open(job.results_dir, job.study).images().damaged) if there else 0
 
 

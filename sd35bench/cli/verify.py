@@ -1,5 +1,6 @@
 """`sd35bench verify`: whether every file that a study's results stand on is there and whole."""
 
+import os
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
@@ -17,7 +18,7 @@ def verify(given: Given) -> Answer:
     from sd35bench.verify import document, verify_study
 
     path = given.results_dir / given.words[0]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ConfigError(f"study {given.words[0]!r} is not in {given.results_dir}")
     found = document(path.name, verify_study(path), path)
     _print(console(given.as_json), found)

@@ -21,20 +21,33 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from sd35bench.disk import disk_errors, open_lock, try_flock
+from sd35bench.errors import StoreError
 
 FOLDER = "tune"
 
 
 def open_journal(study_path: Path) -> JournalStorage:
-    """Open the journal of a study's folder, made if need be."""
+    """Open the journal of a study's folder, made if need be.
+
+    Raises: StoreError where it is damaged, or cannot be written.
+    """
     folder = study_path / FOLDER
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / "journal.log"
+    if path.exists() and not path.is_file():
+        raise StoreError(f"{path} cannot be read: it is no regular file")
     lock = JournalLock(path)
-    lock.acquire()  # cut off what a killed writer left before anyone reads
-    lock.release()
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+    with disk_errors(path):
+        lock.acquire()  # cut off what a killed writer left before anyone reads
+        lock.release()
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+    except Exception as exc:  # Optuna replays the lines, and raises whatever they lead to
+        raise StoreError(
+            f"{path} is damaged ({type(exc).__name__}: {exc}); move {folder} away: the search then"
+            " begins again, with the images that are there"
+        ) from exc
 
 
 class JournalLock:

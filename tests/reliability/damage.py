@@ -157,10 +157,8 @@ def make(here: Path) -> None:
     np.savez(path, mean=rows.mean(0), cov=np.cov(rows.T), n=len(rows), **own)
     study.put_features("golden", [str(r.image) for r in records], rows[: len(records)])
     _score_sets(study)
-    where = {"key": "k", "device": "cpu", "threads": 1, "measured_at": "2026-11-30T00:00:00"}
-    rate = {"best": 1e9, "median": 1e9, "n": 3, "unit": "FLOP/s"}
-    study.append_machine({**where, "environment": {}, "rates": {"fp32": rate}})
-    _buy(study)
+    measured(study)
+    buy(study)
     (here / "cache" / "sd35bench").mkdir(parents=True, exist_ok=True)
     (here / "cache" / "sd35bench" / "digests.json").write_text('{"x|1|1|1|1": "00"}')
     main(["baseline", "make", STUDY, "base.json"])
@@ -187,7 +185,15 @@ def _score_sets(study: Study) -> None:
         )
 
 
-def _buy(study: Study) -> None:
+def measured(study: Study) -> None:
+    """Give it a measurement of a machine."""
+    where = {"key": "k", "device": "cpu", "threads": 1, "measured_at": "2026-11-30T00:00:00"}
+    rate = {"best": 1e9, "median": 1e9, "n": 3, "unit": "FLOP/s"}
+    study.append_machine({**where, "environment": {}, "rates": {"fp32": rate}})
+
+
+def buy(study: Study) -> None:
+    """Give it a ledger with one purchase."""
     from sd35bench.remote.ledger import Ledger
 
     ledger = Ledger(study.path, "000009-20261130T000000.000000000-1")
@@ -208,12 +214,13 @@ def surroundings(here: Path) -> Iterator[None]:
         yield
 
 
-def cells(chosen: Sequence[tuple[str, str, str]], folder: Path) -> Cells:
-    """Look at each (kind, damage, verb) in a copy of one study."""
-    whole = folder / "whole"
-    whole.mkdir()
-    with surroundings(whole), _quiet():
-        make(whole)
+def cells(chosen: Sequence[tuple[str, str, str]], folder: Path, whole: Path | None = None) -> Cells:
+    """Look at each (kind, damage, verb) in a copy of one study, made here or found in `whole`."""
+    if whole is None:
+        whole = folder / "whole"
+        whole.mkdir()
+        with surroundings(whole), quiet():
+            make(whole)
     found = Cells()
     for number, (kind, damage, verb) in enumerate(chosen):
         here = folder / f"{number}"
@@ -243,7 +250,7 @@ def _judge(found: Cells, cell: str, path: Path, code: int, out: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[io.StringIO]:
+def quiet() -> Iterator[io.StringIO]:
     text = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(text):
         yield text
@@ -259,7 +266,7 @@ def _call(words: list[str]) -> tuple[int, str]:
     signal.setitimer(signal.ITIMER_REAL, WAIT_S)
     text = ""
     try:
-        with _quiet() as said:
+        with quiet() as said:
             code = main(words)
             text = said.getvalue()
     finally:

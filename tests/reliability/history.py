@@ -23,6 +23,11 @@ FOUND = (
     " page cache is full and then not at all; what Python itself holds (tracemalloc) grew by a"
     " small part of the rest. The load now lasts three minutes, and what grows in the second half"
     " is bounded by itself.",
+    "The misbehaving services found that a prediction that never ends, or that the service does not"
+    " know any more, was no purchase to what stops purchases: five in a row were bought. What may"
+    " have been made now counts like what was.",
+    "They also found that a download may take a minute whatever `remote.timeout_s` says, and that a"
+    " wait for the rate limit had no end. Both are bounded now.",
     "In the other experiments client and server passed each bound in the first run at full size;"
     " what they look for was found before, by the tests of the parts (`tests/remote`,"
     " `tests/server`).",

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 import tests.reliability.client_kills as client_kills
+import tests.reliability.services as services
 from sd35bench.measure import environment
 from sd35bench.store import Study, decode_rgb
 from tests.reliability.__main__ import main
@@ -101,6 +102,19 @@ def test_a_client_is_killed_and_its_leftovers_are_named(tmp_path, monkeypatch):
         client_kills.note(kills, Study.open(tmp_path, STUDY, create=False), server)
         assert server.count("create") == 1  # the first ones run alone
     assert kills.left == {"an id on disk, no end": 1}
+
+
+def test_a_service_in_order_sells_one_image_and_a_client_without_a_brake_buys_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("sd35bench.remote.prediction.decode_image", services._decode)
+    found = services.Sold()
+    services.from_start("image: image-black", tmp_path / "braked", found)
+    assert (found.most_from_start, found.twice, found.believed, found.seen) == (1, 0, 0, [])
+    monkeypatch.setattr("sd35bench.remote.brake.Brake.count", lambda *_: None)
+    services.from_start("image: image-black", tmp_path / "not", found)
+    assert found.most_from_start > 1
 
 
 @pytest.fixture
