@@ -10,10 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from sd35bench.analysis.settings import setting_key
 from sd35bench.cli.output import Answer, RunProgress, console, show_progress
 from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given, in_columns, parse
 from sd35bench.config import Job, check_overrides, choices, freeze
@@ -31,7 +32,11 @@ from sd35bench.sweeper import sweep
 from sd35bench.trials import shares
 from sd35bench.types import content_hash
 
+if TYPE_CHECKING:
+    from sd35bench.cli.auto_limit import Planned
+
 RESUMABLE = 3
+_PLANNED = ("prompts.limit=auto", "margin=", "power=")
 POLL_S = 0.5
 """How often to ask again for a study that another process holds."""
 
@@ -98,6 +103,12 @@ def run(given: Given) -> Answer:
 
     Raises: ConfigError before anything is loaded; StudyLocked, DiskFull, StoreError.
     """
+    if any(text.startswith(_PLANNED) for text in given.settings):
+        from sd35bench.cli.auto_limit import read_auto, run_planned
+
+        auto = read_auto(given.settings)
+        if auto is not None:
+            return run_planned(given, auto, run, _look)
     check_overrides(given.settings, given.has("-m"), given.config_dir)
     task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings)
     results = sweep(task, written(given.settings), given.config_dir)
@@ -124,6 +135,24 @@ def run(given: Given) -> Answer:
     _print_unnamed(out, job)
     incomplete = document["failed"] or document["paused"] is not None
     return Answer(document=document, exit_code=RESUMABLE if incomplete else 0)
+
+
+def _look(given: Given) -> "Planned":
+    """What a command would run; nothing is made."""
+    from sd35bench.cli.auto_limit import Planned
+
+    check_overrides(given.settings, given.has("-m"), given.config_dir)
+    task = RunTask(dry_run=True)
+    sweep(task, expand_short_names(given.settings), given.config_dir)
+    job, _ = task.prepared[0]
+    settings = {setting_key(trial) for _, plan in task.prepared for trial in plan.trials}
+    return Planned(
+        settings=len(settings),
+        prompts=min(len(job.sweep.prompts) for job, _ in task.prepared),
+        loads=[plan.load for _, plan in task.prepared],
+        study=job.study,
+        results_dir=job.results_dir,
+    )
 
 
 def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> Estimate:
@@ -333,6 +362,9 @@ sd35bench run -m steps=4,16,28 cfg=1,4,7 seed=0,1 prompts.limit=16 study=grid
     a grid; the model is loaded once
 sd35bench run -m prompt_strength=0.3,0.6,0.9 prompts.task=edit study=edits
     image-to-image on the embedded model's edit pairs
+sd35bench run -m steps=4,16,28 prompts.limit=auto margin=0.05 study=enough
+    as many prompts as it takes to tell whether a setting loses more than the margin: a pilot of
+    16 prompts first (power=0.8: how probable it is that the rest decides)
 sd35bench run -m backend=eager,eager-bf16 batch_size=16 study=backends
     one load per backend
 sd35bench run model=sd35-medium model.path=models/sd35-medium prompts=file prompts.path=my.csv

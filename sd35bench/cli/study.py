@@ -60,6 +60,11 @@ def recommend(given: Given) -> Answer:
     profiles = _profiles(given.text("--profile"))
     study = _open(given)
     counts = score_missing(study)
+    looks = given.whole("--looks")
+    if looks is not None:
+        from sd35bench.recommend.looks import plan_looks
+
+        plan_looks(study, looks)
     if given.has("--plan"):
         return _plan(study, profiles, given)
     document = recommend_document(study, profiles)
@@ -292,6 +297,7 @@ sd35bench recommend grid --profile final,mine.yaml
 sd35bench recommend grid --markdown > defaults.md
 sd35bench recommend grid --plan --margin 0.05
                                             how many images would decide, before they are paid for
+sd35bench recommend grid --looks 256        from now on looks at up to 256 prompts hold together
 sd35bench recommend grid --confirm          the commands that make the held-out images
 sd35bench recommend grid --confirm --run    makes them, and says whether the choice holds there
 """,
@@ -314,6 +320,11 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
                 name="--power",
                 value="P",
                 means="with --plan: probability to decide where settings are equal; default: 0.8",
+            ),
+            Flag(
+                name="--looks",
+                value="N",
+                means="plan to look again and again, up to N prompts; fixed in the study once",
             ),
             RESULTS_DIR,
         ),

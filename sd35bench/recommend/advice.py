@@ -21,6 +21,7 @@ from sd35bench.fields import describe
 from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.confirm import Parted, part_rows, read_held_out
 from sd35bench.recommend.entry import Claim, Entry, setting_of
+from sd35bench.recommend.looks import Look, read_look
 from sd35bench.recommend.named_defaults import check_name, find_default
 from sd35bench.recommend.pareto import Front, Speeds, front_of, speeds
 from sd35bench.recommend.profiles import BEST, Profile, as_profiles
@@ -219,6 +220,7 @@ class _Task:
         held = [] if parted.held_out is None else parted.held_out
         self.held_out = read_held_out(table, held, task, metric)
         self.runs: dict[str, Any] = {}
+        self.look: Look = read_look(study, int(self.comparison.clusters.max()) + 1)
         self.records = [r for c in self.comparison.candidates for r in c.row.quality_records()]
 
     def entries(self, profiles: Sequence[Profile]) -> dict[str, dict[str, Any]]:
@@ -259,7 +261,7 @@ class _Task:
         return {
             "setting": setting_of(found.row),
             "setting_id": found.row.id,
-            "evidence": found.document(),
+            "evidence": found.document() | self.look.document(),
             "alternatives": found.alternatives(),
             "named_defaults": found.named_defaults(self.task, p_holm),
             "confirmation": found.confirmation(self.parted.why),
@@ -269,7 +271,7 @@ class _Task:
         }
 
     def _choose(self, profile: Profile, named: int | None) -> Choice | str:
-        return choose(self.comparison, self.speed, profile, named)
+        return choose(self.comparison, self.speed, profile, named, self.look.level)
 
     def _named(self, profile: Profile) -> int | str | None:
         """The candidate that the profile holds others against; a text where it is not there."""

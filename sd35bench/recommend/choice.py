@@ -50,6 +50,7 @@ class Choice:
     reason: str = ""
     caveats: list[str] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
+    level: float = LEVEL
 
     def as_good(self, i: int) -> bool:
         """Whether a candidate within the limits is shown to be as good within the margin."""
@@ -61,10 +62,12 @@ def choose(
     speed: Speeds,
     profile: Profile,
     named: int | None = None,
+    level: float = LEVEL,
 ) -> Choice | str:
     """Choose for a profile; a text says why nothing can be chosen.
 
-    `named` is the candidate that is the profile's reference, where that is a named default.
+    `named` is the candidate that is the profile's reference, where that is a named default; `level`
+    is that of this look (`stats.looks`).
     """
     limits = check_limits(comparison, speed, profile)
     if isinstance(limits, str):
@@ -82,8 +85,10 @@ def choose(
         fastest=profile.objective == "fastest",
         reference=named,
         within=feasible,
+        level=level,
     )
     choice = _choice(comparison, found, limits, margin, named, feasible)
+    choice.level = level
     choice.more = _open_question(choice, found)
     choice.caveats = _caveats(choice, comparison, speed, profile)
     choice.reason = _reason(choice, comparison, speed, profile)
@@ -133,17 +138,18 @@ def _open_question(choice: Choice, found: Decision) -> dict[str, Any]:
     """
     if choice.unshown is not None:
         difference = choice.unshown[1]
-        return _needed(choice.chosen, choice.unshown[0], difference, choice.margin)
+        return _needed(choice.chosen, choice.unshown[0], difference, choice)
     start = found.walk.index(choice.chosen) + 1 if choice.chosen in found.walk else 0
     for i in found.walk[start:]:
         test = found.tests[i]
         if not test.shown and not test.beyond:
-            return _needed(i, test.rival, test.difference, choice.margin)
+            return _needed(i, test.rival, test.difference, choice)
     return {}
 
 
-def _needed(i: int, rival: int, difference: Interval, margin: float) -> dict[str, Any]:
-    numbers = images_between(difference, margin, LEVEL)
+def _needed(i: int, rival: int, difference: Interval, choice: Choice) -> dict[str, Any]:
+    last = LEVEL if choice.level == LEVEL else LEVEL / 2  # of planned looks, that of the last
+    numbers = images_between(difference, choice.margin, last)
     return {
         "candidate": i,
         "against": rival,
@@ -207,7 +213,7 @@ def _named_because(
         )
     text = (
         f"the fastest whose quality is shown to be within {choice.margin:g} of {what}"
-        f" (one-sided 5 %, tested from slow to fast, n={n} pairs)"
+        f" (one-sided {100 * choice.level:.2g} %, tested from slow to fast, n={n} pairs)"
     )
     ratio = comparison.log_speed_ratio(choice.chosen, choice.reference)
     if speed.basis == "latency_s" and (ratio is None or ratio.high is None or ratio.high >= 0.0):

@@ -25,7 +25,14 @@ from sd35bench.recommend.pareto import Speeds, check_limits, speeds
 from sd35bench.recommend.profiles import Profile, as_profiles
 from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command
 from sd35bench.stats.decision import LEVEL, prompt_sums, shown_beyond
-from sd35bench.stats.samples import margin_for, read_pilot, read_timing, seeds_for, timed_for
+from sd35bench.stats.samples import (
+    margin_for,
+    prompts_for,
+    read_pilot,
+    read_timing,
+    seeds_for,
+    timed_for,
+)
 from sd35bench.stats.verdicts import POWER
 from sd35bench.types import Record, Session, Task
 
@@ -35,11 +42,15 @@ SPEED_MARGIN = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a plan is to reach: `margin` ``None`` is each profile's own; power from 0.5 to 0.99."""
+    """What a plan is to reach: `margin` ``None`` is each profile's own; power from 0.5 to 0.99.
+
+    `keep_seeds`: plan for as many images a prompt as the pilot has.
+    """
 
     margin: float | None = None
     power: float = POWER
     speed_margin: float = SPEED_MARGIN
+    keep_seeds: bool = False
 
     def __post_init__(self) -> None:
         """Raises: ConfigError."""
@@ -61,6 +72,7 @@ def plan_document(
     None}}}``. An entry has `metric`, `margin`, `pilot`, `contenders` (each with its command),
     `settled` (shown to be beyond the margin), `prompts` and `images_per_prompt` of the whole study,
     pilot included, `more_images`, `set_size`, `smallest_margin` (where the set is too small),
+    `decided` (one setting is left),
     `timed` (``{"starts", "images", "one_start"}``), `seconds`, `usd_per_image`, `usd` and `why`,
     which says what could not be planned.
 
@@ -121,6 +133,7 @@ def _entry(
         },
         **dict.fromkeys(("prompts", "images_per_prompt", "more_images", "smallest_margin")),
         **dict.fromkeys(("timed", "seconds", "usd_per_image", "usd", "why")),
+        "decided": False,
         "set_size": set_size(prompt_set),
         "contenders": [],
         "settled": [],
@@ -134,11 +147,15 @@ def _entry(
     entry["settled"] = [setting_of(comparison.candidates[i].row) for i in settled]
     if len(left) < 2:
         why = "one setting is left: the pilot shows every other one to be beyond the margin"
-        return {**entry, "why": why if within else "no setting is within the limits"}
+        return {
+            **entry,
+            "decided": bool(within),
+            "why": why if within else "no setting is within the limits",
+        }
     cheapest = min(left, key=lambda i: (speed.values[i], i))
     if profile.objective != "fastest":
         cheapest = max(left, key=lambda i: comparison.quality[i].mean())
-    entry |= _prompts(comparison, left, cheapest, entry, asked.power)
+    entry |= _prompts(comparison, left, cheapest, entry, asked)
     rows = [comparison.candidates[i].row for i in left]
     entry["timed"] = timed_plan(rows, table.sessions, asked)
     entry["contenders"] = [_contender(study, row, entry) for row in rows]
@@ -157,7 +174,7 @@ def contenders(comparison: Comparison, within: Sequence[int], margin: float) -> 
 
 
 def _prompts(
-    comparison: Comparison, left: Sequence[int], cheapest: int, entry: dict[str, Any], power: float
+    comparison: Comparison, left: Sequence[int], cheapest: int, entry: dict[str, Any], asked: Asked
 ) -> dict[str, Any]:
     """Prompts and images a prompt; `why` where the pilot cannot tell or the set is too small."""
     margin, most = entry["margin"], entry["set_size"]
@@ -171,12 +188,16 @@ def _prompts(
     )
     if pilot is None:
         return {"why": "the pilot has fewer than 4 prompts, or no difference in it to plan from"}
-    prompts, images = seeds_for(pilot, margin, power, most)
+    if asked.keep_seeds:
+        images = round(pilot.images)
+        prompts = prompts_for(pilot, margin, asked.power, images)
+    else:
+        prompts, images = seeds_for(pilot, margin, asked.power, most)
     if not prompts:
         return {"why": f"no practicable number of prompts shows a margin of {margin:g}"}
     found: dict[str, Any] = {"prompts": prompts, "images_per_prompt": images}
     if most is not None and prompts > most:
-        found["smallest_margin"] = margin_for(pilot, most, power, images)
+        found["smallest_margin"] = margin_for(pilot, most, asked.power, images)
         found["why"] = (
             f"the set has {most} prompts; with {images} image(s) of each they decide a margin of"
             f" {found['smallest_margin']:g}"

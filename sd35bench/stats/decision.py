@@ -50,7 +50,7 @@ class Tested:
 
     `p_adjusted` is the largest p on the walk from the expensive end to this setting; `difference`
     is setting minus rival; `beyond` says that the setting is shown to be worse than the rival of
-    its largest loss by more than the margin.
+    its largest loss by more than the margin. `level` is that of the tests.
     """
 
     rival: int
@@ -58,11 +58,12 @@ class Tested:
     p: float
     p_adjusted: float
     beyond: bool
+    level: float = LEVEL
 
     @property
     def shown(self) -> bool:
         """Whether the setting is shown to be within the margin."""
-        return self.p_adjusted <= LEVEL
+        return self.p_adjusted <= self.level
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ def decide(
     fastest: bool = True,
     reference: int | None = None,
     within: list[int] | None = None,
+    level: float = LEVEL,
 ) -> Decision:
     """Name one of S settings from quality [S, n] of the same n pairs and cost [S].
 
@@ -106,13 +108,14 @@ def decide(
         fastest: name the cheapest setting that is shown to be within the margin; else the best.
         reference: hold settings against this one instead of against each other.
         within: settings that may be named, at least one; all by default.
+        level: one-sided, of each test; see `stats.looks` where one looks again.
     """
     allowed = list(range(len(quality))) if within is None else within
     sums, counts = prompt_sums(quality, clusters)
     means = quality.mean(axis=1)
     front = front_by_cost(means, cost, allowed)
     best = front[0]
-    against = _Against(sums, counts, quality, clusters, margin, span)
+    against = _Against((sums, counts), quality, clusters, (margin, span), level)
     fallback = best if reference is None or reference not in front else reference
     walk = _walk(front, cost, reference, best)
     rivals = front if reference is None else [reference]
@@ -128,7 +131,7 @@ def decide(
         tests[chosen] = against.test(chosen, others, 0.0)
     loss = expected_loss(sums, counts, chosen, [chosen, *others])
     unshown = max(others, key=lambda j: against.p(chosen, j), default=None)
-    if unshown is not None and against.p(chosen, unshown) <= LEVEL:
+    if unshown is not None and against.p(chosen, unshown) <= level:
         unshown = None
     shown = unshown is None
     if fastest and chosen not in walk:
@@ -183,16 +186,16 @@ class _Against:
 
     def __init__(
         self,
-        sums: Floats,
-        counts: Floats,
+        by_prompt: tuple[Floats, Floats],
         quality: Floats,
         clusters: NDArray[np.int64],
-        margin: float,
-        span: float | None,
+        allowed: tuple[float, float | None],
+        level: float,
     ) -> None:
-        self.sums, self.counts = sums, counts
+        self.sums, self.counts = by_prompt
         self.quality, self.clusters = quality, clusters
-        self.margin, self.span = margin, span
+        self.margin, self.span = allowed
+        self.level = level
 
     def test(self, i: int, others: list[int], p_before: float) -> Tested:
         """Test one setting; `p_before` is the largest p of those before it on the walk."""
@@ -201,11 +204,12 @@ class _Against:
         at = max(range(len(others)), key=lambda a: (found[a], means[others[a]]))
         rival = others[at]
         worst = max(others, key=lambda j: means[j])
-        beyond = shown_beyond(self._paired(i, worst), self.counts, self.margin)
+        beyond = shown_beyond(self._paired(i, worst), self.counts, self.margin, self.level)
         bounds = None if self.span is None else (-self.span, self.span)
         paired = self.quality[i] - self.quality[rival]
         difference = mean_t(paired, self.clusters, bounds=bounds)
-        return Tested(rival, difference, found[at], max(found[at], p_before), beyond)
+        p = max(found[at], p_before)
+        return Tested(rival, difference, found[at], p, beyond, self.level)
 
     def p(self, i: int, j: int) -> float:
         """Return the p-value of "`i` is worse than `j` by the margin or more"."""
@@ -237,9 +241,9 @@ def p_loss(sums: Floats, counts: Floats, margin: float, span: float | None) -> f
     return min(by_t, max(0.0, 1.0 - margin / span) ** k)
 
 
-def shown_beyond(sums: Floats, counts: Floats, margin: float) -> bool:
+def shown_beyond(sums: Floats, counts: Floats, margin: float, level: float = LEVEL) -> bool:
     """Whether prompts' sums of differences [k] show a loss of more than the margin."""
-    return p_loss(-sums, counts, -margin, None) <= LEVEL
+    return p_loss(-sums, counts, -margin, None) <= level
 
 
 def _walked(against: _Against, walk: list[int], rivals: list[int]) -> dict[int, Tested]:

@@ -125,12 +125,12 @@ def planned(margin: float, settings: int, pilot: int, studies: int, seed: int) -
     sizes, decided, wrong = [], 0, 0
     for loss in (0.0, margin + 0.001):
         for _ in range(studies):
-            quality = _settings(rng, settings, loss, pilot)
+            quality = draw_settings(rng, settings, loss, pilot)
             found = read_pilot(quality, np.arange(pilot), 0, 1.0)
             size = None if found is None else prompts_for(found, margin, POWER, 1)
             if size is None:
                 continue
-            more = _settings(rng, settings, loss, max(0, size - pilot))
+            more = draw_settings(rng, settings, loss, max(0, size - pilot))
             quality = np.concatenate([quality, more], axis=1)
             cost = 1.0 + np.arange(settings)
             named = decide(quality, np.arange(quality.shape[1]), cost, margin, span=1.0)
@@ -142,7 +142,7 @@ def planned(margin: float, settings: int, pilot: int, studies: int, seed: int) -
     return Planned(float(np.median(sizes)), decided / studies, wrong / studies)
 
 
-def _settings(rng: np.random.Generator, settings: int, loss: float, prompts: int) -> Floats:
+def draw_settings(rng: np.random.Generator, settings: int, loss: float, prompts: int) -> Floats:
     """Right and wrong images [S, prompts]; all but the last setting lose `loss`."""
     limits = np.full(settings, special.ndtri(ACCURACY - loss))
     limits[-1] = special.ndtri(ACCURACY)

@@ -22,6 +22,7 @@ from tests.validity.decisions import decision_table, planned_table
 from tests.validity.decisions import power_table as decision_power
 from tests.validity.drawn import BUSY_SHARE, BUSY_SHIFT, BUSY_STAY, FAILURES, MEANS, SEEDS, SHARES
 from tests.validity.kinds import FAILURE_KINDS, MEAN_KINDS, SHARE_KINDS
+from tests.validity.looks import looks_table
 from tests.validity.population import REFERENCE, population, population_table
 from tests.validity.population import REPETITIONS as OF_POPULATION
 
@@ -47,6 +48,7 @@ def tables(seed: int) -> dict[str, Callable[[], Iterator[list[str]]]]:
         "decisions": lambda: decision_table(seed),
         "decided": lambda: decision_power(seed),
         "planned": lambda: planned_table(seed),
+        "looks": lambda: looks_table(seed),
     }
 
 
@@ -98,6 +100,15 @@ def _introductions() -> dict[str, str]:
             " many prompts plans (median), made on top of the pilot, and how often the rule then"
             " decides where all settings are truly equal. *Wrongly*: how often it definitively"
             " names a setting that loses the margin and 0.001 more, where all but the best do."
+        ),
+        "looks": (
+            "**Looking again.** How often the first definitive answer is wrong where every cheaper"
+            " setting loses the margin and 0.001 more, and how often and when one comes where all"
+            " are equal. Whoever means to look more than once fixes the number of prompts first:"
+            " `recommend STUDY --looks N` keeps it in the study, and every look up to N then has a"
+            " level of its own (`sd35bench/stats/looks.py`). Without it the stated 5 % is that of"
+            " one look. `tune` looks at 8, 16, 32 … prompts and gives each look the whole level:"
+            " what it says of its winner is measured apart (`python -m tests.validity.races`)."
         ),
         "power": (
             "**Power,** one figure, 400 comparisons each. Starts of a couple share the machine's"
