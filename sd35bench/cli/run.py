@@ -143,7 +143,7 @@ def _look(given: Given) -> "Planned":
 
     check_overrides(given.settings, given.has("-m"), given.config_dir)
     task = RunTask(dry_run=True)
-    sweep(task, given.settings, given.config_dir)
+    sweep(task, written(given.settings), given.config_dir)
     job, _ = task.prepared[0]
     settings = {setting_key(trial) for _, plan in task.prepared for trial in plan.trials}
     return Planned(
