@@ -184,7 +184,10 @@ class _Job:
             if where not in self.done[GUARD]:
                 needs[where].append(GUARD)
         for metric in self.metrics.values():
-            for record in self._unseen(metric):
+            unseen = list(self._unseen(metric))
+            if isinstance(metric, ImageMetric):
+                metric.prepare(unseen)
+            for record in unseen:
                 needs[_where(record)].append(metric.name)
         place: dict[Any, int] = {}
         for record in by_where.values():

@@ -66,9 +66,9 @@ class DriftRow:
 
     `setting` are the row's fields; `identical` counts pairs of equal pixels. `figures` are
     `max_abs` and `mean_abs` (levels of 255), `psnr_db`, `ssim`, `flip`, `latent_rel_first`,
-    `latent_rel_last`, and `lpips` where it was measured. `beyond_noise` is ``None`` without a floor
-    or an interval. `what` says in which condition the reference's own trials differ: "batch size 16
-    instead of 1"; only rows of the noise floor have it.
+    `latent_rel_last`, and `lpips`, `cvvdp_jod` where measured. `beyond_noise` is ``None`` without
+    a floor or an interval. `what` says in which condition the reference's own trials differ: "batch
+    size 16 instead of 1"; only rows of the noise floor have it.
     """
 
     setting: dict[str, Any]
@@ -215,7 +215,7 @@ def _drift_row(part: Sequence[_Sample]) -> DriftRow:
         "psnr_db": _psnr(part),
         **{name: _mean(part, name) for name in _MEANS},
     }
-    lpips = _mean(part, "lpips")
+    optional = {name: _mean(part, name) for name in ("lpips", "cvvdp_jod")}
     return DriftRow(
         setting=first.row.setting,
         id=first.row.id,
@@ -228,7 +228,7 @@ def _drift_row(part: Sequence[_Sample]) -> DriftRow:
         n_pairs=len(part),
         n_prompts=int(labels.max()) + 1,
         identical=sum(s.detail["mse"] == 0 for s in part),
-        figures=figures | ({"lpips": lpips} if lpips.n else {}),
+        figures=figures | {k: v for k, v in optional.items() if v.n},
     )
 
 

@@ -30,6 +30,11 @@ from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
 DEFAULT_TIMED_LIMIT = 4
 FLOW_FAMILIES = ("sd3", "sana")
 OFF = "none"
+GENEVAL_DRIFT = (
+    "GenEval's own detector has drifted from human judgement by up to 17.7 points"
+    " (arXiv 2512.16853): do not compare its accuracy across models; a judge reads these prompts"
+    " too (`sd35bench score STUDY --metric judge_vqa`)"
+)
 WRITTEN = "LAYERS@SCALE:START-STOP (such as 7-8-9@2.5:0.01-0.2)"
 
 
@@ -238,6 +243,8 @@ def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, 
     notes = []
     if axes.get("output_format", ("png",)) == ("png",) and axes["output_quality"] != (PNG_QUALITY,):
         notes.append("output_quality has no effect on png")
+    if conf.prompts.kind == "geneval":
+        notes.append(GENEVAL_DRIFT)
     notes.extend(model_notes(conf.model, conf.backend.needs_weights))
     return tuple(notes)
 

@@ -34,6 +34,7 @@ METRICS = {
     "fid": "sd35bench.metrics.fid:load",
     "fid_infinity": "sd35bench.metrics.fid_infinity:load",
     "init_kept": "sd35bench.metrics.init_kept:load",
+    "judge": "sd35bench.metrics.judge:load",
     "kid": "sd35bench.metrics.kid:load",
     "precision": "sd35bench.metrics.precision_recall:load",
     "prompt_accuracy": "sd35bench.metrics.prompt_accuracy:load",
@@ -106,6 +107,10 @@ class ImageMetric(Metric):
     """Judges each image by its pixels; `needs_init` asks for the init image beside it."""
 
     needs_init: bool = False
+
+    def prepare(self, records: Sequence[Record]) -> None:
+        """Take in all records that are to be scored, before the first. Raises: MetricError."""
+        return
 
     @abstractmethod
     def score_images(

@@ -9,9 +9,9 @@ noise floor, what the same arithmetic in another order does to the pixels.
 
 The value is the mean absolute difference in levels of 255. The detail has `max_abs` (levels),
 `mse`, `psnr_db` (``None`` for identical images, whose PSNR is infinite), `ssim`, `flip`, `lpips`
-(only where its weights are on this machine), the latents' relative error ``||a - b|| / ||b||``
-after the first and the last step (`latent_rel_first`, `latent_rel_last`), and which reference it
-was.
+(only where its weights are on this machine), `cvvdp_jod` (only where its package is), the latents'
+relative error ``||a - b|| / ||b||`` after the first and the last step (`latent_rel_first`,
+`latent_rel_last`), and which reference it was.
 """
 
 from collections import Counter, defaultdict
@@ -25,6 +25,7 @@ from sd35bench.analysis.drift import psnr_db
 from sd35bench.analysis.settings import known_digest, known_threads
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, Pair, PairMetric, Value, require_uint8_rgb
+from sd35bench.metrics.cvvdp import find_cvvdp
 from sd35bench.metrics.flip import PIXELS_PER_DEGREE, flip
 from sd35bench.metrics.lpips import LPIPS_REMEDY, Lpips, find_lpips
 from sd35bench.types import BackendSpec, Record, Request
@@ -46,6 +47,7 @@ class Drift(PairMetric):
     ) -> None:
         self.reference = reference
         self.lpips = lpips
+        self.cvvdp = find_cvvdp()
         self.note = "" if lpips is not None else f"without LPIPS; {LPIPS_REMEDY}"
         self.pixels_per_degree = pixels_per_degree
         self.name = "drift" if reference == STANDARD_REFERENCE else f"drift_{reference}"
@@ -92,7 +94,9 @@ class Drift(PairMetric):
         latents = None
         if record.latents is not None and reference.latents is not None:
             latents = [record.latents, reference.latents]
+        installed = {} if self.cvvdp is None else {"cvvdp": self.cvvdp.version}
         return {
+            **installed,
             "reference": self.reference,
             "reference_key": reference.trial.key,
             "reference_image": reference.image,
@@ -110,6 +114,8 @@ class Drift(PairMetric):
         detail |= {"latent_rel_first": first, "latent_rel_last": last}
         if self.lpips is not None:
             detail["lpips"] = self.lpips(pair.image, pair.reference)
+        if self.cvvdp is not None:
+            detail["cvvdp_jod"] = self.cvvdp(pair.image, pair.reference)
         return Value(detail["mean_abs"], detail)
 
 

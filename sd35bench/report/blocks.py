@@ -25,6 +25,7 @@ _DRIFT = (
     ("ssim", "SSIM"),
     ("flip", "FLIP"),
     ("lpips", "LPIPS"),
+    ("cvvdp_jod", "CVVDP JOD"),
     ("latent_rel_last", "latent end"),
     ("latent_rel_first", "latent 1st"),
 )
