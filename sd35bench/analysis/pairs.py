@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.quality import facts
-from sd35bench.analysis.settings import PairKey, pair_key
+from sd35bench.analysis.settings import PairKey, pair_clusters, pair_key
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.errors import ConfigError
 from sd35bench.stats.clustered import mean_bounds, mean_t
@@ -115,7 +115,7 @@ class Comparison:
         if not shared:
             return None
         ratios = [float(np.log(a[key] / b[key])) for key in shared]
-        return mean_t(ratios, _clusters(shared))
+        return mean_t(ratios, pair_clusters(shared))
 
 
 def paired_difference(metric: str, a: Candidate, b: Candidate) -> Interval | None:
@@ -125,7 +125,7 @@ def paired_difference(metric: str, a: Candidate, b: Candidate) -> Interval | Non
     if not common:
         return None
     paired = [mine[key] - theirs[key] for key in common]
-    return mean_t(paired, _clusters(common), bounds=_span(metric))
+    return mean_t(paired, pair_clusters(common), bounds=_span(metric))
 
 
 def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
@@ -218,7 +218,7 @@ def compare(metric: str, found: list[Candidate]) -> Comparison:
     quality = np.array([[o[key] for key in common] for o in outcomes])
     counts = [len(shared) - len(o) for o in outcomes]
     lacking = {i: count for i, count in enumerate(counts) if count}
-    return Comparison(metric, kept, quality, common, _clusters(common), left_out, lacking)
+    return Comparison(metric, kept, quality, common, pair_clusters(common), left_out, lacking)
 
 
 def _on_the_same_pairs(outcomes: Sequence[Mapping[PairKey, float]], among: list[int]) -> list[int]:
@@ -330,8 +330,3 @@ def _span(metric: str) -> tuple[float, float] | None:
     """
     share = metric == EDIT_QUALITY or facts(metric).bounds == (0.0, 1.0)
     return (-1.0, 1.0) if share else None
-
-
-def _clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:
-    numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault((k[0], k[5]), len(numbers)) for k in keys], np.int64)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.analysis.settings import same_prompt
 from sd35bench.disk import write_atomic
 from sd35bench.errors import MetricError, StoreError
 from sd35bench.stats.frechet import Gaussian
@@ -53,7 +54,9 @@ class Reference:
                 f"the reference {self.name} ({self.source}) has mean and covariance only; this"
                 " metric needs features: make it with `sd35bench reference make`"
             )
-        return Sample(self.features, self.prompts)
+        if self.prompts is None:
+            return Sample(self.features, None)
+        return Sample(self.features, np.array([same_prompt(str(text)) for text in self.prompts]))
 
 
 def save_reference(path: Path, reference: Reference) -> str:

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sd35bench.fields import asked_fields, pair_identity, setting_identity
 from sd35bench.types import Load, Record, Trial, content_hash, to_json
 
@@ -43,9 +46,21 @@ def is_hosted(load: Load) -> bool:
     return "base_url" in load.backend.options
 
 
+def same_prompt(prompt: str) -> str:
+    """A prompt as it is compared with others: letter case and spaces do not make it another."""
+    return " ".join(prompt.split()).casefold()
+
+
 def cluster_key(trial: Trial) -> tuple[str, str | None]:
     """Name what resampling draws together: a prompt (with its init image) in all its seeds."""
-    return (trial.request.prompt, trial.request.init_image)
+    return (same_prompt(trial.request.prompt), trial.request.init_image)
+
+
+def pair_clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:
+    """Number the prompts (with their init images) of pairs, in order of appearance: [n]."""
+    numbers: dict[Any, int] = {}
+    named = ((same_prompt(key[0]), key[5]) for key in keys)
+    return np.array([numbers.setdefault(name, len(numbers)) for name in named], np.int64)
 
 
 def shared_negatives(records: Iterable[Record]) -> tuple[str, ...] | None:

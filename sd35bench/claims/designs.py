@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from sd35bench.analysis.settings import pair_key
+from sd35bench.analysis.settings import pair_clusters, pair_key
 from sd35bench.analysis.table import Row
 from sd35bench.claims.contrasts import Contrast, Side
 from sd35bench.claims.effects import (
@@ -36,7 +36,6 @@ from sd35bench.claims.evidence import (
     Untestable,
     ladder,
     log_interval,
-    pair_clusters,
 )
 from sd35bench.nano.captions import Spec
 from sd35bench.stats.clustered import mean_t

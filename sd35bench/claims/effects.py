@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.settings import PairKey, pair_key
+from sd35bench.analysis.settings import PairKey, pair_clusters, pair_key
 from sd35bench.analysis.table import Row
 from sd35bench.claims.contrasts import Contrast, Side
 from sd35bench.claims.evidence import (
@@ -20,7 +20,6 @@ from sd35bench.claims.evidence import (
     Untestable,
     group_difference,
     log_interval,
-    pair_clusters,
     paired_mean,
     variety,
 )

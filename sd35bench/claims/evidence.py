@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sd35bench.analysis.pairs import pick_family
 from sd35bench.analysis.quality import cluster_labels, facts
-from sd35bench.analysis.settings import PairKey, cluster_key, pair_key
+from sd35bench.analysis.settings import PairKey, pair_clusters, pair_key
 from sd35bench.analysis.table import Row, Table
 from sd35bench.stats.clustered import mean_t, ratio_of_sums
 from sd35bench.stats.intervals import Interval
@@ -95,8 +95,10 @@ class Evidence:
             vector = self.features.get(record.image or "")
             if vector is not None:
                 unit = np.asarray(vector, np.float64)
-                seed = record.trial.request.seed
-                found[cluster_key(record.trial)][seed] = unit / np.linalg.norm(unit)
+                asked = record.trial.request
+                found[asked.prompt, asked.init_image][asked.seed] = unit / np.linalg.norm(
+                    unit
+                )
         return dict(found)
 
     def _of(self, task: Task, missing: str) -> Sequence[Row]:
@@ -144,12 +146,6 @@ def ladder(rows: Iterable[Row], *fields: str) -> Ladder:
         default={},
     )
     return dict(sorted(found.items()))
-
-
-def pair_clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:
-    """The prompt (with its init image) of each pair: [n]."""
-    numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault((k[0], k[5]), len(numbers)) for k in keys], np.int64)
 
 
 def paired_mean(

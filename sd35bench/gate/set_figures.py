@@ -26,6 +26,7 @@ from sd35bench.analysis.set_metrics import (
     at_length,
     compute,
 )
+from sd35bench.analysis.settings import same_prompt
 from sd35bench.errors import MetricError
 from sd35bench.gate.figure import Figure, difference
 from sd35bench.gate.policy import MetricMargin
@@ -242,6 +243,6 @@ def _labels(reference: Reference, prompts: NDArray[np.uint64]) -> tuple[NDArray,
     """Prompts as the reference spells them, or as numbers, and whether it has all of them."""
     if reference.prompts is None:
         return prompts, False
-    known = {prompt_hash(str(text)): str(text) for text in np.unique(reference.prompts)}
+    known = {prompt_hash(str(t)): same_prompt(str(t)) for t in np.unique(reference.prompts)}
     labels = np.array([known.get(int(p), f"#{int(p)}") for p in prompts])
     return labels, all(int(p) in known for p in np.unique(prompts))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sd35bench.analysis.drift import drift_summary
 from sd35bench.analysis.reference import Reference, read_reference
 from sd35bench.analysis.set_metrics import FRECHET
-from sd35bench.analysis.settings import cluster_key, pair_key
+from sd35bench.analysis.settings import cluster_key, pair_key, same_prompt
 from sd35bench.analysis.table import GUARD, Row, Table, read_table, repeated_seeds
 from sd35bench.errors import ConfigError
 from sd35bench.fields import ASKED, describe
@@ -415,7 +415,7 @@ def _floors(study: Any, table: Table) -> dict[str, float]:
 
 def prompt_hash(prompt: str) -> int:
     """How a side keeps a text-to-image prompt."""
-    return _hash((prompt, None))
+    return _hash((same_prompt(prompt), None))
 
 
 def _hash(key: tuple[Any, ...]) -> int:

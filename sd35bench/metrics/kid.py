@@ -1,8 +1,10 @@
 """KID: squared maximum mean discrepancy of features under a polynomial kernel of degree 3.
 
-Unbiased at every n, so it judges sets for which a Fréchet distance is refused. `kid_inception` is
-the KID of the literature (which often prints it times 100 or 1000; here it is times 1); other
-extractors have numbers of their own. CLIP's features, nano's among them, mean something by their
+Unbiased at every n, so it judges sets for which a Fréchet distance is refused. With one image a
+prompt `kid_inception` is the KID of the literature in the limit of all subsets (which often prints
+it times 100 or 1000; here it is times 1). With several seeds a prompt it is not: the literature
+pairs all images, and here only images of unlike prompts are pairs. Other extractors have numbers of
+their own. CLIP's features, nano's among them, mean something by their
 direction only, and enter at one length: raw, the cube of nano's (of which the square is 32 per
 dimension) drowned 4 steps against 16 in noise, 180 ± 600 and 860 ± 630; at one length it is 0.086 ±
 0.027 and 0.025 ± 0.007. The number is `sd35bench.stats.kernel`: from all pairs of

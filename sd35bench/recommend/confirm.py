@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.settings import HELD_OUT, shared_negatives
+from sd35bench.analysis.settings import HELD_OUT, same_prompt, shared_negatives
 from sd35bench.analysis.table import Row, Table, keep_records
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import PromptSpec, load_prompts
@@ -108,7 +108,8 @@ def part_rows(rows: Iterable[Row]) -> Parted:
     splits = {r.trial.prompt.split for row in rows for r in row.usable}
     if splits <= {HELD_OUT}:
         return Parted(rows, None, [], "the choice was made on the held-out split itself")
-    seen = {_text(r) for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT}
+    shown = (r.trial for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT)
+    seen = {same_prompt(trial.request.prompt) for trial in shown}
     negatives = _negatives(rows)
     leaked: Counter[str] = Counter()
     strange: Counter[str] = Counter()
@@ -116,7 +117,7 @@ def part_rows(rows: Iterable[Row]) -> Parted:
     def held(record: Record) -> bool:
         if record.trial.prompt.split != HELD_OUT:
             return False
-        if _text(record) in seen:
+        if same_prompt(record.trial.request.prompt) in seen:
             leaked[record.trial.key] += 1
             return False
         request = record.trial.request
@@ -231,8 +232,3 @@ def _status(difference: Interval, margin: float) -> str:
     if difference.low > -margin:
         return "confirmed"
     return "contradicted" if difference.high < -margin else "undecided"
-
-
-def _text(record: Record) -> str:
-    """A prompt as it is compared: case and spaces do not make it another."""
-    return " ".join(record.trial.request.prompt.split()).casefold()

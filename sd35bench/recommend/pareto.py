@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sd35bench.analysis.pairs import Candidate, Comparison
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.remote import usd_per_image
-from sd35bench.analysis.settings import cluster_key
+from sd35bench.analysis.settings import cluster_key, same_prompt
 from sd35bench.analysis.speed import latency_summary
 from sd35bench.fields import describe
 from sd35bench.recommend.profiles import Profile
@@ -285,7 +285,7 @@ class Front:
 def front_of(comparison: Comparison, speed: Speeds) -> Front:
     """Find the front of candidates in mean quality and in p50 latency (or evaluations)."""
     numbers: dict[Hashable, int] = {}
-    keys = [(key[0], key[5]) for key in comparison.keys]
+    keys = [(same_prompt(key[0]), key[5]) for key in comparison.keys]
     clusters = _numbered(keys, numbers)
     timed = None
     if speed.basis == "latency_s":

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench.analysis.settings import cluster_key, pair_key, setting_key
+from sd35bench.analysis.settings import cluster_key, pair_clusters, pair_key, setting_key
 from sd35bench.types import BackendSpec, SkipLayerGuidance
 from tests.studies.memory import LOAD, record
 
@@ -63,3 +63,11 @@ def test_pair_key_is_prompt_negative_seed_size_and_init(fields, same):
 def test_cluster_key_joins_the_seeds_of_a_prompt():
     assert cluster_key(record(0, seed=1).trial) == cluster_key(record(0, seed=2).trial)
     assert cluster_key(record(0).trial) != cluster_key(record(1).trial)
+
+
+@pytest.mark.parametrize("spelt", ["A red  circle on white", " a RED circle on\twhite "])
+def test_a_prompt_in_other_letters_or_spaces_is_the_same_cluster_but_another_pair(spelt):
+    one, other = (record(0, prompt=text).trial for text in ("a red circle on white", spelt))
+    assert cluster_key(one) == cluster_key(other)
+    assert pair_clusters([pair_key(one), pair_key(other)]).tolist() == [0, 0]
+    assert pair_key(one) != pair_key(other)  # mutant: raw prompts as clusters gives [0, 1]

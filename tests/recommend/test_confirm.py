@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_mutant_without_the_leak_check_would_confirm_on_the_choices_own_prompts(
         study.add(again, prompt_accuracy=values[row.trial.key])
     study.touch_images()
     assert _entry(study)["confirmation"]["status"] == "not run"
-    monkeypatch.setattr(confirm, "_text", lambda record: record.trial.key)
+    monkeypatch.setattr(confirm, "same_prompt", lambda _, number=count(): next(number))
     assert _entry(study)["confirmation"]["status"] == "confirmed"
 
 
