@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MISSING = "–"
+_FINEST = 6
+"""Decimals of a second beyond which no clock tells two ends apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +90,21 @@ def column_decimals(estimates: Iterable[Estimate | None]) -> int:
     return needs[len(needs) // 2] if needs else 2
 
 
-def latency_decimals(figure: Estimate) -> int:
-    """Like `decimals_for`, but no finer than a millisecond for what takes 10 ms or more."""
+def latency_decimals(figure: Estimate, column: int | None = None) -> int:
+    """Like `decimals_for`, or what a column has; no finer than 1 ms for what takes 10 ms or more.
+
+    At least two digits of the value, however wide its interval, and so many that the ends differ.
+    """
     fine = figure.value is not None and figure.value < 0.01
-    return decimals_for(figure) if fine else min(3, decimals_for(figure))
+    found = decimals_for(figure) if column is None else column
+    found = found if fine else min(3, found)
+    if figure.value:
+        found = max(found, 1 - math.floor(math.log10(abs(figure.value))))
+    low, high = figure.low, figure.high
+    if low is not None and high is not None and low < high:
+        while found < _FINEST and number(low, found) == number(high, found):
+            found += 1
+    return found
 
 
 # Figures --------------------------------------------------------------------------------------

@@ -35,6 +35,21 @@ def test_format_latency_stops_at_milliseconds():
     assert words.latency(None) == "–"
 
 
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        pytest.param((2.0, 0.3, 4.2), "2.0 [0.3, 4.2] s", id="was 2 [0, 4]"),
+        pytest.param((0.42, 0.1, 1.3), "0.42 [0.10, 1.30] s", id="was 0 [0, 1]"),
+        pytest.param((0.036, 0.001, 1.3), "0.036 [0.001, 1.300] s", id="two digits"),
+        pytest.param((0.502, 0.5018, 0.5023), "0.5020 [0.5018, 0.5023] s", id="was a point"),
+        pytest.param((15.7, 2.0, 60.0), "16 [2, 60] s", id="tens"),
+    ],
+)
+def test_a_latency_has_two_digits_and_ends_that_differ(figure, text):
+    value, low, high = figure
+    assert words.latency(Estimate(value=value, low=low, high=high)) == text
+
+
 def test_column_decimals_is_the_median_need():
     column = [Estimate(value=0.5, low=0.4, high=0.6), Estimate(value=50.0, low=20.0, high=80.0)]
     assert words.column_decimals([*column, column[0], None, Estimate(value=None)]) == 2

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import PairKey, pair_clusters, pair_key
+from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.errors import ConfigError
 from sd35bench.stats.clustered import mean_bounds, mean_t
@@ -59,6 +60,14 @@ class Candidate:
     def failed(self) -> list[Record]:
         """Those of `tried` that made no image, or one that is refused."""
         return [r for r in self.tried if r.status is not Status.OK or r.trial.key in self.refused]
+
+    def lone_images(self, by_negative: bool) -> dict[PairKey, LoneImage]:
+        """Images made alone by pair, or by what is left of it without the negative prompt."""
+        known = lone_images(self.row)
+        found = {k: known.get(k, LoneImage(s, None, "")) for k, s in self.latency_s.items()}
+        if by_negative:
+            return found
+        return {(k[0], *k[2:]): found[k] for k in sorted(found, key=lambda k: k in known)}
 
     def outcomes(self) -> dict[PairKey, float]:
         """Quality per pair, 0 where the trial failed."""
@@ -109,13 +118,10 @@ class Comparison:
         return None if span is None else span[1]
 
     def log_speed_ratio(self, index: int, base: int) -> Interval | None:
-        """Mean paired log ratio of latencies, `index` over `base`; ``None`` without pairs."""
-        a, b = self.candidates[index].latency_s, self.candidates[base].latency_s
-        shared = [key for key in a if key in b]
-        if not shared:
-            return None
-        ratios = [float(np.log(a[key] / b[key])) for key in shared]
-        return mean_t(ratios, pair_clusters(shared))
+        """Log ratio of latencies over pairs, `index` over `base`; ``None`` without pairs."""
+        one, other = self.candidates[index], self.candidates[base]
+        guided = one.row.setting["cfg"] > 1 and other.row.setting["cfg"] > 1
+        return log_ratio(one.lone_images(guided), other.lone_images(guided))
 
 
 def paired_difference(metric: str, a: Candidate, b: Candidate) -> Interval | None:

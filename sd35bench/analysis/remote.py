@@ -25,8 +25,10 @@ import numpy as np
 
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.speed import by_start
 from sd35bench.analysis.table import BESIDE, RESUMED, Row, Table
-from sd35bench.stats.intervals import mean_interval, quantile_interval
+from sd35bench.stats.clustered import mean_t
+from sd35bench.stats.latency import latency_interval, mean_latency
 from sd35bench.types import Record, RemoteCall, Status
 
 Phase = list[Record]
@@ -77,7 +79,7 @@ def usd_per_image(row: Row) -> dict[str, Any] | None:
     ]
     if not paid:
         return None
-    mean = mean_interval([usd for _, usd, _ in paid], cluster_labels([r for r, _, _ in paid]))
+    mean = mean_t([usd for _, usd, _ in paid], cluster_labels([r for r, _, _ in paid]))
     reported = sum(said for _, _, said in paid)
     return {"value": mean.value, "ci95": mean.ci95, "n": mean.n, "reported": reported}
 
@@ -149,12 +151,12 @@ _PARTS: dict[str, Any] = {
 
 
 def _spread(timed: Sequence[Record], part: Any) -> dict[str, Any]:
-    """Median and mean over the calls that have this part, each with its interval over prompts."""
+    """Median and mean over the calls that have this part, each with its interval."""
     known = [(r, s) for r in timed if (s := part(r)) is not None]
     if not known:
         return dict.fromkeys(("p50", "ci95", "mean", "mean_ci95")) | {"n": 0}
-    labels, seconds = cluster_labels([r for r, _ in known]), [s for _, s in known]
-    p50, mean = quantile_interval(seconds, labels, 0.5), mean_interval(seconds, labels)
+    starts = by_start(known)
+    p50, mean = latency_interval(starts), mean_latency(starts)
     return {
         "p50": p50.value,
         "ci95": p50.ci95,
@@ -174,7 +176,7 @@ def _share(timed: Sequence[Record]) -> dict[str, Any] | None:
     if not known:
         return None
     labels = cluster_labels([r for r, _ in known])
-    mean = mean_interval([s for _, s in known], labels)
+    mean = mean_t([s for _, s in known], labels, bounds=(0.0, 1.0))
     return {"value": mean.value, "ci95": mean.ci95, "n": mean.n}
 
 
@@ -223,7 +225,7 @@ def _throughput(row: Row, phases: Mapping[str, Sequence[Phase]]) -> dict[str, An
     if wall_s <= 0:
         return None
     blocks = min(_MOST_BLOCKS, max(1, len(gaps) // _LEAST_PER_BLOCK))
-    mean = mean_interval(gaps, [i * blocks // len(gaps) for i in range(len(gaps))])
+    mean = mean_t(gaps, [i * blocks // len(gaps) for i in range(len(gaps))])
     ends = mean.ci95
     calls = [r.remote for phase in own for r in phase if r.remote is not None]
     return {

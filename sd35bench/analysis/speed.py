@@ -15,13 +15,24 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sd35bench.analysis.quality import cluster_labels
-from sd35bench.analysis.settings import cluster_key, pair_key
+from sd35bench.analysis.settings import PairKey, pair_key
 from sd35bench.analysis.table import Row, Table
 from sd35bench.contention import unlike
 from sd35bench.measure import RATE_FIELDS, device_of
-from sd35bench.stats.intervals import mean_interval, quantile_interval
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.latency import (
+    LEAST_IMAGES,
+    LEAST_SHARE,
+    Centres,
+    centres,
+    counted_starts,
+    couple_starts,
+    latency_interval,
+    mean_latency,
+    speed_centres,
+)
 from sd35bench.types import Flops, Record, Session, Status
 
 TOLERANCE = 1.25
@@ -35,6 +46,7 @@ _OF_THIS_MACHINE = (
     *("flops", "achieved_tflops", "limit_tflops", "limit_precision", "limit_fraction", "gpu"),
     *("cold_compile_s", "cold_first_call_s", "warm_compile_s", "warm_first_call_s"),
 )
+Floats = NDArray[np.float64]
 LEAST_PER_START = 2
 """Lone images that a process start must have made to count for the spread between starts."""
 
@@ -43,8 +55,9 @@ LEAST_PER_START = 2
 class Latency:
     """Seconds from request to encoded file of `n` trials that ran alone; ``None`` without any.
 
-    `ci95` is that of p50 and `mean_ci95` that of the mean, both clustered by prompt. p90 and p99
-    are empirical quantiles; p99 of fewer than 100 images is about their maximum.
+    `ci95` is that of p50 and `mean_ci95` that of the mean, ``None`` where there are too few images
+    (`sd35bench.stats.latency`). `starts` are the process starts that they are over: with 1 they
+    hold within that run. p90 and p99 are empirical quantiles, of 10 and 100 images at least.
     """
 
     p50: float | None = None
@@ -54,25 +67,40 @@ class Latency:
     ci95: list[float] | None = None
     mean_ci95: list[float] | None = None
     n: int = 0
+    starts: int = 0
 
 
 def latency_summary(timed: list[Record]) -> Latency:
     """Latency of trials that ran alone."""
-    x = np.array([r.timings.latency_s for r in timed if r.timings is not None])
-    if not len(x):
+    known = [r for r in timed if r.timings is not None]
+    if not known:
         return Latency()
-    labels = cluster_labels([r for r in timed if r.timings is not None])
-    p50, mean = quantile_interval(x, labels, 0.5), mean_interval(x, labels)
-    p90, p99 = np.quantile(x, [0.9, 0.99])
+    starts = by_start((r, _latency_s(r)) for r in known)
+    p50, mean = latency_interval(starts), mean_latency(starts)
     return Latency(
         p50=p50.value,
-        p90=float(p90),
-        p99=float(p99),
+        p90=_tail(starts, 0.9),
+        p99=_tail(starts, 0.99),
         mean=mean.value,
         ci95=p50.ci95,
         mean_ci95=mean.ci95,
-        n=len(x),
+        n=p50.n,
+        starts=p50.clusters,
     )
+
+
+def by_start(timed: Iterable[tuple[Record, float]]) -> list[Floats]:
+    """A value of each record by process start, in the order of time."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for record, value in sorted(timed, key=lambda t: t[0].started_at):
+        found[record.session_id].append(value)
+    return [np.array(values) for values in found.values()]
+
+
+def _tail(starts: Sequence[Floats], q: float) -> float | None:
+    """A quantile of all images, where at least one can be expected beyond it."""
+    x = np.concatenate(list(starts))
+    return float(np.quantile(x, q)) if len(x) * (1.0 - q) >= 1.0 - 1e-9 else None
 
 
 def speed_summary(
@@ -181,28 +209,102 @@ def _eager_by(rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]) -> dic
 def speedup(row: Row, reference: Row) -> dict[str, Any] | None:
     """How many times faster than `reference`: geometric mean over shared pairs of lone images.
 
-    ``None`` for the reference itself, without a shared pair, and where the machine ran in unlike
-    regimes. `with_network` says that a hosted service's time is held against one that has no
-    network in it.
+    From 8 pairs on without the fastest and the slowest fifth. `starts` are the process starts that
+    the interval is over: with 1 it holds within these runs. ``None`` for the reference itself,
+    without a shared pair, and where the machine ran in unlike regimes. `with_network` says that a
+    hosted service's time is held against one that has no network in it.
     """
-    if unlike(row.clock.speed, reference.clock.speed):
+    if row is reference or unlike(row.clock.speed, reference.clock.speed):
         return None
-    theirs = {pair_key(r.trial): r.timings.latency_s for r in reference.timed if r.timings}
-    shared = [r for r in row.timed if r.timings is not None and pair_key(r.trial) in theirs]
-    if row is reference or not shared:
+    found = log_ratio(lone_images(reference), lone_images(row))
+    if found is None:
         return None
-    logs = [
-        float(np.log(theirs[pair_key(r.trial)] / r.timings.latency_s)) for r in shared if r.timings
-    ]
-    mean = mean_interval(logs, cluster_labels(shared))
-    ends = None if mean.ci95 is None else [float(np.exp(end)) for end in mean.ci95]
     return {
-        "value": float(np.exp(mean.value)),
-        "ci95": ends,
-        "n": len(shared),
+        "value": float(np.exp(found.value)),
+        "ci95": None if found.ci95 is None else [float(np.exp(end)) for end in found.ci95],
+        "n": found.n,
+        "starts": found.clusters,
         "reference": reference.id,
         "with_network": row.hosted,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class LoneImage:
+    """Seconds of an image that was made alone, the process start that made it, and when."""
+
+    latency_s: float
+    session_id: str | None
+    started_at: str
+
+
+def lone_images(row: Row) -> dict[PairKey, LoneImage]:
+    """A row's timed images by pair."""
+    return {
+        pair_key(r.trial): LoneImage(r.timings.latency_s, r.session_id, r.started_at)
+        for r in row.timed
+        if r.timings is not None
+    }
+
+
+def log_ratio(
+    above: Mapping[PairKey, LoneImage], below: Mapping[PairKey, LoneImage]
+) -> Interval | None:
+    """Log of how much longer the images of `above` took, over the pairs that both sides have.
+
+    Settings that ran in the same process starts are compared within each of them, where what a
+    start adds cancels. `clusters` are the starts that the interval is over, of the side that has
+    more; with 1 it holds within these runs. ``None`` without a shared pair.
+    """
+    shared = sorted((k for k in above if k in below), key=lambda k: above[k].started_at)
+    if not shared:
+        return None
+    alike = [k for k in shared if above[k].session_id == below[k].session_id]
+    if 2 * len(alike) >= len(shared):  # but for a few that were made again later
+        logs: dict[Any, list[float]] = defaultdict(list)
+        for k in alike:
+            logs[above[k].session_id].append(_log_ratio(above[k], below[k]))
+        counted = counted_starts([np.array(part) for part in logs.values()])
+        return _ratio(centres([x[:, None] for x in counted]), len(alike), len(counted))
+    sides = [_large_starts([side[k] for k in shared]) for side in (above, below)]
+    kept = [{start[0].session_id for start in side} for side in sides]
+    if all(len(side) == 1 for side in sides):
+        same = [
+            k for k in shared if {above[k].session_id} | {below[k].session_id} <= kept[0] | kept[1]
+        ]
+        paired = np.array([[_log_ratio(above[k], below[k])] for k in same])
+        return _ratio(centres([paired]), len(paired), 1)
+    times = [[start[0].started_at for start in side] for side in sides]
+    couples = [(i, j) for j, i in couple_starts(times[1], times[0])]
+    columns = [[np.log([[i.latency_s] for i in start]) for start in side] for side in sides]
+    found = speed_centres(columns[0], columns[1], couples)
+    return _ratio(found, len(shared), max(map(len, sides)))
+
+
+def _log_ratio(above: LoneImage, below: LoneImage) -> float:
+    return float(np.log(above.latency_s / below.latency_s))
+
+
+def _ratio(found: Centres, n: int, starts: int) -> Interval:
+    value, half = float(found.value[0]), float(found.half[0])
+    if n < LEAST_IMAGES:
+        return Interval(value, None, None, n, starts)
+    return Interval(value, value - half, value + half, n, starts)
+
+
+def starts_of(images: Iterable[LoneImage]) -> list[list[LoneImage]]:
+    """The images by process start, in the order of time."""
+    found: dict[str | None, list[LoneImage]] = defaultdict(list)
+    for image in sorted(images, key=lambda i: i.started_at):
+        found[image.session_id].append(image)
+    return list(found.values())
+
+
+def _large_starts(images: Iterable[LoneImage]) -> list[list[LoneImage]]:
+    """The starts that are units of their own."""
+    found = starts_of(images)
+    least = LEAST_SHARE * max(map(len, found))
+    return [start for start in found if len(start) >= least]
 
 
 def _backend(row: Row) -> Any:
@@ -227,7 +329,7 @@ def throughput(row: Row, latency: Latency) -> list[dict[str, Any]]:
     """Images per second by batch size, from whole batches; each batch counts once.
 
     It is the batch size over the median time of a batch, files included; the interval is that of
-    the median, over groups of prompts. A batch that the prompts did not fill is left out.
+    the median. A batch that the prompts did not fill is left out.
     """
     found = []
     if latency.p50 is not None:
@@ -241,8 +343,7 @@ def throughput(row: Row, latency: Latency) -> list[dict[str, Any]]:
     for size in sorted(batches):
         groups = [group for key, group in batches[size].items() if key[2] is not None]
         if groups:
-            seconds = [_latency_s(group[0]) for group in groups]
-            middle = quantile_interval(seconds, _group_labels(groups), 0.5)
+            middle = latency_interval(by_start((g[0], _latency_s(g[0])) for g in groups))
             found.append(_per_second(size, middle.value, middle.ci95, len(groups)))
     return found
 
@@ -255,13 +356,6 @@ def _per_second(size: int, seconds: float, ends: Sequence[float] | None, n: int)
 def _latency_s(record: Record) -> float:
     assert record.timings is not None
     return record.timings.latency_s
-
-
-def _group_labels(groups: Sequence[Sequence[Record]]) -> list[int]:
-    """Number batches by the prompts in them: another seed of the same prompts is no new sample."""
-    numbers: dict[Any, int] = {}
-    keys = [frozenset(cluster_key(r.trial) for r in group) for group in groups]
-    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def _starts(row: Row) -> dict[str, Any]:

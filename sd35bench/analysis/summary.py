@@ -139,14 +139,23 @@ def _row(
 
 
 def _stages(timed: list[Record]) -> dict[str, float | None]:
-    """Mean seconds by stage, so that the parts add up; `step_s` is the mean of one step."""
+    """Mean seconds by stage; with `other_s`, what no stage explains, they add up to the latency.
+
+    `step_s` is the mean of one step, a part of `denoise_s`.
+    """
     timings = [r.timings for r in timed if r.timings is not None]
     steps = [s for t in timings for s in t.step_s]
-    return {
+    stages = {
         "text_s": _mean(t.text_s for t in timings),
         "denoise_s": _mean(t.denoise_s for t in timings),
         "decode_s": _mean(t.decode_s for t in timings),
         "encode_s": _mean(t.encode_s for t in timings),
+    }
+    mean = _mean(t.latency_s for t in timings)
+    explained = sum(s for s in stages.values() if s is not None)
+    return {
+        **stages,
+        "other_s": None if mean is None else mean - explained,
         "step_s": _mean(steps),
     }
 

@@ -96,9 +96,7 @@ class Evidence:
             if vector is not None:
                 unit = np.asarray(vector, np.float64)
                 asked = record.trial.request
-                found[asked.prompt, asked.init_image][asked.seed] = unit / np.linalg.norm(
-                    unit
-                )
+                found[asked.prompt, asked.init_image][asked.seed] = unit / np.linalg.norm(unit)
         return dict(found)
 
     def _of(self, task: Task, missing: str) -> Sequence[Row]:

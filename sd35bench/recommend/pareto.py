@@ -2,10 +2,13 @@
 
 A setting is *dominated* by another that is at least as good and at most as slow, and better in one
 of the two; costs within 2 % are no difference. Whether it truly is depends on the prompts that were
-drawn, so prompts are resampled jointly: one resample draws the same prompts for every setting, in
-quality and in latency alike. The share of resamples in which a setting is dominated, by whichever
-other one, is its probability of being so. A tie in quality counts as no worse: where two settings
-did equally well on every prompt, the slower one is dominated for sure, as far as was seen.
+drawn, so prompts are resampled jointly: one resample draws the same prompts for every setting. It
+depends on the timed images, too, which are few and follow each other in process starts: each
+resample draws every latency anew from Student's t around its median, with the error that
+`sd35bench.stats.latency` gives it. What all settings share, a busy minute or a slow start, is taken
+out where they were timed in turn. The share of resamples in which a setting is dominated, by
+whichever other one, is its probability of being so. A tie in quality counts as no worse: where two
+settings did equally well on every prompt, the slower one is dominated for sure, as far as was seen.
 
 How often that comes true (`python -m tests.validity.pareto`: 200 studies of 4 x 4 steps and cfgs,
 128 prompts; quality apart by chance by 0.1 / 0.4 in the logit): of settings with 95 % and more,
@@ -18,7 +21,7 @@ What settings cost, in seconds, evaluations, bytes, dollars and failures, is hel
 profile's limits, none of which depends on what else the study has.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +30,13 @@ from numpy.typing import NDArray
 from sd35bench.analysis.pairs import Candidate, Comparison
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.remote import usd_per_image
-from sd35bench.analysis.settings import cluster_key, same_prompt
 from sd35bench.analysis.speed import latency_summary
 from sd35bench.fields import describe
 from sd35bench.recommend.profiles import Profile
-from sd35bench.stats.clustered import quantile_t
+from sd35bench.stats.clustered import quantile_t, student
 from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import weight_chunks
+from sd35bench.stats.latency import centres, counted_starts
 from sd35bench.types import Record
 
 LEAST_FOR_P95 = 20
@@ -265,10 +268,18 @@ def _gib(count: float) -> str:
 RESAMPLES = 2000
 _SEED = 20261123
 _CHUNK_ELEMENTS = 4_000_000
+_FARTHEST = 20.0
+"""Of a drawn log cost; one degree of freedom draws numbers of any size."""
 
 Floats = NDArray[np.float64]
-Timed = tuple[Floats, NDArray[np.int64]]
-"""One setting's costs [m], and the prompt of each [m]."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostErrors:
+    """Standard errors of the costs' logs [S], and Student's degrees of freedom of each [S]."""
+
+    error: Floats
+    degrees: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,13 +295,32 @@ class Front:
 
 def front_of(comparison: Comparison, speed: Speeds) -> Front:
     """Find the front of candidates in mean quality and in p50 latency (or evaluations)."""
-    numbers: dict[Hashable, int] = {}
-    keys = [(same_prompt(key[0]), key[5]) for key in comparison.keys]
-    clusters = _numbered(keys, numbers)
-    timed = None
+    errors = None
     if speed.basis == "latency_s":
-        timed = [_timed(c.row.timed, numbers) for c in comparison.candidates]
-    return resampled_front(comparison.quality, clusters, np.array(speed.values), timed)
+        errors = cost_errors([_timed(c.row.timed) for c in comparison.candidates])
+    cost = np.array(speed.values)
+    return resampled_front(comparison.quality, comparison.clusters, cost, errors)
+
+
+def cost_errors(timed: Sequence[Mapping[str, Floats]]) -> CostErrors:
+    """How sure the median latency of each setting is, from its seconds by process start.
+
+    Settings that were timed equally often in the same starts took turns, and what they share at
+    each turn cancels. A setting timed once has the largest error of the others.
+    """
+    logs = [{start: np.log(x) for start, x in found.items()} for found in timed]
+    sizes = [{start: len(x) for start, x in found.items()} for found in logs]
+    if len(logs) > 1 and all(size == sizes[0] for size in sizes):
+        shared = {start: np.mean([found[start] for found in logs], axis=0) for start in sizes[0]}
+        # Half of what two settings differ by is left of each; S settings leave (S - 1) / S of it.
+        scale = np.sqrt(len(logs) / (len(logs) - 1))
+        logs = [{s: scale * (x - shared[s]) for s, x in found.items()} for found in logs]
+    found = [centres([x[:, None] for x in counted_starts(list(by.values()))]) for by in logs]
+    degrees = np.array([float(c.degrees) for c in found])
+    known = degrees > 0.0
+    half = np.array([float(c.half[0]) for c in found])
+    error = np.where(known, half / student(np.maximum(degrees, 1.0)), 0.0)
+    return CostErrors(np.where(known, error, error.max()), np.maximum(degrees, 1.0))
 
 
 def pareto_front(quality: Floats, cost: Floats) -> NDArray[np.bool_]:
@@ -302,7 +332,7 @@ def resampled_front(
     quality: Floats,
     clusters: NDArray[np.int64],
     cost: Floats,
-    timed: Sequence[Timed] | None = None,
+    errors: CostErrors | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = _SEED,
@@ -312,41 +342,39 @@ def resampled_front(
     Args:
         quality: more is better.
         clusters: [n], each pair's prompt.
-        cost: as seen, the medians of `timed` where that is given.
-        timed: what `cost` is the median of, S in all, prompts numbered as in `clusters`; further
-            numbers are prompts that were timed only. ``None``: cost is known, as evaluations are.
+        cost: as seen.
+        errors: of the costs' logs, S in all. ``None``: cost is known, as evaluations are.
         resamples: how many.
         seed: of them.
 
     Raises: ValueError where the shapes do not fit.
     """
-    _require_shapes(quality, clusters, cost, timed)
+    _require_shapes(quality, clusters, cost, errors)
     means = quality.mean(axis=1)
     seen = pareto_front(means, cost)
-    labels = [clusters] if timed is None else [clusters, *(prompts for _, prompts in timed)]
-    k = 1 + max(int(x.max(initial=0)) for x in labels)
+    k = 1 + int(clusters.max(initial=0))
     if k < 2:
         return Front(seen, None)
     counts = np.bincount(clusters, minlength=k).astype(np.float64)
     sums = np.stack([np.bincount(clusters, weights=row, minlength=k) for row in quality], axis=1)
     lost, drawn = np.zeros(len(quality)), 0
-    widest = max(len(quality) ** 2, *(len(x) for x in labels))
-    rows = max(1, _CHUNK_ELEMENTS // widest)
+    rows = max(1, _CHUNK_ELEMENTS // max(len(quality) ** 2, len(clusters)))
+    rng = np.random.default_rng(seed)
     for weights in weight_chunks(k, resamples, seed):
         for start in range(0, len(weights), rows):
             part = weights[start : start + rows]
             total = (part @ counts)[:, None]
             # A resample without a single pair says nothing; what was seen stands for it.
             drawn_quality = np.where(total > 0, (part @ sums) / np.maximum(total, 1.0), means)
-            lost += _dominated(drawn_quality, _resampled_cost(part, cost, timed)).sum(axis=0)
+            lost += _dominated(drawn_quality, _drawn_cost(rng, len(part), cost, errors)).sum(axis=0)
             drawn += len(part)
     return Front(seen, lost / drawn)
 
 
 def _require_shapes(
-    quality: Floats, clusters: NDArray[np.int64], cost: Floats, timed: Sequence[Timed] | None
+    quality: Floats, clusters: NDArray[np.int64], cost: Floats, errors: CostErrors | None
 ) -> None:
-    given = len(quality) if timed is None else len(timed)
+    given = len(quality) if errors is None else len(errors.error)
     if quality.ndim != 2 or clusters.shape != quality.shape[1:] or cost.shape != (len(quality),):
         raise ValueError(
             f"front: quality {quality.shape}, clusters {clusters.shape}, cost {cost.shape};"
@@ -356,34 +384,23 @@ def _require_shapes(
         raise ValueError(f"front: {given} settings were timed, {len(quality)} have a quality")
 
 
-def _numbered(keys: Sequence[Hashable], numbers: dict[Hashable, int]) -> NDArray[np.int64]:
-    """Number prompts in order of first sight; `numbers` is added to."""
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+def _timed(records: Iterable[Record]) -> dict[str, Floats]:
+    """Seconds of images made alone by process start, in the order of time."""
+    found: dict[str, list[float]] = {}
+    for record in sorted(records, key=lambda r: r.started_at):
+        if record.timings is not None:
+            found.setdefault(record.session_id, []).append(record.timings.latency_s)
+    return {start: np.array(seconds) for start, seconds in found.items()}
 
 
-def _timed(records: Sequence[Record], numbers: dict[Hashable, int]) -> Timed:
-    known = [(r.timings.latency_s, cluster_key(r.trial)) for r in records if r.timings is not None]
-    labels = _numbered([key for _, key in known], numbers)
-    return np.array([latency for latency, _ in known]), labels
-
-
-def _resampled_cost(
-    weights: NDArray[np.float32], cost: Floats, timed: Sequence[Timed] | None
+def _drawn_cost(
+    rng: np.random.Generator, rows: int, cost: Floats, errors: CostErrors | None
 ) -> Floats:
-    """Median costs [R, S] under resampling counts [R, k]; as seen where nothing timed was drawn."""
-    if timed is None:
-        return np.broadcast_to(cost, (len(weights), len(cost)))
-    found = np.empty((len(weights), len(cost)))
-    for i, (values, labels) in enumerate(timed):
-        order = np.argsort(values, kind="stable")
-        ordered = values[order]
-        mass = np.cumsum(weights[:, labels[order]], axis=1)  # of whole numbers: exact
-        half = 0.5 * mass[:, -1:]
-        # As in `quantile_interval`: where the half falls on a step, the mean of its two ends.
-        below = ordered[np.argmax(mass >= half - 1e-9, axis=1)]
-        above = ordered[np.argmax(mass > half + 1e-9, axis=1)]
-        found[:, i] = np.where(mass[:, -1] > 0, (below + above) / 2, cost[i])
-    return found
+    """Costs [R, S], each drawn anew around what was seen."""
+    if errors is None:
+        return np.broadcast_to(cost, (rows, len(cost)))
+    off = errors.error * rng.standard_t(errors.degrees, (rows, len(cost)))
+    return cost * np.exp(np.clip(off, -_FARTHEST, _FARTHEST))
 
 
 def _dominated(quality: Floats, cost: Floats) -> NDArray[np.bool_]:

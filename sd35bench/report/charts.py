@@ -10,6 +10,7 @@ from sd35bench.analysis.quality import facts
 from sd35bench.analysis.table import why_untimed
 from sd35bench.report.leaderboard import front_ids
 from sd35bench.report.plots import (
+    STAGES,
     Line,
     Point,
     Samples,
@@ -312,13 +313,11 @@ def _latencies(records: Sequence[Record]) -> tuple[float, ...]:
 
 
 def _stages(row: Row) -> dict[str, float]:
-    """Mean seconds by stage; what the stages do not explain of the mean is "other"."""
-    stages = {k: v for k, v in row.stage_s.items() if k in ("text", "denoise", "decode", "encode")}
-    mean = row.latency_s.get("mean")
-    if not stages or mean is None:
-        return stages
-    other = mean - sum(stages.values())
-    return {**stages, "other": other} if other > 0.01 * mean else stages
+    """Mean seconds by stage, and what no stage explains where that is more than 1 %."""
+    stages = {k: v for k, v in row.stage_s.items() if k in STAGES}
+    if stages.get("other", 0.0) <= 0.01 * sum(stages.values()):
+        stages.pop("other", None)
+    return stages
 
 
 def _memory_rows(rows: Sequence[Row]) -> list[tuple[str, str, float]]:

@@ -279,4 +279,4 @@ def _time_words(hosted: _Hosted) -> str:
     if share is not None:
         told[0] += f" ({words.percent(share['value'])})"
     tail = f": {', '.join(told)}" if told else ""
-    return f"an image takes {words.estimate(total)} s on average (n = {total.n}){tail}."
+    return f"an image takes {words.latency(total)} on average (n = {total.n}){tail}."

@@ -18,6 +18,7 @@ from sd35bench.report.rows import (
     Row,
     failed_text,
     has_far,
+    latency_scope,
     lower_is_better,
     metric_label,
     metric_names,
@@ -132,7 +133,7 @@ def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -
     """Every column of `rows`, in reading order."""
     target = _known("× target", rows, lambda r: r.target_ratio, _two_decimals, rank=4)
     usd, latency = _usd(rows), [r.latency for r in rows]
-    hint = "p50 of batch-1 trials; 95 % interval"
+    hint = f"p50 of batch-1 trials; 95 % interval {latency_scope(rows)}"
     return [
         *(c for name in extra if name == "backend" for c in _field(name, rows)),
         _number("steps", rows, lambda r: r.steps),
@@ -141,7 +142,7 @@ def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -
         *(c for name in extra if name != "backend" for c in _field(name, rows)),
         _number("n", rows, lambda r: r.n, hint="images that the quality figures rest on"),
         *_metrics(rows),
-        _estimates("latency s", latency, "glyph cost", most=3, hint=hint),
+        _estimates("latency s", latency, "glyph cost", most=3, seconds=True, hint=hint),
         *_timed(rows),
         *(replace(c, hint="latency over target", forms=_PAGE) for c in target),
         *_against_reference(rows),
@@ -252,7 +253,7 @@ def _against_reference(rows: Sequence[Row]) -> list[Column]:
         hint = "times faster than the reference backend on the same prompts and seeds"
         hint += "; a hosted service's time includes queue and network" if far else ""
         most = 3 if far else 2  # what is far away is a small share
-        kept = {"rank": 1, "hint": f"{hint}; 95 % interval"}
+        kept = {"rank": 1, "seconds": True, "hint": f"{hint}; 95 % interval {latency_scope(rows)}"}
         speedups = [r.speedup for r in rows]
         column = _estimates("× eager", speedups, "glyph up", most=most, **kept)
         alone = _estimates("× eager", _values_only(speedups), "", most=most, **kept)
@@ -351,14 +352,23 @@ def _estimates(
     *,
     most: int,
     rank: int = 0,
+    seconds: bool = False,
     hint: str = "",
 ) -> Column:
-    """A column of figures with one number of decimals, and a glyph on one common scale."""
+    """A column of figures with one number of decimals, and a glyph on one common scale.
+
+    Latencies and their ratios differ a hundredfold: where `seconds`, a cell has more decimals if
+    its own value needs them.
+    """
     decimals = min(most, words.column_decimals(estimates))
     ends = [v for e in estimates if e is not None for v in (e.low, e.value, e.high)]
     known = [v for v in ends if v is not None]
     extent = (min(known), max(known)) if known else (0.0, 1.0)
-    cells = tuple(_estimate(e, decimals, extent, class_) for e in estimates)
+    own = [
+        words.latency_decimals(e, decimals) if seconds and e is not None else decimals
+        for e in estimates
+    ]
+    cells = tuple(_estimate(e, d, extent, class_) for e, d in zip(estimates, own, strict=True))
     return Column(title=title, cells=cells, rank=rank, hint=hint)
 
 

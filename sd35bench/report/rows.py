@@ -193,6 +193,16 @@ def _read_row(raw: Mapping[str, Any], row_id: str, drift: Mapping[str, Any]) -> 
     )
 
 
+def latency_scope(rows: Iterable[Row]) -> str:
+    """What the latencies' intervals are over, in words."""
+    starts = {r.latency_s.get("starts") for r in rows if r.latency and r.latency.has_interval}
+    if all(n == 1 for n in starts):
+        return "within one run"
+    if 1 in starts:
+        return "over process starts, within one run where there is one"
+    return "over process starts"
+
+
 def _known(raw: Mapping[str, Any] | None) -> Estimate | None:
     return None if raw is None else words.read_estimate(raw)
 

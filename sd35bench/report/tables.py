@@ -19,7 +19,8 @@ from sd35bench.report.render import (
     print_document,
     say,
 )
-from sd35bench.report.rows import Row, read_rows, varying_fields
+from sd35bench.report.rows import Row, latency_scope, read_rows, varying_fields
+from sd35bench.stats.latency import LEAST_IMAGES
 
 
 def print_settings(document: Mapping[str, Any], console: Console) -> None:
@@ -47,12 +48,13 @@ def settings_parts(document: Mapping[str, Any]) -> Iterator[Part]:
         yield say("no trials yet", wraps=True)
     for task in dict.fromkeys(row.task for row in rows):
         yield setting_table([r for r in rows if r.task == task], extra)
-    legend = "latency: median of images made one at a time; brackets: 95 % intervals"
+    scope = f"of latencies {latency_scope(rows)}, none below {LEAST_IMAGES} images"
+    legend = f"latency: median of images made one at a time; brackets: 95 % intervals, {scope}"
     if any(r.latency is not None for r in rows):
         yield say((legend, "dim"), wraps=True)
     yield paragraph(
         "Latency: median of images made one at a time, from request to encoded file. Brackets:"
-        " 95 % intervals, resampled by prompt. n: images." + _rates_note(rows)
+        f" 95 % intervals, {scope}; of other figures over prompts. n: images." + _rates_note(rows)
     )
     if clock := document.get("clock"):
         yield say((clock, "dim"), wraps=True)

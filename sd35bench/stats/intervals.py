@@ -72,35 +72,6 @@ def mean_interval(
     return Interval(value, float(low), float(high), len(x), k)
 
 
-def quantile_interval(
-    values: ArrayLike,
-    clusters: ArrayLike,
-    q: float,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = _SEED,
-) -> Interval:
-    """Return the `q` quantile over images (0 < q < 1), with an interval over prompts."""
-    x = np.asarray(values, np.float64)
-    order = np.argsort(x, kind="stable")
-    _, labels = np.unique(np.asarray(clusters), return_inverse=True)
-    labels, ordered = labels[order], x[order]
-    value = float(np.quantile(x, q, method="averaged_inverted_cdf"))
-    k = int(labels.max()) + 1
-    if k < 2:
-        return Interval(value, None, None, len(x), k)
-    draws = []
-    for weights in weight_chunks(k, resamples, seed, width=len(x)):
-        mass = np.cumsum(weights[:, labels], axis=1)
-        # The same definition as `value`: where q falls on a step, the mean of its two ends.
-        wanted = q * mass[:, -1:]
-        below = ordered[np.argmax(mass >= wanted - 1e-9, axis=1)]
-        above = ordered[np.argmax(mass > wanted + 1e-9, axis=1)]
-        draws.append((below + above) / 2)
-    low, high = percentile_bounds(np.concatenate(draws), k)
-    return Interval(value, float(low), float(high), len(x), k)
-
-
 def resampled_means(
     sums: NDArray[np.float64],
     counts: NDArray[np.float64],

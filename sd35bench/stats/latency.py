@@ -1,16 +1,25 @@
-"""Latency between two sides: quantiles over time, drift within a run, verdicts over process starts.
+"""Latency: medians and their ratios of few images, drift within a run, verdicts over starts.
 
 Images of one process follow each other, and so do their times: a busy minute slows a dozen of
-them. Within a start errors therefore come from moving blocks of consecutive images (Künsch 1989),
-whose bootstrap variance is known in closed form. Their length follows from the correlation of
-neighbours, so that there are 8 to 16 blocks. Where neighbours are so much alike that n images are
-worth too few unrelated ones, an interval would be a guess, and none is given.
-
-What one process gives is still not what the next one gives: two runs of the same code, hours
+them. What one process gives is still not what the next one gives: two runs of the same code, hours
 apart, were 15 and 23 % apart (docs/log.md, 2026-11-23), several times what their intervals said.
-So the unit of a verdict is the process start. Starts of both sides that follow each other make a
+
+What is shown of a setting (`latency_interval`, `speed_interval`): over two or more process starts
+Student's t over the starts' centres; within one start Student's t over its images, in the
+logarithm, widened by what neighbours have in common. The centre is a mean without the fastest and
+slowest fifth (Tukey and McLaughlin 1963), which a slow image now and then does not move. How alike
+neighbours are cannot be seen in a few images, so they are taken to be as alike as the most alike
+ones of a real study. Fewer than 4 images have no interval: it would hold on average only, being
+far too wide or, where two times happen to agree, nothing at all. Coverage at n = 2 … 32:
+docs/validity.md, `python -m tests.validity latencies`.
+
+What a gate judges (`log_ratio`, `run_drift`): starts of both sides that follow each other make a
 *couple*, which shares the machine's state; the interval is Student's t over the couples' log
-ratios. One couple has no spread of its own and gets the one that a policy knows.
+ratios. One couple has no spread of its own and gets the one that a policy knows. Within a start
+errors come from moving blocks of consecutive images (Künsch 1989), whose bootstrap variance is
+known in closed form. Their length follows from the correlation of neighbours, so that there are 8
+to 16 blocks. Where neighbours are so much alike that n images are worth too few unrelated ones, an
+interval would be a guess, and none is given.
 """
 
 from collections.abc import Sequence
@@ -19,8 +28,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sd35bench.stats.clustered import read_quantile, student
+from sd35bench.stats.clustered import mean_bounds, read_quantile, student
 from sd35bench.stats.intervals import Interval
+
+LEAST_IMAGES = 4
+"""Images below which a latency has no interval."""
+LEAST_FOR_MEAN = 64
+"""Images below which a mean has none: one image in 20 that takes three times as long moves it by
+10 %, and is missing in 66 % of samples of 8 and in 4 % of 64."""
+LEAST_COUPLES = 3
+"""Couples of starts from which on their own spread is used, and not that of either side's."""
+_TRIM, _LEAST_TO_TRIM = 5, 8
+"""One in so many images is left out at either end, from so many images on."""
+_LARGEST_SEEN = 0.66
+"""Correlation of neighbours in the most alike series of a real study (0.30 to 0.66)."""
+_LEAST_FOR_LIKENESS, _LIKENESS_ERRORS = 16, 2.0
+_LEAST_FOR_BLOCKS = 128
+LEAST_SHARE = 0.25
+"""A start with a smaller share of the largest one's images is no unit of its own."""
 
 _MEDIAN, _LEAST_FOR_REACH = 0.5, 6
 LEAST_FOR_DRIFT = 16
@@ -65,6 +90,188 @@ class RunDrift:
         if low is None or high is None or abs(self.change.value) <= _NOTABLE_CHANGE:
             return False
         return low > 0.0 or high < 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Centres:
+    """Centres of m samples [m], how far their 95 % intervals reach [m], and Student's degrees."""
+
+    value: Floats
+    half: Floats
+    degrees: int
+
+
+def latency_interval(starts: Sequence[ArrayLike]) -> Interval:
+    """Return the median of latencies; `clusters` counts the process starts that it is over.
+
+    Args:
+        starts: seconds of each process start, in the order of time; at least one value in all.
+
+    With one start the interval is that of the start's own median: what the next start gives may lie
+    outside.
+    """
+    kept = [x for x in (np.asarray(s, np.float64) for s in starts) if len(x)]
+    pooled = np.concatenate(kept)
+    value, n = float(np.median(pooled)), len(pooled)
+    counted = counted_starts(kept)
+    if n < LEAST_IMAGES:
+        return Interval(value, None, None, n, len(counted))
+    if len(counted) == 1 and n >= _LEAST_FOR_BLOCKS:
+        found = block_quantile(pooled, _MEDIAN)
+        if found.low is not None and found.high is not None:
+            return Interval(value, min(found.low, value), max(found.high, value), n, 1)
+    # Parts of a hosted call may be 0 or, as what is left of it, less.
+    logs = float(pooled.min()) > 0.0
+    found = centres([(np.log(x) if logs else x)[:, None] for x in counted])
+    ends = [float((found.value + side * found.half)[0]) for side in (-1, 1)]
+    low, high = (float(np.exp(end)) if logs else end for end in ends)
+    if not logs and pooled.min() >= 0.0:
+        low = max(low, 0.0)
+    return Interval(value, min(low, value), max(high, value), n, len(counted))
+
+
+def mean_latency(starts: Sequence[ArrayLike]) -> Interval:
+    """Return the mean of latencies, with an interval from `LEAST_FOR_MEAN` images on.
+
+    Args:
+        starts: seconds of each process start, in the order of time; at least one value in all.
+    """
+    kept = [x for x in (np.asarray(s, np.float64) for s in starts) if len(x)]
+    pooled = np.concatenate(kept)
+    value, n, counted = float(pooled.mean()), len(pooled), counted_starts(kept)
+    if n < LEAST_FOR_MEAN:
+        return Interval(value, None, None, n, len(counted))
+    found = mean_bounds(pooled[:, None], np.ones(n))
+    wider = float(np.sqrt(_worth(likeness(pooled[:, None]))[0]))
+    down, up = (wider * float(end[0]) for end in (value - found.low, found.high - value))
+    if len(counted) > 1:
+        means = np.array([x.mean() for x in counted])
+        half = float(_from_spread(means.std(ddof=1) / np.sqrt(len(means)), len(means) - 1))
+        down, up = max(down, half), max(up, half)
+    return Interval(value, value - down, value + up, n, len(counted))
+
+
+def counted_starts(starts: Sequence[Floats]) -> list[Floats]:
+    """The starts that are units of their own; all images as one, where only one start is."""
+    least = LEAST_SHARE * max(map(len, starts))
+    counted = [x for x in starts if len(x) >= least]
+    return counted if len(counted) > 1 else [np.concatenate(list(starts))]
+
+
+def centres(starts: Sequence[Floats]) -> Centres:
+    """Centres of m columns from the values of each start [n_i, m], in the order of time.
+
+    Over several starts the half is that of the starts' spread, and no less than that of the images
+    within them: two starts may agree by chance. One start has its images alone.
+    """
+    if len(starts) == 1:
+        return _of_one_start(starts[0])
+    found = [_trimmed(x) for x in starts]
+    each = np.stack([start.value for start in found])
+    between = _from_spread(each.std(axis=0, ddof=1) / np.sqrt(len(each)), len(each) - 1)
+    return Centres(each.mean(axis=0), np.maximum(between, _within(found)), len(each) - 1)
+
+
+def speed_centres(
+    above: Sequence[Floats], below: Sequence[Floats], couples: Sequence[tuple[int, int]]
+) -> Centres:
+    """How much larger m columns of `above` are than `below`, both by process start [n_i, m].
+
+    Couples of starts are compared one by one where there are three or more; else all starts of one
+    side with all of the other, with one spread for both (Student 1908). One start on either side
+    has no spread, and only what is within them.
+    """
+    found = [[_trimmed(x) for x in side] for side in (above, below)]
+    if len(above) == len(below) == 1:
+        one, other = (_of_one_start(side[0]) for side in (above, below))
+        degrees = min(one.degrees, other.degrees)
+        return Centres(one.value - other.value, np.hypot(one.half, other.half), degrees)
+    tops, bottoms = (np.stack([start.value for start in side]) for side in found)
+    if len(couples) >= LEAST_COUPLES:
+        ratios = np.stack([tops[i] - bottoms[j] for i, j in couples])
+        degrees, error = len(ratios) - 1, ratios.std(axis=0, ddof=1) / np.sqrt(len(ratios))
+        value = ratios.mean(axis=0)
+    else:
+        value, degrees = tops.mean(axis=0) - bottoms.mean(axis=0), len(tops) + len(bottoms) - 2
+        power = sum(np.square(c - c.mean(axis=0)).sum(axis=0) for c in (tops, bottoms))
+        error = np.sqrt(power / degrees * (1 / len(tops) + 1 / len(bottoms)))
+    within = np.hypot(*(_within(side) for side in found))
+    return Centres(value, np.maximum(_from_spread(error, degrees), within), degrees)
+
+
+def likeness(series: Floats) -> Floats:
+    """Correlation of neighbours [m] that series [n, m] are taken to have.
+
+    Two standard errors above what is seen, but no more than a real study's largest one, unless
+    more is seen. Below 16 values nothing is seen.
+
+    Source: Kendall 1954 for the estimate's bias.
+    """
+    n, centred = len(series), series - series.mean(axis=0)
+    power = np.square(centred).sum(axis=0)
+    if n < _LEAST_FOR_LIKENESS:
+        return np.full(power.shape, _LARGEST_SEEN)
+    found = (centred[1:] * centred[:-1]).sum(axis=0) / np.where(power > 0.0, power, 1.0)
+    found = found + (1.0 + 4.0 * found) / n
+    careful = np.minimum(found + _LIKENESS_ERRORS / np.sqrt(n), _LARGEST_SEEN)
+    return np.clip(np.maximum(found, careful), 0.0, _LARGEST_CORRELATION)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trimmed:
+    """A start's centres [m] and their errors [m] if its images were unrelated.
+
+    `drawn` are the images [n, m], drawn in to the range of those that were kept.
+    """
+
+    value: Floats
+    error: Floats
+    degrees: int
+    drawn: Floats
+
+
+def _trimmed(series: Floats) -> _Trimmed:
+    """Trimmed means of series [n, m] with their Winsorised errors.
+
+    Source: Tukey and McLaughlin 1963, "Less Vulnerable Confidence and Significance Procedures for
+    Location Based on a Single Sample".
+    """
+    n = len(series)
+    cut = n // _TRIM if n >= _LEAST_TO_TRIM else 0
+    ordered = np.sort(series, axis=0)
+    value, degrees = ordered[cut : n - cut].mean(axis=0), n - 2 * cut - 1
+    drawn = np.clip(series, ordered[cut], ordered[n - 1 - cut])
+    if degrees < 1:
+        return _Trimmed(value, np.full(value.shape, np.inf), 0, drawn)
+    error = drawn.std(axis=0, ddof=1) / ((1 - 2 * cut / n) * np.sqrt(n))
+    return _Trimmed(value, error, degrees, drawn)
+
+
+def _of_one_start(series: Floats) -> Centres:
+    """Centres of series [n, m] of one start, whose errors are widened by the likeness."""
+    found = _trimmed(series)
+    if found.degrees < 1:
+        return Centres(found.value, found.error, 0)
+    error = found.error * np.sqrt(_worth(likeness(found.drawn)))
+    return Centres(found.value, _from_spread(error, found.degrees), found.degrees)
+
+
+def _within(starts: Sequence[_Trimmed]) -> Floats:
+    """The least half [m] that the mean of the starts' centres has, by what is within them."""
+    known = [start for start in starts if start.degrees > 0]
+    if not known:
+        return np.zeros(starts[0].value.shape)
+    power = sum(np.square(start.error) for start in known) / len(known) / len(starts)
+    return _from_spread(np.sqrt(power), sum(start.degrees for start in known))
+
+
+def _worth(correlation: Floats) -> Floats:
+    """Related values that are worth one unrelated one, where neighbours correlate so [m]."""
+    return (1.0 + correlation) / (1.0 - correlation)
+
+
+def _from_spread(error: Floats, degrees: int) -> Floats:
+    return student(degrees) * error
 
 
 def block_quantile(latency_s: ArrayLike, q: float) -> Interval:
@@ -188,7 +395,7 @@ def _one_couple(a: Floats, b: Floats, q: float, spread: Spread) -> Interval:
     Source: Zou and Donner 2008, "Construction of confidence limits about effect measures", for
     the difference of two quantities with unsymmetric intervals.
     """
-    mine, theirs = (_within(x, q) for x in (b, a))
+    mine, theirs = (_reach(x, q) for x in (b, a))
     value = float(np.log(mine.value / theirs.value))
     between = float(student(spread.degrees)) * spread.sd
     clusters = spread.degrees + 1
@@ -200,7 +407,7 @@ def _one_couple(a: Floats, b: Floats, q: float, spread: Spread) -> Interval:
     return Interval(value, low, high, len(b), clusters)
 
 
-def _within(x: Floats, q: float) -> Interval:
+def _reach(x: Floats, q: float) -> Interval:
     """A start's quantile; a median whose error is not known is somewhere in all that was timed.
 
     A gate without an interval would let any slowdown through. The reach of 6 or more unrelated

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sd35bench.analysis.pairs import Candidate, Comparison
+from sd35bench.analysis.speed import starts_of
 from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.pareto import Speeds
 from sd35bench.recommend.profiles import Profile
-from sd35bench.stats.clustered import quantile_t
+from sd35bench.stats.latency import latency_interval
 from sd35bench.tune.race import SAME_SPEED
 from sd35bench.tune.space import Point
 
@@ -79,8 +80,6 @@ def _speeds(comparison: Comparison) -> Speeds:
 
 
 def _median(candidate: Candidate) -> tuple[float, float | None]:
-    keys = list(candidate.latency_s)
-    names: dict[tuple[str, str | None], int] = {}
-    prompts = [names.setdefault((key[0], key[5]), len(names)) for key in keys]
-    found = quantile_t([candidate.latency_s[key] for key in keys], prompts, 0.5)
+    starts = starts_of(candidate.lone_images(by_negative=True).values())
+    found = latency_interval([[image.latency_s for image in start] for start in starts])
     return found.value, found.high

@@ -79,7 +79,7 @@ def test_metrics_come_from_the_batch_size_with_most_images(tmp_path):
 def test_ratio_is_to_the_target_and_stages_add_up(tmp_path):
     load = replace(LOAD, model=replace(LOAD.model, target_latency_s=8.0))
     stages = Timings(
-        generate_s=3.5, encode_s=0.5, text_s=0.5, denoise_s=2.0, decode_s=1.0, step_s=(1.0, 1.0)
+        generate_s=3.75, encode_s=0.25, text_s=0.5, denoise_s=2.0, decode_s=1.0, step_s=(1.0, 1.0)
     )
     study = MemoryStudy(tmp_path)
     for p in range(4):
@@ -91,9 +91,13 @@ def test_ratio_is_to_the_target_and_stages_add_up(tmp_path):
         "text_s": 0.5,
         "denoise_s": 2.0,
         "decode_s": 1.0,
-        "encode_s": 0.5,
+        "encode_s": 0.25,
+        "other_s": 0.25,
         "step_s": 1.0,
     }
+    # The mutant without `other_s` leaves 250 ms of each image in no stage.
+    parts = sum(v for k, v in row["stage_s"].items() if k != "step_s")
+    assert parts == pytest.approx(row["latency_s"]["mean"])
     assert (row["peak_rss_bytes"], row["peak_vram_bytes"]) == (103, 7)
 
 

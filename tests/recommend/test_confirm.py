@@ -174,7 +174,8 @@ def test_mutant_without_the_leak_check_would_confirm_on_the_choices_own_prompts(
         study.add(again, prompt_accuracy=values[row.trial.key])
     study.touch_images()
     assert _entry(study)["confirmation"]["status"] == "not run"
-    monkeypatch.setattr(confirm, "same_prompt", lambda _, number=count(): next(number))
+    numbers = count()
+    monkeypatch.setattr(confirm, "same_prompt", lambda _: next(numbers))
     assert _entry(study)["confirmation"]["status"] == "confirmed"
 
 

@@ -64,7 +64,7 @@ def test_throughput_shows_each_batch_size_and_the_planted_gain(backends: Synthet
     for row in rows:
         assert value(row["batch 4"]) / value(row["batch 1"]) == pytest.approx(GAIN[4], rel=0.1)
         assert value(row["gain"]) == pytest.approx(GAIN[4], rel=0.1)
-        assert all(" [" in row[f"batch {n}"] for n in GAIN)
+        assert [" [" in row[f"batch {n}"] for n in GAIN] == [True, True, False]  # of two batches
         assert row["batches"] == "12/6/2"
 
 
@@ -178,7 +178,7 @@ def test_show_holds_backends_against_eager_in_the_main_table(backends: Synthetic
     for title in ("× eager", "PSNR dB", "TFLOP/s"):
         assert title in head
     line = next(row for row in text.splitlines() if row.startswith("int8-w8a8"))
-    assert "[3.8" in line or "[3.9" in line  # the planted factor is 4, on the same prompts
+    assert "3.9 [3.5, 4.4]" in line  # the planted factor is 4, on the same prompts
     # The study is on a GPU whose rates were not measured: no share of a limit is made up.
     assert "%)" not in line
 

@@ -66,7 +66,7 @@ def test_seconds_are_the_planted_ones_part_by_part(hosted: Synthetic):
     planted = SECONDS["eachlabs"]
     for key, title in WORDS.items():
         assert value(full[title]) == pytest.approx(planted[key], rel=0.02), title
-        assert " [" in full[title]
+        assert " [" not in full[title]  # of 4 calls: a mean has none below 64
     network = planted["submit"] + planted["download"]
     total = network + planted["queue"] + planted["predict"]
     assert value(full["network"]) == pytest.approx(network, rel=0.02)
@@ -163,7 +163,7 @@ def test_bars_stack_to_the_total_with_the_polling_bound_at_their_end(hosted: Syn
 def test_sentences_say_it_in_plain_words(hosted: Synthetic):
     said = dict(hosted_sentences(hosted.show, read_rows(hosted.show)))
     text = said["eachlabs · 28 steps: "]
-    assert "an image takes 7.5 [7.2, 7.8] s on average (n = 4): 5.90 s inference (79 %)" in text
+    assert "an image takes 7.50 s on average (n = 4): 5.90 s inference (79 %)" in text
     assert "1.12 s queue, 0.480 s network." in text
     assert "Polling saw the end up to 0.450 s late." in text
     assert "This machine takes, on average: eager 0.254 s." in text

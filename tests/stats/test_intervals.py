@@ -5,7 +5,6 @@ from scipy import stats
 from sd35bench.stats.intervals import (
     expanded_tail,
     mean_interval,
-    quantile_interval,
     resampled_means,
     weight_chunks,
 )
@@ -54,22 +53,6 @@ def test_mean_interval_of_one_prompt_has_no_ends():
 
 def test_mean_interval_of_unanimous_prompts_is_a_point():
     assert mean_interval([0.1] * 20, np.arange(20)).ci95 == pytest.approx([0.1, 0.1])
-
-
-def test_quantile_interval_contains_its_value_in_small_samples():
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        x = np.round(rng.normal(1.0, 0.02, size=12), 3)
-        found = quantile_interval(x, np.arange(12) // 2, 0.5)
-        assert found.low <= found.value <= found.high, seed
-
-
-def test_quantile_interval_holds_the_median():
-    x = np.random.default_rng(3).lognormal(size=500)
-    found = quantile_interval(x, np.arange(500) // 2, 0.5)
-    assert found.value == pytest.approx(np.median(x))
-    assert found.low < found.value < found.high
-    assert found.low <= 1.0 <= found.high
 
 
 def test_expanded_tail_is_wider_for_few_prompts_and_nominal_for_many():

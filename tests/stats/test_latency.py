@@ -7,8 +7,12 @@ from sd35bench.stats.latency import (
     block_error,
     block_quantile,
     couple_starts,
+    latency_interval,
+    likeness,
     log_ratio,
+    mean_latency,
     run_drift,
+    speed_centres,
 )
 
 SPREAD = Spread(0.126, 2)
@@ -85,6 +89,79 @@ def test_constant_times_have_a_point():
 )
 def test_couples_are_starts_that_follow_each_other(baseline, candidate, expected):
     assert sorted(couple_starts(list(baseline), list(candidate))) == expected
+
+
+def test_two_or_three_images_have_no_interval_and_four_have_one_that_leaves_their_range():
+    """A bootstrap cannot leave [least, largest], which holds the median of 2 in half of cases."""
+    assert latency_interval([[0.2, 4.0]]).ci95 is None  # was "2 [0, 4] s"
+    assert latency_interval([[0.502, 0.502]]).ci95 is None  # was "0.502 [0.502, 0.502] s"
+    assert latency_interval([[0.5, 0.51, 0.49]]).ci95 is None
+    found = latency_interval([[0.50, 0.51, 0.49, 0.505]])
+    assert found.value == pytest.approx(0.5025)
+    assert 0.4 < found.low < 0.49
+    assert 0.51 < found.high < 0.6
+    assert found.clusters == 1
+    assert latency_interval([[0.5]]).ci95 is None
+
+
+def test_a_slow_image_now_and_then_does_not_move_an_interval_of_eight():
+    times = [0.50, 0.51, 0.49, 0.50, 0.52, 0.48, 0.50, 0.51]
+    quiet, slow = latency_interval([times]), latency_interval([[*times[:-1], 5.0]])
+    assert slow.high < 1.1 * quiet.high
+    assert mean_latency([times]).ci95 is None
+    # A mean needs the slow ones in its sample: 64 images.
+    many = mean_latency([np.random.default_rng(1).lognormal(0.0, 0.1, 64)])
+    assert many.low < many.value < many.high
+
+
+def test_several_starts_are_the_units_and_a_start_of_few_images_is_none():
+    rng = np.random.default_rng(8)
+    starts = [m * np.exp(0.001 * rng.standard_normal(30)) for m in (1.0, 1.1, 1.2)]
+    found = latency_interval(starts)
+    half = 4.303 * np.std(np.log([1.0, 1.1, 1.2]), ddof=1) / np.sqrt(3)
+    assert found.clusters == 3
+    assert np.log(found.high / found.low) / 2 == pytest.approx(half, rel=0.05)
+    # The mutant: Student's t of 90 unrelated images.
+    logs = np.log(np.concatenate(starts))
+    assert 1.99 * logs.std(ddof=1) / np.sqrt(90) < 0.1 * half
+    assert latency_interval([starts[0], starts[1][:5]]).clusters == 1
+
+
+def test_two_starts_that_agree_by_chance_still_have_the_spread_of_their_images():
+    starts = [[1.0, 1.1, 0.9, 1.05], [0.9, 1.0, 1.05, 1.1]]
+    assert np.ptp([np.mean(np.log(x)) for x in starts]) < 0.005
+    found = latency_interval(starts)
+    assert found.high / found.low > 1.1
+
+
+def test_parts_of_a_call_may_be_nothing():
+    found = latency_interval([[0.0, 0.0, 0.1, 0.2]])
+    assert found.low == 0.0 < found.value < found.high
+
+
+def test_likeness_is_taken_to_be_that_of_a_real_study_where_too_few_images_tell():
+    rng = np.random.default_rng(6)
+    assert likeness(rng.standard_normal((8, 3))) == pytest.approx([0.66] * 3)
+    many = likeness(rng.standard_normal((512, 200)))
+    assert 0.05 < many.mean() < 0.15
+    assert likeness(np.stack([_times(rng, 512, 0.9) for _ in range(20)], axis=1)).mean() > 0.8
+
+
+def test_ratio_of_starts_is_over_couples_from_three_on_else_over_all_starts():
+    rng = np.random.default_rng(7)
+    moods = 0.2 * rng.standard_normal(3)
+    sides = [
+        [0.01 * rng.standard_normal((20, 1)) + mood + offset for mood in moods]
+        for offset in (0.3, 0.0)
+    ]
+    coupled = speed_centres(sides[0], sides[1], [(0, 0), (1, 1), (2, 2)])
+    apart = speed_centres(sides[0], sides[1], [(0, 0)])
+    assert coupled.value[0] == pytest.approx(apart.value[0])
+    assert coupled.value[0] == pytest.approx(0.3, abs=0.01)
+    assert coupled.half[0] < 0.02 < 0.1 < apart.half[0]
+    assert (coupled.degrees, apart.degrees) == (2, 4)
+    one = speed_centres(sides[0][:1], sides[1][:1], [(0, 0)])
+    assert one.half[0] < 0.02
 
 
 def test_one_couple_gets_the_known_spread_between_runs():

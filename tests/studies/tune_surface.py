@@ -129,7 +129,7 @@ def side_by_side(seen: Sequence[Evidence]) -> Comparison:
     """Settings as `recommend` would compare them, each image's prompt being its number."""
     found = [
         Candidate(
-            row=_Local(setting={"setting": str(i)}, environment_id=None),
+            row=_Local(setting={"setting": str(i), "cfg": 4.0}, environment_id=None),
             quality=_by_key(evidence.quality),
             latency_s=_by_key(evidence.latency_s),
             work=1.0 if evidence.work is None else evidence.work,

@@ -11,7 +11,6 @@ from scipy import special
 
 from sd35bench.stats import clustered
 from sd35bench.stats.clustered import Bounds
-from sd35bench.stats.intervals import quantile_interval
 from sd35bench.stats.latency import block_quantile
 from tests.validity.drawn import (
     SEEDS,
@@ -230,10 +229,6 @@ def _quantile_cells(
             for name, q in _QUANTILES.items()
         }
         yield f"over prompts, {SEEDS} images each", k, told, "not explained"
-    for k in SIZES:
-        flat = np.random.default_rng([seed, k]).standard_normal((repetitions // 2, k))
-        told = {"p50": _Told.of(_bootstrapped(flat), 0.0)}
-        yield "over prompts, `show`'s bootstrap, 1 image each", k, told, "not explained"
     for rho in (0.0, 0.3, 0.6, 0.9):
         for n in SIZES:
             series = autoregressive(np.random.default_rng([seed, n]), n, rho, repetitions)
@@ -244,13 +239,6 @@ def _quantile_cells(
     for n in SIZES:
         series = busy_spells(np.random.default_rng([seed, n]), n, repetitions)
         yield "over time, busy spells", n, _over_time(series, truths), _worth(series)
-
-
-def _bootstrapped(values: Floats) -> Bounds:
-    """What `show` says of a median: of rows [columns, k] of one image per prompt."""
-    found = [quantile_interval(row, np.arange(len(row)), 0.5) for row in values]
-    ends = np.array([[f.value, f.low, f.high] for f in found], np.float64).T
-    return Bounds(*ends)
 
 
 def _over_time(series: Floats, truths: dict[str, float]) -> dict[str, _Told]:

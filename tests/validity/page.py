@@ -22,6 +22,16 @@ from tests.validity.decisions import decision_table, planned_table
 from tests.validity.decisions import power_table as decision_power
 from tests.validity.drawn import BUSY_SHARE, BUSY_SHIFT, BUSY_STAY, FAILURES, MEANS, SEEDS, SHARES
 from tests.validity.kinds import FAILURE_KINDS, MEAN_KINDS, SHARE_KINDS
+from tests.validity.latencies import (
+    LEAST_FOR_MEAN,
+    LEAST_IMAGES,
+    OF_COMPARE,
+    SIGMA,
+    SLOW,
+    TIMES,
+    latency_table,
+)
+from tests.validity.latencies import REPETITIONS as OF_LATENCIES
 from tests.validity.looks import looks_table
 from tests.validity.population import REFERENCE, population, population_table
 from tests.validity.population import REPETITIONS as OF_POPULATION
@@ -42,6 +52,7 @@ def tables(seed: int) -> dict[str, Callable[[], Iterator[list[str]]]]:
         ),
         "ratios": lambda: ratio_table(seed),
         "quantiles": lambda: quantile_table(seed),
+        "latencies": lambda: latency_table(seed),
         "population": lambda: population_table(seed),
         "alarms": lambda: alarm_table(seed),
         "power": lambda: power_table(seed),
@@ -73,6 +84,16 @@ def _introductions() -> dict[str, str]:
             f" spells: {BUSY_SHARE:.0%} of the time, {BUSY_STAY} images long on average, the times"
             f" are {BUSY_SHIFT:g} standard deviations longer; neighbours then say less of how far"
             " likeness reaches."
+        ),
+        "latencies": (
+            f"**Latencies of few images.** {OF_LATENCIES:,} repetitions, of `compare` {OF_COMPARE}:"
+            f" logs with a spread of {SIGMA:.0%}, one image in {1 / SLOW:.0f} takes {TIMES:g} times"
+            " as long; *neighbours* is the correlation of consecutive images, *starts apart* the"
+            " spread between process starts; n: images of the setting in all its starts (of"
+            f" `compare`: in each). –: not told, as below {LEAST_IMAGES} images, a mean below"
+            f" {LEAST_FOR_MEAN}. What one start gives is held against that run's own truth, and its"
+            " caption says so; the last three rows are what it would be as a statement on any"
+            " start, and two mutants."
         ),
         "population": (
             "**Brute-forced truth.** The values of every setting of a grid on nano"

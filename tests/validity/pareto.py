@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from sd35bench.recommend.pareto import Front, pareto_front, resampled_front
+from sd35bench.recommend.pareto import Front, cost_errors, pareto_front, resampled_front
 
 Floats = NDArray[np.float64]
 STEPS, CFGS, SEEDS = (4, 8, 16, 28), (1.0, 2.5, 4.0, 6.0), 2
@@ -54,7 +54,7 @@ def study(
     chance = special.expit(logit[:, None] + EASE * rng.standard_normal(prompts)[clusters])
     quality = (rng.random(chance.shape) < chance).astype(np.float64)
     latency = cost[:, None] * np.exp(NOISE * rng.standard_normal(chance.shape))
-    timed = [(row, clusters) for row in latency]
+    timed = cost_errors([{"one start": row} for row in latency])
     seen = np.median(latency, axis=1)
     found = find(quality, clusters, seen, timed, resamples=RESAMPLES, seed=int(rng.integers(1e9)))
     assert found.dominated is not None
