@@ -14,6 +14,7 @@ from tests.validity.coverage import (
 )
 from tests.validity.drawn import FAILURES, MEANS, SHARES
 from tests.validity.kinds import MEAN_KINDS, chosen
+from tests.validity.latencies import KINDS, latency_table
 from tests.validity.page import END, MARK, PAGE, markdown, split, tables
 from tests.validity.population import MEASURES, population, population_table
 
@@ -82,6 +83,31 @@ def test_quantiles_cover_where_they_are_told_and_are_refused_where_n_is_worth_to
     alike = {row["n"]: row for row in rows if row["quantile"].endswith("correlate 0.9")}
     assert float(alike["128"]["p50 told"].removesuffix(" %")) < 15
     assert alike["512"]["p95 told"] == "0 %"
+
+
+def _assert_latencies_cover(rows, least):
+    for row in rows:
+        told = {k: float(v) for k, v in row.items() if k.startswith("n = ") and v != "–"}
+        if "mutant" not in row["interval"] and "as of any" not in row["interval"]:
+            assert min(told.values(), default=100.0) >= least, row
+
+
+def test_latency_intervals_cover_at_the_n_that_people_use_or_are_not_told():
+    """600 repetitions; two mutants that fail: a bootstrap, and images taken for unrelated."""
+    kinds = [name for name in KINDS if not name.startswith("compare")]
+    rows = _rows(latency_table(SEED, kinds, (2, 4, 8, 16), 600))
+    _assert_latencies_cover(rows, 92.0)
+    shown = [row for row in rows if row["interval"].startswith(("p50, one start, of", "× eager"))]
+    assert {row["n = 2"] for row in shown} == {"–"}
+    worst = {row["interval"]: row for row in rows if row["neighbours"] == "0.6"}
+    assert float(worst["least to largest (mutant: bootstrap)"]["n = 2"]) < 40
+    assert float(worst["unrelated images of 2 starts (mutant)"]["n = 8"]) < 75
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_latency_intervals_cover_at_every_n():
+    _assert_latencies_cover(_rows(latency_table(SEED)), 92.5)  # of `compare`: 500 repetitions
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ _TRIM, _LEAST_TO_TRIM = 5, 8
 """One in so many images is left out at either end, from so many images on."""
 _LARGEST_SEEN = 0.66
 """Correlation of neighbours in the most alike series of a real study (0.30 to 0.66)."""
-_LEAST_FOR_LIKENESS, _LIKENESS_ERRORS = 16, 2.0
+_LEAST_FOR_LIKENESS, _LIKENESS_ERRORS = 16, 2.5
 _LEAST_FOR_BLOCKS = 128
 LEAST_SHARE = 0.25
 """A start with a smaller share of the largest one's images is no unit of its own."""
@@ -202,7 +202,7 @@ def speed_centres(
 def likeness(series: Floats) -> Floats:
     """Correlation of neighbours [m] that series [n, m] are taken to have.
 
-    Two standard errors above what is seen, but no more than a real study's largest one, unless
+    2.5 standard errors above what is seen, but no more than a real study's largest one, unless
     more is seen. Below 16 values nothing is seen.
 
     Source: Kendall 1954 for the estimate's bias.

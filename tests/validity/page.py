@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sd35bench.disk import write_atomic
+from sd35bench.stats.latency import LEAST_FOR_MEAN
 from tests.validity.alarms import alarm_table, power_table
 from tests.validity.coverage import (
     OF_BOOTSTRAPS,
@@ -23,7 +24,6 @@ from tests.validity.decisions import power_table as decision_power
 from tests.validity.drawn import BUSY_SHARE, BUSY_SHIFT, BUSY_STAY, FAILURES, MEANS, SEEDS, SHARES
 from tests.validity.kinds import FAILURE_KINDS, MEAN_KINDS, SHARE_KINDS
 from tests.validity.latencies import (
-    LEAST_FOR_MEAN,
     LEAST_IMAGES,
     OF_COMPARE,
     SIGMA,
@@ -92,7 +92,7 @@ def _introductions() -> dict[str, str]:
             " spread between process starts; n: images of the setting in all its starts (of"
             f" `compare`: in each). –: not told, as below {LEAST_IMAGES} images, a mean below"
             f" {LEAST_FOR_MEAN}. What one start gives is held against that run's own truth, and its"
-            " caption says so; the last three rows are what it would be as a statement on any"
+            " caption says so; the last three kinds are what it would be as a statement on any"
             " start, and two mutants."
         ),
         "population": (
