@@ -27,8 +27,8 @@ T = TypeVar("T")
 _TEMPORARY = re.compile(r"\.sd35bench-([0-9a-f]{8})-([0-9]{1,9})-.+\.tmp")
 
 
-def decode_line(line: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
-    """Parse one JSON line to the decoder's type; unknown keys are ignored.
+def decode_line(line: bytes, decoder: "msgspec.json.Decoder[T]", nan: bool = False) -> T:
+    """Parse one JSON line to the decoder's type; unknown keys are ignored, NaN is with `nan` read.
 
     Raises: msgspec.ValidationError for another shape, ValueError for what is not JSON.
     """
@@ -38,11 +38,11 @@ def decode_line(line: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
         raise
     except msgspec.DecodeError:
         # `json.dumps` writes a lone surrogate of a prompt as \\udXXX, which msgspec refuses.
-        return msgspec.convert(parse_json(line), decoder.type)
+        return msgspec.convert(parse_json(line, nan), decoder.type)
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse JSON; NaN and Infinity are none, nor is what is nested too deep to be ours.
+def parse_json(data: bytes, nan: bool = False) -> Any:
+    """Parse JSON; NaN and Infinity are none but with `nan`, nor is what is nested too deep.
 
     Raises: ValueError.
     """
@@ -51,7 +51,7 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(data, parse_constant=refuse)
+        return json.loads(data, parse_constant=float if nan else refuse)
     except RecursionError as exc:
         raise ValueError("nested too deep") from exc
 

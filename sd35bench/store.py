@@ -69,7 +69,7 @@ _SCORE = msgspec.json.Decoder(Score)
 
 def _read_score(line: bytes) -> Score:
     """Parse one line of a score file. Raises: StoreError for a value that is not finite."""
-    score = decode_line(line, _SCORE)
+    score = decode_line(line, _SCORE, nan=True)
     if score.value is not None and not isfinite(score.value):
         raise StoreError(
             f"says {score.metric} = {score.value}, which is no number: delete that line, then"

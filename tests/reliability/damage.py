@@ -24,7 +24,7 @@ from tests.golden.studies import SETS
 from tests.reliability.experiment import Experiment, Figure
 
 STUDY = "study"
-POINTS = "backend=fake study=study steps=1,2 cfg=1 prompts.limit=6 seed=0"
+POINTS = "backend=fake study=study steps=1,2 cfg=1 prompts.limit=8 seed=0"
 WAIT_S = 60.0
 CELLS = 200
 VERBS = {
@@ -39,7 +39,7 @@ VERBS = {
     "clean": "clean study --json",
     "verify": "verify study --json",
     "run": f"run -m {POINTS} --json",
-    "tune": f"tune {POINTS} first=4 images=12 --json",
+    "tune": f"tune {POINTS} first=4 images=16 --json",
     "doctor": "doctor fake --json",
 }
 
@@ -147,7 +147,7 @@ def make(here: Path) -> None:
     main(["run", "-m", *POINTS.split(), "keep_latents=true"])
     study = Study.open(Path("results"), STUDY)
     main(["score", STUDY])
-    main(["tune", *POINTS.split(), "first=4", "images=12"])
+    main(["tune", *POINTS.split(), "first=4", "images=16"])
     records = study.records()
     study.put_init(study.read_image_file(str(records[0].image)))
     rows = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)

@@ -110,16 +110,16 @@ def test_what_was_never_made_stays_ambiguous_until_told_otherwise(
     server: FaultServer, study: Study
 ):
     plan = hosted_plan(server.url, 2)
-    server.script("create", replace(FAULTS["lost-answer"], refuses=True))
+    server.script("create", None, replace(FAULTS["lost-answer"], refuses=True))
     summary = run(study, plan, server.url, single_stream=2)
     assert (summary.done, summary.ambiguous) == (1, 1)
-    record = by_prompt(study)["prompt 0"]
+    record = by_prompt(study)["prompt 1"]
     assert record.status is Status.AMBIGUOUS
     assert record.remote is not None
     assert record.remote.prediction_id is None
     assert summary.cost_usd == pytest.approx(2 * PRICE_USD)  # not proven uncharged
     run(study, plan, server.url)
-    assert by_prompt(study)["prompt 0"].status is Status.AMBIGUOUS
+    assert by_prompt(study)["prompt 1"].status is Status.AMBIGUOUS
     assert sum(server.creates.values()) == 1  # looked for, not created
     again = run(study, plan, server.url, on_ambiguous="resubmit")
     assert (again.done, again.skipped) == (1, 1)
@@ -248,9 +248,9 @@ def test_a_failed_prediction_is_an_error_with_its_reason(server: FaultServer, st
 def test_a_service_that_keeps_losing_answers_is_left_alone(server: FaultServer, study: Study):
     server.always("create", "500")
     summary = run(study, hosted_plan(server.url, 9), server.url, single_stream=9)
-    assert summary.failed == server.count("create") == 5
+    assert summary.failed == server.count("create") == 1
     assert summary.paused is not None
-    assert "5 trials in a row" in summary.paused
+    assert "cannot be used" in summary.paused  # it may have been made, and billed
 
 
 def test_nobody_there_pauses_at_once(study: Study):
