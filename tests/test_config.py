@@ -22,6 +22,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.limits import Limits
 from sd35bench.metrics.base import METRICS
 from sd35bench.plan import expand
+from sd35bench.stats.latency import LEAST_IMAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -360,6 +361,9 @@ def test_notes_say_what_has_no_effect():
 
 def test_batch_sizes_are_an_axis():
     assert job("batch_size=8").sweep.batch_sizes == (8,)
+    assert (
+        job("batch_size=8").sweep.timed_limit == 8 >= 2 * LEAST_IMAGES
+    )  # was 4, was 2 in the demo
     swept = job("axes.batch_size=[1,4]", "timed_limit=2").sweep
     assert swept.batch_sizes == (1, 4)
     assert "every trial is timed" in swept.notes[0]

@@ -27,7 +27,7 @@ from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Swee
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
 
-DEFAULT_TIMED_LIMIT = 4
+DEFAULT_TIMED_LIMIT = 8
 FLOW_FAMILIES = ("sd3", "sana")
 OFF = "none"
 GENEVAL_DRIFT = (

@@ -310,7 +310,7 @@ class RunConf(LoadConf):
         None,
         "for latencies: with batch_size > 1, prompts that run once more at batch 1; with a"
         " hosted backend, images of each setting that run alone",
-        "4",
+        "8",
     )
     order_seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = known(
         0, "seed of the order in which trials run"
