@@ -91,7 +91,7 @@ def test_every_yaml_composes(group):
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_plans(name):
-    found = job(f"experiment={name}")
+    found = job(f"experiment={name}", "prompts.limit=4")
     assert len(expand(found.sweep).trials) > 1
 
 
