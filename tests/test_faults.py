@@ -30,6 +30,7 @@ DEATHS = {
     "hang": (Status.TIMED_OUT, "no answer in"),
     "allocate": (Status.OUT_OF_MEMORY, "over memory_limit_gb=0.4"),
 }
+"""All are tried in generation; elsewhere a signal's number is nothing new."""
 
 
 def limits(fault: str, **fields) -> Limits:
@@ -175,7 +176,7 @@ def test_deaths_are_counted_over_all_starts(study):
 # In loading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["segfault", "exit", "kill", "allocate"])
+@pytest.mark.parametrize("fault", ["exit", "allocate"])
 def test_fault_in_load_has_its_phase(study, fault):
     plan = fake_plan(fake_load(fault=fault, fault_phase="load"), 3)
     summary = run_plan(plan, study, limits=limits(fault, max_failures=2))
@@ -220,7 +221,7 @@ def two_kinds(fault: str) -> Plan:
     return replace(plans[0], batches=plans[0].batches + plans[1].batches)
 
 
-@pytest.mark.parametrize("fault", DEATHS)
+@pytest.mark.parametrize("fault", ["exit", "hang", "allocate"])
 def test_fault_in_warm_up_takes_its_kind_and_leaves_the_others(study, fault, monkeypatch):
     plan = two_kinds(fault)
     bounds = limits(fault)

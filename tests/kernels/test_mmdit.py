@@ -1,8 +1,5 @@
 """The CPU executor against its reference in float64, and that a fault of any part would be seen."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -257,49 +254,19 @@ def test_a_missing_compiler_is_said(monkeypatch, tmp_path):
     build._compiler.cache_clear()
 
 
-AVX2 = """
-import torch
-from sd35_kernels import reference
-from sd35_kernels.mmdit import load, KernelUnavailable
-from tests.kernels.test_mmdit import NANO, error
-weights, inputs = reference.random_weights(NANO), reference.random_inputs(NANO, 2, (6, 6), 9)
-expected = reference.velocity(NANO, weights, **inputs)
-executor = load(NANO, dict(weights), "exact", threads=2)
-assert executor.facts["isa"] == "avx2"
-assert error(executor.step(**inputs), expected) < 2e-6
-try:
-    load(NANO, weights, "int8", threads=1)
-except KernelUnavailable as exc:
-    assert "VNNI" in str(exc)
-else:
-    raise SystemExit("int8 without VNNI was not refused")
-"""
-
-
-def test_avx2_runs_the_exact_tier_and_refuses_int8():
+def test_avx2_runs_the_exact_tier_and_refuses_int8(monkeypatch):
     level_or_skip()
-    done = subprocess.run(
-        [sys.executable, "-c", AVX2],
-        env=os.environ | {"SD35_KERNELS_ISA": "avx2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("SD35_KERNELS_ISA", "avx2")
+    weights, inputs = reference.random_weights(NANO), reference.random_inputs(NANO, 2, (6, 6), 9)
+    expected = reference.velocity(NANO, weights, **inputs)
+    executor = load(NANO, dict(weights), "exact", threads=2)
+    assert executor.facts["isa"] == "avx2"
+    assert error(executor.step(**inputs), expected) < 2e-6
+    with pytest.raises(KernelUnavailable, match="VNNI"):
+        load(NANO, weights, "int8", threads=1)
 
 
-EMULATED = """
-from sd35_kernels import reference
-from sd35_kernels.mmdit import load
-from tests.kernels.test_mmdit import NANO
-small = NANO | {"layers": 2, "dual": (0,)}
-weights, inputs = reference.random_weights(small), reference.random_inputs(small, 1, (5, 7), 3)
-executor = load(small, weights, "int8", threads=2)
-print(executor.facts["isa"], executor.step(**inputs).numpy().tobytes().hex())
-"""
-
-
-def test_amx_tiles_give_what_vnni_gives():
+def test_amx_tiles_give_what_vnni_gives(monkeypatch):
     """Packing, ends of rows and epilogues of the tiles, on any VNNI CPU.
 
     Integer sums are the same; a fused multiply-add more or less flips a rounding to 8 bits here and
@@ -307,19 +274,14 @@ def test_amx_tiles_give_what_vnni_gives():
     """
     if level_or_skip() in ("avx2", "avx512"):
         pytest.skip("no VNNI")
+    small = NANO | {"layers": 2, "dual": (0,)}
+    inputs = reference.random_inputs(small, 1, (5, 7), 3)
     outs = []
     for level in ("amx_emulated", "avx512_vnni"):
-        done = subprocess.run(
-            [sys.executable, "-c", EMULATED],
-            env=os.environ | {"SD35_KERNELS_ISA": level},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        isa, values = done.stdout.split()
-        assert isa == level
-        outs.append(torch.frombuffer(bytearray.fromhex(values), dtype=torch.float32))
+        monkeypatch.setenv("SD35_KERNELS_ISA", level)
+        executor = load(small, reference.random_weights(small), "int8", threads=2)
+        assert executor.facts["isa"] == level
+        outs.append(executor.step(**inputs).clone())
     assert error(outs[0], outs[1]) < 2e-3
 
 
