@@ -63,10 +63,12 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(settings: ServerSettings) -> Iterator[Live]:
+def live(settings: ServerSettings, *, makes_images: bool = True) -> Iterator[Live]:
+    """Serve until the end of the block; without a worker, which takes 0.5 s, if none is needed."""
     ready = threading.Event()
     with contextlib.closing(bind(settings)) as bound, open_state(settings) as state:
-        state.generator.start()
+        if makes_images:
+            state.generator.start()
         server = Server(state, ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -35,14 +35,15 @@ def small_door(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    with live(make_settings(tmp_path)) as opened:
+    with live(make_settings(tmp_path), makes_images=False) as opened:
         yield opened
 
 
 @pytest.fixture
 def keyed(tmp_path):
     key = make_key("a", tmp_path / "keys.txt")
-    with live(make_settings(tmp_path / "state", key_file=tmp_path / "keys.txt")) as opened:
+    settings = make_settings(tmp_path / "state", key_file=tmp_path / "keys.txt")
+    with live(settings, makes_images=False) as opened:
         yield opened, key
 
 
@@ -245,7 +246,7 @@ def test_strangers_fill_no_log(keyed, log_lines):
 def test_a_key_that_is_taken_out_of_the_file_is_refused_at_once(tmp_path):
     path = tmp_path / "keys.txt"
     keys = {name: {"X-API-Key": make_key(name, path)} for name in ("a", "b")}
-    with live(make_settings(tmp_path / "state", key_file=path)) as opened:
+    with live(make_settings(tmp_path / "state", key_file=path), makes_images=False) as opened:
         assert opened.client.get("/v1/model", headers=keys["a"]).status_code == 200
         path.write_text(path.read_text().splitlines()[1] + "\n")
         assert opened.client.get("/v1/model", headers=keys["a"]).status_code == 401
