@@ -132,12 +132,12 @@ class ProviderContract:
         assert make_provider(name).refusal(make_request()) is None
 
     @pytest.mark.parametrize("reader", ["read_created", "read_prediction", "read_listing"])
-    @settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(body=JSON)
     def test_any_json_is_read_or_a_remote_error(self, name, reader, body):
         check_reader(make_provider(name), reader, body)
 
-    @settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(body=JSON)
     def test_any_presign_is_read_or_a_remote_error(self, name, body):
         check_reader(make_provider(name), "read_presigned", body)

@@ -316,7 +316,7 @@ def test_any_bytes_become_a_file_or_a_typed_error(answer: bytes):
     assert got.data[:2] in (b"\x89P", b"\xff\xd8", b"RI")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.text(max_size=60), st.sampled_from(["", "https://", "http://", "data:", "https://a.b/"]))
 def test_any_text_as_url_is_a_typed_error(text: str, start: str):
     async def nowhere(host: str, port: int) -> list[str]:

@@ -373,7 +373,7 @@ def meet(loop: Loop, route: str, provider: str, data: st.DataObject) -> None:
 MALFORMED = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
-@settings(MALFORMED, max_examples=200)
+@settings(MALFORMED, max_examples=100)
 @given(route=ROUTES, provider=PROVIDERS, data=st.data())
 def test_any_reply_is_read_or_a_typed_error_in_time(loop, route, provider, data):
     meet(loop, route, provider, data)
