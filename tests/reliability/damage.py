@@ -244,7 +244,7 @@ def _judge(found: Cells, cell: str, path: Path, code: int, out: str) -> None:
         found.tracebacks.append(f"{cell}: {last[:150]}")
     elif code not in (0, 1, 3):
         found.refused += 1
-        names = (path.name, path.parent.name, path.stem)
+        names = (path.name, path.parent.name, path.stem, f"study '{STUDY}'")
         if not any(name in out for name in names):
             found.unnamed.append(f"{cell}: {last[:150]}")
 
