@@ -387,7 +387,8 @@ class _Job:
         scored = {name: n for name, n in self.made.items() if n}
         excluded = Counter(self.excluded.values())
         named = {image for _, image in self.missing_files}
-        paths = [p for p in self.study.images().damaged if p.name.partition(".")[0] in named]
+        damaged_files = self.study.images().damaged if named else ()
+        paths = [path for path in damaged_files if path.name.partition(".")[0] in named]
         damaged = {path.name.partition(".")[0] for path in paths}
         for _, image in self.missing_files:
             excluded[DAMAGED if image in damaged else MISSING] += 1

@@ -67,18 +67,19 @@ class StoredFiles:
 
         Raises: StoreError where the folder cannot be read.
         """
-        found = Scan()
+        found, known = Scan(), self._stamps()
         for entry in self._entries():
             digest = entry.name.partition(".")[0]
-            if self._is_known(digest, entry.stat(follow_symlinks=False)):
+            at = entry.stat(follow_symlinks=False)
+            if known.get(digest) == (at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns):
                 found.whole.add(digest)
-                continue
-            try:
-                self.read(Path(entry.path))
-            except StoreError as exc:
-                found.damaged[Path(entry.path)] = str(exc)
-            else:
-                found.whole.add(digest)
+            elif _STORED.fullmatch(entry.name):
+                try:
+                    self.read(Path(entry.path))
+                except StoreError as exc:
+                    found.damaged[Path(entry.path)] = str(exc)
+                else:
+                    found.whole.add(digest)
         self.save()
         return found
 
@@ -175,7 +176,7 @@ class StoredFiles:
             parts = [part.path for part in os.scandir(self._folder) if part.is_dir()]
             for part in parts:
                 for entry in os.scandir(part):
-                    if entry.name.endswith(self._suffixes) and _STORED.fullmatch(entry.name):
+                    if entry.name.endswith(self._suffixes):
                         yield entry
         except FileNotFoundError:
             return
