@@ -61,7 +61,8 @@ class RunSummary:
 
     `wall_s` counts from the end of loading and warm-up to the last record. `measured_s` is the
     part of it spent in generation and image encoding; the rest is the harness's overhead.
-    `errors` counts failed trials by message, `statuses` by status. Of `timed` trials other work
+    `errors` counts failed trials by message, `statuses` by status; of `truncated` images the
+    encoders saw a part of the prompt only. Of `timed` trials other work
     `disturbed` so many, after `retimed` more timings; `speed` is the slowest worker's median
     canary, relative to the best that was seen on the machine. Of hosted services: `cost_usd` was
     spent by this run, `ambiguous` trials may have been, and `paused` says why it ended early.
@@ -85,9 +86,11 @@ class RunSummary:
     disturbed: int = 0
     retimed: int = 0
     speed: float | None = None
+    truncated: int = 0
 
     def count(self, record: Record) -> None:
         """Count what became of one trial."""
+        self.truncated += bool(record.truncated_tokens)
         if record.status is Status.OK:
             self.done += 1
             return

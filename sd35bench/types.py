@@ -323,6 +323,10 @@ class Session:
     canary: CanaryFacts | None = None
 
 
+CUT = "were cut: they hold more tokens than the CLIP encoders read, which see the first ones only"
+"""What is said of prompts whose records have `truncated_tokens`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What a trial left behind; `timings` and `image` only if the status is `OK`.

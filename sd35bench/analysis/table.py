@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
 from sd35bench.contention import Timed, choose, clock_text, read_contention, sentences
-from sd35bench.types import Record, Session, Status
+from sd35bench.types import CUT, Record, Session, Status
 
 GUARD = "guard"
 """Name under which `score` keeps what the guards saw in an image: value 1 passed, 0 refused."""
@@ -281,6 +281,10 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
         found.append(f"{count} trials failed; they count in `failed` and nowhere else")
     if ambiguous:
         found.append(ambiguous_text(ambiguous))
+    asked = {r.trial.request.prompt for row in rows for r in row.records}
+    cut = {r.trial.request.prompt for row in rows for r in row.records if r.truncated_tokens}
+    if cut:
+        found.append(f"{len(cut)} of {len(asked)} prompts {CUT}")
     for task, sets in _prompt_sets(rows).items():
         if len(sets) > 1:
             unlike = "; ".join(f"{n} settings on {', '.join(names)}" for names, n in sets.items())

@@ -30,7 +30,7 @@ from sd35bench.store import Study
 from sd35bench.stored import DAMAGED
 from sd35bench.sweeper import sweep
 from sd35bench.trials import shares
-from sd35bench.types import content_hash
+from sd35bench.types import CUT, content_hash
 
 if TYPE_CHECKING:
     from sd35bench.cli.auto_limit import Planned
@@ -228,6 +228,7 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "done": done,
         "skipped": total("skipped"),
         "failed": total("failed"),
+        "truncated": total("truncated"),
         "loads": total("loads"),
         "load_s": total("load_s"),
         "warmup_s": total("warmup_s"),
@@ -290,6 +291,8 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
         out.print(f"cost: {document['cost_usd']:.4g} USD")
     if document["paused"] is not None:
         out.print(document["paused"], markup=False, soft_wrap=True)
+    if document["truncated"]:
+        out.print(f"prompts of {document['truncated']} images {CUT}", soft_wrap=True)
     if document["failed"]:
         out.print("the same command tries the failed ones again")
     out.print(f"next: sd35bench show {name}", markup=False)

@@ -255,3 +255,13 @@ def test_a_study_of_held_out_prompts_alone_has_its_rows(tmp_path):
     study.add(record(0, split="heldout"), prompt_accuracy=1.0)
     (row,) = show_document(study.touch_images())["settings"]
     assert row["n"] == 1
+
+
+def test_prompts_that_were_cut_are_counted_once(tmp_path):
+    study = MemoryStudy(tmp_path)
+    for number, cut in ((0, 0), (1, 5), (2, None)):
+        for seed in (0, 1):
+            study.add(record(number, seed=seed, truncated_tokens=cut), prompt_accuracy=0.5)
+    said = [w for w in show_document(study.touch_images())["warnings"] if "cut" in w]
+    assert len(said) == 1
+    assert said[0].startswith("1 of 3 prompts were cut")
