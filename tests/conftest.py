@@ -29,6 +29,7 @@ MODEL = (
     "test_tune_cli.py",
     "test_demo.py",
 )
+LONGEST = ("golden", "test_notebook.py")
 
 
 def pytest_configure() -> None:
@@ -46,10 +47,14 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs the embedded model, or many processes: minutes together, so not in check."""
+    """Mark what runs the embedded model, or many processes: minutes together, so not in check.
+
+    The longest tests, of 20 to 40 s, go first, so that no worker is left with one at the end.
+    """
     for item in items:
         if item.path.relative_to(HERE).parts[0] in MODEL:
             item.add_marker(pytest.mark.model)
+    items.sort(key=lambda item: item.path.relative_to(HERE).parts[0] not in LONGEST)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -104,12 +104,17 @@ def bare_scheduler(own: Any, request: Request) -> Any:
     return scheduler
 
 
+@lru_cache(maxsize=2)
+def _other_loaded(path: Path, dtype: torch.dtype) -> Any:
+    return DiffusionPipeline.from_pretrained(path, dtype=dtype)
+
+
 def bare_other_images(
     path: Path, requests: Sequence[Request], dtype: torch.dtype = torch.float32, **changes: Any
 ) -> list[np.ndarray]:
     """Sana's or PixArt's, from a diffusers call with its own scheduler."""
     first = requests[0]
-    pipe: Any = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    pipe = _other_loaded(path, dtype)
     pipe.set_progress_bar_config(disable=True)
     arguments = {
         "negative_prompt": [r.negative_prompt for r in requests],

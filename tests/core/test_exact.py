@@ -68,7 +68,16 @@ def apart(pair: Sequence[Backend], requests: Sequence[Request]) -> float:
     return float(np.abs(first - second).max())
 
 
-@pytest.mark.parametrize("case", CASES)
+# What the samplers do is not the executor's: on its second form the calls that differ in kind.
+FEW = ("batch-of-3", "portrait", "no-guidance", "skip-layers", "one-step", "image", "heun-text")
+
+
+@pytest.mark.parametrize(
+    ("pair", "case"),
+    [*(("cpp", case) for case in CASES), *(("torch", case) for case in FEW)],
+    indirect=["pair"],
+    scope="module",
+)
 def test_latents_are_eagers(pair: tuple[Backend, Backend], case: str) -> None:
     assert apart(pair, CASES[case]) <= EXACT
 

@@ -26,10 +26,8 @@ def test_every_sampler_is_there() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-@pytest.mark.parametrize(
-    ("steps", "skip"), [(1, 0), (2, 0), (2, 1), (8, 0), (8, 3), (28, 0), (28, 3)]
-)
+@pytest.mark.parametrize("shift", [1.0, 6.0])
+@pytest.mark.parametrize(("steps", "skip"), [(1, 0), (2, 1), (8, 3), (28, 0)])
 @pytest.mark.parametrize("sampler", NAMES)
 def test_latents_and_timesteps_are_diffusers(
     sampler: str, steps: int, shift: float, skip: int

@@ -91,6 +91,7 @@ def test_resizing_mutant_without_antialiasing_is_far(statistic, nano, renders):
     assert wrong > 3 * abs(right)
 
 
+@pytest.mark.slow
 def test_extrapolated_distance_sees_swapped_channels_and_compression(nano, renders):
     prompts = np.tile(np.arange(96), 2)
     items = prompt_set("tune", "t2i", limit=96)
