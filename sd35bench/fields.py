@@ -116,7 +116,8 @@ _FIELDS = (
         means="image-to-image: how much of the init image is destroyed",
         default="the model's, with init images",
         sent=True,
-        label="strength",
+        label="strength",  # a column's title is narrow; a sentence says the field's own name
+        said="prompt_strength {}",
         grid=0.05,
     ),
     Field(

@@ -23,7 +23,8 @@ from sd35bench.pictures import is_animated, oriented_size, read_picture
 from sd35bench.types import PromptRef
 
 SPLITS = ("all", "tune", "heldout")
-TASKS = ("t2i", "edit", "overlap")
+LEVEL_TASKS = ("overlap", "relation")
+TASKS = ("t2i", "edit", *LEVEL_TASKS)
 INIT_FORMATS = ("PNG", "JPEG", "WEBP")
 INIT_PIXEL_LIMIT = 64_000_000
 
@@ -126,9 +127,9 @@ def read_nano(spec: PromptSpec) -> list[PromptItem]:
             f"prompts.limit={spec.limit}: the nano set has at most {nano.MAX_ITEMS} prompts;"
             " for more images use more seeds"
         )
-    if spec.task == "overlap":
+    if spec.task in LEVEL_TASKS:
         limit = nano.SIZES["t2i"] if spec.limit is None else spec.limit
-        drawn = nano.overlap_set(spec.split, limit, spec.seed)  # pyright: ignore[reportArgumentType]
+        drawn = nano.level_set(spec.split, spec.task, limit, spec.seed)  # pyright: ignore[reportArgumentType]
     else:
         drawn = nano.prompt_set(spec.split, spec.task, spec.limit, spec.seed)  # pyright: ignore[reportArgumentType]
     items = []

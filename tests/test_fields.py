@@ -172,7 +172,7 @@ def later(monkeypatch):
         ("steps", 4, "4 steps"),
         ("cfg", 4.0, "cfg 4"),
         ("shift", 3.0, "shift 3"),
-        ("prompt_strength", 0.5, "strength 0.5"),
+        ("prompt_strength", 0.5, "prompt_strength 0.5"),
         ("sampler", "heun", "heun"),
         ("max_sequence_length", 77, "77 tokens"),
         ("skip_layer_guidance", OTHER["skip_layer_guidance"], "skip 7@2.5:0.01-0.2"),

@@ -196,8 +196,8 @@ class PromptsConf(Conf):
     kind: str
     path: Text | None = known(None, "the file of a prompt set")
     split: Literal["tune", "heldout", "all"] = known("all", "which part of the set", "the set's")
-    task: Literal["t2i", "edit", "overlap"] = known(
-        "t2i", "nano: text-to-image, edits of init images, or the hardest scenes"
+    task: Literal["t2i", "edit", "overlap", "relation"] = known(
+        "t2i", "nano: text-to-image, edits of init images, or scenes of one level alone"
     )
     limit: Annotated[int, Interval(ge=1)] | None = known(
         None, "the first so many prompts", "the set's"

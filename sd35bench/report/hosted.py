@@ -217,7 +217,7 @@ def _label(row: Row, members: Sequence[Row]) -> str:
     said += [f"{row.steps} steps"] if differs("steps", members) else []
     said += [f"cfg {words.plain(row.cfg)}"] if differs("cfg", members) else []
     if differs("prompt_strength", members) and row.prompt_strength is not None:
-        said.append(f"strength {words.plain(row.prompt_strength)}")
+        said.append(f"prompt_strength {words.plain(row.prompt_strength)}")
     if differs("width", members) or differs("height", members):
         said.append(f"{row.text('width')}×{row.text('height')}")
     if row.remote is None and differs("threads", [r for r in members if r.remote is None]):

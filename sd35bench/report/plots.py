@@ -252,7 +252,9 @@ def plot_tradeoff(
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in at)
         parts.append(element("polyline", class_=f"line {class_}", points=path))
         for (px, py), (label, f, k) in zip(at, points, strict=True):
-            title = f"{name}, strength {label}\n{followed}: {_with_n(f)}\n{kept}: {_with_n(k)}"
+            title = (
+                f"{name}, prompt_strength {label}\n{followed}: {_with_n(f)}\n{kept}: {_with_n(k)}"
+            )
             marks = [element("title", title)]
             marks += _whisker(k, px, y, vertical=True, class_=class_)
             marks += _whisker(f, py, x, vertical=False, class_=class_)

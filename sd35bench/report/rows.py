@@ -139,10 +139,10 @@ class Row:
         return setting_text(self.setting.get(name))
 
     def name(self, extra: Iterable[str] = ()) -> str:
-        """Short title: ``28 steps · cfg 4 · strength 0.6``, then the `extra` fields that vary."""
+        """Short title: ``28 steps · cfg 4``, prompt_strength, and the `extra` fields that vary."""
         parts = [f"{self.steps} steps", f"cfg {words.plain(self.cfg)}"]
         if self.prompt_strength is not None:
-            parts.append(f"strength {words.plain(self.prompt_strength)}")
+            parts.append(f"prompt_strength {words.plain(self.prompt_strength)}")
         shown = [f for f in extra if f in self.setting and f not in _AXES]
         shown = [f for f in shown if f not in UNTOLD or self.remote is None]
         parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]

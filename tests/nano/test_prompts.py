@@ -9,7 +9,7 @@ from sd35bench.nano.prompts import (
     SIZES,
     NanoPrompt,
     init_image,
-    overlap_set,
+    level_set,
     prompt_set,
     true_render,
 )
@@ -72,8 +72,17 @@ def test_edit_items_change_what_they_say():
         assert next(iter(verdict.changed)).startswith(str(item.change))
 
 
-def test_overlap_set_is_apart():
-    assert {item.level for item in overlap_set("tune", 16)} == {"overlap"}
+@pytest.mark.parametrize("level", ["overlap", "relation"])
+def test_set_of_one_level_is_apart_and_held_out(level):
+    items = level_set("tune", level, 80)
+    assert {item.level for item in items} == {level}
+    assert items[5].id == f"tune-{level}-0-0005"
+    assert len({item.prompt for item in items}) == 80
+    assert not {i.prompt for i in items} & {i.prompt for i in level_set("heldout", level, 80)}
+    assert level_set("tune", level, 8) == items[:8]
+
+
+def test_usual_set_has_no_overlap():
     assert "overlap" not in {item.level for item in prompt_set("tune")}
 
 

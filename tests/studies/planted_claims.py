@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sd35bench.nano.captions import parse
-from sd35bench.nano.prompts import overlap_set, prompt_set
+from sd35bench.nano.prompts import level_set, prompt_set
 from sd35bench.types import Load, Record
 from tests.studies.memory import LOAD, MemoryStudy, record
 
@@ -214,4 +214,4 @@ def _prompts(count: int):
 
 @lru_cache
 def _overlaps(count: int):
-    return tuple(overlap_set("heldout", count))
+    return tuple(level_set("heldout", "overlap", count))
