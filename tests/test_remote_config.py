@@ -30,7 +30,7 @@ def test_the_hosted_service_has_its_own_name_price_and_patience():
     assert remote.slug == "stable-diffusion-3-5-medium"
     assert (remote.usd_per_image, job.engine.price.usd_per_image) == (0.035, 0.035)
     assert remote.expected_latency_s == 8.0
-    assert (remote.concurrency, remote.requests_per_minute, remote.single_stream) == (10, 60, 4)
+    assert (remote.concurrency, remote.requests_per_minute, remote.single_stream) == (10, 60, 8)
     assert remote.aspect_ratios[1344, 768] == "16:9"
     load = job.sweep.load
     assert load.backend.options == {"base_url": remote.base_url, "slug": remote.slug}
