@@ -17,6 +17,7 @@ from sd35bench.errors import StoreError
 from sd35bench.process import run_plan
 from sd35bench.store import Study, decode_rgb
 from sd35bench.types import Status
+from tests.golden.studies import make_sets
 from tests.remote.fault_server import serving
 from tests.remote.hosted import hosted_plan, run
 from tests.studies.fakes import fake_load, fake_plan
@@ -120,19 +121,22 @@ def test_mutant_that_opens_whatever_is_there_waits_for_a_pipe(study, monkeypatch
         study.images()
 
 
-def test_score_show_and_report_name_what_is_damaged(study, capsys):
+def test_score_show_and_report_name_what_is_damaged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_sets(Path("results"), prompts=COUNT)  # scored, so that no evaluator is loaded
+    study = Study.open(Path("results"), "sets-a")
     path, other = images_of(study)[:2]
     DAMAGES["swapped"](path, other)
     name = str(path.relative_to(study.path))
-    assert main(["score", "s", "--json"]) == 0
+    assert main(["score", "sets-a", "--metric", "sharpness", "--json"]) == 0
     scored = json.loads(capsys.readouterr().out)
     assert scored["damaged"] == [name]
     assert scored["images"] == COUNT - 1
-    assert main(["show", "s", "--json"]) == 0
+    assert main(["show", "sets-a", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert any(name in text for text in shown["warnings"])
     assert sum(row["n"] for row in shown["settings"]) == COUNT
-    assert main(["report", "s"]) == 0
+    assert main(["report", "sets-a"]) == 0
     assert name in (study.path / "report.html").read_text()
 
 
@@ -149,7 +153,7 @@ def test_score_reads_each_image_once(study, monkeypatch):
     study.images()
     study.save_checked()
     monkeypatch.setattr(stored, "read_regular", counted)
-    sd35bench.score.score_study(Study(study.path))
+    sd35bench.score.score_study(Study(study.path), ["sharpness", "contrast"])
     assert reads == Counter(path.name for path in images_of(study))
 
 
