@@ -28,8 +28,8 @@ FOUND = (
     " have been made now counts like what was.",
     "They also found that a download may take a minute whatever `remote.timeout_s` says, and that a"
     " wait for the rate limit had no end. Both are bounded now.",
-    "Damaged files: a `results_dir=` that is a file ended in a traceback of Hydra's, which makes its"
-    " folders before it calls us; a tune journal of another shape in one of Optuna's. Both are"
+    "Damaged files: a `results_dir=` that is a file ended in a traceback of Hydra's, which makes"
+    " its folders before it calls us; a tune journal of another shape in one of Optuna's. Both are"
     " sentences now.",
     "A first run of the killed verbs was broken by the harness: the process beside was told to end"
     " by SIGTERM, which a verb takes for Ctrl-C and ends with exit code 3, as it should.",

@@ -1,18 +1,18 @@
 """SIGKILL every verb at random points while a second process works on the same study.
 
-Each verb is a forked child of a process that has imported everything, so that a life is the verb's
+Each verb is a forked child of a process that has imported most of it, so that a life is the verb's
 work and not Python's start. After each kill the whole study is verified; a record that was there
 must stay, and the process beside must never fail.
 """
 
 import contextlib
-import io
 import os
 import random
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from sd35bench.cli import main
@@ -26,6 +26,13 @@ LIFE_S = 1.2
 SHORTEST_S = 0.01
 SAID = "said"
 ENOUGH = "enough"
+ONE = ("run", "backend=fake", "study=one", "steps=1", "cfg=1", "prompts.limit=4")
+PRELOADED = (
+    *("torch", "numpy", "hydra", "optuna", "sd35bench.cli.run", "sd35bench.cli.study"),
+    *("sd35bench.cli.tune", "sd35bench.cli.compare", "sd35bench.cli.clean", "sd35bench.score"),
+    *("sd35bench.report.page", "sd35bench.recommend.advice", "sd35bench.claims.verdicts"),
+)
+"""Imported before the first fork, and never called there: a thread's lock would be forked, too."""
 POINTS = "backend=fake study=s steps=1,2 cfg=1 prompts.limit=8"
 VERBS = {
     "run": f"run -m {POINTS} threads=1 seed={{n}}",
@@ -49,10 +56,10 @@ def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
     os.environ.update({"XDG_CACHE_HOME": f"{folder / 'cache'}", "COLUMNS": "80"})
     seen: list[str] = []
     with contextlib.chdir(folder):
-        _quietly(lambda: main(VERBS["run"].format(n=0, metric="").split()))
-        _quietly(lambda: main("run backend=fake study=one steps=1 prompts.limit=4".split()))
-        for words in VERBS.values():
-            _quietly(lambda words=words: main(words.format(n=0, metric=METRICS[0]).split()))
+        for module in PRELOADED:
+            import_module(module)
+        for words in (VERBS["run"].format(n=0), " ".join(ONE)):
+            _exit_code(_fork(lambda words=words: main(words.split())))
         beside = _fork(_work_beside)
         try:
             killed, in_vain, figures = _kill(round(KILLS * scale), folder, seen)
@@ -125,8 +132,8 @@ def _ok_lines(study: Path) -> Counter[str]:
 
 def _work_beside() -> int:
     """Make images of another load, and look at them, until it is told to end."""
-    number = 0
-    while not Path(ENOUGH).exists():
+    number, parent = 0, os.getppid()
+    while not Path(ENOUGH).exists() and os.getppid() == parent:
         number += 1
         for words in (BESIDE, "score s --metric sharpness", "show s"):
             code = main(words.format(n=number).split())
@@ -161,13 +168,6 @@ def _exit_code(child: int) -> int:
 
 def _last_words(child: int) -> str:
     return Path(f"{SAID}-{child}").read_text("utf-8", "replace").strip()[-200:]
-
-
-def _quietly(act: Callable[[], int]) -> None:
-    """In this process, so that all that a verb imports is there for its children."""
-    sink = io.StringIO()
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        act()
 
 
 VERB_KILLS = Experiment(
