@@ -100,7 +100,7 @@ class Table:
     """Rows of a study, its sessions, and scores by metric and (trial key, image digest).
 
     `busy` says in sentences what other work did to the latencies, `clock` how quiet the machine
-    was.
+    was; `speed` is each session's median canary, relative to the machine's best.
     """
 
     rows: list[Row]
@@ -109,6 +109,7 @@ class Table:
     warnings: list[str]
     busy: list[str] = field(default_factory=list)
     clock: str | None = None
+    speed: Mapping[str, float] = field(default_factory=dict)
 
     def score(self, metric: str, record: Record) -> ScoreLike | None:
         """Look up a record's score for the image that it has now."""
@@ -135,7 +136,7 @@ def read_table(study: Any) -> Table:
     warnings = [*damaged_text(paths), *_warnings(rows)]
     clocks = [row.clock for row in rows]
     busy, clock = sentences(clocks, found.speed), clock_text(clocks, found.speed)
-    return Table(rows, sessions, dict(scores), warnings, busy, clock)
+    return Table(rows, sessions, dict(scores), warnings, busy, clock, found.speed)
 
 
 def damaged_text(paths: Iterable[Path]) -> list[str]:

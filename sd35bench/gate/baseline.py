@@ -96,7 +96,7 @@ def _side_text(side: Side) -> str:
         "environment": side.environment,
         "floor_levels": side.floor_levels,
         "random_weights": side.random_weights,
-        "starts": [asdict(start) for start in side.starts],
+        "starts": [_known(asdict(start)) for start in side.starts],
         "sets": {name: _about(score) for name, score in sorted(side.sets.items())},
         "elsewhere": [f"{int(pair):016x}" for pair in side.elsewhere],
         "elsewhere_differs": list(side.elsewhere_differs),
@@ -197,6 +197,11 @@ def _required(found: Any) -> dict[str, Any]:
         if not unknown and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise TypeError(f"setting.{name} {value!r} is no number")
     return setting
+
+
+def _known(start: dict[str, Any]) -> dict[str, Any]:
+    """A start without a speed that is not known: earlier versions read no such field."""
+    return start if start["speed"] is not None else {k: v for k, v in start.items() if k != "speed"}
 
 
 def _rounded(value: float) -> float | None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.quality import facts
+from sd35bench.contention import unlike
 from sd35bench.gate.figure import Figure, difference, missing, ratio
 from sd35bench.gate.policy import Dimension, MetricMargin
 from sd35bench.gate.set_figures import set_figure
@@ -99,6 +100,15 @@ def _quantile(name: str, margin: MetricMargin, spread: Spread, a: Side, b: Side)
     couples = couple_starts(
         [a.starts[i].started_at for i in usable[0]], [b.starts[i].started_at for i in usable[1]]
     )
+    found = len(couples)
+    couples = [
+        (i, j)
+        for i, j in couples
+        if not unlike(a.starts[usable[0][i]].speed, b.starts[usable[1][j]].speed)
+    ]
+    if found and not couples:
+        why = "the machine ran at speeds a fifth apart under the two sides; run them on a quiet one"
+        return asked(baseline=values[0], candidate=values[1], unmeasured=True, note=why)
     effect = log_ratio(
         [a.of_start(usable[0][i]) for i, _ in couples],
         [b.of_start(usable[1][j]) for _, j in couples],

@@ -103,12 +103,16 @@ _PLACE = ("model", "weights_digest", "backend_options", "threads")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One process start and the peaks of its memory in bytes; ``None`` is unknown."""
+    """One process start and the peaks of its memory in bytes; ``None`` is unknown.
+
+    `speed` is its median canary, relative to the machine's best.
+    """
 
     id: str
     started_at: str
     peak_vram_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    speed: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -360,6 +364,7 @@ def _start(table: Table, name: str, records: Sequence[Record]) -> Start:
         started_at=table.sessions[name].started_at,
         peak_vram_bytes=max(vram, default=None),
         peak_rss_bytes=max((m.peak_rss_bytes for m in memories), default=None),
+        speed=table.speed.get(name),
     )
 
 

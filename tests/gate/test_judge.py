@@ -10,7 +10,7 @@ from sd35bench.gate.baseline import baseline_text, read_baseline
 from sd35bench.gate.judge import compare_sides, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import Start, match_pairs, merge_starts, read_sides
-from sd35bench.types import BackendSpec, Memory, Status, Timings
+from sd35bench.types import BackendSpec, CanaryFacts, Memory, Status, Surroundings, Timings
 from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 POLICIES = Path(__file__).parents[2] / "configs" / "policy"
@@ -187,6 +187,28 @@ def test_several_candidates_are_corrected_for_their_number(tmp_path):
     figures = [c["dimensions"]["quality"]["figures"][0] for c in document["comparisons"]]
     lowest = min(figures, key=lambda f: f["p"])
     assert lowest["p_adjusted"] == pytest.approx(4 * lowest["p"])
+
+
+def _at_speed(study, speed):
+    """The same study, timed between readings of a canary at `speed`."""
+    facts = CanaryFacts(kind="planted", threads=1, best=100.0, machine="here")
+    seen = Surroundings(canary_before=speed, canary_after=speed)
+    kept = [replace(r, surroundings=seen) for r in study.kept]
+    lives = {k: replace(s, canary=facts) for k, s in study.lives.items()}
+    return replace(study, kept=kept, lives=lives)
+
+
+@pytest.mark.parametrize(("speed", "measured"), [(0.95, True), (0.4, False)])
+def test_latencies_of_a_slower_machine_are_not_held_against_those_of_a_faster(
+    same, tmp_path, speed, measured
+):
+    """A machine at 0.4 of its best makes 2.5 times the latency and no regression of it."""
+    slower = _study(tmp_path, latency=1.0 / speed)
+    document = _compare(_at_speed(same, 1.0), _at_speed(slower, speed), "speed")
+    (comparison,) = document["comparisons"]
+    figures = comparison["dimensions"]["latency"]["figures"]
+    assert all((f["effect"] is not None) == measured for f in figures)
+    assert measured or all("a fifth apart" in f["note"] for f in figures)
 
 
 def test_alternated_starts_decide_what_one_couple_cannot(same):
