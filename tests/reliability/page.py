@@ -17,7 +17,8 @@ hundred clients come at once: measured on one machine by one command,
     make reliability
 
 It runs every experiment below at full size, keeps what each found in
-`results/reliability/NAME.json`, and writes this page from those files: no figure is typed. {cost}
+`results/reliability/NAME.json`, and writes this page from those files: no figure is typed. Of each
+run that this page shows, a table says the scale; at 0.2 the n is a fifth, as is its bound. {cost}
 `python -m tests.reliability --only NAME` repeats one; `--scale 0.1` makes all of them small, and
 the page says so. The same experiments are tests of `make test-slow`, which fail where a bound is
 passed. A quick test of the default suite proves that the harness can fail: it plants a prediction
