@@ -140,6 +140,23 @@ def test_score_show_and_report_name_what_is_damaged(tmp_path, monkeypatch, capsy
     assert name in (study.path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("how", ["swapped", "pipe"])
+def test_a_damaged_image_of_a_baseline_counts_as_gone(study, how):
+    from sd35bench.cli.compare import _Source
+
+    kept, other = images_of(study)[:2]
+    folder = study.path.parent / "base.images"
+    folder.mkdir()
+    path = folder / kept.name
+    path.write_bytes(kept.read_bytes())
+    source = _Source.__new__(_Source)
+    source.study, source.images = None, folder
+    assert source.find_image(kept.stem) == path
+    DAMAGES[how](path, other)
+    with within(5):
+        assert source.find_image(kept.stem) is None
+
+
 def test_score_reads_each_image_once(study, monkeypatch):
     import sd35bench.score
 

@@ -9,6 +9,7 @@ from sd35bench.cli.study import open_study, score_missing
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.gate.sides import Side
 from sd35bench.store import Study
+from sd35bench.stored import read_named
 
 if TYPE_CHECKING:
     from sd35bench.gate.policy import Policy
@@ -117,14 +118,18 @@ class _Source:
         return sides
 
     def find_image(self, digest: str) -> Path | None:
-        """Path of an image, or ``None``."""
+        """Path of an image, or ``None`` where it is gone or damaged."""
         if self.study is not None:
             try:
                 return self.study.image_path(digest)
             except StoreError:
                 return None
         assert self.images is not None
-        return next(iter(self.images.glob(f"{digest}.*")), None)
+        found = next(iter(self.images.glob(f"{digest}.*")), None)
+        try:
+            return None if found is None or not read_named(found) else found
+        except StoreError:
+            return None
 
     def captions(self) -> dict[str, str]:
         """What was asked for each image, by digest; nothing where there is only a file."""
