@@ -75,15 +75,6 @@ def _weights(file: str, change: Callable[[str, Any], Any]) -> Callable[[Path], N
     return patch
 
 
-def _as_bfloat16(name: str, weight: np.ndarray) -> np.ndarray:
-    """Weights with the 8 bits of precision that bf16 has, rounded half to even, kept in float32."""
-    if weight.dtype != np.float32:
-        return weight
-    bits = weight.view(np.uint32).astype(np.uint64)
-    rounded = bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
-    return (rounded & np.uint64(0xFFFF0000)).astype(np.uint32).view(np.float32)
-
-
 def _four_bit_output(name: str, weight: np.ndarray) -> np.ndarray:
     """`proj_out` with the 15 levels per output that symmetric int4 has."""
     if name != "proj_out.weight":
@@ -181,12 +172,7 @@ SYSTEMATIC = {
             how="shift_factor in the checkpoint's VAE",
             patch=_set("vae/config.json", shift_factor=1.05 * _SHIFT),
         ),
-        Defect(
-            name="bf16",
-            title="bf16 noise",
-            how="the transformer's weights rounded to bf16",
-            patch=_weights(_TRANSFORMER, _as_bfloat16),
-        ),
+        Defect(name="bf16", title="bf16 noise", how="the transformer's outputs rounded to bf16"),
         Defect(name="sigma", title="last sigma not 0", how="0.02 in the schedule"),
         Defect(
             name="proj",

@@ -188,7 +188,7 @@ def _systematic_section(cells: dict[str, Any]) -> str:
     return (
         "**Systematic defects,** which change every image by a little: 64 images a side, else as"
         " above. `exact` is for sides that should be alike to the bit; `drift` sees a shift of the"
-        " colours beyond 0.1 level (`python -m tests.validity_runs systematic`; one of them:"
+        " colours beyond 0.05 level (`python -m tests.validity_runs systematic`; one of them:"
         " `--defect gamma --seed 7`).\n\n"
         f"{systematic_table(cells)}\n\nOf {len(planted)} caught: {counts}. Caught by no policy:"
         f" {_titles(blind)}. `drift` does not see: "
