@@ -85,7 +85,9 @@ def test_claims_of_a_study_that_is_not_one_name_what_to_run(capsys, tmp_path, mo
     assert main(["claims", "claims"]) == 0
     assert "claims of the model page" in capsys.readouterr().out
     assert main(["claims", "claims", "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("# Claims: study claims\n")
+    assert capsys.readouterr().out.startswith(
+        "# Claims of SD 3.5 Medium's model page, tested on nano: study claims\n"
+    )
     assert os.listdir(tmp_path) == ["results"]
     assert Path("results/claims/scores").is_dir()
 

@@ -18,7 +18,15 @@ from enum import StrEnum
 from math import ceil
 
 from sd35bench.stats.intervals import Interval
-from sd35bench.stats.verdicts import TAIL, holm, p_within, prompts_needed, spread
+from sd35bench.stats.verdicts import (
+    TAIL,
+    holm,
+    holm_sizes,
+    p_within,
+    prompts_needed,
+    spread,
+    widened,
+)
 
 
 class Verdict(StrEnum):
@@ -69,20 +77,32 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One claim's verdict with its p-values, corrected over the study's claims."""
+    """One claim's verdict with its p-values, corrected over the study's claims.
+
+    `intervals` are those of its contrasts that the verdict follows from: a lower end at the level
+    at which support was tested, an upper one at that of refuting. All lower ends lie above what
+    counts exactly where the claim is supported, some upper one below exactly where it is refuted.
+    """
 
     verdict: Verdict
     p_supported: float
     p_refuted: float
+    intervals: tuple[Interval, ...] = ()
 
 
 def judge_claims(claims: Sequence[Sequence[Contrast]]) -> list[Judged]:
     """Judge claims together; each has at least one contrast."""
-    supported = holm([max(c.p_above for c in claim) for claim in claims])
-    refuted = holm([min(1.0, len(claim) * min(c.p_below for c in claim)) for claim in claims])
+    above = [max(c.p_above for c in claim) for claim in claims]
+    below = [min(1.0, len(claim) * min(c.p_below for c in claim)) for claim in claims]
+    corrected = zip(holm(above), holm(below), holm_sizes(above), holm_sizes(below), strict=True)
     return [
-        Judged(_verdict(above, below), above, below)
-        for above, below in zip(supported, refuted, strict=True)
+        Judged(
+            _verdict(supported, refuted),
+            supported,
+            refuted,
+            tuple(widened(c.effect, tests, others * len(claim)) for c in claim),
+        )
+        for claim, (supported, refuted, tests, others) in zip(claims, corrected, strict=True)
     ]
 
 

@@ -20,7 +20,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
 from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.confirm import Parted, part_rows, read_held_out
-from sd35bench.recommend.entry import Claim, Entry, setting_of
+from sd35bench.recommend.entry import Claim, Entry, setting_of, shown_worse
 from sd35bench.recommend.looks import Look, read_look
 from sd35bench.recommend.named_defaults import check_name, find_default
 from sd35bench.recommend.pareto import Front, Speeds, front_of, speeds
@@ -307,7 +307,14 @@ def _confirmation(found: Mapping[str, Mapping[str, Any]], parted: Parted) -> tup
     if set(status) <= {"not run", "nothing to hold it against"}:
         return False, "chosen on these prompts; not confirmed on held-out prompts"
     confirmed = len(status.get("confirmed", ()))
+    worse = [
+        f"{profile} ({task})"
+        for profile, tasks in found.items()
+        for task, entry in tasks.items()
+        if entry is not None and entry["setting"] is not None and shown_worse(entry["confirmation"])
+    ]
     parts = [f"confirmed on held-out prompts: {confirmed} of {count} choices"]
+    parts += [f"of these worse, by less than the margin: {', '.join(worse)}"] if worse else []
     parts += [f"{k}: {', '.join(v)}" for k, v in status.items() if k != "confirmed"]
     return confirmed == count, "; ".join(parts)
 

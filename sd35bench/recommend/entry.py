@@ -58,6 +58,8 @@ def confirmation_text(confirmation: Mapping[str, Any]) -> str:
         run, wanted = confirmation["n_prompts"], confirmation["wanted"]
         return f"not confirmed: held-out prompts not run enough, {run} of the planned {wanted}"
     found = words.estimate(words.read_estimate(confirmation["difference"]), 2, "+")
+    if shown_worse(confirmation):
+        status = "worse, by less than the margin,"
     text = (
         f"{status} on {confirmation['n_prompts']} held-out prompts"
         f" ({confirmation['n_pairs']} images): {found} against"
@@ -70,6 +72,14 @@ def confirmation_text(confirmation: Mapping[str, Any]) -> str:
         f"{text}; about {more['images']} more images would decide, in a new plan on other prompts:"
         " adding to these would be looking twice"
     )
+
+
+def shown_worse(confirmation: Mapping[str, Any]) -> bool:
+    """Whether a choice that was confirmed within its margin is shown to be worse all the same."""
+    found = confirmation["difference"]
+    if confirmation["status"] != "confirmed" or found is None or found["ci95"] is None:
+        return False
+    return found["ci95"][1] < 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

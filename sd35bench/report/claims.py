@@ -38,7 +38,8 @@ _RULES = (
     "An effect is written so that the claim says: more than what it must exceed. Supported: the"
     " intervals' test shows every effect of the claim above that; refuted: one is shown below it;"
     " one-sided at 2.5 % each, corrected over the claims by Holm's method. Brackets are 95 %"
-    " intervals, clustered by prompt and not corrected."
+    " intervals, clustered by prompt, with each end corrected as its test is. A verdict is of the"
+    " model that was measured and of no other."
 )
 _LAYOUTS = (Layout(from_width=110, wraps=True), Layout(between="\n", wraps=True))
 """From 110 columns on an interval stands beside its value."""
@@ -46,7 +47,10 @@ _LAYOUTS = (Layout(from_width=110, wraps=True), Layout(between="\n", wraps=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimView:
-    """One claim as the report shows it; `effect` is the deciding one in words."""
+    """One claim as the report shows it; `effect` is the deciding one in words.
+
+    `verdict` names the model that was measured.
+    """
 
     verdict: str
     mark: str
@@ -63,6 +67,7 @@ class ClaimView:
 class ClaimsSection:
     """The report's section: how many of what, each claim, and how verdicts come about."""
 
+    title: str
     lead: str
     claims: tuple[ClaimView, ...]
     rules: str
@@ -71,6 +76,7 @@ class ClaimsSection:
 def claims_section(document: Mapping[str, Any]) -> ClaimsSection:
     """Turn a claims document into what the template shows."""
     return ClaimsSection(
+        title=_title(document),
         lead=_lead(document),
         claims=tuple(_view(claim) for claim in document["claims"]),
         rules=_RULES,
@@ -90,7 +96,7 @@ def claims_markdown(document: Mapping[str, Any]) -> str:
 def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
     claims, lead = document["claims"], _lead(document)
     yield say((str(document["study"]), "bold"), f"  {lead}", wraps=True)
-    yield Heading(f"Claims: study {document['study']}", 1, forms=(MARKDOWN,))
+    yield Heading(f"{_title(document)}: study {document['study']}", 1, forms=(MARKDOWN,))
     yield paragraph((lead, "raw"))
     yield _verdicts(claims)
     yield paragraph(_RULES)
@@ -113,7 +119,7 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
     """A row per claim, with the effect that its verdict hangs on."""
     deciding = [_deciding(claim) for claim in claims]
     found = [_figures(one) for one in deciding]
-    verdicts = tuple(Cell(text=c["verdict"], style=_COLOURS[c["verdict"]]) for c in claims)
+    verdicts = tuple(Cell(text=_verdict(c), style=_COLOURS[c["verdict"]]) for c in claims)
     hangs = (
         c["reason"] if one is None else one["name"] for c, one in zip(claims, deciding, strict=True)
     )
@@ -121,7 +127,7 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
     effects, least, images = text_table(("effect", "must exceed", "images"), found, _NUMERIC)
     columns = (
         Column(title="verdict", cells=verdicts, numeric=False),
-        text_column("claim", (c["says"] for c in claims)),
+        text_column("claim", map(_says, claims)),
         text_column("hangs on", hangs, forms=(MARKDOWN,)),
         replace(effects, title="effect, 95 %", numeric=False, forms=(TERMINAL,)),
         replace(effects, forms=(MARKDOWN,)),
@@ -137,7 +143,7 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
 def _detail(claim: Mapping[str, Any]) -> Iterator[Part]:
     """A claim's design and all its effects, in Markdown."""
     view = _view(claim)
-    yield Heading(f"{words.first_upper(claim['says'])}: {claim['verdict']}", forms=(MARKDOWN,))
+    yield Heading(f"{words.first_upper(_says(claim))}: {view.verdict}", forms=(MARKDOWN,))
     yield paragraph(" ".join(part for part in (view.design, view.note) if part))
     yield paragraph(f"{words.first_upper(view.reason)}.")
     if view.command:
@@ -151,9 +157,9 @@ def _view(claim: Mapping[str, Any]) -> ClaimView:
     found, least, _ = _figures(one)
     effect = "" if one is None else f"{one['name']}: {found.line}, must exceed {least}"
     return ClaimView(
-        verdict=verdict,
+        verdict=_verdict(claim),
         mark=verdict.replace(" ", "-"),
-        says=claim["says"],
+        says=_says(claim),
         effect=effect,
         reason=claim["reason"],
         design=claim["design"],
@@ -191,7 +197,7 @@ def _figures(one: Mapping[str, Any] | None) -> tuple[Cell, str, str]:
     """An effect with its interval, the least that counts, and the images behind it."""
     if one is None:
         return Cell(text=MISSING), MISSING, MISSING
-    estimate = words.read_estimate(one, "effect")
+    estimate = words.read_estimate({**one, "ci95": one["interval"]}, "effect")
     digits = max(0 if one["unit"] == "points" else 2, words.decimals_for(estimate))
     ratio = one["unit"] == "ratio"
     unit = f" {one['unit']}" if one["unit"] in ("dB", "levels", "points") else ""
@@ -206,12 +212,29 @@ def _mean(value: float) -> str:
     return words.count(value) if abs(value) >= 1000 else words.digits(value)
 
 
+def _title(document: Mapping[str, Any]) -> str:
+    return f"Claims of SD 3.5 Medium's model page, tested on {document['model']}"
+
+
+def _verdict(claim: Mapping[str, Any]) -> str:
+    return f"{claim['verdict']} on {claim['model']}"
+
+
+def _says(claim: Mapping[str, Any]) -> str:
+    """The page's words, and what was tested where that is not all that they say."""
+    tested = claim["tested"]
+    return claim["says"] if tested is None else f"{claim['says']} (tested: {tested})"
+
+
 def _lead(document: Mapping[str, Any]) -> str:
     counts = document["counts"]
     said = [f"{counts[name]} {name}" for name in _COLOURS if counts.get(name)]
     judge = document["quality"]
     by = "" if judge is None else f" Following the prompt is judged by {metric_label(judge)}."
-    return f"Of {len(document['claims'])} claims of the model page: {', '.join(said)}.{by}"
+    return (
+        f"Of {len(document['claims'])} claims of the model page, tested on {document['model']}:"
+        f" {', '.join(said)}.{by}"
+    )
 
 
 def _p(claim: Mapping[str, Any]) -> str:

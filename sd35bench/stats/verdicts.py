@@ -128,16 +128,23 @@ def decisive(
         size: of how many tests the figure was one (`holm_sizes`).
         span: what the effect can be at least and at most, where that is known.
     """
+    tests = size * (2 if direction is Direction.BOTH else 1)
+    below = 1 if direction is Direction.LESS else tests
+    above = 1 if direction is Direction.MORE else tests
+    return widened(effect, below, above, span)
+
+
+def widened(
+    effect: Interval, below: int, above: int, span: tuple[float, float] | None = None
+) -> Interval:
+    """Move the ends of a 95 % interval to the level of one of `below` and of `above` tests."""
     if effect.low is None or effect.high is None:
         return effect
     degrees = max(effect.clusters - 1, 1)
-    tests = size * (2 if direction is Direction.BOTH else 1)
-    factor = float(special.stdtrit(degrees, 1.0 - TAIL / tests) / student(degrees))
-    low, high = effect.low, effect.high
-    if direction is not Direction.LESS:
-        low = effect.value - factor * (effect.value - low)
-    if direction is not Direction.MORE:
-        high = effect.value + factor * (high - effect.value)
+    reaches = [special.stdtrit(degrees, 1.0 - TAIL / size) for size in (below, above)]
+    down, up = (float(reach / student(degrees)) for reach in reaches)
+    low = effect.value - down * (effect.value - effect.low)
+    high = effect.value + up * (effect.high - effect.value)
     if span is not None:
         low, high = max(low, span[0]), min(high, span[1])
     return Interval(effect.value, low, high, effect.n, effect.clusters)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sd35bench.claims import contrasts as claim_contrasts
 from sd35bench.claims import designs as claim_designs
 from sd35bench.claims import effects as claim_effects
 from sd35bench.claims.contrasts import Contrast, Verdict, judge_claims, more_images
@@ -271,6 +272,54 @@ def test_a_claim_needs_all_its_effects_and_falls_with_one():
     good, open_, bad = (normal_contrast(rng, mean, 50) for mean in (1.0, 0.1, -1.0))
     said = [judge_claims([claim])[0].verdict for claim in ([good], [good, open_], [good, bad])]
     assert said == [Verdict.SUPPORTED, Verdict.INCONCLUSIVE, Verdict.REFUTED]
+
+
+def contradictions(claims: list[list[Contrast]]) -> list[str]:
+    """Claims whose verdict does not follow from the intervals beside it."""
+    found = []
+    for claim, one in zip(claims, judge_claims(claims), strict=True):
+        shown = list(zip(claim, one.intervals, strict=True))
+        above = all(i.low is not None and i.low > c.least for c, i in shown)
+        below = any(i.high is not None and i.high < c.least for c, i in shown)
+        said = {Verdict.SUPPORTED: above, Verdict.REFUTED: below}
+        if not said.get(one.verdict, not above and not below):
+            found.append(f"{one.verdict}: {shown}")
+    return found
+
+
+def _studies(number: int) -> list[list[list[Contrast]]]:
+    rng = np.random.default_rng(8)
+    return [
+        [
+            [
+                normal_contrast(rng, rng.normal(0, 0.5), int(rng.integers(3, 40)))
+                for _ in range(rng.integers(1, 4))
+            ]
+            for _ in range(8)
+        ]
+        for _ in range(number)
+    ]
+
+
+def test_verdict_and_the_intervals_beside_it_never_contradict_each_other():
+    assert [text for study in _studies(100) for text in contradictions(study)] == []
+
+
+def test_mutant_plain_intervals_contradict_corrected_verdicts(monkeypatch):
+    monkeypatch.setattr(claim_contrasts, "widened", lambda effect, *_: effect)
+    assert [text for study in _studies(100) for text in contradictions(study)]
+
+
+def test_every_verdict_names_the_model_and_what_was_tested(true_study):
+    document = claims_document(true_study)
+    assert document["model"] == "nano"
+    assert {claim["model"] for claim in document["claims"]} == {"nano"}
+    tested = {claim["name"]: claim["tested"] for claim in document["claims"]}
+    assert tested["prompt-long"] == "prompts that list three objects or more against one object"
+    assert "definition" in tested["strength-keeps"]
+    assert "training mix" in claim_of(true_study, "scene-overlap")["note"]
+    other = claims_document(other_model(true_study, name="sd35-medium"))
+    assert other["model"] == other["claims"][0]["model"] == "sd35-medium"
 
 
 def test_one_prompt_decides_nothing():

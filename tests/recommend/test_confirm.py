@@ -80,6 +80,18 @@ def test_nothing_is_said_before_the_planned_number_of_held_out_prompts_was_run(t
     assert {c["there"] for c in document["confirm"]["commands"]} == {79}
 
 
+def test_choice_that_is_worse_within_the_margin_is_not_called_confirmed_alone(tmp_path):
+    """Held out it loses 0.08 of the 0.15 allowed, which the pairs show to be a loss."""
+    study = _study(tmp_path, TUNE | {(12, 4.0): (0.84, 0.3)})
+    document = recommend_document(study, MARGIN)
+    found = document["profiles"]["p"][T2I]["confirmation"]
+    assert (found["status"], found["difference"]["ci95"][1] < 0) == ("confirmed", True)
+    text = confirmation_text(found)
+    assert text.startswith("worse, by less than the margin, on 80 held-out prompts")
+    assert "confirmed" not in text
+    assert "of these worse, by less than the margin: p (text-to-image)" in document["confirmation"]
+
+
 def test_undecided_says_how_many_more_images_a_new_plan_takes(tmp_path):
     study = _study(tmp_path, TUNE | {(12, 4.0): (0.80, 0.3)})
     found = _entry(study)["confirmation"]

@@ -34,7 +34,7 @@ def page(demo: Synthetic, document: dict) -> str:
 
 def test_the_lead_counts_verdicts_and_names_the_judge(document):
     lead = claims_section(document).lead
-    assert lead.startswith(f"Of {len(CLAIMS)} claims of the model page: ")
+    assert lead.startswith(f"Of {len(CLAIMS)} claims of the model page, tested on nano: ")
     assert "3 not measured" in lead
     assert "1 not testable" in lead
     assert lead.endswith("Following the prompt is judged by prompt accuracy.")
@@ -54,6 +54,10 @@ def test_markdown_has_every_claim_with_effect_threshold_and_n(document):
     assert re.search(r"×1\.20\d \[1\.1\d+, 1\.2\d+\] \| ×1\.02 \| 96 \| 48 \|", detail)
     for claim in CLAIMS:
         assert claim.text in text.replace("\\_", "_")
+        says = claim.says if claim.tested is None else f"{claim.says} (tested: {claim.tested})"
+        assert re.search(rf"\| \w[\w ]+ on nano \| {re.escape(says)} \|", text)
+        assert re.search(rf"^## .{re.escape(says[1:])}: [\w ]+ on nano$", text, re.MULTILINE)
+    assert text.startswith("# Claims of SD 3.5 Medium's model page, tested on nano: study ")
     assert "`sd35bench run experiment=claims-edit study=synthetic`" in text
 
 
