@@ -85,12 +85,17 @@ def test_plant_makes_what_another_request_would(honest, monkeypatch, name, same)
     assert broken.in_force == honest.in_force, "a defect does not give itself away"
 
 
-_EVERY = {**DEFECTS, **SYSTEMATIC}
-
-
-@pytest.mark.parametrize("name", [d.name for d in _EVERY.values() if d.patch is not None])
-def test_changed_checkpoint_makes_other_images(honest, tmp_path, name):
-    broken = EagerBackend(_spec(_EVERY[name].checkpoint(tmp_path)))
+@pytest.mark.parametrize(
+    "defect",
+    [pytest.param(d, id=d.name) for d in DEFECTS.values() if d.patch is not None]
+    + [
+        pytest.param(d, id=d.name, marks=pytest.mark.slow)
+        for d in SYSTEMATIC.values()
+        if d.patch is not None
+    ],
+)
+def test_changed_checkpoint_makes_other_images(honest, tmp_path, defect):
+    broken = EagerBackend(_spec(defect.checkpoint(tmp_path)))
     assert not np.array_equal(_image(broken), _image(honest))
 
 
@@ -130,6 +135,13 @@ def test_page_is_made_from_the_kept_results():
     assert set(kept.read("defects")) == {CONTROL.name, *DEFECTS}
 
 
+def test_each_systematic_defect_is_caught_by_a_ready_policy_within_64_images():
+    cells = kept.read("systematic")
+    assert set(cells) == set(SYSTEMATIC)
+    assert {cell["images"] for cell in cells.values()} == {64}
+    assert [name for name, cell in cells.items() if not caught_by(cell)] == [CONTROL.name]
+
+
 def test_needed_images_follow_the_root_of_n():
     figure = {"kind": "difference", "worse": "less", "margin": 0.05}
     figure |= {"effect": -0.07, "ci95": [-0.11, -0.03]}
@@ -166,6 +178,20 @@ def test_cell_from_another_seed(tmp_path_factory, name):
         assert cell["policies"]["speed"]["verdict"] != "pass", cell
     else:
         assert bool(caught_by(cell)) == (name != CONTROL.name), cell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SYSTEMATIC))
+def test_systematic_cell_from_another_seed(tmp_path_factory, name):
+    """64 images: `exact` sees every defect; `drift` does where the colours move, of noise never."""
+    root = tmp_path_factory.getbasetemp() / "systematic"
+    cell = run_cell(root, 7, SYSTEMATIC[name])
+    assert cell["images"] == 64
+    assert ("exact" in caught_by(cell)) == (name != CONTROL.name), cell
+    if name in ("red", "gamma"):
+        assert "drift" in caught_by(cell), cell
+    if name in (CONTROL.name, "bf16"):
+        assert "drift" not in caught_by(cell), cell
 
 
 @pytest.mark.slow

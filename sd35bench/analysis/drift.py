@@ -9,21 +9,25 @@ upper end. Intervals are over prompts.
 PSNR is that of the mean squared error over all pairs, so that identical pairs count and nothing is
 infinite: a row of identical images only has ``None``, and an interval ends at what one level in one
 sample of all its images would give. `max_abs` is the largest difference that was seen; a largest
-value has no interval.
+value has no interval. `changed` is the share of pairs that are not bit-identical.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sd35bench.analysis.quality import cluster_labels
 from sd35bench.analysis.table import Row, Table
-from sd35bench.stats.intervals import mean_interval
+from sd35bench.stats.clustered import mean_t
+from sd35bench.stats.intervals import Interval, mean_interval
 from sd35bench.types import Record, to_json
 
+SHIFTS = ("shift_red", "shift_green", "shift_blue")
+"""Mean signed difference of a channel in levels of 255: what is systematic, as noise cancels."""
 _MEANS = ("mean_abs", "ssim", "flip", "latent_rel_first", "latent_rel_last")
 _WHO = frozenset({"setting", "backend", "backend_options", "threads"})
 
@@ -66,9 +70,10 @@ class DriftRow:
 
     `setting` are the row's fields; `identical` counts pairs of equal pixels. `figures` are
     `max_abs` and `mean_abs` (levels of 255), `psnr_db`, `ssim`, `flip`, `latent_rel_first`,
-    `latent_rel_last`, and `lpips`, `cvvdp_jod` where measured. `beyond_noise` is ``None`` without
-    a floor or an interval. `what` says in which condition the reference's own trials differ: "batch
-    size 16 instead of 1"; only rows of the noise floor have it.
+    `latent_rel_last`, `changed` (share of pairs), and `lpips`, `cvvdp_jod` and `SHIFTS` where
+    measured. `beyond_noise` is ``None`` without a floor or an interval. `what` says in which
+    condition the reference's own trials differ: "batch size 16 instead of 1"; only rows of the
+    noise floor have it.
     """
 
     setting: dict[str, Any]
@@ -214,8 +219,10 @@ def _drift_row(part: Sequence[_Sample]) -> DriftRow:
         "max_abs": Figure(max(s.detail["max_abs"] for s in part), None, len(part)),
         "psnr_db": _psnr(part),
         **{name: _mean(part, name) for name in _MEANS},
+        "changed": _changed(part, labels),
     }
     optional = {name: _mean(part, name) for name in ("lpips", "cvvdp_jod")}
+    optional |= {name: _mean(part, name, mean_t) for name in SHIFTS}
     return DriftRow(
         setting=first.row.setting,
         id=first.row.id,
@@ -232,13 +239,24 @@ def _drift_row(part: Sequence[_Sample]) -> DriftRow:
     )
 
 
-def _mean(part: Sequence[_Sample], name: str) -> Figure:
+def _changed(part: Sequence[_Sample], labels: NDArray[np.int64]) -> Figure:
+    """Share of pairs that are not bit-identical."""
+    flags = [float(s.detail["mse"] != 0) for s in part]
+    share = mean_t(flags, labels, bounds=(0.0, 1.0))
+    return Figure(share.value, share.ci95, share.n)
+
+
+def _mean(
+    part: Sequence[_Sample],
+    name: str,
+    interval_of: Callable[[list[float], NDArray[np.int64]], Interval] = mean_interval,
+) -> Figure:
     """Mean of one figure over the pairs that have it."""
     there = [s for s in part if s.detail.get(name) is not None]
     if not there:
         return Figure(None, None, 0)
     labels = cluster_labels([s.record for s in there])
-    interval = mean_interval([s.detail[name] for s in there], labels)
+    interval = interval_of([s.detail[name] for s in there], labels)
     return Figure(interval.value, interval.ci95, interval.n)
 
 

@@ -9,9 +9,10 @@ noise floor, what the same arithmetic in another order does to the pixels.
 
 The value is the mean absolute difference in levels of 255. The detail has `max_abs` (levels),
 `mse`, `psnr_db` (``None`` for identical images, whose PSNR is infinite), `ssim`, `flip`, `lpips`
-(only where its weights are on this machine), `cvvdp_jod` (only where its package is), the latents'
-relative error ``||a - b|| / ||b||`` after the first and the last step (`latent_rel_first`,
-`latent_rel_last`), and which reference it was.
+(only where its weights are on this machine), `cvvdp_jod` (only where its package is), each
+channel's mean signed difference (`shift_red`, `shift_green`, `shift_blue`; scores of earlier
+versions lack them), the latents' relative error ``||a - b|| / ||b||`` after the first and the last
+step (`latent_rel_first`, `latent_rel_last`), and which reference it was.
 """
 
 from collections import Counter, defaultdict
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.drift import psnr_db
+from sd35bench.analysis.drift import SHIFTS, psnr_db
 from sd35bench.analysis.settings import known_digest, known_threads
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, Pair, PairMetric, Value, require_uint8_rgb
@@ -209,7 +210,8 @@ def differences(
     """Hold an image against another, both uint8 RGB [H, W, 3].
 
     Returns: `max_abs` and `mean_abs` in levels of 255, `mse` in squared levels, `psnr_db` (``None``
-    if identical), `ssim` (``None`` below 11 pixels) and `flip`.
+    if identical), `ssim` (``None`` below 11 pixels), `flip`, and the mean signed difference of each
+    channel, image minus reference (`shift_red`, `shift_green`, `shift_blue`, levels).
 
     Raises: MetricError for images that are not uint8 RGB or of unlike sizes.
     """
@@ -219,7 +221,9 @@ def differences(
             f"drift needs images of one size, got {list(image.shape)} and"
             f" {list(reference.shape)}; compare trials of the same request"
         )
-    delta = np.abs(np.subtract(image, reference, dtype=np.int16))
+    change = np.subtract(image, reference, dtype=np.int16)
+    shift = change.mean(axis=(0, 1), dtype=np.float64)
+    delta = np.abs(change)
     mse = float(np.square(delta, dtype=np.float64).mean())
     return {
         "max_abs": int(delta.max()),
@@ -228,6 +232,7 @@ def differences(
         "psnr_db": psnr_db(mse),
         "ssim": 1.0 if mse == 0 else ssim(image, reference),
         "flip": 0.0 if mse == 0 else flip(image, reference, pixels_per_degree=pixels_per_degree),
+        **dict(zip(SHIFTS, map(float, shift), strict=True)),
     }
 
 

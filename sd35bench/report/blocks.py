@@ -28,6 +28,10 @@ _DRIFT = (
     ("cvvdp_jod", "CVVDP JOD"),
     ("latent_rel_last", "latent end"),
     ("latent_rel_first", "latent 1st"),
+    ("changed", "share changed"),
+    ("shift_red", "red"),
+    ("shift_green", "green"),
+    ("shift_blue", "blue"),
 )
 
 

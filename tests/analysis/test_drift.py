@@ -217,3 +217,28 @@ def test_recommend_refuses_random_weights(tmp_path):
     study.kept = [replace(r, trial=replace(r.trial, load=noise)) for r in study.kept]
     with pytest.raises(ConfigError, match=r"random weights.*model\.weights=checkpoint"):
         recommend_document(study, profiles)
+
+
+def test_share_changed_and_shifts_have_their_intervals(tmp_path):
+    made = Made(tmp_path, prompts=24)
+    rows = made.images(load("int8"))
+    for i, (row, reference) in enumerate(zip(rows, made.eager, strict=True)):
+        apart = 0.5 if i % 2 else 0.0
+        shifts = {"shift_red": apart, "shift_green": -0.3 + 0.01 * (i % 3), "shift_blue": 0.0}
+        made.study.score(row, "drift", apart, **_detail(apart, reference, **shifts))
+    (found,) = made.document()["rows"]
+    assert (found["identical"], found["changed"]["value"]) == (12, 0.5)
+    low, high = found["changed"]["ci95"]
+    assert 0.2 < low < 0.5 < high < 0.8
+    green = found["shift_green"]
+    assert green["value"] == pytest.approx(-0.29)
+    assert green["ci95"][0] < -0.29 < green["ci95"][1] < -0.28
+    assert found["shift_blue"]["ci95"] == [0.0, 0.0]
+
+
+def test_scores_of_earlier_versions_have_no_shift(tmp_path):
+    made = Made(tmp_path)
+    made.held(load("int8"), _around(0.5))
+    (found,) = made.document()["rows"]
+    assert "shift_red" not in found
+    assert found["changed"]["value"] == 1.0

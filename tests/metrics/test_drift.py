@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from sd35bench.analysis.drift import drift_document, psnr_db
+from sd35bench.analysis.drift import SHIFTS, drift_document, psnr_db
 from sd35bench.analysis.table import read_table
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import load_metric
@@ -36,6 +36,7 @@ def test_identical_images_do_not_differ():
         "psnr_db": None,
         "ssim": 1.0,
         "flip": 0.0,
+        **dict.fromkeys(SHIFTS, 0.0),
     }
 
 
@@ -50,7 +51,11 @@ def test_differences_of_known_images():
     assert found["mean_abs"] == pytest.approx((243 + 250) / samples)
     assert found["mse"] == pytest.approx((243**2 + 250**2) / samples)
     assert found["psnr_db"] == pytest.approx(10 * np.log10(255**2 * samples / (243**2 + 250**2)))
-    assert differences(other, image) == pytest.approx(found)
+    assert [found[name] for name in SHIFTS] == pytest.approx(
+        [x / (48 * 64) for x in (243, 0, -250)]
+    )
+    turned = {name: -value if name in SHIFTS else value for name, value in found.items()}
+    assert differences(other, image) == pytest.approx(turned)
 
 
 @pytest.mark.parametrize(
