@@ -209,3 +209,23 @@ def test_settings_that_differ_in_size_or_threads_alone_have_two_titles(tmp_path,
     assert len(set(titles)) == 3
     assert "fake, 2 steps, cfg 4, 64x64" in titles
     assert "fake, 2 steps, cfg 4, 32x64, threads 3" in titles
+
+
+def test_plan_says_what_each_ready_policy_sees_and_judges_nothing(studies, capsys):
+    for sides in (["a"], ["a", "bad"]):
+        code = main(["compare", *sides, "--plan", "--results-dir", str(studies), "--json"])
+        document = json.loads(capsys.readouterr().out)
+        assert code == 0
+        assert set(document["policies"]) == {"all", "drift", "exact", "quality", "speed"}
+    assert main(["compare", "a", "--plan", "--results-dir", str(studies)]) == 0
+    shown = capsys.readouterr().out
+    assert "exact, by prompts" in shown
+    assert "…" not in shown, "nothing is cut off at 80 columns"
+
+
+def test_same_code_again_is_exact_and_another_seed_is_not_the_same_pair(studies, capsys):
+    where = ["--policy", "exact", "--results-dir", str(studies), "--json"]
+    assert main(["compare", "a", "b", *where]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "pass"
+    assert main(["compare", "a", "bad", *where]) == 1
+    assert "failed on one side" in capsys.readouterr().out

@@ -36,6 +36,7 @@ from sd35bench.report.render import (
     say,
     text_table,
 )
+from sd35bench.report.rows import metric_label
 from sd35bench.report.svg import read_asset
 from sd35bench.words import MISSING
 
@@ -99,36 +100,30 @@ def _plan_parts(document: Mapping[str, Any]) -> Iterator[Part]:
     title = f"What a gate against {document['baseline']} sees, {by}"
     yield say((title, "bold"), wraps=True)
     yield Heading(title, 1, forms=(MARKDOWN,))
-    for counts in ("prompts", "couples of starts"):
-        rows = [
-            (policy, row)
-            for policy, found in document["policies"].items()
-            for row in found["rows"]
-            if row["counts"] == counts
-        ]
-        if rows:
-            yield _plan_table(counts, rows)
+    for policy, found in document["policies"].items():
+        for counts in dict.fromkeys(row["counts"] for row in found["rows"]):
+            yield Heading(f"{policy}, by {counts}")
+            yield _plan_table([row for row in found["rows"] if row["counts"] == counts])
     rule = (
         f"The smallest harm that fails in {document['power']:.0%} of cases, as one of all figures"
-        " of its policy; of a share, by a loss that goes one way. 'passes from': the n from which a"
+        " of its policy; of a share, by a loss that goes one way. 'from': the n from which a"
         " candidate that lost nothing passes. Images that are the same on both sides pass at any n."
     )
     yield say((rule, "dim"), wraps=True)
     yield paragraph(rule)
 
 
-def _plan_table(counts: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    numbers = [str(n) for n, _ in rows[0][1]["sees"]]
+def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = []
-    for policy, row in rows:
+    for row in rows:
         ratio, share = row["kind"] == "ratio", _is_share(row)
         sees = [_harm(harm, ratio, share) for _, harm in row["sees"]]
-        margin = _harm(row["margin"], ratio, share)
         clear = MISSING if row["passes_from"] is None else words.count(row["passes_from"])
         mark = "*" if row["assumed"] else ""
-        cells.append((policy, f"{row['dimension']} {row['name']}{mark}", margin, *sees, clear))
-    titles = ("policy", "figure", "margin", f"{counts}: {numbers[0]}", *numbers[1:])
-    return Table(columns=text_table((*titles, "passes from"), cells, (*titles[2:], "passes from")))
+        name = metric_label(row["name"]) if row["dimension"] == "quality" else row["name"]
+        cells.append((name + mark, _harm(row["margin"], ratio, share), *sees, clear))
+    numeric = ("margin", *(str(n) for n, _ in rows[0]["sees"]), "from")
+    return Table(columns=text_table(("figure", *numeric), cells, numeric), layouts=WRAPPED)
 
 
 def _is_share(row: Mapping[str, Any]) -> bool:
@@ -138,7 +133,9 @@ def _is_share(row: Mapping[str, Any]) -> bool:
 def _harm(value: float | None, ratio: bool, share: bool) -> str:
     if value is None:
         return MISSING
-    return f"×{words.number(value, 2)}" if ratio else _amount(value, share)
+    if ratio:
+        return f"×{words.number(value, 2)}"
+    return f"{words.digits(100 * value, 2)} %" if share else words.digits(value, 2)
 
 
 def _table(comparison: Mapping[str, Any]) -> Table:

@@ -51,7 +51,7 @@ def test_every_ready_policy_says_what_it_sees_at_which_n(sides):
                 assert all(harm > row["margin"] for harm in known)
                 numbers = [n for n, _ in row["sees"]]
                 assert tuple(numbers) in (PROMPTS, COUPLES)
-        assert "| exact | drift changed | 0 % |" in plan_markdown(document)
+        assert "| changed | 0 % | 9.6 % |" in plan_markdown(document)
 
 
 def test_exact_sees_a_share_of_images_that_chance_would_show(sides):
