@@ -13,6 +13,7 @@ from sd35bench.analysis.speed import starts_of
 from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.pareto import Speeds
 from sd35bench.recommend.profiles import Profile
+from sd35bench.stats.decision import LEVEL
 from sd35bench.stats.latency import latency_interval
 from sd35bench.tune.race import SAME_SPEED
 from sd35bench.tune.space import Point
@@ -47,14 +48,17 @@ def decide(
     profile: Profile,
     *,
     reference: Point | None = None,
+    level: float = LEVEL,
 ) -> Final | str:
     """Choose as `recommend` would; a text says why nothing can be chosen.
+
+    `level` is that of this look (`stats.looks`): a race stops at the first answer that is shown.
 
     `points` [S] are those of the comparison's candidates.
     """
     speed = _speeds(comparison)
     named = None if reference is None else list(points).index(reference)
-    choice = choose(comparison, speed, profile, named)
+    choice = choose(comparison, speed, profile, named, level)
     if isinstance(choice, str):
         return choice
     return Final(points=list(points), comparison=comparison, speed=speed, choice=choice)

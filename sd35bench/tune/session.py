@@ -20,6 +20,7 @@ from typing import Protocol
 from sd35bench.analysis.pairs import Comparison
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.profiles import BEST, Profile
+from sd35bench.stats.looks import level_at
 from sd35bench.tune.final import Final, decide, settled
 from sd35bench.tune.race import (
     OVER_LIMITS,
@@ -363,7 +364,8 @@ class _Race:
             return f"{self._profile.reference}'s setting gave no image to hold others against"
         asked = [self._points[i] for i in self._racing] + self._rulers()
         points, comparison = self._lab.compared(asked, self.depth)
-        return decide(points, comparison, self._profile, reference=self._reference)
+        level = level_at(self.depth, self._lab.prompts)
+        return decide(points, comparison, self._profile, reference=self._reference, level=level)
 
     @property
     def _price(self) -> int:
