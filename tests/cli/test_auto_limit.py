@@ -30,6 +30,7 @@ def _made(tmp_path, monkeypatch, study, *, settings=3, prompts=10_000, margin=0.
 
     given = _given("steps=4,12,28", "prompts.limit=auto", f"margin={margin}")
     auto = read_auto(given.settings)
+    assert auto is not None
     planned = Planned(settings, prompts, [load], "synthetic", tmp_path)
     return run_planned(given, auto, make, lambda _: planned), made
 

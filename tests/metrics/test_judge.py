@@ -215,6 +215,7 @@ def test_cvvdp_is_measured_where_its_package_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycvvdp", SimpleNamespace(cvvdp=cvvdp))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     found = find_cvvdp()
+    assert found is not None
     assert found(*IMAGES) == 9.5
     assert seen["display_name"] == "standard_4k"
     assert found.version == "unknown"

@@ -50,7 +50,7 @@ def _decided(settings: int, seeds: int, by_image: bool, studies: int = 120) -> f
         prompts = max(found // seeds if by_image else found, 24)
         rest = _images(rng, settings, prompts - 24, seeds)
         quality = np.concatenate([first, rest], axis=1)
-        cost = 1.0 + np.arange(settings)
+        cost = np.arange(settings).astype(np.float64) + 1.0
         clusters = np.repeat(np.arange(prompts), seeds)
         decided += decide(quality, clusters, cost, MARGIN, span=1.0).definitive
     return decided / studies
@@ -65,18 +65,24 @@ def test_mutant_that_counts_images_as_prompts_decides_too_seldom():
     assert _decided(2, 4, by_image=True) < POWER - 0.15
 
 
+def _planned(pilot: Pilot, margin: float, power: float, images: int) -> int:
+    found = prompts_for(pilot, margin, power, images)
+    assert found is not None
+    return found
+
+
 def test_one_pair_of_known_spread_is_the_closed_form():
     for sd, margin in ((0.5, 0.08), (0.3, 0.02)):
-        planned = prompts_for(_pilot(sd), margin, 0.8, 1)
+        planned = _planned(_pilot(sd), margin, 0.8, 1)
         needed = prompts_needed(sd, margin, tail=0.05, power=0.8)
         assert planned == pytest.approx(needed, rel=0.06)
 
 
 def test_a_small_pilot_more_settings_and_more_power_ask_for_more():
-    known = prompts_for(_pilot(0.5), 0.1, 0.8, 1)
-    assert known < prompts_for(_pilot(0.5, prompts=8), 0.1, 0.8, 1)
-    assert known < prompts_for(_pilot(0.5, settings=6), 0.1, 0.8, 1)
-    assert known < prompts_for(_pilot(0.5), 0.1, 0.9, 1)
+    known = _planned(_pilot(0.5), 0.1, 0.8, 1)
+    assert known < _planned(_pilot(0.5, prompts=8), 0.1, 0.8, 1)
+    assert known < _planned(_pilot(0.5, settings=6), 0.1, 0.8, 1)
+    assert known < _planned(_pilot(0.5), 0.1, 0.9, 1)
 
 
 def test_a_pilot_without_a_difference_is_no_proof_of_none():
@@ -109,6 +115,7 @@ def test_more_seeds_only_where_prompts_run_out():
     assert few <= 400
     assert more == 2
     # One image a prompt: nothing says what a second would tell.
+    assert pilot.within is not None
     single = Pilot(pilot.between + pilot.within, None, 200, 1.0)
     assert seeds_for(single, 0.05, 0.8, 400) == (prompts, 1)
 
@@ -116,9 +123,8 @@ def test_more_seeds_only_where_prompts_run_out():
 def test_smallest_margin_is_what_the_number_decides():
     pilot = _pilot(0.5, prompts=32, settings=3)
     margin = margin_for(pilot, 300, 0.8, 1)
-    assert (
-        prompts_for(pilot, margin * 1.01, 0.8, 1) <= 300 < prompts_for(pilot, margin * 0.97, 0.8, 1)
-    )
+    assert margin is not None
+    assert _planned(pilot, margin * 1.01, 0.8, 1) <= 300 < _planned(pilot, margin * 0.97, 0.8, 1)
 
 
 def test_timing_reads_scatter_likeness_and_starts():
@@ -133,7 +139,9 @@ def test_timing_reads_scatter_likeness_and_starts():
     assert found.within_sd == pytest.approx(0.02, rel=0.1)
     assert found.between_sd == pytest.approx(0.03 * np.sqrt(2), rel=0.3)
     assert found.worth > 0.9
-    assert read_timing([[r[0]] for r in runs]).between_sd is None
+    single = read_timing([[r[0]] for r in runs])
+    assert single is not None
+    assert single.between_sd is None
     assert read_timing([[np.zeros(1)]]) is None
 
 
@@ -145,4 +153,7 @@ def test_starts_cannot_be_made_up_for_by_images():
     assert unlike[0] > 2 * steady[0]
     assert timed_for(Timing(0.02, 1.0, 1.0), 0.05, 0.8, 10.0) is None
     alike = timed_for(Timing(0.02, None, 0.2), 0.05, 0.8, 10.0)
-    assert alike[1] > 3 * timed_for(Timing(0.02, None, 1.0), 0.05, 0.8, 10.0)[1]
+    unlike = timed_for(Timing(0.02, None, 1.0), 0.05, 0.8, 10.0)
+    assert alike is not None
+    assert unlike is not None
+    assert alike[1] > 3 * unlike[1]

@@ -132,7 +132,7 @@ def planned(margin: float, settings: int, pilot: int, studies: int, seed: int) -
                 continue
             more = draw_settings(rng, settings, loss, max(0, size - pilot))
             quality = np.concatenate([quality, more], axis=1)
-            cost = 1.0 + np.arange(settings)
+            cost = np.arange(settings).astype(np.float64) + 1.0
             named = decide(quality, np.arange(quality.shape[1]), cost, margin, span=1.0)
             if loss == 0.0:
                 sizes.append(quality.shape[1])

@@ -55,7 +55,7 @@ def _first_answer(rule: str, quality: Floats, margin: float) -> tuple[int | None
             chosen = _by_sequence(seen[0] - seen[-1], margin)
         else:
             level = level_at(prompts, LAST if rule == RULES[2] else None)
-            cost = 1.0 + np.arange(len(seen))
+            cost = np.arange(len(seen)).astype(np.float64) + 1.0
             found = decide(seen, np.arange(prompts), cost, margin, span=1.0, level=level)
             chosen = found.chosen if found.definitive else None
         if chosen is not None:
