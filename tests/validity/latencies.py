@@ -22,6 +22,7 @@ from sd35bench.stats.latency import (
 )
 
 Floats = NDArray[np.float64]
+Held = NDArray[np.bool_]
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 LIKENESS, APART = (0.0, 0.3, 0.6), (0.0, 0.05)
 SIGMA, SLOW, TIMES = 0.05, 0.05, 3.0
@@ -29,7 +30,7 @@ SIGMA, SLOW, TIMES = 0.05, 0.05, 3.0
 SHARED = 0.10
 """Of starts that a couple's two share, as the machine's state."""
 REPETITIONS, OF_COMPARE = 5000, 500
-Kind = Callable[[np.random.Generator, int, float, float, int], Floats | None]
+Kind = Callable[[np.random.Generator, int, float, float, int], Held | None]
 """Says of each repetition whether the interval holds the truth; ``None``: it is not told."""
 
 
@@ -68,7 +69,7 @@ def _starts(
     ]
 
 
-def _holds(found: Centres, truth: Floats | float = 0.0) -> Floats:
+def _holds(found: Centres, truth: Floats | float = 0.0) -> Held:
     return np.abs(found.value - truth) <= found.half
 
 
@@ -79,7 +80,7 @@ def median(
     likeness: float,
     apart: float,
     columns: int,
-) -> Floats | None:
+) -> Held | None:
     """p50 over so many starts; with one it is held against that run's own median."""
     if n < max(LEAST_IMAGES, number):
         return None
@@ -91,7 +92,7 @@ def median(
 
 def any_start(
     rng: np.random.Generator, n: int, likeness: float, apart: float, columns: int
-) -> Floats | None:
+) -> Held | None:
     """p50 of one start, taken for that of all starts, which its caption forbids."""
     if n < LEAST_IMAGES:
         return None
@@ -100,7 +101,7 @@ def any_start(
 
 def speed(
     number: int, rng: np.random.Generator, n: int, likeness: float, apart: float, columns: int
-) -> Floats | None:
+) -> Held | None:
     """`× eager`, so many starts a side; with one, within these two runs."""
     if n < max(LEAST_IMAGES, number):
         return None
@@ -114,7 +115,7 @@ def speed(
 
 def coupled(
     number: int, rng: np.random.Generator, n: int, likeness: float, apart: float, columns: int
-) -> Floats | None:
+) -> Held | None:
     """The same from couples of starts in alternation, which share the machine's state."""
     if n < max(LEAST_IMAGES, number):
         return None
@@ -128,7 +129,7 @@ def coupled(
 
 def together(
     number: int, rng: np.random.Generator, n: int, likeness: float, apart: float, columns: int
-) -> Floats | None:
+) -> Held | None:
     """Two settings of the same starts, which take turns: what a start adds cancels."""
     if n < max(LEAST_IMAGES, number):
         return None
@@ -138,7 +139,7 @@ def together(
 
 def compared(
     number: int, rng: np.random.Generator, n: int, likeness: float, apart: float, columns: int
-) -> Floats | None:
+) -> Held | None:
     """`compare`'s p50 of couples of n images a start, one of them with the policy's spread."""
     held = []
     for _ in range(min(columns, OF_COMPARE)):
@@ -157,7 +158,7 @@ def compared(
 
 def reach(
     rng: np.random.Generator, n: int, likeness: float, apart: float, columns: int
-) -> Floats | None:
+) -> Held | None:
     """The mutant: from the least to the largest value, which no bootstrap leaves."""
     logs = drawn(rng, n, likeness, columns)
     return (logs.min(axis=0) <= 0.0) & (logs.max(axis=0) >= 0.0)
@@ -165,7 +166,7 @@ def reach(
 
 def unrelated(
     rng: np.random.Generator, n: int, likeness: float, apart: float, columns: int
-) -> Floats | None:
+) -> Held | None:
     """The mutant: images of 2 starts taken for unrelated ones, by Student's t; none is slow."""
     starts = [
         SIGMA * _series(rng, len(part), likeness, columns) + apart * rng.standard_normal(columns)
