@@ -49,6 +49,11 @@ def compute(
         raise MetricError(
             f"the reference {reference.name} has {theirs} dimensions, the features have {mine}"
         )
+    if len(images.features) <= parameters.get("k", 0):
+        raise MetricError(
+            f"{statistic} looks at {parameters['k']} neighbours of each image, and there are"
+            f" {len(images.features)} images"
+        )
     return STATISTICS[statistic](images, reference, parameters)
 
 

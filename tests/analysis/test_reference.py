@@ -8,6 +8,7 @@ from sd35bench.analysis.set_metrics import STATISTICS, compute
 from sd35bench.analysis.summary import show_document
 from sd35bench.errors import MetricError
 from sd35bench.stats.frechet import fit
+from sd35bench.stats.kernel import Sample
 from tests.studies.memory import MemoryStudy, record
 
 
@@ -126,7 +127,13 @@ def test_statistic_of_a_later_version_is_no_value_and_no_crash(tmp_path):
 
 
 def test_compute_refuses_features_of_other_dimensions():
-    from sd35bench.stats.kernel import Sample
-
     with pytest.raises(MetricError, match="4 dimensions, the features have 3"):
         compute("frechet", Sample(np.zeros((9, 3)), np.arange(9)), _reference(), {})
+
+
+@pytest.mark.parametrize("statistic", ["precision", "recall"])
+def test_neighbours_beyond_the_images_are_refused(statistic):
+    """A journal that was cut can leave so few; numpy refused to sort them."""
+    few = Sample(np.zeros((3, 4), np.float32), np.array(["a", "b", "c"]))
+    with pytest.raises(MetricError, match=r"3 neighbours of each image, and there are 3"):
+        compute(statistic, few, _reference(), {"k": 3, "rows": 300})
