@@ -29,10 +29,12 @@ FOUND = (
     "They also found that a download may take a minute whatever `remote.timeout_s` says, and that a"
     " wait for the rate limit had no end. Both are bounded now.",
     "Damaged files: a `results_dir=` that is a file ended in a traceback of Hydra's, which makes"
-    " its folders before it calls us; a tune journal of another shape in one of Optuna's. Both are"
-    " sentences now.",
+    " its folders before it calls us; a journal that was cut left 3 images, of which a metric"
+    " looked for 3 neighbours each, in one of numpy's. Both are sentences now.",
     "A first run of the killed verbs was broken by the harness: the process beside was told to end"
     " by SIGTERM, which a verb takes for Ctrl-C and ends with exit code 3, as it should.",
+    "A later run was refused by `tune`, as the code under test was edited while it ran: a study of"
+    " two environments is not searched. It was run again.",
     "In the other experiments client and server passed each bound in the first run at full size;"
     " what they look for was found before, by the tests of the parts (`tests/remote`,"
     " `tests/server`).",
