@@ -1,6 +1,7 @@
 """The verbs that read a study: score, show, recommend, claims, report: a call and a print."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,9 @@ def _plan(study: Study, profiles: dict[str, "Profile"], given: Given) -> Answer:
     """Say how many images would decide; nothing is written."""
     from sd35bench.recommend.plan import Asked, plan_document
 
-    wanted = {"margin": given.number("--margin"), "power": given.number("--power")}
-    asked = Asked(**{name: value for name, value in wanted.items() if value is not None})
+    power = given.number("--power")
+    asked = Asked(margin=given.number("--margin"))
+    asked = asked if power is None else replace(asked, power=power)
     document = plan_document(study, profiles, asked)
     if not given.as_json:
         from sd35bench.report.planning import plan_markdown, print_plan

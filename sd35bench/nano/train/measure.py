@@ -15,7 +15,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img 
 )
 
 from sd35bench.nano.networks import TEXT_TOKENS
-from sd35bench.nano.prompts import NanoPrompt, init_image, overlap_set, prompt_set
+from sd35bench.nano.prompts import NanoPrompt, init_image, level_set, prompt_set
 from sd35bench.nano.train.loop import to_tensor
 from sd35bench.nano.train.probe import accuracy, sample
 from sd35bench.nano.verifier import verify_edit
@@ -39,7 +39,7 @@ class Figure:
 def of_level(level: Level, number: int) -> list[NanoPrompt]:
     """The first held-out prompts of one level."""
     if level == "overlap":
-        return overlap_set("heldout", number)
+        return level_set("heldout", "overlap", number)
     return [item for item in prompt_set("heldout") if item.level == level][:number]
 
 
