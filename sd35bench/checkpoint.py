@@ -23,6 +23,7 @@ from sd35bench.errors import ConfigError, StoreError
 
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 INDEX = "model_index.json"
+REMEDY = "give a complete diffusers folder, or a .safetensors file"
 CACHE_ABOVE_BYTES = 64_000_000
 LAYOUT = {
     "transformer": "model.diffusion_model.",
@@ -244,9 +245,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text())
     except (OSError, ValueError) as exc:
-        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read: {exc}") from exc
+        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read: {exc}; {REMEDY}") from exc
     if not isinstance(index, dict):
-        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read: no object in it")
+        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read: no object in it; {REMEDY}")
     return index
 
 

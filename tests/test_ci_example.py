@@ -28,7 +28,7 @@ FILES = {
     if kind == "yaml"
 }
 SHELL = [text for kind, text in BLOCKS if kind == "bash"]
-MAKE, TRY, RERUN, IN_TURN = SHELL
+MAKE, TRY, RERUN, IN_TURN, REFACTOR = SHELL
 WORKFLOW = yaml.safe_load(FILES[".github/workflows/gate.yml"])
 GITLAB = yaml.safe_load(FILES[".gitlab-ci.yml"])["gate"]
 STEPS = {s["name"]: s for s in WORKFLOW["jobs"]["gate"]["steps"] if "run" in s}
@@ -119,7 +119,8 @@ def test_the_whole_path_on_a_backend_without_a_model(repository):
     for name in ("Make the candidate's images", "Compare", "Make what accepts the change"):
         run_all(STEPS[name]["run"])
     summary = Path("summary.md").read_text()
-    assert summary.startswith("# Undecided: candidate against baseline")  # 12 prompts are few
+    # 12 prompts are few, but the same images pass at any number.
+    assert summary.startswith("# Pass: candidate against baseline")
     suites = list(ElementTree.parse("out/gate.xml").getroot())
     assert suites
     assert {suite.get("failures") for suite in suites} == {"0"}

@@ -99,7 +99,9 @@ def test_a_failed_measurement_is_kept_and_tried_again(study, monkeypatch):
     (failed,) = study.machine()
     assert failed["rates"] == {}
     assert "FileNotFoundError" in failed["error"]
-    monkeypatch.setattr(machine, "_ask_child", lambda *_: {"device": "cpu", "rates": RATES})
+    monkeypatch.setattr(
+        machine, "_ask_child", lambda *_: {"device": "cpu", "threads": 1, "rates": RATES}
+    )
     measure_once(study, LOAD)
     assert len(study.machine()) == 2
 

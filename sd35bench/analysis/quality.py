@@ -49,6 +49,7 @@ _FACTS = {
     "recall": MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE),
     "sharpness": MetricFacts(True, ranks=False),
     "contrast": MetricFacts(True, ranks=False),
+    "judge": MetricFacts(True),
     # No bounds: where all are identical the interval is a point, not "never seen in k prompts".
     "drift": MetricFacts(False),
 }

@@ -54,8 +54,8 @@ class Reference:
                 f"the reference {self.name} ({self.source}) has mean and covariance only; this"
                 " metric needs features: make it with `sd35bench reference make`"
             )
-        if self.prompts is None:
-            return Sample(self.features, None)
+        if self.prompts is None or self.prompts.dtype.kind != "U":  # numbers tell prompts apart
+            return Sample(self.features, self.prompts)
         return Sample(self.features, np.array([same_prompt(str(text)) for text in self.prompts]))
 
 

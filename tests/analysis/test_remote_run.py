@@ -56,7 +56,7 @@ def test_a_record_starts_with_its_create_not_with_the_wait_for_a_turn(
 ):
     """So that start and latency say when an image came, which throughput stands on."""
 
-    async def request(_: Limiter) -> None:
+    async def request(*_: object) -> None:
         await asyncio.sleep(WAIT_S)
 
     monkeypatch.setattr(Limiter, "request", request)

@@ -123,9 +123,10 @@ def test_load_refuses_an_incomplete_folder(
     tiny_path: Path, tmp_path: Path, breaking: Callable[[Path], None], message: str
 ) -> None:
     broken = shutil.copytree(tiny_path, tmp_path / "broken")
+    load = make_load(broken)
     breaking(broken)
     with pytest.raises(BackendError, match=message) as caught:
-        EagerBackend(make_load(broken))
+        EagerBackend(load)
     assert "point model.path at a complete diffusers folder" in str(caught.value)
 
 

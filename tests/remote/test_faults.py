@@ -96,9 +96,7 @@ def quick(request, monkeypatch, tmp_path):
     hangs = called is not None and called.params.get("fault") in HANGING
     request_s = HANGS_S if hangs else REQUEST_S
     monkeypatch.setattr(drive, "Transport", partial(Transport, timeout_s=request_s))
-    monkeypatch.setattr(
-        "sd35bench.remote.prediction.download", partial(download, deadline_s=request_s)
-    )
+    monkeypatch.setattr("sd35bench.remote.prediction.DEADLINE_S", request_s)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     for variable in ("EACHLABS_API_KEY", "REPLICATE_API_TOKEN"):
         monkeypatch.delenv(variable, raising=False)

@@ -25,6 +25,8 @@ DOCUMENT = {
             "title": "eager, 8 steps",
             "n_pairs": 2,
             "n_prompts": 2,
+            "n_images": 2,
+            "n_identical": 0,
             "differs": {},
             "environment_differs": {},
             "dimensions": {},
