@@ -107,7 +107,8 @@ def _plan_parts(document: Mapping[str, Any]) -> Iterator[Part]:
     rule = (
         f"The smallest harm that fails in {words.percent(document['power'])} of cases, as one of"
         " all figures of its policy; of a share, by a loss that goes one way. 'from': the n from"
-        " which a candidate that lost nothing passes. Images that are the same on both sides pass at any n."
+        " which a candidate that lost nothing passes. Images that are the same on both sides pass"
+        " at any n."
     )
     yield say((rule, "dim"), wraps=True)
     yield paragraph(rule)
