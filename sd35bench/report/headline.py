@@ -35,8 +35,8 @@ class Answer:
     `row_id` is ``None`` where nothing could be recommended; `why` then says the reason. `others`
     are the settings not chosen; `more` counts those not listed, and `others_note` says what
     "dominated" means. `defaults` are the named defaults beside the choice. `confirmed` is what
-    held-out prompts say, with a mark for its colour: good, bad or open. `body` is the create of the
-    hosted protocol.
+    held-out prompts say, with a mark for its colour: good, bad or open. `provisional`: the evidence
+    does not settle the choice. `body` is the create of the hosted protocol.
     """
 
     profile: str
@@ -50,6 +50,7 @@ class Answer:
     more: int = 0
     defaults: Table | None = None
     confirmed: tuple[str, str] = ("", "")
+    provisional: bool = False
     adding: tuple[str, ...] = ()
     command: str = ""
     snippet: str = ""
@@ -170,6 +171,7 @@ def _answer(
         more=max(0, len(entry["alternatives"]) - SHOWN[HTML]),
         defaults=default_table(entry, HTML),
         confirmed=_confirmed(entry["confirmation"]),
+        provisional=not evidence.get("definitive", True),
         adding=tuple(d["command"] for d in entry["named_defaults"] if d["command"]),
         command=entry.get("command") or "",
         snippet=entry.get("snippet") or "",
@@ -244,7 +246,8 @@ def _lead(
             lead.append((f"For {task} no setting meets any profile.", "", ""))
             continue
         row = by_id[chosen[0].row_id or ""]
-        after = f" ({chosen[0].profile}): {_cost(row)}."
+        sure = ", provisional" if chosen[0].provisional else ""
+        after = f" ({chosen[0].profile}{sure}): {_cost(row)}."
         lead.append((f"For {task}: ", row.name(extra), after))
     return lead
 

@@ -94,3 +94,11 @@ def test_report_without_a_recommendation_has_no_column_about_the_front(demo: Syn
     document = build_document(demo.study, demo.show, None)
     for section in document.tasks:
         assert "dominated" not in [c.title for c in section.leaderboard.table.columns]
+
+
+@pytest.mark.parametrize("definitive", [True, False])
+def test_the_first_sentence_says_what_is_provisional(demo, rows, definitive):
+    document = json.loads(json.dumps(demo.recommend))
+    document["profiles"]["balanced"]["text-to-image"]["evidence"]["definitive"] = definitive
+    (_, _, after), *_ = read_headline(rows, document, ()).lead
+    assert after.startswith(" (balanced): " if definitive else " (balanced, provisional): ")
