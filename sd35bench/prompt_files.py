@@ -85,9 +85,9 @@ def _item(
             f"{where}: the prompt is empty; fill it in, or leave such rows out with"
             " prompts.skip_empty=true"
         )
-    init = None
+    init, done = None, ()
     if row["init_image"] not in (None, ""):
-        init = read_init_image(path.parent / str(row["init_image"]), where, first_frame)
+        init, done = read_init_image(path.parent / str(row["init_image"]), where, first_frame)
     own_id = row["id"]
     item_id = f"{number:05d}" if own_id in (None, "") else str(own_id)
     negative = row["negative_prompt"]
@@ -96,6 +96,7 @@ def _item(
         prompt=prompt.strip(),
         negative_prompt=None if negative in (None, "") else str(negative).strip(),
         init_image=init,
+        init_done=done,
     )
 
 

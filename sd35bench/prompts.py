@@ -31,12 +31,16 @@ INIT_PIXEL_LIMIT = 64_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptItem:
-    """One prompt; `init_image` is the bytes of a PNG, JPEG or WEBP file."""
+    """One prompt; `init_image` is the bytes of a PNG, JPEG or WEBP file.
+
+    `init_done` says what was done to the file's own values to show it, as `pictures.Picture` does.
+    """
 
     ref: PromptRef
     prompt: str
     negative_prompt: str | None = None
     init_image: bytes | None = None
+    init_done: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +158,12 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_init_image(path: Path, where: str, first_frame: bool = False) -> bytes:
+def read_init_image(
+    path: Path, where: str, first_frame: bool = False
+) -> tuple[bytes, tuple[str, ...]]:
     """Read an init image's file after looking at its header; `where` opens the error message.
+
+    Returns: the file's bytes, and what was done to its values to show them.
 
     Raises: ConfigError if it is missing, not PNG, JPEG or WEBP, larger than 64 megapixels, or an
     animation whose first frame was not asked for.
@@ -173,10 +181,10 @@ def read_init_image(path: Path, where: str, first_frame: bool = False) -> bytes:
                     f"{where}: {path} is an animation; take its first frame with"
                     " prompts.first_frame=true"
                 )
-        read_picture(data, INIT_FORMATS)
+        done = read_picture(data, INIT_FORMATS).done
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
         raise ConfigError(f"{where}: {path} is not a readable PNG, JPEG or WEBP image") from exc
-    return data
+    return data, done
 
 
 def init_size(data: bytes) -> tuple[int, int]:
@@ -194,8 +202,8 @@ def with_init_image(
     """
     if any(item.init_image is not None for item in items):
         raise ConfigError(f"init_image={path}: this prompt set has init images of its own")
-    data = read_init_image(path, "init_image", first_frame)
-    return tuple(replace(item, init_image=data) for item in items)
+    data, done = read_init_image(path, "init_image", first_frame)
+    return tuple(replace(item, init_image=data, init_done=done) for item in items)
 
 
 def _check(spec: PromptSpec) -> None:

@@ -100,7 +100,7 @@ def test_an_animation_is_refused_unless_its_first_frame_is_asked_for(tmp_path):
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
     with pytest.raises(ConfigError, match=r"is an animation.*prompts\.first_frame=true"):
         read_init_image(path, "init_image")
-    assert np.array_equal(decode_rgb(read_init_image(path, "init_image", True)), RAMP)
+    assert np.array_equal(decode_rgb(read_init_image(path, "init_image", True)[0]), RAMP)
 
 
 def test_what_was_done_to_init_images_is_said(tmp_path):

@@ -22,7 +22,6 @@ from sd35bench.config.weights import model_notes, model_spec, refuse_hosted_only
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import parse_skip_layers
-from sd35bench.pictures import read_picture
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
@@ -251,8 +250,8 @@ def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, 
 
 def _picture_notes(prompts: tuple[PromptItem, ...]) -> tuple[str, ...]:
     """Say what was done to init images that are not plain 8-bit RGB."""
-    files = {item.init_image for item in prompts if item.init_image is not None}
-    counts = Counter(done for data in files for done in read_picture(data).done)
+    files = {item.init_image: item.init_done for item in prompts if item.init_image is not None}
+    counts = Counter(done for each in files.values() for done in each)
     return tuple(f"init images: {done} ({counts[done]} of {len(files)})" for done in sorted(counts))
 
 

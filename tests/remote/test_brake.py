@@ -1,44 +1,25 @@
 """Purchases stop where what is paid for cannot be used, or costs more than was agreed."""
 
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sd35bench.remote.brake as brake
 import sd35bench.remote.ledger as ledger
-import sd35bench.remote.prediction as prediction
 from sd35bench import disk
 from sd35bench.errors import StudyGone
 from sd35bench.remote.ledger import Ledger
-from sd35bench.store import Study, decode_rgb
+from sd35bench.store import Study
 from sd35bench.trials import RunSummary
-from tests.remote.fault_server import FaultServer, serving
+from tests.remote.fault_server import FaultServer
 from tests.remote.faults import Answer, Fault, picture
 from tests.remote.hosted import PRICE_USD, hosted_plan, run
 
 COUNT = 12
 WIDTH = 2
 
-
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("EACHLABS_API_KEY", raising=False)
-    monkeypatch.setattr(prediction, "decode_image", decode_rgb)
-
-
-@pytest.fixture
-def server() -> Iterator[FaultServer]:
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return Study.open(tmp_path, "study", create=True)
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def make(server: FaultServer, study: Study, **changes: Any) -> RunSummary:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -11,10 +10,10 @@ import sd35bench.remote.uploads as uploads_module
 from sd35bench.errors import ConfigError
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.ledger import Ledger
-from sd35bench.store import Study, decode_rgb
+from sd35bench.store import Study
 from sd35bench.trials import Progress
 from sd35bench.types import Status
-from tests.remote.fault_server import FaultServer, serving
+from tests.remote.fault_server import FaultServer
 from tests.remote.faults import FAULTS, Fault, picture
 from tests.remote.hosted import (
     HASTY,
@@ -26,24 +25,7 @@ from tests.remote.hosted import (
     run,
 )
 
-
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Own limits, no key of the developer's, and decoding without a process for each image."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("EACHLABS_API_KEY", raising=False)
-    monkeypatch.setattr(prediction, "decode_image", decode_rgb)
-
-
-@pytest.fixture
-def server():
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return Study.open(tmp_path, "study", create=True)
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def test_a_plan_is_made_once_and_recorded(server: FaultServer, study: Study):

@@ -12,34 +12,16 @@ from pathlib import Path
 import pytest
 
 import sd35bench.remote.drive as drive
-import sd35bench.remote.prediction as prediction
 from sd35bench.remote.providers.eachlabs import Eachlabs
-from sd35bench.store import Study, decode_rgb
+from sd35bench.store import Study
 from sd35bench.trials import Run
-from tests.remote.fault_server import FaultServer, serving
+from tests.remote.fault_server import FaultServer
 from tests.remote.faults import FAULTS, Fault
 from tests.remote.hosted import HASTY, hosted_plan, hosted_settings, ledger_lines, run
 
 ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Own limits, no key of the developer's, and decoding without a process for each image."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("EACHLABS_API_KEY", raising=False)
-    monkeypatch.setattr(prediction, "decode_image", decode_rgb)
-
-
-@pytest.fixture
-def server():
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return Study.open(tmp_path, "study", create=True)
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 HELD = FAULTS["silence"]

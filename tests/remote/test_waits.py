@@ -2,38 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sd35bench.remote.limiter as limiter
-import sd35bench.remote.prediction as prediction
 from sd35bench.errors import Paused
 from sd35bench.remote.limiter import limiter_path
-from sd35bench.store import Study, decode_rgb
-from tests.remote.fault_server import FaultServer, serving
 from tests.remote.hosted import PRICE_USD, hosted_plan, run
 
 TIMEOUT_S = 0.5
 
-
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("EACHLABS_API_KEY", raising=False)
-    monkeypatch.setattr(prediction, "decode_image", decode_rgb)
-
-
-@pytest.fixture
-def server() -> Iterator[FaultServer]:
-    with serving() as found:
-        yield found
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return Study.open(tmp_path, "study", create=True)
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 def test_a_service_that_never_finishes_ends_the_run_and_not_the_leases(server, study):
