@@ -30,6 +30,8 @@ from sd35bench.types import (
     to_json,
 )
 
+MOST_SEED = 2**64 - 1
+"""The largest seed; torch takes as many."""
 KEYED: Any = object()
 """In place of a neutral value: the field is in the key whatever its value is."""
 
@@ -163,7 +165,7 @@ _FIELDS = (
     ),
     Field(
         name="seed",
-        takes=Annotated[int, Interval(ge=0, le=2**32 - 1)],
+        takes=Annotated[int, Interval(ge=0, le=MOST_SEED)],
         means="seed of the starting noise",
         default="0",
         unasked=0,
@@ -376,4 +378,5 @@ def _range_text(found: Any) -> str:
         return f" above {found.gt:g}" if found.le is None else f" in ({found.gt:g}, {found.le:g}]"
     if found.le is None or math.isinf(found.le):
         return f" of at least {found.ge:g}"
-    return f" from {found.ge:.15g} to {found.le:.15g}"
+    most = found.le if isinstance(found.le, int) else f"{found.le:.15g}"  # a seed has 20 digits
+    return f" from {found.ge:.15g} to {most}"

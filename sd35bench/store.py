@@ -49,6 +49,7 @@ from sd35bench.stored import Scan, StoredFiles, is_named
 from sd35bench.types import BackendSpec, Load, ModelSpec, Record, Request, Session, Status, to_json
 
 SCHEMA = 1
+_SEED = "request_seed"
 _NUMBER = re.compile(r"([0-9]{6,9})-[0-9]{8}T")
 IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
 
@@ -491,7 +492,6 @@ class Study:
 
     def export_parquet(self) -> dict[str, Path]:
         """Write records.parquet and scores.parquet beside the journal and return their paths."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         rows = {
@@ -501,7 +501,7 @@ class Study:
         paths = {}
         for name, table_rows in rows.items():
             buffer = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(table_rows), buffer)
+            pq.write_table(_table(table_rows), buffer)
             paths[name] = self.path / f"{name}.parquet"
             write_atomic(paths[name], buffer.getvalue())
         return paths
@@ -520,6 +520,18 @@ class Study:
                 quoted = str(path).replace("'", "''")
                 connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{quoted}')")
             return connection.sql(query).to_arrow_table()
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    """Rows as an Arrow table; seeds, which pass its signed integers, are uint64."""
+    import pyarrow as pa
+
+    seeds = [row[_SEED] for row in rows if _SEED in row]
+    if not seeds:
+        return pa.Table.from_pylist(rows)
+    table = pa.Table.from_pylist([{**row, _SEED: 0} for row in rows])
+    place = table.column_names.index(_SEED)
+    return table.set_column(place, _SEED, pa.array(seeds, pa.uint64()))
 
 
 def load_features(path: Path) -> dict[str, np.ndarray]:

@@ -40,7 +40,7 @@ requests = st.builds(
     negative_prompt=st.text(max_size=10),
     steps=st.integers(1, 100),
     cfg=finite,
-    seed=st.integers(0, 2**32),
+    seed=st.integers(0, 2**64 - 1),
     width=st.integers(8, 128),
     height=st.integers(8, 128),
     prompt_strength=st.none() | st.floats(0.1, 1),

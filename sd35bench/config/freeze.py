@@ -24,6 +24,7 @@ from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import parse_skip_layers
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
+from sd35bench.remote.providers import PROVIDERS
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
 
 DEFAULT_TIMED_LIMIT = 8
@@ -56,6 +57,8 @@ def freeze(config: DictConfig) -> Job:
     conf: RunConf = read(RUN, config)
     check_family(conf.model, conf.backend)
     axes = _axes(conf)
+    if conf.backend.kind not in PROVIDERS:
+        _refuse_same_noise(axes)
     sizes = _sizes(conf)
     _check_guidance(axes)
     options = checked_options("backend", conf.backend.options, conf.backend.allowed)
@@ -176,6 +179,21 @@ def _check_guidance(axes: dict[str, tuple[AxisValue, ...]]) -> None:
             f"negative_prompt={negatives[0]!r}: no effect at cfg={max(cfgs):g}, guidance is off at"
             " cfg <= 1; raise cfg or leave negative_prompt out"
         )
+
+
+def _refuse_same_noise(axes: dict[str, tuple[AxisValue, ...]]) -> None:
+    """Refuse seeds that are the same noise here, although they are told apart everywhere else.
+
+    Source: torch's CPU generator seeds its Mersenne Twister with 32 bits (MT19937RNGEngine.h).
+    """
+    first: dict[int, AxisValue] = {}
+    for seed in axes.get("seed", ()):
+        other = first.setdefault(int(f"{seed}") % 2**32, seed)
+        if other != seed:
+            raise ConfigError(
+                f"seed={seed}: the same noise as seed={other}, torch draws it from a seed's lower"
+                " 32 bits; leave one of them out"
+            )
 
 
 def _prompts(conf: RunConf) -> tuple[PromptItem, ...]:

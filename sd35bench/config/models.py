@@ -28,7 +28,7 @@ from pydantic import (
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import SAMPLERS
 from sd35bench.fields import FIELDS as REQUEST_FIELDS
-from sd35bench.fields import allowed
+from sd35bench.fields import MOST_SEED, allowed
 from sd35bench.types import Scalar, Task
 
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"
@@ -202,7 +202,7 @@ class PromptsConf(Conf):
     limit: Annotated[int, Interval(ge=1)] | None = known(
         None, "the first so many prompts", "the set's"
     )
-    seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = known(0, "seed of a generated set")
+    seed: Annotated[int, Interval(ge=0, le=MOST_SEED)] = known(0, "seed of a generated set")
     texts: list[AnyText] = []
     skip_empty: bool = known(
         False, "leave out a file's rows without a prompt, in place of refusing"
@@ -312,7 +312,7 @@ class RunConf(LoadConf):
         " hosted backend, images of each setting that run alone",
         "8",
     )
-    order_seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = known(
+    order_seed: Annotated[int, Interval(ge=0, le=MOST_SEED)] = known(
         0, "seed of the order in which trials run"
     )
     starts: Annotated[int, Interval(ge=1, le=100)] = known(
@@ -480,13 +480,21 @@ def check_field(name: str, value: Any) -> Scalar:
         raise ConfigError(_must_be(name, value, FIELDS[name])) from exc
 
 
+RANDOM_SEED = (
+    "; none is drawn at random, so that a run can be repeated: choose one, or several with -m"
+    " seed=0,1,2"
+)
+"""What is said of -1, which asks other tools for a random seed."""
+
+
 @cache
 def _adapter(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(FIELDS[name].takes, config=_STRICT)
 
 
 def _must_be(name: str, value: Any, field: Known) -> str:
-    return f"{name}={'null' if value is None else value}: must be {field.allowed}"
+    said = f"{name}={'null' if value is None else value}: must be {field.allowed}"
+    return said + RANDOM_SEED if name == "seed" and value == -1 else said
 
 
 def _sentence(error: Any) -> str:

@@ -82,6 +82,8 @@ class HostedService:
             _key(provider, settings)
         for trial in plan.trials:
             refusal = provider.refusal(trial.request)
+            if trial.request.seed > provider.most_seed:
+                refusal = f"seed={trial.request.seed}: the service takes 0 to {provider.most_seed}"
             if refusal is not None:
                 raise ConfigError(f"backend={trial.load.backend.name}: {refusal}")
         if settings.init_image_url is not None and len(plan.inits) != 1:

@@ -137,7 +137,7 @@ class _Wall:
         tile = {
             "setting": row_id,
             "prompt": self._prompt(record),
-            "seed": request.seed,
+            "seed": str(request.seed),  # JavaScript has whole numbers up to 2^53 only
             "width": request.width,
             "height": request.height,
             "image": self._image(record.image, is_init=False),

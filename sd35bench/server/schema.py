@@ -28,23 +28,33 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
-from sd35bench.fields import FIELDS, allowed
+from sd35bench.fields import FIELDS, MOST_SEED, allowed
 from sd35bench.server.predictions import Phase
 from sd35bench.server.settings import Refusal, ServedModel
 from sd35bench.types import Request
 
 LONGEST_PROMPT = 10_000
 LONGEST_URL = 4096
-SEEDS = 2**32
+DRAWN_SEEDS = 2**32
+"""Seeds are drawn below this: any client can hold them, and torch's noise has no more."""
 
 _UP_TO_50 = "[1-9]|[1-4][0-9]|50"
 _UP_TO_100 = "[0-9]|[1-9][0-9]|100"
 _ZERO_TO_20 = r"20(\.0{1,9})?|1?[0-9](\.[0-9]{1,9})?"
 _ZERO_TO_1 = r"1(\.0{1,9})?|0(\.[0-9]{1,9})?"
-_BELOW_2_32 = (
-    "0|[1-9][0-9]{0,8}|[1-3][0-9]{9}|4([01][0-9]{8}|2([0-8][0-9]{7}|9([0-3][0-9]{6}|4([0-8][0-9]{5}"
-    "|9([0-5][0-9]{4}|6([0-6][0-9]{3}|7([01][0-9]{2}|2([0-8][0-9]|9[0-5]))))))))"
-)
+
+
+def _up_to(most: int) -> str:
+    """An expression of the whole numbers up to `most` (10 at least), without leading zeros."""
+    digits = str(most)
+    last = len(digits) - 1
+    kinds = ["0", f"[1-9][0-9]{{0,{last - 1}}}", digits]
+    for place, digit in enumerate(digits):
+        least = 0 if place else 1
+        if int(digit) > least:  # alike up to here, smaller at this place, anything behind it
+            smaller = f"{digits[:place]}[{least}-{int(digit) - 1}]"
+            kinds.append(f"{smaller}[0-9]{{{last - place}}}")
+    return "|".join(kinds)
 
 
 def _number(kind: type[int] | type[float], low: int, high: int, text: str, null: str = "") -> Any:
@@ -104,7 +114,7 @@ _NARROWER: dict[str, tuple[Any, Any, str]] = {
         " and ignored without an image, and must be above 0 with one.",
     ),
     "seed": (
-        _number(int, 0, SEEDS - 1, _BELOW_2_32, null=", or null"),
+        _number(int, 0, MOST_SEED, _up_to(MOST_SEED), null=", or null"),
         None,
         "Seed of the starting noise; null draws one and reports it.",
     ),
@@ -189,7 +199,9 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_create(
-    body: Any, model: ServedModel, draw_seed: Callable[[], int] = lambda: secrets.randbelow(SEEDS)
+    body: Any,
+    model: ServedModel,
+    draw_seed: Callable[[], int] = lambda: secrets.randbelow(DRAWN_SEEDS),
 ) -> Asked:
     """Read a create's body; every wrong field of the input is named at once.
 

@@ -29,6 +29,11 @@ def test_match_records_gives_every_record_to_its_row(demo: Synthetic):
         assert steps == {(row.steps, row.cfg)}
 
 
+def test_wall_has_seeds_as_text_for_javascript(demo: Synthetic):
+    seeds = {t["seed"] for t in build(demo.study)["tiles"]}
+    assert seeds == {str(r.trial.request.seed) for r in demo.study.records()}
+
+
 def test_wall_holds_a_small_study_whole(demo: Synthetic):
     found = build(demo.study)
     assert len(found["tiles"]) == len(demo.study.records())

@@ -22,7 +22,11 @@ BAD = [
     ("steps", "2.5", "Steps is 2.5: it must be a whole number from 1 to 50."),
     ("cfg", "-1", "CFG is -1: it must be a number from 0 to 20."),
     ("cfg", "", "CFG is empty or not a number: it must be a number from 0 to 20."),
-    ("seed", "abc", "Seed is abc: it must be a whole number from 0 to 4294967295, or empty"),
+    (
+        "seed",
+        "abc",
+        "Seed is abc: it must be a whole number from 0 to 18446744073709551615, or empty",
+    ),
     ("prompt", "  ", "Prompt is empty: say what the image shows."),
 ]
 SAID = "() => document.getElementById('alert').textContent !== ''"

@@ -71,7 +71,8 @@ class Provider(ABC):
     `read_*` take a decoded JSON body of any shape and raise RemoteError, never anything else,
     where it cannot be what the protocol promises. `output_hosts` are the hosts, besides the base
     URL's own when that is not the service's, that images may be fetched from (a leading dot takes
-    subdomains). `unsent` names the fields of `Request` that the protocol cannot carry.
+    subdomains). `unsent` names the fields of `Request` that the protocol cannot carry;
+    `most_seed` is the largest seed that the service is known to take.
     """
 
     name: ClassVar[str]
@@ -79,6 +80,7 @@ class Provider(ABC):
     key_variable: ClassVar[str]
     output_hosts: ClassVar[tuple[str, ...]]
     unsent: ClassVar[tuple[str, ...]]
+    most_seed: ClassVar[int] = 2**32 - 1
 
     def __init__(self, settings: RemoteSettings) -> None:
         """Keep the settings; the key comes with each call."""
@@ -147,6 +149,8 @@ class Provider(ABC):
 def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value)
+    if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+        return str(int(value))  # a seed may have 20 digits
     try:
         return f"{float(value):.12g}"
     except (TypeError, ValueError):

@@ -84,8 +84,10 @@ function startWall(data) {
     controls.prompt.append(option(String(i), short(level + p.text)));
   });
   controls.seed.append(option("", "All seeds"));
-  const seeds = [...new Set(data.tiles.map((t) => t.seed))].sort((a, b) => a - b);
-  for (const seed of seeds) controls.seed.append(option(String(seed), String(seed)));
+  const seeds = [...new Set(data.tiles.map((t) => t.seed))].sort(
+    (a, b) => a.length - b.length || (a < b ? -1 : 1), // texts of digits: they pass 2^53
+  );
+  for (const seed of seeds) controls.seed.append(option(seed, seed));
   setDefaults();
 
   function setDefaults() {
@@ -98,7 +100,7 @@ function startWall(data) {
 
   function matches(tile) {
     if (controls.prompt.value !== "" && tile.prompt !== Number(controls.prompt.value)) return false;
-    if (controls.seed.value !== "" && tile.seed !== Number(controls.seed.value)) return false;
+    if (controls.seed.value !== "" && tile.seed !== controls.seed.value) return false;
     const words = controls.search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const text = data.prompts[tile.prompt].text.toLowerCase();
     return words.every((word) => text.includes(word));

@@ -32,12 +32,17 @@ export async function call(method, path, body) {
   } catch {
     throw new Refused(0, "The server does not answer. Is it still running?");
   }
-  const said = await reply.json().catch(() => null);
+  const said = await reply.text().then(parse).catch(() => null);
   if (!reply.ok) {
     const wait = Number(reply.headers.get("Retry-After")) || 0;
     throw new Refused(reply.status, inWords(reply.status, said?.error ?? said?.detail, wait), wait);
   }
   return said;
+}
+
+// JSON with long seeds, and their range, as text: JavaScript's numbers are exact up to 2^53 only.
+function parse(text) {
+  return JSON.parse(text.replace(/"(seed|maximum)":\s*(\d{16,})/g, '"$1":"$2"'));
 }
 
 function inWords(status, reason, wait) {

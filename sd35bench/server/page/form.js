@@ -92,11 +92,10 @@ function readSeed() {
   const text = $("seed").value.trim();
   if (text === "") return null;
   const { low, high } = rangeOf("seed");
-  const value = Number(text);
-  if (!/^\d+$/.test(text) || value < low || value > high) {
+  if (!/^\d+$/.test(text) || BigInt(text) < BigInt(low) || BigInt(text) > BigInt(high)) {
     throw new Wrong($("seed"), `Seed is ${text}: it must be a whole number from ${low} to ${high}, or empty for a random one.`);
   }
-  return value;
+  return text; // the server reads it exactly
 }
 
 export function readForm() {
