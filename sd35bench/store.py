@@ -358,8 +358,14 @@ class Study:
 
     def find_stored(self, kind: str, digest: str) -> Path:
         """Where a file of `images`, `inits` or `latents` is, or would be; it is not read."""
-        files = {"images": self._images, "inits": self._inits, "latents": self._latents}[kind]
-        return files.find(digest)
+        return self._stored(kind).find(digest)
+
+    def put_stored(self, kind: str, data: bytes, suffix: str) -> str:
+        """Keep a file of one of these kinds under its SHA-256 and return that."""
+        return self._stored(kind).put(data, suffix)
+
+    def _stored(self, kind: str) -> StoredFiles:
+        return {"images": self._images, "inits": self._inits, "latents": self._latents}[kind]
 
     def put_init(self, data: bytes) -> str:
         """Keep an init image's file under its SHA-256 and return that."""

@@ -43,6 +43,7 @@ VERBS = {
     "reference": ("reference", "what set metrics are held against, computed once"),
     "serve": ("serve", "the hosted prediction protocol over a local backend"),
     "export": ("export", "the denoiser as an ONNX graph, kept for the onnx and openvino backends"),
+    "merge": ("merge", "unite studies of several machines in one"),
     "clean": ("clean", "files of a study that no record names: list them, or move them away"),
     "verify": ("verify", "whether a study's files are there and whole; exit code 1 if not"),
     "doctor": ("doctor", "what works on this machine, and what to install"),

@@ -104,9 +104,9 @@ class Command:
     """What one verb takes, and what its help says.
 
     `words` are its positional arguments in order: in capitals where the user chooses, in brackets
-    where it may be left out, in lower case where only this very word is allowed. `settings` is how
-    the usage line writes its NAME=VALUE arguments, "" where it takes none. `details(config_dir)`
-    makes the part of the help that is read from tables and files.
+    where it may be left out, with dots where more may follow, in lower case where only this very
+    word is allowed. `settings` is how the usage line writes its NAME=VALUE arguments, "" where it
+    takes none. `details(config_dir)` makes the part of the help that is read from tables and files.
     """
 
     call: "Callable[[Given], Answer]"
@@ -184,8 +184,9 @@ def _flag_line(flag: Flag) -> str:
 def _check_words(given: Given, command: Command) -> None:
     """Refuse too many words, too few, or others than those that are fixed."""
     fewest = sum(not word.startswith("[") for word in command.words)
+    most = math.inf if command.words[-1:] and "..." in command.words[-1] else len(command.words)
     usage = " ".join((given.verb, *command.words))
-    if not fewest <= len(given.words) <= len(command.words):
+    if not fewest <= len(given.words) <= most:
         shown = " ".join(given.words) if given.words else "nothing"
         raise ConfigError(f"expected `sd35bench {usage}`, not {shown!r}; see {given.verb} --help")
     for word, wanted in zip(given.words, command.words, strict=False):
