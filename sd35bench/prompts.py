@@ -5,7 +5,8 @@ files (`prompt_files`). Adding a kind is one reader function and one line in `RE
 set of a known kind is one YAML under configs/prompts/.
 
 Splits of file sets are by hash of the prompt's text, half and half, so that `tune` and `heldout`
-never share a prompt and stay the same when the file grows.
+never share a prompt and stay the same when the file grows. Prompts of one's own are split unless
+told otherwise, so that a choice made on them can be confirmed.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ from sd35bench.pictures import is_animated, oriented_size, read_picture
 from sd35bench.types import PromptRef
 
 SPLITS = ("all", "tune", "heldout")
+FEWEST_TO_SPLIT = 32
+"""Different prompts from which on a file is split unasked: fewer leave no half to choose on."""
 LEVEL_TASKS = ("overlap", "relation")
 TASKS = ("t2i", "edit", *LEVEL_TASKS)
 INIT_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -50,12 +53,13 @@ class PromptSpec:
     `columns` maps prompt, negative_prompt, init_image and id to a file's own column names.
     `limit` keeps the first so many. `task` and `seed` are for generated sets, `texts` are the
     prompts of the kind `given`; `skip_empty` leaves out a file's rows without a prompt,
-    `first_frame` takes animations as init images.
+    `first_frame` takes animations as init images. `split` ``None`` is for the set to choose:
+    `tune` of a file of one's own with `FEWEST_TO_SPLIT` prompts. `source`: see `PromptRef`.
     """
 
     kind: str
     path: str | None = None
-    split: str = "all"
+    split: str | None = "all"
     task: str = "t2i"
     limit: int | None = None
     seed: int = 0
@@ -63,6 +67,7 @@ class PromptSpec:
     skip_empty: bool = False
     first_frame: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
 
 
 READERS: dict[str, str] = {
@@ -82,12 +87,8 @@ def load_prompts(spec: PromptSpec) -> tuple[PromptItem, ...]:
     """
     _check(spec)
     items = list(_reader(spec.kind)(spec))
-    if spec.kind != "nano" and spec.split != "all":
-        items = [
-            replace(i, ref=replace(i.ref, split=spec.split))
-            for i in items
-            if text_split(i.prompt) == spec.split
-        ]
+    if spec.kind != "nano":
+        items = _part_of(items, spec)
     if spec.limit is not None:
         items = items[: spec.limit]
     if not items:
@@ -97,9 +98,32 @@ def load_prompts(spec: PromptSpec) -> tuple[PromptItem, ...]:
     return tuple(items)
 
 
+def _part_of(items: list[PromptItem], spec: PromptSpec) -> list[PromptItem]:
+    """The items of a split; of `tune` each says how many were held out."""
+    split = spec.split
+    if split is None:
+        enough = len({same_prompt(item.prompt) for item in items}) >= FEWEST_TO_SPLIT
+        split = "tune" if spec.kind == "file" and enough else "all"
+    halves = {"tune": items, "heldout": []}
+    if split != "all":
+        halves = {half: [i for i in items if text_split(i.prompt) == half] for half in halves}
+    count = len(halves["heldout"]) if split == "tune" else None
+    source = dict(spec.source)
+    return [
+        replace(i, ref=replace(i.ref, split=split, held_out=count, source=source))
+        for i in halves["heldout" if split == "heldout" else "tune"]
+    ]
+
+
+def same_prompt(prompt: str) -> str:
+    """A prompt as it is compared with others: letter case and spaces do not make it another."""
+    return " ".join(prompt.split()).casefold()
+
+
 def text_split(prompt: str) -> str:
-    """Which half a prompt belongs to, by the hash of its text."""
-    return "tune" if hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0 else "heldout"
+    """Which half a prompt belongs to, by the hash of its text without letter case and spaces."""
+    digest = hashlib.sha256(same_prompt(prompt).encode()).digest()
+    return "tune" if digest[0] % 2 == 0 else "heldout"
 
 
 def read_given(spec: PromptSpec) -> list[PromptItem]:
@@ -121,7 +145,7 @@ def read_nano(spec: PromptSpec) -> list[PromptItem]:
 
     Raises: ConfigError for a split or a limit that the world does not have.
     """
-    if spec.split == "all":
+    if spec.split in ("all", None):
         raise ConfigError("prompts.split=all: the nano set has tune and heldout; choose one")
     from sd35bench.nano import prompts as nano
     from sd35bench.nano.world import caption
@@ -208,7 +232,7 @@ def with_init_image(
 
 def _check(spec: PromptSpec) -> None:
     for name, value, known in (("split", spec.split, SPLITS), ("task", spec.task, TASKS)):
-        if value not in known:
+        if value is not None and value not in known:
             raise ConfigError(f"prompts.{name}={value}: must be one of {', '.join(known)}")
     if spec.limit is not None and spec.limit < 1:
         raise ConfigError(f"prompts.limit={spec.limit}: must be at least 1")

@@ -582,7 +582,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, item in value.items():
         short = f"{prefix}{name}"
-        if isinstance(item, dict) and name == "options":
+        if isinstance(item, dict) and name in ("options", "source"):
             row[short] = json.dumps(item, sort_keys=True)
         elif isinstance(item, dict):
             inner = "" if name in ("trial", "load") else f"{short}_"

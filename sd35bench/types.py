@@ -152,7 +152,9 @@ class PromptRef:
 
     `set` is the prompt set's name ("nano", "geneval", a file's name), `split` its part
     ("tune", "heldout", "all"), `level` a difficulty where the set knows one. `init_prompt` is the
-    caption of the init image where the set knows it.
+    caption of the init image where the set knows it. `held_out` is how many prompts its file kept
+    for a confirmation; `source` has the settings below `prompts.` that read the file again, where
+    its name alone does not.
     """
 
     id: str
@@ -160,6 +162,8 @@ class PromptRef:
     split: str = "all"
     level: str | None = None
     init_prompt: str | None = None
+    held_out: int | None = None
+    source: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

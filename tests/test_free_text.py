@@ -51,6 +51,26 @@ def test_other_quoting_changes_some_text(mutant):
     assert not all(kept(text) for text in ("1e5", "${oc.env:HOME}", 'say "hi"', "a, b"))
 
 
+def test_what_is_held_out_is_said_before_anything_runs(tmp_path):
+    (tmp_path / "mine.csv").write_text("text\n" + "".join(f"p{i}\n" for i in range(40)))
+    path = [f"prompts.path={tmp_path / 'mine.csv'}", "prompts.columns.prompt=text"]
+    found = sweep_of(*path)
+    (note,) = (n for n in found.notes if n.startswith("prompts:"))
+    held = found.prompts[0].ref.held_out
+    assert note.startswith(f"prompts: {held} of mine.csv are held out, by a hash of their text")
+    assert f"{40 - held} of the others run" in note
+    assert found.prompts[0].ref.source == {
+        "path": str(tmp_path / "mine.csv"),
+        "columns.prompt": "text",
+    }
+    told = sweep_of(*path, "prompts.split=all")
+    assert len(told.prompts) == 40
+    assert not any(n.startswith("prompts:") for n in told.notes)
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    for few in (f"prompts.path={tmp_path / 'few.txt'}", "prompt=a cat"):
+        assert any("none is held out" in n for n in sweep_of(few).notes)
+
+
 def sweep_of(*settings: str):
     check_overrides(settings, multirun=False)
     return freeze(compose(written([*settings, "backend=fake", "study=t"]))).sweep

@@ -1,3 +1,4 @@
+import hashlib
 import io
 from pathlib import Path
 
@@ -157,6 +158,32 @@ def test_text_split_of_a_prompt_stays_when_the_file_grows(tmp_path):
     many = load(write(tmp_path / "b.txt", "\n".join(f"p{i}" for i in range(99))), split="tune")
     assert {i.prompt for i in few} <= {i.prompt for i in many}
     assert {text_split(i.prompt) for i in few} == {"tune"}
+
+
+@pytest.mark.parametrize(("count", "split"), [(31, "all"), (32, "tune")])
+def test_prompts_of_ones_own_are_split_unasked_where_there_are_enough(tmp_path, count, split):
+    path = write(tmp_path / "a.txt", "\n".join(f"p{i}" for i in range(count)) + "\nP0\n p1\n")
+    items = load(path, split=None)
+    assert {i.ref.split for i in items} == {split}
+    whole = load(path)
+    assert {i.ref.held_out for i in whole} == {None}
+    held = len(load(path, split="heldout")) if split == "tune" else 0
+    assert len(items) == len(whole) - held == count + 2 - held
+    assert {i.ref.held_out for i in items} == {held or None}
+    given = PromptSpec(kind="given", texts=tuple(f"p{i}" for i in range(40)), split=None)
+    assert len(load_prompts(given)) == 40
+    with pytest.raises(ConfigError, match="choose one"):
+        load_prompts(PromptSpec(kind="nano", split=None))
+
+
+def test_spellings_of_a_prompt_are_in_one_half_and_raw_text_would_part_some():
+    texts = [f"A red  Cube {i} " for i in range(40)]
+    assert all(text_split(t) == text_split(t.strip().lower()) for t in texts)
+
+    def raw(text: str) -> int:  # the mutant
+        return hashlib.sha256(text.encode()).digest()[0] % 2
+
+    assert any(raw(t) != raw(t.strip().lower()) for t in texts)
 
 
 def test_read_nano_splits_are_disjoint_and_seeded():

@@ -56,6 +56,25 @@ def test_confirm_run_makes_the_held_out_images_and_says_what_they_say(call, caps
 
 
 @pytest.mark.slow
+def test_a_choice_on_prompts_of_ones_own_is_confirmed_by_the_printed_commands(call, capsys):
+    Path("data").mkdir()
+    lines = [f"a red circle left of a blue square on white, number {i}" for i in range(40)]
+    Path("data/mine.csv").write_text("text\n" + "".join(f'"{line}"\n' for line in lines))
+    own = ["prompts.path=data/mine.csv", "prompts.columns.prompt=text", "study=t", "cfg=5"]
+    assert main(["run", "-m", "backend=fake", "steps=4,40", *own]) == 0
+    out = capsys.readouterr().out
+    assert out.index("are held out, by a hash") < out.index("study t:")
+    code, before = call("recommend", "t", "--confirm", "--profile", "balanced")
+    assert (code, set(_splits())) == (0, {"tune"})
+    assert len(before["confirm"]["commands"]) >= 2
+    code, document = call("recommend", "t", "--confirm", "--run", "--profile", "balanced")
+    entry = document["profiles"]["balanced"]["text-to-image"]
+    assert code == 0
+    assert entry["confirmation"]["status"] in ("confirmed", "undecided", "contradicted")
+    assert set(_splits()) == {"tune", "heldout"}
+
+
+@pytest.mark.slow
 def test_command_of_the_recommendation_runs_as_it_is_printed(call):
     call("run", *GRID)
     _, document = call("recommend", "t", "--profile", "balanced")

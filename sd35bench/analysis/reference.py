@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.settings import same_prompt
 from sd35bench.disk import write_atomic
 from sd35bench.errors import MetricError, StoreError
+from sd35bench.prompts import same_prompt
 from sd35bench.stats.frechet import Gaussian
 from sd35bench.stats.kernel import Sample
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.fields import asked_fields, pair_identity, setting_identity
+from sd35bench.prompts import same_prompt
 from sd35bench.types import Load, Record, Trial, content_hash, to_json
 
 PairKey = tuple[Any, ...]
@@ -44,11 +45,6 @@ def known_threads(load: Load) -> int | None:
 def is_hosted(load: Load) -> bool:
     """Whether a hosted service makes the images; its backends alone have a base URL."""
     return "base_url" in load.backend.options
-
-
-def same_prompt(prompt: str) -> str:
-    """A prompt as it is compared with others: letter case and spaces do not make it another."""
-    return " ".join(prompt.split()).casefold()
 
 
 def cluster_key(trial: Trial) -> tuple[str, str | None]:

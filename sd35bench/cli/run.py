@@ -8,7 +8,8 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,18 +45,26 @@ POLL_S = 0.5
 class RunTask:
     """The task that Hydra's launcher calls once per load; can be sent to another process."""
 
-    def __init__(self, dry_run: bool, yes: bool = False, asked: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        dry_run: bool,
+        yes: bool = False,
+        asked: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         """With `dry_run` the jobs are prepared and not launched; `yes` agrees to their bill.
 
-        `asked`: the command line's settings, each of which some job must read.
+        `asked`: the command line's settings, each of which some job must read. `say` gets the
+        plans' notes before anything is launched.
         """
-        self.dry_run, self.yes, self.asked = dry_run, yes, list(asked)
+        self.dry_run, self.yes, self.asked, self.say = dry_run, yes, list(asked), say
         self.prepared: list[tuple[Job, Plan]] = []
         self.damaged = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to another process: not the plans, each job makes its own again."""
-        return {"dry_run": self.dry_run, "yes": self.yes, "asked": [], "prepared": [], "damaged": 0}
+        left = {"asked": [], "say": None, "prepared": [], "damaged": 0}
+        return {"dry_run": self.dry_run, "yes": self.yes, **left}
 
     def prepare(self, configs: Sequence[DictConfig]) -> bool:
         """Validate and plan every job before the first is launched; True ends it there."""
@@ -66,6 +75,8 @@ class RunTask:
         for job, plan in self.prepared:
             job.engine.prepare(plan, dry=self.dry_run)
         self.damaged = _damaged(self.prepared[0][0])
+        for note in _notes(self.prepared) if self.say is not None else ():
+            self.say(f"note: {note}")
         if not (self.dry_run or self.yes):
             self._refuse_bill()
         return self.dry_run
@@ -110,12 +121,11 @@ def run(given: Given) -> Answer:
         if auto is not None:
             return run_planned(given, auto, run, _look)
     check_overrides(given.settings, given.has("-m"), given.config_dir)
-    task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings)
+    out = console(given.as_json)
+    say = partial(out.print, markup=False, soft_wrap=True)
+    task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings, say)
     results = sweep(task, written(given.settings), given.config_dir)
     job, _ = task.prepared[0]
-    out = console(given.as_json)
-    for note in _notes(task.prepared):
-        out.print(f"note: {note}", markup=False, soft_wrap=True)
     if task.dry_run:
         found = _estimate(task.prepared)
         _print_estimate(out, job, found)

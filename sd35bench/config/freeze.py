@@ -23,7 +23,14 @@ from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import parse_skip_layers
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
-from sd35bench.prompts import PromptItem, PromptSpec, init_size, load_prompts, with_init_image
+from sd35bench.prompts import (
+    FEWEST_TO_SPLIT,
+    PromptItem,
+    PromptSpec,
+    init_size,
+    load_prompts,
+    with_init_image,
+)
 from sd35bench.remote.providers import PROVIDERS
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
 
@@ -87,6 +94,7 @@ def freeze(config: DictConfig) -> Job:
         notes=(
             *place.notes,
             *_notes(conf, axes),
+            *_split_notes(conf, prompts),
             *_picture_notes(prompts),
             *_resize_notes(prompts, sizes),
         ),
@@ -207,9 +215,11 @@ def _prompts(conf: RunConf) -> tuple[PromptItem, ...]:
 
 def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
     path = prompts.path
-    if path is not None and path.startswith("configs:"):
+    is_ours = path is not None and path.startswith("configs:")
+    if path is not None and is_ours:
         path = str(config_dir() / path.removeprefix("configs:"))
     return PromptSpec(
+        source={} if is_ours else _source(prompts),
         kind=prompts.kind,
         path=path,
         split=prompts.split,
@@ -221,6 +231,15 @@ def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
         first_frame=prompts.first_frame,
         columns={**vars(prompts.columns)},
     )
+
+
+def _source(prompts: PromptsConf) -> dict[str, str]:
+    """What reads a file of prompts again, where its name alone does not."""
+    columns = {f"columns.{name}": column for name, column in vars(prompts.columns).items()}
+    found = {name: column for name, column in columns.items() if name != f"columns.{column}"}
+    found |= {"skip_empty": "true"} if prompts.skip_empty else {}
+    is_elsewhere = prompts.path is not None and Path(prompts.path).name != prompts.path
+    return {"path": f"{prompts.path}", **found} if is_elsewhere else found
 
 
 def _task(item: PromptItem) -> Task:
@@ -264,6 +283,27 @@ def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, 
         notes.append(GENEVAL_DRIFT)
     notes.extend(model_notes(conf.model, conf.backend.needs_weights))
     return tuple(notes)
+
+
+def _split_notes(conf: RunConf, prompts: tuple[PromptItem, ...]) -> tuple[str, ...]:
+    """Say what is held out for a confirmation, or why nothing is, where nobody said which part."""
+    if conf.prompts.split is not None or conf.prompts.kind not in ("file", "given"):
+        return ()
+    ref = prompts[0].ref
+    if ref.held_out is not None:
+        return (
+            f"prompts: {ref.held_out} of {ref.set} are held out, by a hash of their text, for"
+            f" `recommend --confirm`; {len(prompts)} of the others run (prompts.split=all: all)",
+        )
+    if conf.prompts.kind == "given":
+        return (f"prompts: none is held out, so a choice on them stays unconfirmed; {_TO_CONFIRM}",)
+    return (
+        f"prompts: {ref.set} has fewer than {FEWEST_TO_SPLIT}: none is held out, so a choice on"
+        " them stays unconfirmed",
+    )
+
+
+_TO_CONFIRM = f"give {FEWEST_TO_SPLIT} or more in a file, prompts.path=FILE"
 
 
 def _picture_notes(prompts: tuple[PromptItem, ...]) -> tuple[str, ...]:

@@ -195,7 +195,9 @@ class PromptsConf(Conf):
 
     kind: str
     path: Text | None = known(None, "the file of a prompt set")
-    split: Literal["tune", "heldout", "all"] = known("all", "which part of the set", "the set's")
+    split: Literal["tune", "heldout", "all"] | None = known(
+        None, "which part of the set", "the set's; tune of a file of 32 prompts or more"
+    )
     task: Literal["t2i", "edit", "overlap", "relation"] = known(
         "t2i", "nano: text-to-image, edits of init images, or scenes of one level alone"
     )

@@ -26,11 +26,11 @@ from sd35bench.analysis.set_metrics import (
     at_length,
     compute,
 )
-from sd35bench.analysis.settings import same_prompt
 from sd35bench.errors import MetricError
 from sd35bench.gate.figure import Figure, difference
 from sd35bench.gate.policy import MetricMargin
 from sd35bench.gate.sides import Matched, SetScore, Side, has_image, match_pairs, prompt_hash
+from sd35bench.prompts import same_prompt
 from sd35bench.stats.frechet import frechet_difference
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.kernel import (

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.settings import HELD_OUT, same_prompt, shared_negatives
+from sd35bench.analysis.settings import HELD_OUT, shared_negatives
 from sd35bench.analysis.table import Row, Table, keep_records
 from sd35bench.errors import ConfigError
-from sd35bench.prompts import PromptSpec, load_prompts
+from sd35bench.prompts import FEWEST_TO_SPLIT, PromptSpec, load_prompts, same_prompt
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import images_between, prompts_needed, spread
-from sd35bench.types import Record, Status, Task
+from sd35bench.types import PromptRef, Record, Status, Task
 
 MOST_TIMES = 2
 """A confirmation asks for at most so many times the prompts of the choice."""
-_SET_SIZES = {"nano": 400, "starter.txt": 14}
+_SET_SIZES = {"nano": 400, "starter.txt": 15}
 """Held-out prompts that a set has (`nano.prompts.MAX_ITEMS`; those in configs/prompts)."""
 
 
@@ -141,10 +141,20 @@ def part_rows(rows: Iterable[Row]) -> Parted:
             " prompt than the choice's"
         )
     if "tune" not in splits:
-        why = "the choice was made on all prompts of its set; choose on prompts.split=tune"
+        why = f"the choice was made on all prompts of its set; {_remedy(rows)}"
         if not held_out:
             return Parted(for_choice, None, notes, why)
     return Parted(for_choice, held_out, notes)
+
+
+def _remedy(rows: Iterable[Row]) -> str:
+    """What makes a choice that can be confirmed."""
+    trials = [record.trial for row in rows for record in row.usable]
+    sets = {trial.prompt.set for trial in trials}
+    few = len({same_prompt(trial.request.prompt) for trial in trials}) < FEWEST_TO_SPLIT
+    if (few and not sets & _SET_SIZES.keys()) or "given" in sets:
+        return f"half of {FEWEST_TO_SPLIT} or more in a file (prompts.path=FILE) is held out"
+    return "choose on prompts.split=tune"
 
 
 def read_held_out(table: Table, rows: Sequence[Row], task: Task, metric: str) -> HeldOut:
@@ -180,17 +190,17 @@ def prompts_run(held: Iterable[Row], task: Task) -> dict[str, int]:
 
 
 def prompts_wanted(
-    difference: Interval | None, margin: float, chosen_on: int, prompt_set: str
+    difference: Interval | None, margin: float, chosen_on: int, ref: PromptRef
 ) -> int:
     """Held-out prompts to ask for, from the choice's spread, as many as the set may have."""
     wanted = prompts_to_confirm(difference, margin, chosen_on)
-    return min(wanted, most_prompts(chosen_on, prompt_set))
+    return min(wanted, most_prompts(chosen_on, ref))
 
 
-def most_prompts(chosen_on: int, prompt_set: str) -> int:
-    """Held-out prompts that a confirmation asks for at most."""
+def most_prompts(chosen_on: int, ref: PromptRef) -> int:
+    """Held-out prompts that a confirmation asks for at most; `ref`: one of the choice's."""
     most = MOST_TIMES * chosen_on
-    size = _set_size(prompt_set)
+    size = ref.held_out if ref.held_out is not None else _set_size(ref.set)
     return most if size is None else min(most, size)
 
 

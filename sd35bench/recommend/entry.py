@@ -121,8 +121,8 @@ class Entry:
         difference = None
         if self.against is not None:
             difference = self.comparison.differences(self.choice.chosen)[self.against]
-        prompt_set = self.row.quality_records()[0].trial.prompt.set
-        return prompts_wanted(difference, self.choice.margin, self.n_prompts, prompt_set)
+        ref = self.row.quality_records()[0].trial.prompt
+        return prompts_wanted(difference, self.choice.margin, self.n_prompts, ref)
 
     def document(self) -> dict[str, Any]:
         """The entry's `evidence`."""

@@ -281,13 +281,17 @@ def _prompts(records: Sequence[Record], asked: Elsewhere) -> list[str]:
         return ["prompts=nano", f"prompts.split={split}", *task, *limit]
     if first.set == "starter.txt":
         return ["prompts=starter", f"prompts.split={split}", *limit]
-    part = [] if split == "all" else [f"prompts.split={split}"]
+    part = [f"prompts.split={split}"]
     if first.set == "given":
         texts = {r.trial.prompt.id: r.trial.request.prompt for r in records}
         return [f"prompt={_quoted(texts[number])}" for number in sorted(texts)]
     if first.set in ("geneval", "coco"):
-        return [f"prompts={first.set}", f"prompts.path={first.set.upper()}_FILE", *part, *limit]
-    return ["prompts=file", f"prompts.path={_quoted(first.set)}", *part, *limit]
+        path = first.source.get("path", f"{first.set.upper()}_FILE")
+        part = [] if split == "all" else part
+        return [f"prompts={first.set}", f"prompts.path={_quoted(path)}", *part, *limit]
+    source = {"path": first.set, **first.source}
+    file = [f"prompts.{name}={_quoted(value)}" for name, value in source.items()]
+    return ["prompts=file", *file, *part, *limit]
 
 
 def _nano_set(ref: PromptRef) -> list[str]:

@@ -114,7 +114,7 @@ def rival(found: Outcome) -> int | None:
 
 def held_out_at_most(lab: StudyLab) -> int:
     """Images that a confirmation takes at most: two settings."""
-    return 2 * most_prompts(lab.prompts, lab.prompt_set) * lab.images_per_prompt
+    return 2 * most_prompts(lab.prompts, lab.prompt_ref) * lab.images_per_prompt
 
 
 def _row(rows: Sequence[Row], lab: StudyLab, found: Outcome, i: int) -> Row:
@@ -127,4 +127,4 @@ def _wanted(lab: StudyLab, sides: Sequence[Candidate], margin: float) -> int:
     chosen, against = sides
     difference = paired_difference(lab.metric, chosen, against)
     chosen_on = len({(key[0], key[5]) for key in chosen.quality})
-    return prompts_wanted(difference, margin, chosen_on, lab.prompt_set)
+    return prompts_wanted(difference, margin, chosen_on, lab.prompt_ref)

@@ -29,7 +29,7 @@ from sd35bench.store import Study
 from sd35bench.tune.race import Evidence
 from sd35bench.tune.reference import reference_point
 from sd35bench.tune.space import Point, Space
-from sd35bench.types import Record, Scalar, SkipLayerGuidance, Task, Trial, content_hash
+from sd35bench.types import PromptRef, Record, Scalar, SkipLayerGuidance, Task, Trial, content_hash
 
 _WAIT_S = 0.5
 _MOSTLY = 0.5
@@ -87,9 +87,9 @@ class StudyLab:
         return len(self._items)
 
     @property
-    def prompt_set(self) -> str:
-        """Name of the set that the prompts are of."""
-        return self._items[0].ref.set
+    def prompt_ref(self) -> PromptRef:
+        """Where the prompts are from: the first one's."""
+        return self._items[0].ref
 
     @property
     def task(self) -> Task:

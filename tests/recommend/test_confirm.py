@@ -17,7 +17,7 @@ from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.confirm import most_prompts, part_rows, prompts_to_confirm
 from sd35bench.recommend.entry import confirmation_text
 from sd35bench.stats.intervals import Interval
-from sd35bench.types import Status
+from sd35bench.types import PromptRef, Status
 from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
 T2I = "text-to-image"
@@ -126,15 +126,20 @@ def test_held_out_images_under_another_negative_prompt_confirm_nothing(tmp_path)
     assert all(" negative_prompt=blurry " in c["command"] for c in document["confirm"]["commands"])
 
 
+def _of(name: str) -> PromptRef:
+    return PromptRef(id="0", set=name)
+
+
 def test_a_set_is_asked_for_no_more_held_out_prompts_than_it_has(tmp_path, monkeypatch):
-    assert most_prompts(300, "nano") == 400 == MAX_ITEMS
+    assert most_prompts(300, _of("nano")) == 400 == MAX_ITEMS
     starter = Path(__file__).parents[2] / "configs" / "prompts" / "starter.txt"
     held = load_prompts(PromptSpec(kind="file", path=str(starter), split="heldout"))
-    assert most_prompts(10, "starter.txt") == len(held)
+    assert most_prompts(10, _of("starter.txt")) == len(held)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text(starter.read_text())
-    assert most_prompts(10, "mine.txt") == len(held)
-    assert most_prompts(10, "elsewhere.txt") == 20
+    assert most_prompts(10, _of("mine.txt")) == len(held)
+    assert most_prompts(10, _of("elsewhere.txt")) == 20
+    assert most_prompts(10, PromptRef(id="0", set="elsewhere.txt", held_out=17)) == 17
 
 
 def test_flipped_margin_would_confirm_nothing(tmp_path, monkeypatch):
@@ -205,6 +210,8 @@ def test_choice_on_all_prompts_of_a_set_can_be_confirmed_on_none_of_them(tmp_pat
     document = recommend_document(study, MARGIN)
     assert document["profiles"]["p"][T2I]["confirmation"]["status"] == "impossible"
     assert "prompts.split=tune" in document["confirmation"]
+    few = planted(tmp_path, TUNE, prompts=20, split="all", prompt_set="mine.txt")
+    assert "32 or more in a file" in recommend_document(few, MARGIN)["confirmation"]
 
 
 def test_confirmation_pairs_only_within_one_environment(tmp_path):

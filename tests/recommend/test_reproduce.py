@@ -126,6 +126,13 @@ def test_command_can_ask_for_other_prompts_of_the_same_set():
         assert f" {part}" in command
     mine = run_command([record(0, prompt_set="mine.txt")], "again", asked)
     assert " prompts=file prompts.path=mine.txt prompts.split=heldout prompts.limit=96 " in mine
+    row = record(0, prompt_set="mine.csv", split="all")
+    source = {"path": "my data/mine.csv", "columns.prompt": "text"}
+    ref = replace(row.trial.prompt, source=source)
+    there = run_command([replace(row, trial=replace(row.trial, prompt=ref))], "again")
+    said = shlex.split(there)
+    assert 'prompts.path="my data/mine.csv"' in said
+    assert {"prompts.columns.prompt=text", "prompts.split=all"} <= set(said)
     starter = run_command([record(0, prompt_set="starter.txt", split="all")], "again")
     assert " prompts=starter prompts.split=all prompts.limit=1 " in starter
 
