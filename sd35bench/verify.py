@@ -70,7 +70,9 @@ def verify_study(path: Path) -> Verification:
         with found.look("purchases", ledger_folder(path), "restore the file"):
             intents = Ledger(path, None).intents()
             found.checked["purchases"] = len(intents)
-            for digest in sorted({i.kept for i in intents if i.kept is not None}):
+            done = {r.trial.key for r in records}  # what has its record needs no copy
+            kept_of = {i.kept for i in intents if i.kept is not None and i.trial not in done}
+            for digest in sorted(kept_of):
                 kept = path / "refused" / digest
                 with found.look("refused", kept, "it is fetched again if the service has it"):
                     read_named(kept)

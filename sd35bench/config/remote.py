@@ -116,7 +116,10 @@ def _remote_settings(
         single_stream=single_stream,
         output_hosts=_output_hosts(remote.output_hosts),
         accept_size=_size(remote.accept_size),
-        aspect_ratios=_ratios(conf.model, conf.backend.name, sizes),
+        default_steps=conf.model.steps,
+        aspect_ratios=_ratios(
+            conf.model, conf.backend.name, () if provider_class(provider).takes_px else sizes
+        ),
     )
 
 

@@ -95,7 +95,7 @@ class HostedService:
             for data in plan.inits.values():
                 try:
                     if provider.presign(content_type(data)) is None:
-                        data_uri(data)
+                        data_uri(data, provider.data_uri_bytes)
                 except UnsupportedRequest as exc:
                     raise ConfigError(f"backend={plan.load.backend.name}: {exc}") from exc
 
@@ -146,9 +146,19 @@ class _Rounds:
             run.summary.wall_s = time.perf_counter() - self.started
             run.summary.measured_s = self.flights.busy_s
             run.summary.cost_usd = self.ledger.spent_usd - self.spent_before_usd
+            if self.provider.synchronous:
+                self._drop_copies()
             self.ledger.close()
         if self.paused is not None:
             run.summary.paused = self._what_is_left(self.paused)
+
+    def _drop_copies(self) -> None:
+        """Remove the images that were kept until their records were written."""
+        done = self.run.study.done_keys()
+        kept = [(i.kept, i.trial in done) for i in self.ledger.intents() if i.kept is not None]
+        needed = {digest for digest, recorded in kept if not recorded}
+        for digest in {digest for digest, _ in kept} - needed:
+            (self.run.study.path / "refused" / digest).unlink(missing_ok=True)
 
     def _transport(self, key: Key | None) -> Transport:
         provider = self.provider
@@ -275,7 +285,10 @@ class _Rounds:
                 timings=outcome.timings,
                 image=image,
                 image_bytes=len(outcome.data) if ok else None,
-                effective_steps=trial.request.effective_steps,
+                # Of a service that chooses their number, what a request says is not what ran.
+                effective_steps=None
+                if "steps" in self.provider.unsent
+                else trial.request.effective_steps,
                 remote=outcome.call,
             )
         )

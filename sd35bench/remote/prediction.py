@@ -10,6 +10,10 @@
                                                                            │
                               OK ◄─ format, size and content checked ◄─ downloaded
 
+A synchronous service answers the create with the image. It is on disk before the journal says how
+it ended, so that a crash loses nothing that came. Where a service has no list of what it made, an
+answer that was lost stays AMBIGUOUS at once: nobody can say what became of it.
+
 The create is the only step that costs, and the only one that is never repeated blindly: a service
 without idempotency keys would make, and bill, a second image. What its answer does not prove to
 have been refused is looked for in the service's own list of predictions, by its input. Trials
@@ -36,7 +40,7 @@ from sd35bench.remote.flights import Flight
 from sd35bench.remote.http import Interrupted
 from sd35bench.remote.images import decode_image, sniff
 from sd35bench.remote.ledger import Intent
-from sd35bench.remote.providers.base import Phase, Prediction
+from sd35bench.remote.providers.base import UNNAMED, Phase, Prediction
 from sd35bench.remote.retry import (
     Client,
     Deadline,
@@ -50,7 +54,7 @@ from sd35bench.remote.retry import (
     shortest_gap_s,
 )
 from sd35bench.remote.settings import RemoteSettings
-from sd35bench.remote.transport import NotSent, Refused, Reply
+from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed
 from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
 from sd35bench.worker import check_image
 
@@ -94,7 +98,7 @@ class HostedTrial:
     ) -> None:
         """`image_url` gives the init image's URL at the service; `hosts` may serve the output.
 
-        Images that were paid for and are not what was asked for are kept in the folder `refused`.
+        Images that were paid for and are not on record are kept in the folder `refused`.
         """
         self.client, self.trial, self.flight, self.refused = client, trial, flight, refused
         self.image_url, self.hosts, self.setting = image_url, hosts, setting
@@ -131,7 +135,7 @@ class HostedTrial:
             return await self._image(await self._create())
         self.resumed = True
         try:
-            if left.prediction is None:
+            if left.prediction is None and left.kept is None:
                 return await self._image(await self._resolve(left))
             return await self._image(left)
         except (PredictionFailed, InvalidImage) as exc:
@@ -194,14 +198,38 @@ class HostedTrial:
         except RemoteError as exc:
             client.ledger.lost(intent, str(exc))
             raise LostAnswer(str(exc)) from exc
+        self.sent_at, self.answered_at = reply.sent_at, reply.received_at
+        self.request_id = reply.request_id
+        if client.provider.synchronous:
+            await self._answered(intent, created)
+            return intent
         if client.ledger.owner(created.id) is not None:
             why = f"the service answered with prediction {created.id}, which another trial has"
             client.ledger.lost(intent, why)
             raise RemoteError(f"{why}: its image would be the other's")
         client.ledger.created(intent, created.id, "answered")
-        self.sent_at, self.answered_at = reply.sent_at, reply.received_at
-        self.request_id = reply.request_id
         return intent
+
+    async def _answered(self, intent: Intent, made: Prediction) -> None:
+        """Put on disk what a create was answered with: nobody could be asked for it again.
+
+        Raises: PredictionFailed where it is no image.
+        """
+        if made.id != UNNAMED:
+            self.request_id = made.id
+        made = self._checked_seed(made)
+        if made.phase is Phase.SUCCEEDED:
+            try:
+                if not made.outputs[0].startswith("data:"):
+                    raise RemoteError("the answer names an address instead")
+                data = (await download(made.outputs[0], hosts=(), allow_loopback=False)).data
+                self._keep(intent, data)
+            except RemoteError as exc:
+                made = replace(made, phase=Phase.FAILED, error=f"its image: {exc}")
+        self.ended, self.bound_s = made, 0.0
+        self.client.ledger.finished(intent, made.phase.value, made.cost_usd, ())
+        if made.phase is not Phase.SUCCEEDED:
+            raise self._ended_badly(made)
 
     def _check_reachable(self, exc: NotSent, unsent: int) -> None:
         if unsent < self.client.policy.unsent:
@@ -227,8 +255,9 @@ class HostedTrial:
         Raises: PredictionFailed (ambiguous) where the service does not list it.
         """
         self.step, self.resumed = "resolve", True
+        lists = self.client.provider.lists
         try:
-            for wait_s in self.client.policy.listing_waits_s:
+            for wait_s in self.client.policy.listing_waits_s if lists else ():
                 await self.deadline.wait(wait_s, "a lost create is still looked for")
                 found = await find_lost(self.client, intent, self.deadline)
                 if found is not None:
@@ -240,7 +269,7 @@ class HostedTrial:
             raise self._ambiguous(f"its list of predictions cannot be read ({exc})") from exc
         if self._may_resubmit():
             return await self._create()
-        raise self._ambiguous("the service does not list it")
+        raise self._ambiguous(f"the service {'does not list it' if lists else 'has no list'}")
 
     def _may_resubmit(self) -> bool:
         """Whether the user agreed to pay twice; taken up once in a run, or one loss costs ten."""
@@ -263,7 +292,10 @@ class HostedTrial:
         """Wait for a created prediction, fetch what it made, look at it."""
         self.prediction_id = intent.prediction
         self.deadline.start()
-        data, here_at = await self._accepted_now(intent), 0.0
+        if self.client.provider.synchronous:
+            data, here_at = await self._checked_answer(intent), self.answered_at
+        else:
+            data, here_at = await self._accepted_now(intent), 0.0
         if data is None:
             data = await self._download(intent)
             here_at = time.perf_counter()
@@ -271,7 +303,7 @@ class HostedTrial:
             try:
                 await self._check(data)
             except InvalidImage:
-                self._keep_refused(intent, data)
+                self._keep(intent, data)
                 raise
         total_s = None if self.resumed else here_at - self.sent_at
         return Outcome(
@@ -284,12 +316,9 @@ class HostedTrial:
     async def _download(self, intent: Intent) -> bytes:
         """Wait for the end, and fetch what was made."""
         self.step = "poll"
-        prediction = self.ended = await self._wait(intent)
+        prediction = self.ended = self._checked_seed(await self._wait(intent))
         if prediction.phase is not Phase.SUCCEEDED:
-            said = prediction.error if prediction.error else "no reason given"
-            raise PredictionFailed(
-                Status.ERROR, f"the service ended it as {prediction.phase}: {said}"
-            )
+            raise self._ended_badly(prediction)
         if not prediction.outputs:
             raise PredictionFailed(Status.ERROR, "the service says it succeeded and names no image")
         self.step = "download"
@@ -297,7 +326,30 @@ class HostedTrial:
         self.download_s = got.seconds
         return got.data
 
-    def _keep_refused(self, intent: Intent, data: bytes) -> None:
+    def _ended_badly(self, prediction: Prediction) -> PredictionFailed:
+        said = prediction.error if prediction.error else "no reason given"
+        return PredictionFailed(Status.ERROR, f"the service ended it as {prediction.phase}: {said}")
+
+    def _checked_seed(self, ended: Prediction) -> Prediction:
+        """An image of another seed is no image of this trial."""
+        seed = self.trial.request.seed
+        if ended.phase is not Phase.SUCCEEDED or ended.seed in (None, seed):
+            return ended
+        error = f"asked for seed={seed}, the service used {ended.seed}"
+        return replace(ended, phase=Phase.FAILED, error=error)
+
+    async def _checked_answer(self, intent: Intent) -> bytes:
+        """The image that a synchronous create was answered with, in this run or an earlier one."""
+        self.step = "guard"
+        try:
+            data = (self.refused / f"{intent.kept}").read_bytes()
+        except OSError as exc:
+            text = f"its image came, and is not in {self.refused} any more ({exc.strerror})"
+            raise PredictionFailed(Status.ERROR, text, image_lost=True) from exc
+        await self._check(data)
+        return data
+
+    def _keep(self, intent: Intent, data: bytes) -> None:
         """Keep what was paid for: another run may take it, and does not fetch it again."""
         sha256 = hashlib.sha256(data).hexdigest()
         write_atomic(self.refused / sha256, data)
@@ -356,7 +408,33 @@ class HostedTrial:
                 raise RemoteError(f"asked after prediction {prediction_id}, answered: {found.id}")
             return found
 
-        return await ask(self.client, provider.poll(prediction_id), read, self.deadline)
+        reply, found = await ask(self.client, provider.poll(prediction_id), read, self.deadline)
+        return reply, await self._result(found) if found.phase is Phase.READY else found
+
+    async def _result(self, polled: Prediction) -> Prediction:
+        """The outcome of a prediction that is over, where a further question tells it."""
+        provider = self.client.provider
+        self.polls += 1
+        try:
+            _, ended = await ask(
+                self.client,
+                provider.result(polled.id),
+                lambda body: provider.read_result(body, polled),
+                self.deadline,
+                server_failures=self.client.policy.missing,
+            )
+        except ServerFailed as exc:
+            raise PredictionFailed(
+                Status.ERROR,
+                f"it is over, and its result cannot be had ({exc});"
+                " remote.on_ambiguous=resubmit creates it again",
+                image_lost=True,
+            ) from exc
+        except Refused as exc:
+            if exc.status == 404:
+                raise
+            return replace(polled, phase=Phase.FAILED, error=str(exc))
+        return ended
 
     def _floor_s(self) -> float:
         return shortest_gap_s(self.flight.now, self.client.settings.requests_per_minute)

@@ -40,7 +40,6 @@ from sd35bench.types import Status
 
 RETRY_AFTER_LIMIT_S = 120.0
 TOO_MANY = 429
-WRONG_KEY = (401, 403)
 REQUEST_TIMEOUT = 408
 QUANTILE = 0.6
 ENOUGH = 3
@@ -192,12 +191,16 @@ class Client:
 
 
 async def ask(
-    client: Client, call: Call, read: Callable[[Any], _Read], deadline: Deadline
+    client: Client,
+    call: Call,
+    read: Callable[[Any], _Read],
+    deadline: Deadline,
+    server_failures: float = math.inf,
 ) -> tuple[Reply, _Read]:
-    """Send `call` until its answer can be read.
+    """Send `call` until its answer can be read; at most so many times where the server fails.
 
-    Raises: PredictionFailed when the time is up, RemoteError (Refused: also 404), ConfigError for
-    the key.
+    Raises: PredictionFailed when the time is up, RemoteError (Refused: also 404; ServerFailed),
+    ConfigError for the key.
     """
     failures = malformed = 0
     while True:
@@ -215,6 +218,9 @@ async def ask(
                 raise
             problem, retry_after_s = exc, retry_after(client, exc)
         except ServerFailed as exc:
+            server_failures -= 1
+            if server_failures <= 0:
+                raise
             problem, retry_after_s = exc, exc.retry_after_s
         except (NotSent, LostAnswer) as exc:
             problem = exc
@@ -260,7 +266,7 @@ def refuse_key(client: Client, exc: Refused) -> None:
 
     Raises: ConfigError naming where the key comes from.
     """
-    if exc.status in WRONG_KEY:
+    if exc.status in client.provider.wrong_key:
         file = client.settings.key_file
         source = client.provider.key_variable if file is None else f"remote.key_file={file}"
         raise ConfigError(

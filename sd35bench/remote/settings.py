@@ -14,6 +14,7 @@ class RemoteSettings:
     `output_hosts` may serve outputs too; images of `accept_size` (width, height) px are taken for
     what was asked. `expected_latency_s` is when a prediction is first asked after, until some have
     been seen.
+    `default_steps` is the model's, which a request has where nobody asked for another number.
     `single_stream` is how many trials of each setting run alone, for latencies, before the rest
     runs at `concurrency`.
     """
@@ -36,4 +37,5 @@ class RemoteSettings:
     single_stream: int = 4
     output_hosts: tuple[str, ...] = ()
     accept_size: tuple[int, int] | None = None
+    default_steps: int | None = None
     aspect_ratios: Mapping[tuple[int, int], str] = field(default_factory=dict)

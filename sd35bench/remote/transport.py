@@ -27,6 +27,7 @@ quote it, debug endpoints echo headers), it is masked out of bodies, ids and mes
 anybody sees them, and an exception whose chain quotes it is cut off from its cause.
 """
 
+import base64
 import contextlib
 import json
 import math
@@ -55,8 +56,14 @@ _FRAMING = frozenset(
     | {"transfer-encoding", "upgrade"}
 )
 _REASON_CHARS = 300
+_SAID = ("error", "errors", "title", "message", "error_message", "msg", "detail", "details", "logs")
 MAX_DEPTH = 64
 _LARGEST = 2**64
+_IMAGE = re.compile(
+    r"(data:image/[a-z]+;base64,)?(iVBORw0KGgo|/9j/|UklGR)[A-Za-z0-9+/]{1000,}={0,2}"
+)
+"""A PNG, JPEG or WEBP file in base64. A key is not looked for in it: 4 MB take 0.4 s, and what
+looks like eight characters of the key there is chance, and would be cut out of a paid image."""
 
 
 class BadJson(ValueError):
@@ -138,12 +145,14 @@ class Transport:
     async def send(self, call: Call) -> Reply:
         """Send one call, once, and read its JSON answer within the deadline.
 
+        An answer that is an image file is read as its data URI.
+
         Raises: NotSent, Refused, LostAnswer (ServerFailed among them); nothing else.
         """
         key_headers = dict(self._headers())
         secrets = Secrets.of(key_headers)
         headers = {"Accept": "application/json", **call.headers}
-        content = b""
+        content = call.content
         if call.json is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(call.json, allow_nan=False, separators=(",", ":")).encode()
@@ -153,7 +162,7 @@ class Transport:
             headers={**headers, **key_headers},
             content=content,
         )
-        answer = await self._exchange(outgoing, secrets)
+        answer = await self._exchange(outgoing, secrets, call.timeout_s, call.max_body_bytes)
         return _reply(answer, _body(answer, secrets), secrets)
 
     async def put(self, url: str, data: bytes, headers: Mapping[str, str]) -> None:
@@ -181,13 +190,19 @@ class Transport:
         except (UnsafeAddress, httpx2.InvalidURL) as exc:
             raise NotSent(f"path {call.path[:100]!a} makes no URL: {exc}") from exc
 
-    async def _exchange(self, outgoing: Outgoing, secrets: Secrets) -> Answer:
+    async def _exchange(
+        self,
+        outgoing: Outgoing,
+        secrets: Secrets,
+        timeout_s: float | None = None,
+        max_body_bytes: int | None = None,
+    ) -> Answer:
         try:
             return await exchange(
                 outgoing,
                 allow_loopback=self._allow_loopback,
-                timeout_s=self._timeout_s,
-                max_bytes=self._max_body_bytes,
+                timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+                max_bytes=self._max_body_bytes if max_body_bytes is None else max_body_bytes,
                 network=self._network,
             )
         except Interrupted as exc:
@@ -213,6 +228,9 @@ def _body(answer: Answer, secrets: Secrets) -> Any:
     _raise_unless_ok(answer, secrets)
     if answer.head.status in _NO_CONTENT:
         return None
+    kind = answer.head.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind.startswith("image/") and kind.isascii():
+        return f"data:{kind};base64,{base64.b64encode(answer.body).decode()}"
     try:
         return decode_json(answer.body, secrets)
     except BadJson as exc:
@@ -269,8 +287,7 @@ def _said(body: Any) -> list[str]:
         return [text for item in body[:3] for text in _said(item)]
     if not isinstance(body, dict):
         return []
-    names = ("error", "title", "message", "error_message", "msg", "detail", "details", "logs")
-    return [text for name in names if name in body for text in _said(body[name])]
+    return [text for name in _SAID if name in body for text in _said(body[name])]
 
 
 def _line(text: str) -> str:
@@ -338,6 +355,8 @@ def decode_json(data: bytes, secrets: Secrets) -> Any:
 
 def _clean(value: Any, secrets: Secrets, depth: int) -> Any:
     if isinstance(value, str):
+        if _IMAGE.fullmatch(value) is not None:
+            return value
         whole = value.encode("utf-8", "replace").decode("utf-8")
         return secrets.mask(whole)
     if isinstance(value, dict | list) and depth == MAX_DEPTH:

@@ -11,8 +11,6 @@ from sd35bench.store import Study
 
 FRESH_S = 600.0
 """An upload that is older is made again: services delete them, and seldom say when."""
-DATA_URI_BYTES = 256_000
-"""Source: replicate.com/docs, "Input files": data URIs up to 256 kB."""
 MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
@@ -24,15 +22,15 @@ def content_type(data: bytes) -> str:
     raise UnsupportedRequest("an init image is neither PNG, JPEG nor WEBP: convert it first")
 
 
-def data_uri(data: bytes) -> str:
+def data_uri(data: bytes, most_bytes: int) -> str:
     """The file inside a URI, for a service that has no place to upload to.
 
-    Raises: UnsupportedRequest for more than such services take.
+    Raises: UnsupportedRequest for more than the service takes.
     """
-    if len(data) > DATA_URI_BYTES:
+    if len(data) > most_bytes:
         raise UnsupportedRequest(
             f"an init image has {len(data):,} bytes, and this service takes at most"
-            f" {DATA_URI_BYTES:,} without an upload: give remote.init_image_url=URL"
+            f" {most_bytes:,} without an upload: make it smaller, or give remote.init_image_url=URL"
         )
     return f"data:{content_type(data)};base64,{base64.b64encode(data).decode()}"
 
@@ -65,7 +63,7 @@ class Uploads:
         client, deadline = self._client, Deadline(self._client.settings.timeout_s)
         call = client.provider.presign(content_type(data))
         if call is None:
-            return data_uri(data)
+            return data_uri(data, client.provider.data_uri_bytes)
         failures = 0
         while True:
             _, ticket = await ask(client, call, client.provider.read_presigned, deadline)

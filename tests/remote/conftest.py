@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sd35bench.remote import prediction
+from sd35bench.remote.providers import PROVIDERS, provider_class
 from sd35bench.store import Study, decode_rgb
 from tests.remote.fault_server import FaultServer, serving
 
@@ -14,7 +15,8 @@ from tests.remote.fault_server import FaultServer, serving
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Own limits, no key of the developer's, and decoding without a process for each image."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("EACHLABS_API_KEY", raising=False)
+    for name in PROVIDERS:
+        monkeypatch.delenv(provider_class(name).key_variable, raising=False)
     monkeypatch.setattr(prediction, "decode_image", decode_rgb)
 
 

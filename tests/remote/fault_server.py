@@ -225,7 +225,14 @@ class FaultServer:
     def _create(self, body: Any, replicate: bool) -> Answer:
         if self.in_flight_limit is not None and self._open() >= self.in_flight_limit:
             return Answer.json(429, {"error": "too many predictions in flight"})
-        inputs = body["input"]
+        made = self.accept(body["input"])
+        if replicate:
+            return Answer.json(201, self._shown("create", made, replicate))
+        said = {"status": "success", "message": "Prediction created successfully"}
+        return Answer.json(200, self._replied("create", {**said, "predictionID": made.id}))
+
+    def accept(self, inputs: dict[str, Any]) -> Made:
+        """Create, and bill, a prediction."""
         self.creates[_canonical(inputs)] += 1
         number = 0 if self.same_id else len(self.made)
         made = Made(
@@ -236,10 +243,7 @@ class FaultServer:
         )
         self.made.setdefault(made.id, made)
         self.most_in_flight = max(self.most_in_flight, self._open())
-        if replicate:
-            return Answer.json(201, self._shown("create", made, replicate))
-        said = {"status": "success", "message": "Prediction created successfully"}
-        return Answer.json(200, self._replied("create", {**said, "predictionID": made.id}))
+        return made
 
     def _shown(self, route: str, made: Made, replicate: bool) -> Any:
         status = self._status(made)

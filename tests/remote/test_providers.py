@@ -24,5 +24,5 @@ class TestProviders(ProviderContract):
 
 
 def test_an_unknown_provider_is_named():
-    with pytest.raises(ConfigError, match="eachlabs, replicate"):
+    with pytest.raises(ConfigError, match="deepinfra, eachlabs, fal, replicate, stability"):
         provider_class("nobody")

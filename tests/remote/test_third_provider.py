@@ -70,7 +70,8 @@ def registered(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["jobs"])
 class TestThirdProvider(ProviderContract):
-    server = JobServer
+    def speaks(self, name):
+        return JobServer
 
 
 def test_a_whole_run_needs_nothing_more(tmp_path):

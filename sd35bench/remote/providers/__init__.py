@@ -12,8 +12,11 @@ from sd35bench.remote.providers.base import Provider
 __all__ = ["PROVIDERS", "provider_class"]
 
 PROVIDERS = {
+    "deepinfra": "sd35bench.remote.providers.deepinfra:DeepInfra",
     "eachlabs": "sd35bench.remote.providers.eachlabs:Eachlabs",
+    "fal": "sd35bench.remote.providers.fal:Fal",
     "replicate": "sd35bench.remote.providers.replicate:Replicate",
+    "stability": "sd35bench.remote.providers.stability:Stability",
 }
 """Also the `kind` of the backends that call them."""
 

@@ -7,8 +7,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from sd35bench.errors import RemoteError
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import Request
+
+UNNAMED = "unnamed"
+"""The id of a prediction of a service that names none: it cannot be asked after."""
 
 
 class Phase(StrEnum):
@@ -16,6 +20,7 @@ class Phase(StrEnum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    READY = "ready"  # it ended, and only the answer to `Provider.result` says how
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -28,11 +33,18 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One HTTP request to the service; `path` begins with a slash and follows the base URL."""
+    """One HTTP request to the service; `path` begins with a slash and follows the base URL.
+
+    `content` is the body where it is not `json`. `timeout_s` and `max_body_bytes` are for an answer
+    that comes late and is large, as one with the image in it; ``None`` is the transport's own.
+    """
 
     method: str
     path: str
     json: Any = None
+    content: bytes = b""
+    timeout_s: float | None = None
+    max_body_bytes: int | None = None
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -42,7 +54,7 @@ class Prediction:
     """What a service says of a prediction; ``None`` is what it did not say.
 
     `outputs` are URLs of images. `queue_s` is only set where the service tells when it started.
-    `input` is what it was created with, `created_at` (aware) when.
+    `input` is what it was created with, `created_at` (aware) when, `seed` what it says it used.
     """
 
     id: str
@@ -54,6 +66,7 @@ class Prediction:
     cost_usd: float | None = None
     input: Mapping[str, Any] | None = None
     created_at: datetime | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +86,11 @@ class Provider(ABC):
     URL's own when that is not the service's, that images may be fetched from (a leading dot takes
     subdomains). `unsent` names the fields of `Request` that the protocol cannot carry;
     `most_seed` is the largest seed that the service is known to take.
+
+    `synchronous`: the create is answered with the image, or how it failed; there is nothing to
+    poll. `lists`: predictions can be looked up by their input after an answer was lost.
+    `takes_px`: sizes go in px, not as aspect ratios. `wrong_key` are the statuses that mean the
+    key. `data_uri_bytes` is the largest init image that may go along without an upload.
     """
 
     name: ClassVar[str]
@@ -81,6 +99,11 @@ class Provider(ABC):
     output_hosts: ClassVar[tuple[str, ...]]
     unsent: ClassVar[tuple[str, ...]]
     most_seed: ClassVar[int] = 2**32 - 1
+    synchronous: ClassVar[bool] = False
+    lists: ClassVar[bool] = True
+    takes_px: ClassVar[bool] = False
+    wrong_key: ClassVar[tuple[int, ...]] = (401, 403)
+    data_uri_bytes: ClassVar[int] = 256_000  # replicate.com/docs, "Input files"
 
     def __init__(self, settings: RemoteSettings) -> None:
         """Keep the settings; the key comes with each call."""
@@ -106,36 +129,47 @@ class Provider(ABC):
     def read_created(self, body: Any) -> Prediction:
         """Read a create's answer: an id, and a phase that is at least WAITING."""
 
-    @abstractmethod
     def poll(self, prediction_id: str) -> Call:
         """Ask how a prediction stands."""
+        raise self._lacks("predictions to ask after")
 
-    @abstractmethod
     def read_prediction(self, body: Any) -> Prediction:
         """Read a poll's answer."""
+        raise self._lacks("predictions to ask after")
 
-    @abstractmethod
+    def result(self, prediction_id: str) -> Call:
+        """Ask for the outcome of a prediction that is READY."""
+        raise self._lacks("results of their own")
+
+    def read_result(self, body: Any, polled: Prediction) -> Prediction:
+        """Read the outcome of the prediction that the poll said was READY."""
+        raise self._lacks("results of their own")
+
     def listing(self, since: datetime, until: datetime, page: str | None) -> Call:
         """Ask for predictions created in a time window, up to 100; `page` is None for the first.
 
         A service that cannot be asked for a window lists all, the latest first.
         """
+        raise self._lacks("a list of predictions")
 
-    @abstractmethod
     def read_listing(self, body: Any) -> tuple[list[Prediction], str | None]:
         """Read a listing; the second item is the next page's `page`, ``None`` after the last.
 
         A listed prediction without `input` has to be polled to be recognised. A service can name
         the same page again and again: who asks stops at one that was seen.
         """
+        raise self._lacks("a list of predictions")
 
-    @abstractmethod
     def presign(self, content_type: str) -> Call | None:
-        """Ask where to upload an init image; ``None`` where the service has no such route."""
+        """Ask where to upload an init image; ``None`` where it goes along, or by its URL."""
+        return None
 
-    @abstractmethod
     def read_presigned(self, body: Any) -> Upload:
         """Read a presign's answer."""
+        raise self._lacks("a route to upload an init image; give its URL")
+
+    def _lacks(self, what: str) -> RemoteError:
+        return RemoteError(f"{self.name} has no {what}")
 
     def reset_s(self, reason: str) -> float | None:
         """Seconds until a rate limit resets, where only the text of a 429 says so."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, quote, urlsplit
 
 from sd35bench.errors import LostAnswer, RemoteError
-from sd35bench.remote.providers.base import Call, Phase, Prediction, Provider, Upload
+from sd35bench.remote.providers.base import Call, Phase, Prediction, Provider
 from sd35bench.remote.providers.wire import (
     MOST_SECONDS,
     fields_of,
@@ -113,14 +113,6 @@ class Replicate(Provider):
             raise RemoteError("the listing has no list of results in it")
         following = answer.get("next")
         return [_listed(item) for item in listed], None if following is None else _cursor(following)
-
-    def presign(self, content_type: str) -> Call | None:
-        """There is no such route: an init image goes along as a data URI, or by its URL."""
-        return None
-
-    def read_presigned(self, body: Any) -> Upload:
-        """Never asked for."""
-        raise RemoteError("replicate has no route to upload an init image; give its URL")
 
     def reset_s(self, reason: str) -> float | None:
         """Read "Your rate limit resets in ~30s.", which comes without a Retry-After header."""

@@ -4,21 +4,28 @@ What a call cannot go on without (an id, a status) raises; what merely informs (
 ``None`` where it is absent or cannot be true. Nothing here trusts a type, a length or a sign.
 """
 
+import base64
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from sd35bench.errors import RemoteError
 from sd35bench.fields import FIELDS, later_asked
-from sd35bench.remote.providers.base import Phase, Prediction
+from sd35bench.remote.providers.base import UNNAMED, Phase, Prediction
 from sd35bench.types import Request
 
 RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
+NINE_RATIOS = ("1:1", "16:9", "21:9", "2:3", "3:2", "4:5", "5:4", "9:16", "9:21")
 SAMPLER = "euler"
 MOST_CFG = 20.0
 MOST_STEPS = 50
+QUALITY = FIELDS["output_quality"].unasked
+"""The output quality of who asks for none."""
+LARGEST_ANSWER = 64 * 2**20
+"""Bytes of an answer with the image in it."""
+BASE64_MAGIC = {"iVBORw0KGgo": "png", "/9j/": "jpeg", "UklGR": "webp"}
 MOST_SECONDS = 86400.0
 MOST_COST_USD = 1000.0
 MOST_HEADERS = 32
@@ -178,13 +185,47 @@ def texts(value: Any) -> str | None:
     return joined if joined else None
 
 
-def refusal_of(request: Request, sizes: Mapping[tuple[int, int], str]) -> str | None:
-    """Why the hosts of this model, which share one input schema, cannot make a request.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """The inputs of a service, where they are not those of the schema that most hosts share.
 
-    `sizes`: the protocol's word for each (width, height) in px.
+    `ratios` ``None``: any size in px. `steps` ``None``: it has no such input, and chooses itself.
+    `seed` and the others: from … to. `takes` has what may be there or not: `negative_prompt`,
+    `init_image`, `output_quality`.
     """
+
+    ratios: tuple[str, ...] | None = RATIOS
+    formats: tuple[str, ...] = ("webp", "jpg", "png")
+    steps: tuple[int, int] | None = (1, MOST_STEPS)
+    cfg: tuple[float, float] = (0.0, MOST_CFG)
+    takes: tuple[str, ...] = ("init_image", "output_quality")
+
+
+SCHEMA = Offer()
+
+
+def refusal_of(
+    request: Request,
+    sizes: Mapping[tuple[int, int], str],
+    offer: Offer = SCHEMA,
+    default_steps: int | None = None,
+) -> str | None:
+    """Why a service cannot make a request: it has no input, or no room, for what is asked.
+
+    `sizes`: the protocol's word for each (width, height) in px. `default_steps`: the number that
+    nobody asked for, recorded as not sent where the service chooses its own.
+    """
+    least_cfg, most_cfg = offer.cfg
+    least, most = (default_steps, default_steps) if offer.steps is None else offer.steps
     checks = (
-        (request.negative_prompt != "", "negative_prompt: the protocol has none; leave it out"),
+        (
+            request.negative_prompt != "" and "negative_prompt" not in offer.takes,
+            "negative_prompt: the protocol has none; leave it out",
+        ),
+        (
+            request.init_image is not None and "init_image" not in offer.takes,
+            "init_image: the protocol has none; take prompts without one",
+        ),
         (
             request.skip_layer_guidance is not None,
             "skip_layer_guidance: the protocol has none; use skip_layer_guidance=none",
@@ -203,17 +244,33 @@ def refusal_of(request: Request, sizes: Mapping[tuple[int, int], str]) -> str | 
             for n in later_asked(request)
         ),
         (
-            not 1 <= request.steps <= MOST_STEPS,
-            f"steps={request.steps}: the service takes 1 to {MOST_STEPS}",
+            offer.steps is None and request.steps != default_steps,
+            f"steps={request.steps}: the service chooses their number; leave steps out",
         ),
         (
-            not 0 <= request.cfg <= MOST_CFG,
-            f"cfg={request.cfg:g}: the service takes 0 to {MOST_CFG:g}",
+            offer.steps is not None and not least <= request.steps <= most,
+            f"steps={request.steps}: the service takes {least} to {most}",
         ),
         (
-            sizes.get((request.width, request.height)) not in RATIOS,
+            not least_cfg <= request.cfg <= most_cfg,
+            f"cfg={request.cfg:g}: the service takes {least_cfg:g} to {most_cfg:g}",
+        ),
+        (
+            offer.ratios is not None
+            and sizes.get((request.width, request.height)) not in offer.ratios,
             f"width={request.width}, height={request.height}: the service takes aspect ratios only;"
-            f" give aspect_ratio, one of {', '.join(RATIOS)}",
+            f" give aspect_ratio, one of {', '.join(offer.ratios or ())}",
+        ),
+        (
+            request.output_format not in offer.formats,
+            f"output_format={request.output_format}: the service makes {' or '.join(offer.formats)}"
+            f"; use output_format={offer.formats[-1]}",
+        ),
+        (
+            "output_quality" not in offer.takes
+            and request.output_format != "png"
+            and request.output_quality != QUALITY,
+            f"output_quality={request.output_quality}: the service chooses it; leave it out",
         ),
         (
             request.prompt_strength is not None and not 0 < request.prompt_strength <= 1,
@@ -224,6 +281,45 @@ def refusal_of(request: Request, sizes: Mapping[tuple[int, int], str]) -> str | 
     return next((why for wrong, why in checks if wrong), None)
 
 
+def check_image_url(request: Request, image_url: str | None) -> None:
+    """See that an init image and its URL come together. Raises: ValueError."""
+    if (image_url is None) != (request.init_image is None):
+        raise ValueError("an init image needs its URL, and a URL an init image")
+
+
+def answered_images(images: Any) -> tuple[str, ...]:
+    """The images inside an answer, as data URIs; a bare base64 text is one of a file's bytes."""
+    found = images if isinstance(images, list) else [images]
+    whole = (_data_uri(image) for image in found[:MOST_IMAGES] if isinstance(image, str))
+    return tuple(uri for uri in whole if uri is not None)
+
+
+def _data_uri(image: str) -> str | None:
+    if image.startswith("data:image/"):
+        return image
+    kind = next((kind for magic, kind in BASE64_MAGIC.items() if image.startswith(magic)), None)
+    return None if kind is None else f"data:image/{kind};base64,{image}"
+
+
+def data_of(value: Any) -> tuple[str, bytes] | None:
+    """Media type and bytes of a data URI that was made here; ``None`` for any other value."""
+    if not isinstance(value, str) or not value.startswith("data:image/"):
+        return None
+    kind, _, text = value.removeprefix("data:").partition(";base64,")
+    return kind, base64.b64decode(text)
+
+
+def request_id(value: Any) -> str:
+    """What an answer calls its request; a service need not name it, nor can it be asked after."""
+    known = isinstance(value, str) and PREDICTION_ID.fullmatch(value) is not None
+    return value if known else UNNAMED
+
+
+def seed_of(value: Any) -> int | None:
+    """The seed that a service says it used; anything else is not known."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def schema_input(
     request: Request, sizes: Mapping[tuple[int, int], str], image_url: str | None
 ) -> dict[str, Any]:
@@ -231,8 +327,7 @@ def schema_input(
 
     `image` and `prompt_strength` act together or not at all.
     """
-    if (image_url is None) != (request.init_image is None):
-        raise ValueError("an init image needs its URL, and a URL an init image")
+    check_image_url(request, image_url)
     inputs = {
         "prompt": request.prompt,
         "aspect_ratio": sizes[request.width, request.height],
