@@ -31,8 +31,8 @@ class FalServer(FaultServer):
             made = self.accept(seen.json)
             base = f"{self.url}/{'/'.join(parts[:2])}/requests/{made.id}"
             urls = {"status_url": f"{base}/status", "response_url": base}
-            body = {"request_id": made.id, **urls, "cancel_url": f"{base}/cancel"}
-            return Answer.json(200, self._replied("create", body))
+            answer = {"request_id": made.id, **urls, "cancel_url": f"{base}/cancel"}
+            return Answer.json(200, self._replied("create", answer))
         if seen.route == "image":
             made = self.made[parts[-1].rsplit(".", 1)[0]]
             size, file_format = made.input["image_size"], made.input["output_format"]
@@ -43,7 +43,8 @@ class FalServer(FaultServer):
             return Answer.json(404, {"detail": "Request not found"})
         status = self._status(made)
         if seen.route == "poll":
-            body = {"request_id": made.id, "status": FAL.get(status, "COMPLETED")}
+            body: dict[str, Any] = {"request_id": made.id}
+            body["status"] = FAL.get(status, "COMPLETED")
             if status == "error":
                 body["error"] = "the model failed"
             if status == "success":
@@ -89,7 +90,8 @@ class StabilityServer(SynchronousServer):
         form = message_from_bytes(head + seen.body)
         assert not form.defects
         found: dict[str, Any] = {}
-        for part in form.get_payload():
+        parts: Any = form.get_payload()
+        for part in parts:
             name = part.get_param("name", header="content-disposition")
             data = part.get_payload(decode=True)
             found[name] = data.decode() if part.get_filename() is None else data.hex()
