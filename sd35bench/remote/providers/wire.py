@@ -216,7 +216,7 @@ def refusal_of(
     nobody asked for, recorded as not sent where the service chooses its own.
     """
     least_cfg, most_cfg = offer.cfg
-    least, most = (default_steps, default_steps) if offer.steps is None else offer.steps
+    least, most = (1, MOST_STEPS) if offer.steps is None else offer.steps
     checks = (
         (
             request.negative_prompt != "" and "negative_prompt" not in offer.takes,
