@@ -17,6 +17,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import get_ident
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -135,7 +136,9 @@ def append_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    temporary = path.with_name(f".sd35bench-{_processes()}-{os.getpid()}-{path.name}.tmp")
+    temporary = path.with_name(
+        f".sd35bench-{_processes()}-{os.getpid()}-{path.name}.{get_ident()}.tmp"
+    )
     with disk_errors(path, cleanup=lambda: temporary.unlink(missing_ok=True)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -1,17 +1,19 @@
-"""Where trials run: one interface, chosen by the backend's kind.
+"""Where trials run: one interface, chosen by the backend's kind and by `engine=`.
 
 An engine is asked three things: to refuse up front what it cannot do (`prepare`), to make what is
-missing of a plan (`run`), and what that may cost (`price`). Local worker processes and hosted
-services are the engines of today. Whatever an engine does, the process that called it alone writes
-the store (docs/adr/0002): it hands records to `sd35bench.trials.Run`. So an engine
-that hands chunks of whole blocks to other machines needs neither locks nor a shared disk.
+missing of a plan (`run`), and what that may cost (`price`). Engines with several workers take the
+plans of several loads together (`run_together`). Whatever an engine does, the process that called
+it alone writes the store (docs/adr/0002): so engines that hand chunks of whole blocks to other
+machines need neither locks nor a shared disk.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from sd35bench.lane import Crew
 from sd35bench.limits import Limits
 from sd35bench.plan import Plan
-from sd35bench.process import LocalProcesses
+from sd35bench.process import LocalProcesses, run_plans
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
@@ -45,9 +47,33 @@ class Engine(Protocol):
         ...
 
 
-def local_engine(limits: Limits, usd_per_image: float = 0.0) -> Engine:
-    """Worker processes of this machine."""
-    return LocalProcesses(limits=limits, price=Price(usd_per_image=usd_per_image))
+def local_engine(
+    limits: Limits, usd_per_image: float = 0.0, workers: int | str = 1
+) -> LocalProcesses:
+    """Worker processes of this machine, so many at once."""
+    price = Price(usd_per_image=usd_per_image)
+    return LocalProcesses(limits=limits, price=price, workers=workers)
+
+
+def crew_of(engine: Engine, plan: Plan) -> Crew | None:
+    """The several workers that an engine has for a plan; ``None`` where it has one, or none."""
+    if not isinstance(engine, LocalProcesses):
+        return None
+    crew = engine.crew(plan)
+    return crew if crew.size > 1 else None
+
+
+def run_together(
+    jobs: Sequence[tuple[LocalProcesses, Plan, Observer]], study: Study, crew: Crew
+) -> list[RunSummary]:
+    """Make what is missing of several loads' plans on one crew; summaries in the same order.
+
+    Raises: ConfigError, StudyLocked, DiskFull, StoreError.
+    """
+    for _, plan, _ in jobs:
+        crew.measure(study, plan.load)
+    plans = [(plan, engine.limits, observer) for engine, plan, observer in jobs]
+    return run_plans(plans, study, crew)
 
 
 def hosted_engine(settings: RemoteSettings) -> Engine:

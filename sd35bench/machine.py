@@ -20,18 +20,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sd35bench.disk import write_atomic
 from sd35bench.errors import SD35BenchError
-from sd35bench.measure import RATE_FIELDS, environment
+from sd35bench.measure import RATE_FIELDS, asked_device, environment
 from sd35bench.store import Study
-from sd35bench.types import CanaryFacts, Load, content_hash
+from sd35bench.types import NO_WEIGHTS, CanaryFacts, Load, content_hash
 
-NO_WEIGHTS = "none"
 CHILD_TIMEOUT_S = 180.0
 RATE_SECONDS = 0.6
 LEAST_REPETITIONS = 5
@@ -41,8 +40,10 @@ CPU_COPY_BYTES = 256 * 2**20
 GPU_COPY_BYTES = 2 * 2**30
 
 
-def measure_once(study: Study, load: Load) -> None:
+def measure_once(study: Study, load: Load, cores: Sequence[int] | None = None) -> None:
     """Measure this machine's rates for `load`'s threads and device, unless the study has them.
+
+    `cores`: those that a worker is pinned to.
 
     A load without weights (the fake backend) has no limit to be held against. A measurement that
     fails is kept with its error and tried again next time: it must not cost anybody a run.
@@ -53,12 +54,14 @@ def measure_once(study: Study, load: Load) -> None:
         return
     here = environment(load.threads)
     where = {name: here.get(name) for name in RATE_FIELDS}
-    device = _asked_device(load, where["gpu_name"] is not None)
+    if cores is not None:
+        where["cpu_count"] = len(cores)
+    device = asked_device(load, where["gpu_name"] is not None)
     key = machine_key(where, device)
     if any(line["key"] == key and line["rates"] for line in study.machine()):
         return
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    answer = _ask_child(load.threads, device)
+    answer = _ask_child(load.threads, device, cores)
     study.append_machine({"key": key, "measured_at": started_at, "environment": where, **answer})
 
 
@@ -67,19 +70,12 @@ def machine_key(where: dict[str, Any], device: str) -> str:
     return content_hash([where, device])[:16]
 
 
-def _asked_device(load: Load, has_gpu: bool) -> str:
-    """What the backend's options ask for, cuda or cpu; where they leave it open, the GPU."""
-    options = load.backend.options
-    asked = [str(options[name]).lower() for name in ("device", "provider") if name in options]
-    if not has_gpu or any("cpu" in text for text in asked):
-        return "cpu"
-    return "cuda"
-
-
-def _ask_child(threads: int, device: str) -> dict[str, Any]:
+def _ask_child(threads: int, device: str, cores: Sequence[int] | None) -> dict[str, Any]:
     """Run the measurement in a process of its own; its JSON, or why there is none."""
     command = [sys.executable, "-P", "-m", "sd35bench.machine"]
     command += ["--threads", str(threads), "--device", device]
+    if cores is not None:
+        command += ["--cores", *map(str, cores)]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     try:
         done = subprocess.run(
@@ -256,7 +252,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sd35bench.machine")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cores", type=int, nargs="+")
     found = parser.parse_args()
+    if found.cores:
+        os.sched_setaffinity(0, found.cores)
     print(json.dumps(measure_rates(found.threads, found.device)))
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd35bench.types import GpuState, Memory, Scalar, content_hash
+from sd35bench.types import GpuState, Load, Memory, Scalar, content_hash
 
 GIT_TIMEOUT_S = 5.0
 
@@ -249,6 +249,15 @@ def device_of(in_force: Mapping[str, Any]) -> str:
     return "cuda" if "cuda" in words or "tensorrt" in words else "cpu"
 
 
+def asked_device(load: Load, has_gpu: bool) -> str:
+    """What the backend's options ask for, cuda or cpu; where they leave it open, the GPU."""
+    options = load.backend.options
+    asked = [str(options[name]).lower() for name in ("device", "provider") if name in options]
+    if not has_gpu or any("cpu" in text for text in asked):
+        return "cpu"
+    return "cuda"
+
+
 def environment_id(env: dict[str, Scalar]) -> str:
     """Hash what makes figures comparable (`COMPARABLE`); 16 hex digits, no time in it.
 
@@ -355,6 +364,23 @@ def _visible_handle(nvml: Any) -> Any:
     if first.startswith(("GPU-", "MIG-")):
         return nvml.nvmlDeviceGetHandleByUUID(first)
     return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else None
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA may use here, each as a value of CUDA_VISIBLE_DEVICES; none without NVML.
+
+    What the variable lists is taken as it stands; without it, the UUIDs of all.
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return []
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        names = [part.strip() for part in listed.split(",") if part.strip()]
+        ends = (i for i, name in enumerate(names) if name.startswith("-"))
+        return names[: next(ends, len(names))]
+    handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+    return [str(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
 
 
 def gpu_state() -> GpuState | None:

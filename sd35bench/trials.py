@@ -11,8 +11,10 @@ record, which takes the first one's place.
 """
 
 import contextlib
+import copy
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -25,7 +27,10 @@ from sd35bench.types import Record, Session, Status
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a run is, `minutes` after its start; `cost_usd` is ``None`` where nobody bills."""
+    """How far a run is, `minutes` after its start; `cost_usd` is ``None`` where nobody bills.
+
+    `doing` says what each of several workers does.
+    """
 
     done: int
     failed: int
@@ -33,6 +38,7 @@ class Progress:
     minutes: float
     in_flight: int = 1
     cost_usd: float | None = None
+    doing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +65,9 @@ Observer = Callable[[Progress], None]
 class RunSummary:
     """What one plan's run did.
 
-    `wall_s` counts from the end of loading and warm-up to the last record. `measured_s` is the
-    part of it spent in generation and image encoding; the rest is the harness's overhead.
+    `wall_s` counts from the end of loading and warm-up to the last record, of several workers the
+    sum. `measured_s` is the part of it spent in generation and image encoding; the rest is the
+    harness's overhead.
     `errors` counts failed trials by message, `statuses` by status; of `truncated` images the
     encoders saw a part of the prompt only. Of `timed` trials other work
     `disturbed` so many, after `retimed` more timings; `speed` is the slowest worker's median
@@ -87,6 +94,11 @@ class RunSummary:
     retimed: int = 0
     speed: float | None = None
     truncated: int = 0
+
+    def add(self, **amounts: float) -> None:
+        """Add to sums; one that is ``None`` so far begins at 0."""
+        for name, amount in amounts.items():
+            setattr(self, name, (getattr(self, name) or 0) + amount)
 
     def count(self, record: Record) -> None:
         """Count what became of one trial."""
@@ -122,7 +134,7 @@ def shares(batches: Sequence[Batch], starts: int) -> list[list[Batch]]:
     A block is one prompt and seed under every setting, so that every start sees every setting.
     Without a start (a hosted service has none) there is no share.
     """
-    blocks = [list(group) for _, group in itertools.groupby(batches, key=_cell)]
+    blocks = blocks_of(batches)
     count = min(starts, len(blocks))
     edges = [len(blocks) * i // max(count, 1) for i in range(count + 1)]
     return [
@@ -131,10 +143,16 @@ def shares(batches: Sequence[Batch], starts: int) -> list[list[Batch]]:
     ]
 
 
+def blocks_of(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Cut a plan into its blocks: one prompt and seed under every setting of its load."""
+    return [list(group) for _, group in itertools.groupby(batches, key=_cell)]
+
+
 class Run:
     """One run's missing trials, and all that it writes: the open shard and the counts.
 
-    Trials in `refused` have a record that does not count, and are made again.
+    Trials in `refused` have a record that does not count, and are made again. Several workers'
+    threads have a shard each (`beside`) and take `lock` to count.
     """
 
     def __init__(
@@ -147,13 +165,22 @@ class Run:
         planned = len(plan.trials)
         self.summary = RunSummary(planned=planned, skipped=planned - len(self.missing))
         self.session_id = ""
+        self.lock = threading.RLock()
+        self.doing: dict[int, str] = {}
         self._shard: Shard | None = None
         self._started = time.perf_counter()
+
+    def beside(self) -> "Run":
+        """The same run for another thread: the same counts, a shard of its own."""
+        other = copy.copy(self)
+        other._shard = None
+        return other
 
     def new_session(self) -> None:
         """Go on in a new shard, which is named like its session."""
         self.close()
-        self.session_id = self.study.new_shard_id()
+        with self.lock:
+            self.session_id = self.study.new_shard_id()
         self._shard = self.study.shard(self.session_id)
 
     def close(self) -> None:
@@ -171,11 +198,14 @@ class Run:
         assert self._shard is not None
         self._shard.append_record(record)
         if not again:
-            self.summary.count(record)
+            with self.lock:
+                self.summary.count(record)
 
     def show(self, in_flight: int = 1, cost_usd: float | None = None) -> None:
         """Say how far the run is."""
-        if self._observer is not None:
+        if self._observer is None:
+            return
+        with self.lock:
             self._observer(
                 Progress(
                     done=self.summary.done,
@@ -184,6 +214,7 @@ class Run:
                     minutes=(time.perf_counter() - self._started) / 60,
                     in_flight=in_flight,
                     cost_usd=cost_usd,
+                    doing=tuple(self.doing[lane] for lane in sorted(self.doing)),
                 )
             )
 

@@ -22,6 +22,8 @@ import msgspec
 from sd35bench.errors import StoreError
 
 Scalar = str | int | float | bool | None
+NO_WEIGHTS = "none"
+"""The digest of what a backend holds that reads no weights."""
 T = TypeVar("T")
 
 

@@ -27,7 +27,7 @@ class Planted:
     jobs: list[Job]
     dies_after = 10**6
 
-    def __init__(self, load, limits):
+    def __init__(self, load, limits, seat=None):
         self.warm = False
 
     def load(self):

@@ -205,7 +205,7 @@ def test_starts_that_are_done_are_not_started_again(study):
 class Recorder:
     """Stands in for the worker process: remembers the jobs, answers with one image each."""
 
-    def __init__(self, load, limits):
+    def __init__(self, load, limits, seat=None):
         self.jobs, self.deadlines = [], []
         Recorder.last = self
 

@@ -15,6 +15,7 @@ VALUES = {
     "remote.": ("remote.concurrency=2", LOCAL, HOSTED),
     "threads": ("threads=1", HOSTED, LOCAL),
     "starts": ("starts=2", HOSTED, LOCAL),
+    "workers": ("workers=2", HOSTED, LOCAL),
     "max_failures": ("max_failures=2", HOSTED, LOCAL),
     "deadline_s": ("deadline_s=9", HOSTED, LOCAL),
     "memory_limit_gb": ("memory_limit_gb=9", HOSTED, LOCAL),

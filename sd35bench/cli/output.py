@@ -89,7 +89,10 @@ class RunProgress:
         self._title = title
 
     def __call__(self, now: Progress) -> None:
-        """Move the bar; of what is billed, say how fast it goes and what it has cost."""
+        """Move the bar; of what is billed, say how fast it goes and what it has cost.
+
+        Of several workers, say how fast they go, and what each does.
+        """
         finished = now.done + now.failed
         parts = [self._title]
         if now.cost_usd is not None:
@@ -97,11 +100,13 @@ class RunProgress:
             if finished and now.minutes > 0:
                 parts.append(f"{finished / now.minutes:.1f}/min")
             parts.append(f"{now.cost_usd:.2f} USD")
+        if now.doing and finished and now.minutes > 0:
+            parts.append(f"{finished / now.minutes:.1f}/min")
         if now.failed:
             parts.append(f"{now.failed} failed")
-        self._bar.update(
-            self._task, completed=finished, total=now.total, description=", ".join(parts)
-        )
+        lines = [f"  worker {number}: {what}" for number, what in enumerate(now.doing)]
+        said = "\n".join([", ".join(parts), *lines])
+        self._bar.update(self._task, completed=finished, total=now.total, description=said)
 
 
 @contextmanager

@@ -24,8 +24,10 @@ from sd35bench.config.models import FIELDS, Known
 from sd35bench.config.overrides import written
 from sd35bench.config.unread import refuse_unread
 from sd35bench.contention import REGIME
+from sd35bench.engine import crew_of, run_together
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.estimate import Estimate, estimate
+from sd35bench.lane import Crew
 from sd35bench.plan import Plan, expand
 from sd35bench.store import Study
 from sd35bench.stored import DAMAGED
@@ -59,12 +61,19 @@ class RunTask:
         """
         self.dry_run, self.yes, self.asked, self.say = dry_run, yes, list(asked), say
         self.prepared: list[tuple[Job, Plan]] = []
+        self.crews: list[Crew | None] = []
         self.damaged = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to another process: not the plans, each job makes its own again."""
-        left = {"asked": [], "say": None, "prepared": [], "damaged": 0}
-        return {"dry_run": self.dry_run, "yes": self.yes, **left}
+        gone = {"asked": [], "say": None, "prepared": [], "crews": [], "damaged": 0}
+        return {"dry_run": self.dry_run, "yes": self.yes, **gone}
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether jobs share several workers, so that Hydra composes and does not launch."""
+        launched = any(text.lstrip("+").startswith("hydra/launcher") for text in self.asked)
+        return any(crew is not None for crew in self.crews) and not launched
 
     def prepare(self, configs: Sequence[DictConfig]) -> bool:
         """Validate and plan every job before the first is launched; True ends it there."""
@@ -79,7 +88,8 @@ class RunTask:
             self.say(f"note: {note}")
         if not (self.dry_run or self.yes):
             self._refuse_bill()
-        return self.dry_run
+        self.crews = [crew_of(job.engine, plan) for job, plan in self.prepared]
+        return self.dry_run or self.is_pooled
 
     def _refuse_bill(self) -> None:
         """Refuse a bill that nobody agreed to.
@@ -99,14 +109,41 @@ class RunTask:
         """Run one job; our own errors are returned, so that the other jobs still run."""
         try:
             job = freeze(config)
-            plan = expand(job.sweep)
-            study = Study.open(job.results_dir, job.study, create=True)
-            title = f"{plan.load.model.name} on {plan.load.backend.name}"
-            with show_progress() as bar:
-                summary = job.engine.run(plan, study, RunProgress(bar, title))
+            return self._alone(job, expand(job.sweep))
         except SD35BenchError as exc:
             return exc
+
+    def _alone(self, job: Job, plan: Plan) -> dict[str, Any]:
+        study = Study.open(job.results_dir, job.study, create=True)
+        with show_progress() as bar:
+            summary = job.engine.run(plan, study, RunProgress(bar, _title(plan)))
         return dataclasses.asdict(summary)
+
+    def run_pooled(self) -> list[dict[str, Any] | SD35BenchError]:
+        """Run the jobs of equal crews together and the others one by one; as `__call__`."""
+        found: dict[int, dict[str, Any] | SD35BenchError] = {}
+        for first, crew in enumerate(self.crews):
+            alike = [i for i, other in enumerate(self.crews) if crew and other == crew]
+            group = alike or [first]
+            if first not in found:
+                try:
+                    found |= zip(group, self._group(group, crew), strict=True)
+                except SD35BenchError as exc:
+                    found |= dict.fromkeys(group, exc)
+        return [found[i] for i in range(len(self.crews))]
+
+    def _group(self, group: Sequence[int], crew: Crew | None) -> list[dict[str, Any]]:
+        jobs = [self.prepared[i] for i in group]
+        if crew is None:
+            return [self._alone(*job) for job in jobs]
+        study = Study.open(jobs[0][0].results_dir, jobs[0][0].study, create=True)
+        with show_progress() as bar:
+            pooled = [(job.engine, plan, RunProgress(bar, _title(plan))) for job, plan in jobs]
+            return [dataclasses.asdict(s) for s in run_together(pooled, study, crew)]
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.load.model.name} on {plan.load.backend.name}"
 
 
 def run(given: Given) -> Answer:
@@ -124,16 +161,19 @@ def run(given: Given) -> Answer:
     out = console(given.as_json)
     say = partial(out.print, markup=False, soft_wrap=True)
     task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings, say)
+    began = time.perf_counter()
     results = sweep(task, written(given.settings), given.config_dir)
     job, _ = task.prepared[0]
     if task.dry_run:
         found = _estimate(task.prepared)
         _print_estimate(out, job, found)
         return Answer(document=found.document(job.study))
+    results = task.run_pooled() if task.is_pooled else results
+    elapsed_s = time.perf_counter() - began
     for result in results:
         if isinstance(result, SD35BenchError):
             raise result
-    document = _document(job, results)
+    document = _document(job, results) | {"elapsed_s": elapsed_s}
     if task.damaged:
         out.print(
             f"{task.damaged} stored images were damaged, so their trials were tried again; where"
@@ -282,7 +322,10 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
         markup=False,
     )
     if document["loads"]:
-        out.print(f"{document['loads']} load(s), {document['wall_s']:.1f} s after loading")
+        wall_s, elapsed_s = document["wall_s"], document["elapsed_s"]
+        beside = f" of workers beside each other, {elapsed_s:.1f} s in all"
+        said = beside if wall_s > elapsed_s else ""
+        out.print(f"{document['loads']} load(s), {wall_s:.1f} s after loading{said}")
     if document["disturbed"] or document["retimed"]:
         out.print(
             f"{document['disturbed']} of {document['timed']} timed images were disturbed by other"

@@ -48,6 +48,12 @@ def _as_text(value: Any) -> Any:
     return f"{value}" if isinstance(value, int | float) and value is not True else value
 
 
+def _workers(value: Any) -> Any:
+    if isinstance(value, int) and not 1 <= value <= 1024:
+        raise ValueError("must be from 1 to 1024")
+    return value
+
+
 def _plain_text(value: str) -> str:
     if "\0" in value:
         raise ValueError("a null character")
@@ -319,6 +325,15 @@ class RunConf(LoadConf):
     )
     starts: Annotated[int, Interval(ge=1, le=100)] = known(
         1, "worker processes that share the trials, one after the other"
+    )
+    workers: Annotated[
+        int | Literal["auto"],
+        BeforeValidator(_workers),
+        doc("auto, or an integer from 1 to 1024"),
+    ] = known(
+        1,
+        "worker processes at once, each on a GPU or on `threads` cores of its own; auto: as many"
+        " as fit",
     )
     max_failures: Annotated[int, Interval(ge=1, le=1_000_000)] = known(
         3, "worker deaths of one backend after which its remaining trials are skipped"

@@ -71,7 +71,7 @@ def _local(conf: RunConf, batch_sizes: Sequence[int]) -> Place:
     )
     alone = 1 in batch_sizes and conf.timed_limit is not None
     return Place(
-        engine=local_engine(limits, conf.backend.usd_per_image),
+        engine=local_engine(limits, conf.backend.usd_per_image, conf.workers),
         options={},
         threads=conf.threads if conf.threads is not None else len(os.sched_getaffinity(0)),
         notes=("timed_limit has no effect at batch_size=1: every trial is timed",) * alone,
@@ -128,6 +128,7 @@ def _remote_notes(conf: RunConf) -> tuple[str, ...]:
     asked = {
         "threads": conf.threads is not None,
         "starts": conf.starts != 1,
+        "workers": conf.workers != 1,
         "keep_latents": conf.keep_latents,
         "contention": conf.contention != "retime",
         "deadline_s": conf.deadline_s is not None,

@@ -43,6 +43,7 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "remote.": (_is_hosted, "it acts on hosted services; add a backend such as backend=eachlabs"),
     "threads": _HERE,
     "starts": _HERE,
+    "workers": _HERE,
     "max_failures": _HERE,
     "deadline_s": _HERE,
     "memory_limit_gb": _HERE,

@@ -18,10 +18,8 @@ from sd35bench.checkpoint import (
 )
 from sd35bench.config.models import ModelConf
 from sd35bench.errors import ConfigError
-from sd35bench.types import ModelSpec
+from sd35bench.types import NO_WEIGHTS, ModelSpec
 
-NO_WEIGHTS = "none"
-"""The digest of what a backend holds that reads no weights."""
 NOT_CALLED = (
     "backend=eachlabs cannot call it either, as it takes other inputs than Stable Diffusion 3.5"
 )

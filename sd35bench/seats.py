@@ -1,0 +1,65 @@
+"""Where workers sit: each on a GPU or on cores of its own, and refused where there is none left.
+
+A backend occupies a GPU where its load asks for one, else as many cores as it has threads. One
+that reads no weights (`needs_weights: false`, the fake backend) computes nothing worth timing: it
+occupies nothing, and any number of its workers fit.
+"""
+
+import os
+from dataclasses import dataclass
+
+from sd35bench.errors import ConfigError
+from sd35bench.measure import asked_device, visible_gpus
+from sd35bench.types import NO_WEIGHTS, Load
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What one worker sees of this machine; ``None`` leaves it all in sight.
+
+    `gpu` is a value of CUDA_VISIBLE_DEVICES; `cores` are the numbers of cores that it may use.
+    `beside` counts the workers that compute on other cores of this machine at the same time.
+    """
+
+    gpu: str | None = None
+    cores: tuple[int, ...] | None = None
+    beside: int = 0
+
+
+def occupies(load: Load) -> bool:
+    """Whether a load takes a GPU or cores for itself."""
+    return load.model.weights_digest != NO_WEIGHTS
+
+
+def seats_of(load: Load, workers: int | str) -> tuple[Seat, ...]:
+    """A seat for each of `workers` on this machine; "auto" is as many as fit.
+
+    Raises: ConfigError, before anything is loaded, for more workers than fit.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not occupies(load):
+        return (Seat(),) * (len(cores) if workers == AUTO else int(workers))
+    gpus = visible_gpus()
+    if asked_device(load, bool(gpus)) == "cuda":
+        count = len(gpus) if workers == AUTO else int(workers)
+        if count > len(gpus):
+            raise ConfigError(
+                f"workers={workers}: backend={load.backend.name} occupies one GPU a worker, and"
+                f" {len(gpus)} are visible here; give workers={len(gpus)}, or workers=auto"
+            )
+        return tuple(Seat(gpu=gpu) for gpu in gpus[:count])
+    most = len(cores) // load.threads
+    count = max(most, 1) if workers == AUTO else int(workers)
+    if count == 1:
+        return (Seat(),)
+    if count > most:
+        fewer = max(1, len(cores) // count)
+        remedy = f"threads={fewer}" if count <= len(cores) else f"at most workers={len(cores)}"
+        raise ConfigError(
+            f"workers={workers}: backend={load.backend.name} occupies threads={load.threads} cores"
+            f" a worker, and this process may use {len(cores)}; give {remedy}"
+        )
+    parts = (cores[i * load.threads : (i + 1) * load.threads] for i in range(count))
+    return tuple(Seat(cores=tuple(part), beside=count - 1) for part in parts)

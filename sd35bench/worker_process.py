@@ -1,0 +1,192 @@
+"""Local worker processes, the parent's end: start one, ask it, and see it end.
+
+Three ways in which a worker can fail to answer, told apart by type: it ended by itself
+(`WorkerDied`, with the exit code or signal), it let a deadline pass (`WorkerHung`), its resident
+set passed the limit (`WorkerTooLarge`). In the last two it is killed here.
+
+Cost: waiting is one poll(2) per message; the memory watch, only there with a limit, reads the
+process's size every `WATCH_S`, 10 µs each time in the parent, so it takes 0.02 % of one core
+and none of the worker's.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
+from sd35bench.limits import Limits
+from sd35bench.seats import Seat
+from sd35bench.types import Load
+from sd35bench.worker import Answer, Failed, Job, Ready, Settle, Settled
+
+WATCH_S = 0.05
+EXIT_WAIT_S = 10.0
+ANYWHERE = Seat()
+
+
+class WorkerProcess:
+    """One worker process; every method that waits for it raises `WorkerDied` or a kind of it."""
+
+    def __init__(self, load: Load, limits: Limits, seat: Seat = ANYWHERE) -> None:
+        """Start the process, which sees its seat alone; `load` waits for it."""
+        self._load, self._limits = load, limits
+        ours, theirs = socket.socketpair()
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(load.threads),
+            "MKL_NUM_THREADS": str(load.threads),
+            "SD35BENCH_PARENT": str(os.getpid()),
+            "HF_HUB_OFFLINE": "1",
+        }
+        if seat.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = seat.gpu
+        with theirs:
+            handle = theirs.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "sd35bench.worker", str(handle)],
+                pass_fds=[handle],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
+                env=environment,
+            )
+        if seat.cores is not None:
+            # At once: threads that it starts later inherit it, and Python takes longer to begin.
+            os.sched_setaffinity(self._process.pid, seat.cores)
+        self._connection = Connection(ours.detach())
+        limit_bytes = limits.memory_limit_bytes
+        self._watch = None if limit_bytes is None else _MemoryWatch(self._process, limit_bytes)
+
+    @property
+    def pid(self) -> int:
+        """The operating system's number of the process."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def load(self) -> Ready | Failed:
+        """Load the backend and wait until it is there."""
+        return self._ask(self._load, self._limits.start_deadline_s())
+
+    def settle(self) -> Settled | Failed:
+        """Say that the warm-up is over."""
+        return self._ask(Settle(), self._limits.start_deadline_s())
+
+    def run(self, job: Job, deadline_s: float) -> Answer:
+        """Run one batch."""
+        return self._ask(job, deadline_s)
+
+    def close(self) -> None:
+        """Ask the worker to end, and see to it."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            self._connection.send(None)
+            self._process.wait(timeout=EXIT_WAIT_S)
+        self.kill()
+
+    def stop(self) -> None:
+        """End the process; the thread that waits for it finds it dead."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """End the worker now; safe to call twice."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+        if self._watch is not None:
+            self._watch.stop()
+
+    def _ask(self, message: Any, deadline_s: float) -> Any:
+        try:
+            self._connection.send(message)
+            if self._connection.poll(deadline_s):
+                return self._connection.recv()
+        except (EOFError, OSError) as exc:
+            died = self._died()
+            self.kill()
+            raise died from exc
+        self.kill()
+        raise WorkerHung(self._hung(deadline_s))
+
+    def _hung(self, deadline_s: float) -> str:
+        given = self._limits.deadline_s
+        remedy = "set deadline_s" if given is None else f"raise deadline_s={given:g}"
+        return (
+            f"no answer in {deadline_s:.4g} s, so the worker was ended; if it is slow and not hung,"
+            f" {remedy} (seconds for a batch; loading and warming up get ten times that)"
+        )
+
+    def _died(self) -> WorkerDied:
+        """Say how the process ended; it has closed its side or is about to."""
+        try:
+            code = self._process.wait(timeout=EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        if self._watch is not None and self._watch.seen_bytes is not None:
+            return WorkerTooLarge(
+                f"the worker held {self._watch.seen_bytes / 1e9:.2f} GB, over"
+                f" memory_limit_gb={self._watch.limit_bytes / 1e9:g}, so it was ended; raise the"
+                " limit, or use a smaller batch, size or dtype"
+            )
+        if code >= 0:
+            return WorkerDied(f"the worker process ended with exit code {code}; stderr says more")
+        hint = " (the kernel's out-of-memory killer, perhaps)" if code == -signal.SIGKILL else ""
+        return WorkerDied(f"the worker process ended with signal {-code}{_name(-code)}{hint}")
+
+
+class _MemoryWatch:
+    """A thread that kills a process whose resident set passes a limit.
+
+    It sees the worker alone, neither its children nor the GPU's memory; between two readings a
+    process can grow by what it touches in `WATCH_S`.
+    """
+
+    def __init__(self, process: subprocess.Popen, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.seen_bytes: int | None = None
+        self._process = process
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            watched = psutil.Process(self._process.pid)
+            while not self._stop.wait(WATCH_S):
+                size_bytes = watched.memory_info().rss
+                if size_bytes > self.limit_bytes:
+                    self.seen_bytes = size_bytes
+                    self._process.kill()
+                    return
+        except psutil.Error:  # it has ended
+            return
+
+
+def _name(number: int) -> str:
+    try:
+        return f", {signal.Signals(number).name}"
+    except ValueError:
+        return ""
+
+
+def _has_fileno(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
