@@ -12,6 +12,7 @@ from sd35bench.remote.drive import download_hosts
 from sd35bench.remote.flights import Flights
 from sd35bench.remote.prediction import check_file
 from sd35bench.remote.providers.eachlabs import Eachlabs
+from sd35bench.remote.providers.replicate import Replicate
 from sd35bench.remote.retry import (
     RETRY_AFTER_LIMIT_S,
     Deadline,
@@ -19,7 +20,7 @@ from sd35bench.remote.retry import (
     RetryPolicy,
     despite_cancel,
 )
-from sd35bench.remote.uploads import DATA_URI_BYTES, content_type, data_uri
+from sd35bench.remote.uploads import content_type, data_uri
 from sd35bench.types import Request, Status
 from tests.remote.faults import picture
 from tests.remote.hosted import hosted_settings
@@ -111,8 +112,9 @@ def test_another_base_url_may_serve_its_own_outputs():
 
 def test_files_inside_uris_are_bounded():
     data = picture("x", (8, 8), "png")
-    assert data_uri(data).startswith("data:image/png;base64,")
+    most = Replicate.data_uri_bytes
+    assert data_uri(data, most).startswith("data:image/png;base64,")
     with pytest.raises(Exception, match=r"give remote\.init_image_url=URL"):
-        data_uri(data + b"\0" * DATA_URI_BYTES)
+        data_uri(data + b"\0" * most, most)
     with pytest.raises(Exception, match="neither PNG, JPEG nor WEBP"):
         content_type(b"GIF89a")
