@@ -202,13 +202,13 @@ def test_settings_that_differ_in_shift_alone_are_two_in_reruns_and_titles(tmp_pa
 
 
 def test_settings_that_differ_in_size_or_threads_alone_have_two_titles(tmp_path, capsys):
-    for more in (["width=32,64"], ["width=32", "threads=3"]):
+    for more in (["width=32,64"], ["width=32", "threads=1"]):
         assert _run(tmp_path, "sizes", *more, "prompts.limit=2", "-m") == 0
     capsys.readouterr()
     titles = [side.title for side in read_sides(Study.open(tmp_path, "sizes"))]
     assert len(set(titles)) == 3
     assert "fake, 2 steps, cfg 4, 64x64" in titles
-    assert "fake, 2 steps, cfg 4, 32x64, threads 3" in titles
+    assert "fake, 2 steps, cfg 4, 32x64, threads 1" in titles
 
 
 def test_plan_says_what_each_ready_policy_sees_and_judges_nothing(studies, capsys):

@@ -23,6 +23,7 @@ from sd35bench.limits import Limits
 from sd35bench.metrics.base import METRICS
 from sd35bench.plan import expand
 from sd35bench.stats.latency import LEAST_IMAGES
+from sd35bench.sweeper import noise_overrides
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +56,17 @@ def request(*overrides: str):
 
 
 # Defaults and the YAML files ---------------------------------------------------------------------
+
+
+def test_more_threads_than_cores_in_sight_are_refused(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert job(f"threads={cores}").sweep.load.threads == cores
+    with pytest.raises(ConfigError, match=rf"threads={cores + 1}: .* {cores} CPU cores; give at"):
+        job(f"threads={cores + 1}")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert not any(
+        "threads" in text for job in noise_overrides([["steps=4"]], "fake") for text in job
+    )
 
 
 def test_defaults_are_the_models_own():

@@ -1,18 +1,29 @@
 """What nobody reads is refused, before anything is loaded; what somebody reads is not."""
 
+import copy
+from typing import Any, Literal, get_args, get_origin
+
 import pytest
 from omegaconf import OmegaConf
 
 import sd35bench.config.unread as unread
-from sd35bench.config import compose
+from sd35bench.config import compose, freeze
 from sd35bench.config.models import FIELDS
 from sd35bench.config.overrides import written
 from sd35bench.errors import ConfigError
 
 LOCAL = "backend.kind=fake"
 HOSTED = "backend.kind=eachlabs"
+WEIGHTS = "backend.needs_weights=true"
 VALUES = {
     "remote.": ("remote.concurrency=2", LOCAL, HOSTED),
+    "remote.auth": ("remote.auth=bearer", "backend.kind=replicate", HOSTED),
+    "model.path": ("model.path=x", LOCAL, WEIGHTS),
+    "model.weights": ("model.weights=random", LOCAL, WEIGHTS),
+    "model.layers": ("model.layers=2", LOCAL, WEIGHTS),
+    "model.text_encoders": ("model.text_encoders=true", LOCAL, WEIGHTS),
+    "model.components": ("model.components=x", LOCAL, WEIGHTS),
+    "timed_limit": ("timed_limit=2", LOCAL, "batch_size=4"),
     "threads": ("threads=1", HOSTED, LOCAL),
     "starts": ("starts=2", HOSTED, LOCAL),
     "workers": ("workers=2", HOSTED, LOCAL),
@@ -25,6 +36,7 @@ VALUES = {
     "prompts.path": ("prompts.path=mine.txt", "prompts.kind=nano", "prompts.kind=geneval"),
     "prompts.columns.": ("prompts.columns.prompt=x", "prompts.kind=coco", "prompts.kind=file"),
     "prompts.skip_empty": ("prompts.skip_empty=true", LOCAL, "prompts.kind=file"),
+    "prompts.first_frame": ("prompts.first_frame=true", LOCAL, "init_image=x.png"),
     "prompts.task": ("prompts.task=edit", "prompts.kind=file", LOCAL),
     "prompts.seed": ("prompts.seed=1", "prompts.kind=file", LOCAL),
     "output_quality": ("output_quality=50", LOCAL, "output_format=webp"),
@@ -57,3 +69,109 @@ def test_mutant_that_asks_only_the_first_job_refuses_what_another_reads(composed
     asked, nowhere, somewhere = VALUES["threads"]
     with pytest.raises(ConfigError):
         unread.refuse_unread([asked], [composed(nowhere), composed(somewhere)][:1])
+
+
+# Every field in every kind of run ----------------------------------------------------------------
+
+OTHER: dict[str, Any] = {
+    "sampler": "heun",
+    "skip_layer_guidance": "stability",
+    "width": 32,
+    "height": 32,
+    "aspect_ratio": "16:9",
+    "threads": 1,
+    "prompts.split": "heldout",
+    "prompts.task": "relation",
+    "prompts.limit": 1,
+    "max_failures": 2,
+    "remote.allow_loopback": False,
+    "remote.base_url": "http://127.0.0.1:2",
+    "remote.init_image_url": "https://x.y/z.png",
+    "remote.output_hosts": "a.example",
+    "remote.accept_size": "8x8",
+}
+"""A value that is not what a run has unasked, where not any other value will do."""
+ELSEWHERE = {
+    "noise_floor": "the sweeper reads it, not a job",
+    "prompts.path": "another file needs to be there",
+    "init_image": "a file of its own; `prompt_strength` and the rest follow",
+    "prompts.first_frame": "it acts on animations only",
+}
+"""Fields whose effect is not in a job of these small runs, and why."""
+RUNS = {
+    "nano on a local backend": ("backend=fake", "prompts=nano"),
+    "edits on a local backend": ("backend=fake", "prompts=nano", "prompts.task=edit"),
+    "a file on a local backend": ("backend=fake", "prompts=file", "prompts.path=PATH"),
+    "webp, in batches": ("backend=fake", "output_format=webp", "batch_size=4"),
+    "prompts of the command line": ("backend=fake", "prompt=a cat", "prompt=a dog"),
+    "GenEval": ("backend=fake", "prompts=geneval", "prompts.path=GENEVAL"),
+    "eachlabs": ("backend=eachlabs", *(loopback := ("remote.base_url=http://127.0.0.1:1",))),
+    "replicate": ("backend=replicate", *loopback),
+}
+LINES = ["prompt,other,id", "a red circle,a,1", ",b,2", "a blue square,c,3"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Each kind of run, composed once: Hydra takes most of the time."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = [line for line in LINES if not line.startswith(",")]
+    (folder / "mine.csv").write_text("\n".join(rows))
+    (folder / "geneval.jsonl").write_text('{"prompt": "a dog", "tag": "single_object"}\n' * 2)
+    paths = {"PATH": folder / "mine.csv", "GENEVAL": folder / "geneval.jsonl"}
+
+    def base(words: tuple[str, ...]) -> Any:
+        for short, path in paths.items():
+            words = tuple(w.replace(f"path={short}", f"path={path}") for w in words)
+        if "eachlabs" in words[0] or "replicate" in words[0]:
+            words = (*words, "remote.allow_loopback=true")
+        return compose(written([*words, "study=t"]))
+
+    return {name: base(words) for name, words in RUNS.items()}
+
+
+def _outcome(config: Any, name: str | None) -> str:
+    """All that a job is made of, or why there is none."""
+    config = copy.deepcopy(config)
+    if name is not None:
+        OmegaConf.update(config, name, _another(name))
+    try:
+        job = freeze(config)
+    except ConfigError as exc:
+        return f"refused: {exc}"
+    return f"{job.study} {job.results_dir} {job.engine} {job.sweep}"
+
+
+def _another(name: str) -> Any:
+    """A value of a field that is not what a run has unasked."""
+    if name in OTHER:
+        return OTHER[name]
+    takes = FIELDS[name].takes
+    if get_origin(takes) is Literal:
+        return next(choice for choice in get_args(takes) if str(choice) != FIELDS[name].default)
+    base = get_args(takes)[0] if get_args(takes) else takes
+    return {bool: True, int: 3, float: 0.75, str: "other"}[base]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_field_acts_or_is_refused(run, bases, monkeypatch):
+    """The job differs, or freezing refuses the value, or nothing reads it, and that is refused."""
+    config = bases[run]
+    plain = _outcome(config, None)
+    assert not plain.startswith("refused"), plain
+    silent = []
+    for name in FIELDS.keys() - ELSEWHERE.keys():
+        try:
+            unread.refuse_unread([f"{name}={_another(name)}"], [config])
+        except ConfigError:
+            continue
+        if _outcome(config, name) == plain:
+            silent.append(name)
+    assert sorted(silent) == []
+
+
+def test_mutant_without_an_entry_takes_a_field_in_silence(bases, monkeypatch):
+    monkeypatch.delitem(unread.READS, "prompts.seed")
+    config = bases["a file on a local backend"]
+    unread.refuse_unread(["prompts.seed=1"], [config])
+    assert _outcome(config, "prompts.seed") == _outcome(config, None)

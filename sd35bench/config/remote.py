@@ -73,9 +73,23 @@ def _local(conf: RunConf, batch_sizes: Sequence[int]) -> Place:
     return Place(
         engine=local_engine(limits, conf.backend.usd_per_image, conf.workers),
         options={},
-        threads=conf.threads if conf.threads is not None else len(os.sched_getaffinity(0)),
+        threads=threads_of(conf.threads),
         notes=("timed_limit has no effect at batch_size=1: every trial is timed",) * alone,
     )
+
+
+def threads_of(asked: int | None) -> int:
+    """The threads of a worker: those that were asked for, else one for each core in sight.
+
+    Raises: ConfigError for more than there are cores: they would wait for one another.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if asked is not None and asked > cores:
+        raise ConfigError(
+            f"threads={asked}: this process sees {cores} CPU cores; give at most {cores}, or leave"
+            " threads out for all of them"
+        )
+    return cores if asked is None else asked
 
 
 def _remote_settings(

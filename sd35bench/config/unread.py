@@ -32,15 +32,39 @@ def _is_lossy(conf: DictConfig) -> bool:
     return any(name != "png" for name in _values(conf, "output_format"))
 
 
+def _reads_weights(conf: DictConfig) -> bool:
+    return conf.backend.needs_weights
+
+
+def _times_some(conf: DictConfig) -> bool:
+    return _is_hosted(conf) or 1 not in _values(conf, "batch_size")
+
+
+def _may_have_inits(conf: DictConfig) -> bool:
+    return conf.init_image is not None or conf.prompts.kind == "file"
+
+
+def _is_eachlabs(conf: DictConfig) -> bool:
+    return conf.backend.kind == "eachlabs"
+
+
 def _kind(*kinds: str) -> Callable[[DictConfig], bool]:
     return lambda conf: conf.prompts.kind in kinds
 
 
 _HERE = (_runs_here, "it acts on backends that run here")
+_WEIGHTS = (_reads_weights, "no backend of this run reads weights")
 _FILE = (_kind("file"), "only prompts=file reads it")
 _NANO = (_kind("nano"), "it is of generated sets; only prompts=nano reads it")
 READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "remote.": (_is_hosted, "it acts on hosted services; add a backend such as backend=eachlabs"),
+    "remote.auth": (_is_eachlabs, "only backend=eachlabs has two headers for a key"),
+    "model.path": _WEIGHTS,
+    "model.weights": _WEIGHTS,
+    "model.layers": _WEIGHTS,
+    "model.text_encoders": _WEIGHTS,
+    "model.components": _WEIGHTS,
+    "timed_limit": (_times_some, "every trial is timed at batch_size=1; leave it out"),
     "threads": _HERE,
     "starts": _HERE,
     "workers": _HERE,
@@ -53,6 +77,7 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "prompts.path": (_kind(*_FILES), f"these prompts are no file; add prompts={_FILES[0]}"),
     "prompts.columns.": _FILE,
     "prompts.skip_empty": _FILE,
+    "prompts.first_frame": (_may_have_inits, "it is of init images; give init_image=FILE"),
     "prompts.task": _NANO,
     "prompts.seed": _NANO,
     "output_quality": (_is_lossy, "it acts on jpg and webp; add output_format=webp"),
