@@ -12,6 +12,7 @@ that old trials keep theirs. The first fields are always in the key (`KEYED`).
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -219,6 +220,26 @@ _FIELDS = (
         sent=True,
         label="quality",
     ),
+    Field(
+        name="extra",
+        takes=str,
+        means="inputs that only a hosted model has: extra.NAME=VALUE",
+        default="the model's",
+        unasked=(),
+        neutral=(),
+        said="{}",
+        typed=False,
+    ),
+    Field(
+        name="images",
+        takes=str,
+        means="input images of a hosted model by role: images.ROLE=FILE",
+        default="none",
+        unasked=(),
+        neutral=(),
+        said="{}",
+        typed=False,
+    ),
 )
 
 FIELDS: dict[str, Field] = {field.name: field for field in _FIELDS}
@@ -254,7 +275,7 @@ def request_identity(request: Request) -> dict[str, Any]:
     """Everything that was asked for, JSON-ready; later fields only off their neutral value."""
     found = to_json(request)
     for field in _LATER:
-        if found[field.name] == field.neutral:
+        if getattr(request, field.name) == field.neutral:
             del found[field.name]
     return found
 
@@ -286,13 +307,18 @@ def work_identity(request: Request) -> tuple[Any, ...]:
 
 def asked_fields(request: Request) -> dict[str, Any]:
     """A setting's fields (`ASKED`) as columns of a row, JSON-ready."""
-    values = {name: to_json(getattr(request, name)) for name in SETTING}
+    values = {name: _column(getattr(request, name)) for name in SETTING}
     return {"task": request.task.value, **values}
+
+
+def _column(value: Any) -> Any:
+    """A field's value as JSON; pairs are an object."""
+    return dict(value) if isinstance(value, tuple) else to_json(value)
 
 
 def completed(setting: Mapping[str, Any]) -> dict[str, Any]:
     """A row's setting as it was written before later fields existed, with their neutral values."""
-    return {**{f.name: f.neutral for f in _LATER if f.setting}, **setting}
+    return {**{f.name: _column(f.neutral) for f in _LATER if f.setting}, **setting}
 
 
 def later_asked(request: Request) -> list[str]:
@@ -326,9 +352,15 @@ def label(name: str) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as a person types it: 4 for 4.0, skip-layer guidance as the command line takes it."""
+    """A value as a person types it: 4 for 4.0, skip-layer guidance as the command line takes it.
+
+    Pairs are NAME VALUE; of a file's digest the first 8 digits.
+    """
     if isinstance(value, Mapping) and "layers" in value:
         value = from_json(SkipLayerGuidance, value)
+    if isinstance(value, Mapping | tuple):
+        said = [f"{n} {_short(value_text(v))}" for n, v in dict(value).items()]
+        return ", ".join(said) if said else "none"
     if isinstance(value, SkipLayerGuidance):
         return skip_layer_text(value)
     if value is None:
@@ -346,13 +378,22 @@ def words(name: str, value: Any) -> str:
 def describe(setting: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> str:
     """A setting in a few words: what is not as usual; size and backend where `beside` differs."""
     told = (n for n in SETTING if n in setting and n not in _SIZE)
-    said = [words(n, setting[n]) for n in told if setting[n] not in (None, FIELDS[n].quiet)]
+    said = [words(n, setting[n]) for n in told if setting[n] not in _left_out(n)]
     others = list(beside)
     if any(o[n] != setting[n] for o in others for n in _SIZE):
         said.append(f"{setting['width']}x{setting['height']}")
     if "backend" in setting and any(o["backend"] != setting["backend"] for o in others):
         said.append(f"on {setting['backend']}")
     return ", ".join(said)
+
+
+def _left_out(name: str) -> tuple[Any, ...]:
+    quiet = FIELDS[name].quiet
+    return (None, quiet, _column(quiet))
+
+
+def _short(text: str) -> str:
+    return text[:8] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def allowed(takes: Any) -> str:

@@ -34,7 +34,7 @@ from sd35bench.types import (
     content_hash,
 )
 
-AxisValue = Scalar | SkipLayerGuidance
+AxisValue = Scalar | SkipLayerGuidance | tuple[tuple[str, Scalar], ...]
 
 SETTING_AXES = tuple(name for name in SETTING if name not in PAIR)
 """Request fields that make a setting, but the size; in the order in which a grid is written."""
@@ -54,7 +54,8 @@ class Sweep:
     there, what is absent has `Request`'s default. `sizes` are (width, height) in px.
     `prompt_strength` values apply to the items that carry an init image. Every image is made
     once at each of `batch_sizes`. Where 1 is not among them, the first `timed_limit` prompts run
-    once more at batch 1, with the first seed, for latencies.
+    once more at batch 1, with the first seed, for latencies. `images` are the files of input
+    images by digest.
     """
 
     load: Load
@@ -65,6 +66,7 @@ class Sweep:
     timed_limit: int = 0
     order_seed: int = 0
     notes: tuple[str, ...] = ()
+    images: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ class Batch:
 class Plan:
     """Batches in the order in which they run.
 
-    `inits` maps the SHA-256 of each init image to its file's bytes; `notes` says in plain words
-    what was collapsed. `timed_batch_sizes` are those whose times count: they are warmed up.
+    `inits` maps the SHA-256 of each init or input image to its file's bytes; `notes` says in plain
+    words what was collapsed. `timed_batch_sizes` are those whose times count: they are warmed up.
     """
 
     load: Load
@@ -140,7 +142,7 @@ def expand(sweep: Sweep) -> Plan:
     return Plan(
         load=sweep.load,
         batches=batches,
-        inits=inits,
+        inits={**inits, **sweep.images},
         notes=_unique(notes),
         timed_batch_sizes=frozenset(sizes) if len(sizes) > 1 else frozenset({1}),
     )

@@ -30,8 +30,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.models import AXES, SWEEPER_MODULE, check_lists
-from sd35bench.config.overrides import LOAD_AXES, parse, sweep_values
+from sd35bench.config.overrides import LOAD_AXES, OWN_INPUTS, parse, sweep_values
 from sd35bench.errors import ConfigError, StoreError, nearest
+from sd35bench.remote.inputs import IMAGE
 
 NOISE_BATCH = 8
 
@@ -132,13 +133,17 @@ def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str
     the command line replaces an axis of the experiment.
     """
     parsed = [parse(text) for text in arguments]
-    given = {override.get_key_element() for override in parsed}
+    given = {override.get_key_element().lstrip("+") for override in parsed}
     shared: list[str] = []
     loads: list[list[str]] = []
     for override in parsed:
-        name = override.get_key_element()
+        name = override.get_key_element().lstrip("+")
         if name in LOAD_AXES:
             loads.append(_one_each(name, override))
+        elif name.startswith(OWN_INPUTS):
+            values = ",".join(_texts(override)) if override.is_sweep_override() else ""
+            shared += [] if values else [str(override.input_line)]
+            shared.append(f"++axes.{name}=[{values}]")
         elif name in REQUEST_AXES and override.is_sweep_override():
             shared.append(f"axes.{name}=[{','.join(_texts(override))}]")
         else:
@@ -155,6 +160,8 @@ def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str
             values = list(config.axes[name])
             if name == "backend":
                 values += [b for b in config.optional_backends if _installed(b)]
+            if name == "model" and any(each.startswith(IMAGE) for each in given):
+                values += list(config.models_with_images)
             if values:
                 loads.append([f"{name}={value}" for value in values])
     return [[*load, *shared] for load in itertools.product(*loads)]

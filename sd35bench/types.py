@@ -64,7 +64,9 @@ class Request:
 
     `init_image` is the SHA-256 of the init image's file in the study's store; `prompt_strength`
     in (0, 1] acts only with it and is ``None`` without. `shift`, `max_sequence_length` ``None``
-    means the model's own.
+    means the model's own. `extra` are inputs that only a hosted model has, `images` its input
+    images by role (SHA-256 of the file), both (name, value) in order of name; what is not there
+    has the model's default.
     """
 
     prompt: str
@@ -82,6 +84,8 @@ class Request:
     max_sequence_length: int | None = None
     output_format: str = "png"
     output_quality: int = 90
+    extra: tuple[tuple[str, Scalar], ...] = ()
+    images: tuple[tuple[str, str], ...] = ()
 
     @property
     def task(self) -> Task:

@@ -45,6 +45,8 @@ OTHER = {
     "height": 32,
     "output_format": "webp",
     "output_quality": 50,
+    "extra": (("style_type", "Anime"),),
+    "images": (("style", "0" * 64),),
 }
 
 
@@ -125,7 +127,7 @@ def test_only_what_decides_the_work_needs_a_warm_up_of_its_own(given, same):
 
 
 def test_a_row_written_before_a_field_existed_gets_its_neutral_value(later):
-    assert completed({"steps": 4}) == {"steps": 4, later.name: 0.0}
+    assert completed({"steps": 4}) == {"steps": 4, "extra": {}, "images": {}, later.name: 0.0}
     assert completed({later.name: 0.5})[later.name] == 0.5
 
 
@@ -161,7 +163,7 @@ def later(monkeypatch):
         name="eta", takes=float, means="noise", default="0.3", unasked=0.3, neutral=0.0
     )
     old = key(request()), setting_identity(request())
-    monkeypatch.setattr(fields, "_LATER", (eta,))
+    monkeypatch.setattr(fields, "_LATER", (*fields._LATER, eta))
     monkeypatch.setattr(fields, "_SETTING_FIELDS", (*fields._SETTING_FIELDS, ("eta", eta)))
     return _Later("eta", *old)
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from sd35bench.cli import main
-from sd35bench.fields import make_trial
+from sd35bench.fields import completed, make_trial
 from sd35bench.store import Study
 from sd35bench.types import (
     BackendSpec,
@@ -139,6 +139,7 @@ def test_a_journal_of_the_old_code_is_read_and_gone_on_with(tmp_path, monkeypatc
         same = {"load": trial.load, "request": trial.request, "prompt": trial.prompt}
         assert make_trial(**same, batch_size=trial.batch_size) == trial
     shown = json.loads((OLD / "show.json").read_text())
+    shown["settings"] = [completed(row) for row in shown["settings"]]
     capsys.readouterr()
     assert main(["show", "old", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == shown

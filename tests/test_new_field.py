@@ -28,7 +28,7 @@ IN_FIELDS = """    Field(
 """
 MUTANTS = {
     "elif value != field.neutral:": "elif False:",
-    "if found[field.name] == field.neutral:": "if False:",
+    "if getattr(request, field.name) == field.neutral:": "if False:",
 }
 ASKED = ["backend=fake", "steps=4", "cfg=4", "prompts.limit=2"]
 SCRIPT = """

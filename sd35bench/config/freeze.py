@@ -15,10 +15,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sd35bench.config.files import config_dir
-from sd35bench.config.models import RUN, BackendConf, ModelConf, PromptsConf, RunConf, read
+from sd35bench.config.inputs import inputs_in_force, own_axes, refuse_elsewhere, settle_axes
+from sd35bench.config.models import AXES, RUN, BackendConf, ModelConf, PromptsConf, RunConf, read
 from sd35bench.config.overrides import checked_options
 from sd35bench.config.remote import place_of
-from sd35bench.config.weights import model_notes, model_spec, refuse_hosted_only
+from sd35bench.config.weights import model_notes, model_spec
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import parse_skip_layers
@@ -31,6 +32,7 @@ from sd35bench.prompts import (
     load_prompts,
     with_init_image,
 )
+from sd35bench.remote.inputs import Schema
 from sd35bench.remote.providers import PROVIDERS
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
 
@@ -60,17 +62,21 @@ def freeze(config: DictConfig) -> Job:
 
     Raises: ConfigError, one line, naming field, value and what is allowed.
     """
-    refuse_hosted_only(config.model)
+    refuse_elsewhere(config.model, config.backend)
     conf: RunConf = read(RUN, config)
     check_family(conf.model, conf.backend)
-    axes = _axes(conf)
+    schema = inputs_in_force(conf.model, conf.backend)
+    axes = _axes(conf, schema)
+    own, files, own_notes = own_axes(conf, schema)
+    axes |= own
+    settled = settle_axes(conf, schema, axes)
     if conf.backend.kind not in PROVIDERS:
         _refuse_same_noise(axes)
     sizes = _sizes(conf)
     _check_guidance(axes)
     options = checked_options("backend", conf.backend.options, conf.backend.allowed)
     batch_sizes = _values(conf, "batch_size")
-    place = place_of(conf, sizes, batch_sizes, _timed_limit(conf))
+    place = place_of(conf, schema, sizes, batch_sizes, _timed_limit(conf))
     prompts = _prompts(conf)
     for task in sorted({_task(item) for item in prompts}):
         check_task(conf.model, conf.backend, task)
@@ -91,8 +97,11 @@ def freeze(config: DictConfig) -> Job:
         batch_sizes=batch_sizes,
         timed_limit=_timed_limit(conf),
         order_seed=conf.order_seed,
+        images=files,
         notes=(
             *place.notes,
+            *own_notes,
+            *settled,
             *_notes(conf, axes),
             *_split_notes(conf, prompts),
             *_picture_notes(prompts),
@@ -113,12 +122,12 @@ def _values(conf: RunConf, name: str) -> tuple[Any, ...]:
     return tuple(swept) if swept or value is None else (value,)
 
 
-def _axes(conf: RunConf) -> dict[str, tuple[AxisValue, ...]]:
+def _axes(conf: RunConf, schema: Schema) -> dict[str, tuple[AxisValue, ...]]:
     """Values of every request field but the size; the model's defaults filled in."""
     model = conf.model
     axes: dict[str, tuple[AxisValue, ...]] = {}
     for name in (*SETTING_AXES, *PAIR_AXES):
-        values = () if name == "skip_layer_guidance" else _values(conf, name)
+        values = _values(conf, name) if name in AXES and name != "skip_layer_guidance" else ()
         if values:
             axes[name] = values
     axes["skip_layer_guidance"] = skip_layer_axis(
@@ -127,7 +136,7 @@ def _axes(conf: RunConf) -> dict[str, tuple[AxisValue, ...]]:
         _values(conf, "skip_layer_guidance"),
         _values(conf, "skip_layer_scale"),
     )
-    axes["sampler"] = sampler_axis(model, conf.backend, _values(conf, "sampler"))
+    axes["sampler"] = sampler_axis(model, conf.backend, _values(conf, "sampler"), schema)
     axes.setdefault("steps", (model.steps,))
     axes.setdefault("cfg", (float(model.cfg),))
     for length in axes.get("max_sequence_length", ()):
@@ -356,19 +365,19 @@ def check_task(model: ModelConf, backend: BackendConf, task: Task) -> None:
 
 
 def sampler_axis(
-    model: ModelConf, backend: BackendConf, asked: Iterable[str | None]
+    model: ModelConf, backend: BackendConf, asked: Iterable[str | None], schema: Schema = ()
 ) -> tuple[str, ...]:
     """Return the samplers; ``None``, and none at all, mean the model's first.
 
-    Raises: ConfigError for one that the model's scheduler or the backend does not allow.
+    Raises: ConfigError for one that the model's scheduler, the backend, or the input schema of a
+    hosted model does not allow.
     """
     values = tuple(model.samplers[0] if name is None else name for name in asked)
     values = values if values else (model.samplers[0],)
+    named = [name for item in schema if item.source == "sampler" for name in item.words]
+    there = (named if named else model.samplers[:1]) if schema else backend.samplers
     for name in values:
-        for who, known in (
-            (model.name, model.samplers),
-            (f"backend {backend.name}", backend.samplers),
-        ):
+        for who, known in ((model.name, model.samplers), (f"backend {backend.name}", there)):
             if name not in known:
                 raise ConfigError(f"sampler={name}: {who} has {', '.join(known)}")
     return values

@@ -29,6 +29,7 @@ from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import SAMPLERS
 from sd35bench.fields import FIELDS as REQUEST_FIELDS
 from sd35bench.fields import MOST_SEED, allowed
+from sd35bench.remote.inputs import KINDS
 from sd35bench.types import Scalar, Task
 
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"
@@ -111,12 +112,32 @@ class SkipLayersConf(Conf):
     stop: float
 
 
+class InputConf(Conf):
+    """One field of a hosted model's input, under its wire name: `sd35bench.remote.inputs`.
+
+    `field` is the field of ours that it comes from; ``None`` is `extra.` and the wire name.
+    """
+
+    type: Literal[KINDS]
+    field: Text | None = None
+    default: Scalar = None
+    range: list[int | float] = []
+    choices: list[Scalar] = []
+    words: dict[str, str] = {}
+    needs: Text | None = None
+    required: bool = False
+    drawn: Scalar = None
+    local: Scalar = None
+
+
 class ModelConf(Conf):
     """A model: where its weights are, its sizes, and its own defaults.
 
     `gated` models need an accepted licence. `samplers` are those that its scheduler allows, its
     default first. No preset in `skip_layer_guidance` means that no layers can be left out.
-    `hosted_only` says why a model has no local pipeline; `hosted` is what each provider calls it.
+    `hosted_only` says why a model has no local pipeline; `hosted` is what each provider calls it,
+    `inputs` what it takes there (none: what Stable Diffusion 3.5 takes), `usd_per_image` what an
+    image costs at each provider, where that is known and not the backend's own.
     `text_encoders` acts with `weights=random` only: a checkpoint has its own.
     """
 
@@ -146,6 +167,8 @@ class ModelConf(Conf):
     )
     hosted_only: str | None = None
     hosted: dict[str, str] = {}
+    inputs: dict[str, InputConf] = {}
+    usd_per_image: dict[str, float] = {}
     size_multiple: int
     max_side_px: int
     width: int
@@ -280,6 +303,9 @@ class RemoteConf(Conf):
 class AxesConf(Conf):
     """Values to sweep, a list for each axis; an empty list is no axis. See `RUN`."""
 
+    extra: dict[str, list[Scalar]] = {}
+    images: dict[str, list[Text]] = {}
+
 
 class LoadConf(Conf):
     """What a worker process holds, and its bounds: the part that `run` and `serve` share."""
@@ -352,8 +378,11 @@ class RunConf(LoadConf):
     study: StudyName = known("default", "name under which results are kept")
     results_dir: Text = known("results", "folder of the studies")
     axes: AxesConf = AxesConf()
+    extra: dict[str, Scalar] = {}
+    images: dict[str, Text] = {}
     remote: RemoteConf = RemoteConf()
     optional_backends: list[str] = []
+    models_with_images: list[str] = []
     companions: list[str] = []
     nano_companions: list[str] = []
 
@@ -455,7 +484,10 @@ _SWEEP: Any = create_model(
     "SweepConf",
     __base__=Conf,
     axes=(_AXES_CONF, ...),
-    **dict.fromkeys(("optional_backends", "companions", "nano_companions"), (list[str], ...)),
+    **dict.fromkeys(
+        ("optional_backends", "models_with_images", "companions", "nano_companions"),
+        (list[str], ...),
+    ),
 )
 
 

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.models import FIELDS, BackendConf, check_field
 from sd35bench.errors import ConfigError, nearest
+from sd35bench.remote.inputs import EXTRA, IMAGE
 from sd35bench.types import Scalar
 
 FREE_TEXTS = ("negative_prompt",)
@@ -38,6 +39,8 @@ OTHER_NAMES = {
 }
 """What other tools call our fields."""
 GROUP_NAMES = ("model", "backend", "prompts", "experiment")
+OWN_INPUTS = (EXTRA, IMAGE)
+"""What names begin with that only a model's YAML knows (`inputs`)."""
 LOAD_AXES = ("model", "backend", "threads")
 """What decides a load: sweeping these makes one job per combination."""
 
@@ -56,8 +59,13 @@ def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None
     """
     for text in written(overrides):
         override = parse(text)
-        name = override.get_key_element()
+        name = override.get_key_element().lstrip("+")
         if name.startswith(("hydra", PROMPTS_GIVEN)):
+            continue
+        if name.startswith(OWN_INPUTS):
+            sweep_values(override)
+            if override.is_sweep_override():
+                _check_sweep(name, text.lstrip("+"), multirun)
             continue
         _check_prefix(override, text)
         _check_name(name, text)
@@ -79,8 +87,9 @@ def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None
 def written(overrides: Sequence[str]) -> list[str]:
     """Write out what is short on a command line, and every free text so that Hydra leaves it alone.
 
-    `backend.dtype=bf16` sets `backend.options.dtype`; each `prompt=TEXT` is one prompt; a file of
-    prompts implies `prompts=file`. Idempotent but for free texts: apply it once.
+    `backend.dtype=bf16` sets `backend.options.dtype`; `extra.NAME` is added to its node; each
+    `prompt=TEXT` is one prompt; a file of prompts implies `prompts=file`. Idempotent but for free
+    texts: apply it once.
 
     Raises: ConfigError for an empty prompt, and for prompts given in two ways.
     """
@@ -113,6 +122,8 @@ def _one(text: str) -> str:
     name, equals, value = text.partition("=")
     if name in FREE_TEXTS and equals:
         return f"{name}={','.join(quoted(piece) for piece in _pieces(value))}"
+    if text.startswith(OWN_INPUTS):
+        return f"++{text}"
     head, dot, rest = text.partition(".")
     option = rest.partition("=")[0].partition(".")[0]
     short = head == "backend" and dot and option not in BackendConf.model_fields
@@ -197,7 +208,8 @@ def _check_name(name: str, text: str) -> None:
 
 
 def _check_sweep(name: str, text: str, multirun: bool) -> None:
-    sweepable = name in LOAD_AXES or (name in FIELDS and FIELDS[name].axis)
+    sweepable = name in LOAD_AXES or name.startswith(OWN_INPUTS)
+    sweepable = sweepable or (name in FIELDS and FIELDS[name].axis)
     is_text = name in FIELDS and FIELDS[name].is_text
     if not multirun:
         quote = " (or quote a text that holds a comma: " + _quoted(name, text) + ")"

@@ -15,6 +15,7 @@ from sd35bench.config.models import ModelConf, RunConf
 from sd35bench.engine import Engine, hosted_engine, local_engine
 from sd35bench.errors import ConfigError
 from sd35bench.limits import Limits
+from sd35bench.remote.inputs import Schema, takes, takes_size
 from sd35bench.remote.providers import PROVIDERS, provider_class
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import Scalar
@@ -38,18 +39,19 @@ class Place:
 
 def place_of(
     conf: RunConf,
+    schema: Schema,
     sizes: Sequence[tuple[int, int]],
     batch_sizes: Sequence[int],
     timed_limit: int,
 ) -> Place:
     """Choose the engine by the backend's kind, and check all that it needs.
 
-    `timed_limit`: how many trials of each setting are timed alone. Raises: ConfigError, one line,
-    naming field, value and remedy.
+    `schema`: the hosted model's own input; `timed_limit`: how many trials of each setting are timed
+    alone. Raises: ConfigError, one line, naming field, value and remedy.
     """
     if conf.backend.kind not in PROVIDERS:
         return _local(conf, batch_sizes)
-    settings = _remote_settings(conf, sizes, batch_sizes, timed_limit)
+    settings = _remote_settings(conf, schema, sizes, batch_sizes, timed_limit)
     return Place(
         engine=hosted_engine(settings),
         # What makes a service another backend: its place, and the model's name there.
@@ -94,6 +96,7 @@ def threads_of(asked: int | None) -> int:
 
 def _remote_settings(
     conf: RunConf,
+    schema: Schema,
     sizes: Sequence[tuple[int, int]],
     batch_sizes: Sequence[int],
     single_stream: int,
@@ -132,8 +135,12 @@ def _remote_settings(
         accept_size=_size(remote.accept_size),
         default_steps=conf.model.steps,
         aspect_ratios=_ratios(
-            conf.model, conf.backend.name, () if provider_class(provider).takes_px else sizes
+            conf.model,
+            conf.backend.name,
+            schema,
+            () if provider_class(provider).takes_px else sizes,
         ),
+        inputs=schema,
     )
 
 
@@ -243,8 +250,16 @@ def _slug(conf: RunConf, own: bool, here: bool) -> str:
 def _price(conf: RunConf, own: bool, here: bool) -> float:
     if conf.remote.usd_per_image is not None:
         return conf.remote.usd_per_image
-    if own:
+    prices = conf.model.usd_per_image
+    if own and conf.backend.kind in prices:
+        return prices[conf.backend.kind]
+    if own and not conf.model.inputs:
         return conf.backend.usd_per_image
+    if own:
+        raise ConfigError(
+            f"remote.usd_per_image: what an image of {conf.model.name} costs at"
+            f" {conf.backend.kind} is not known, and budgets count with it; give it"
+        )
     if here:
         return 0.0
     raise ConfigError(
@@ -264,11 +279,19 @@ def _init_image_url(conf: RunConf) -> str | None:
 
 
 def _ratios(
-    model: ModelConf, backend: str, sizes: Sequence[tuple[int, int]]
+    model: ModelConf, backend: str, schema: Schema, sizes: Sequence[tuple[int, int]]
 ) -> Mapping[tuple[int, int], str]:
     """(width, height) → the protocol's word, for all that the model knows."""
     known = {(side[0], side[1]): ratio for ratio, side in reversed(model.aspect_ratios.items())}
-    for size in sizes:
+    if schema and not takes_size(schema):
+        odd = [size for size in sizes if size != (model.width, model.height)]
+        if odd:
+            raise ConfigError(
+                f"width={odd[0][0]} height={odd[0][1]}: {model.name} has no input for the size;"
+                " leave it out"
+            )
+        return known
+    for size in () if takes(schema, "width") else sizes:
         if size not in known:
             said = ", ".join(f"{r} ({w}x{h})" for r, (w, h) in model.aspect_ratios.items())
             raise ConfigError(

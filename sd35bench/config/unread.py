@@ -9,8 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sd35bench.errors import ConfigError
+from sd35bench.config.inputs import has_input, known_inputs
+from sd35bench.errors import ConfigError, nearest
 from sd35bench.prompts import READERS
+from sd35bench.remote.inputs import EXTRA, IMAGE
 from sd35bench.remote.providers import PROVIDERS
 
 _FILES = tuple(kind for kind in READERS if kind not in ("nano", "given"))
@@ -52,6 +54,11 @@ def _kind(*kinds: str) -> Callable[[DictConfig], bool]:
     return lambda conf: conf.prompts.kind in kinds
 
 
+def _takes(name: str) -> Callable[[DictConfig], bool]:
+    return lambda conf: has_input(name, conf.model, conf.backend)
+
+
+_NO_INPUT = "the hosted model has no input for it"
 _HERE = (_runs_here, "it acts on backends that run here")
 _WEIGHTS = (_reads_weights, "no backend of this run reads weights")
 _FILE = (_kind("file"), "only prompts=file reads it")
@@ -80,6 +87,9 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "prompts.first_frame": (_may_have_inits, "it is of init images; give init_image=FILE"),
     "prompts.task": _NANO,
     "prompts.seed": _NANO,
+    "steps": (_takes("steps"), _NO_INPUT),
+    "cfg": (_takes("cfg"), _NO_INPUT),
+    "output_format": (_takes("output_format"), _NO_INPUT),
     "output_quality": (_is_lossy, "it acts on jpg and webp; add output_format=webp"),
 }
 """Field, or what fields begin with: which configurations read it, and what to do where none does.
@@ -94,8 +104,19 @@ def refuse_unread(asked: Sequence[str], configs: Sequence[DictConfig]) -> None:
     `asked`: NAME=VALUE as typed. Raises: ConfigError naming field, value and remedy.
     """
     for text in asked:
-        name = text.partition("=")[0]
+        name = text.partition("=")[0].lstrip("+")
+        if name.startswith((EXTRA, IMAGE)) and not any(_takes(name)(conf) for conf in configs):
+            raise ConfigError(f"{text.lstrip('+')}: {_no_input(name, configs)}")
         for prefix, (reads, why) in READS.items():
             named = name.startswith(prefix) if prefix.endswith(".") else name == prefix
             if named and not any(reads(conf) for conf in configs):
                 raise ConfigError(f"{text}: nothing in this run reads it: {why}")
+
+
+def _no_input(name: str, configs: Sequence[DictConfig]) -> str:
+    """Say that no model of the sweep has such an input, and which they have."""
+    kind = EXTRA if name.startswith(EXTRA) else IMAGE
+    known = {n for conf in configs for n in known_inputs(conf.model, conf.backend)}
+    has = sorted(n for n in known if n.startswith(kind))
+    said = f"there are {', '.join(has)}" if has else "there are none"
+    return f"nothing in this run has such an input; {said}{nearest(name, has)}"

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from sd35bench.architectures import (
     random_digest,
     random_parts,
@@ -20,17 +18,12 @@ from sd35bench.config.models import ModelConf
 from sd35bench.errors import ConfigError
 from sd35bench.types import NO_WEIGHTS, ModelSpec
 
-NOT_CALLED = (
-    "backend=eachlabs cannot call it either, as it takes other inputs than Stable Diffusion 3.5"
-)
-
 
 def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
     """Find the model's weights and name them by digest.
 
     Raises: ConfigError where they are not here, or where the fields contradict each other.
     """
-    refuse_hosted_only(model)
     _refuse_contradictions(model)
     if not needs_weights:
         return _bare(model)
@@ -56,15 +49,6 @@ def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
         components=None if components is None else str(components),
         revision=revision_of(path),
     )
-
-
-def refuse_hosted_only(model: ModelConf | DictConfig) -> None:
-    """Refuse a model that has no local pipeline; its other fields may be missing.
-
-    Raises: ConfigError saying why.
-    """
-    if model.hosted_only is not None:
-        raise ConfigError(f"model={model.name}: {model.hosted_only}; {NOT_CALLED}")
 
 
 def model_notes(model: ModelConf, needs_weights: bool) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ from sd35bench.measure import environment, environment_id
 from sd35bench.plan import Plan
 from sd35bench.remote.brake import Brake
 from sd35bench.remote.flights import Flights
+from sd35bench.remote.images import sniff
+from sd35bench.remote.inputs import defaults
 from sd35bench.remote.key import Key, read_key
 from sd35bench.remote.ledger import Ledger
 from sd35bench.remote.limiter import LEASE_S, Limiter, WaitBounds, limiter_path
@@ -256,7 +258,7 @@ class _Rounds:
                     trial,
                     flight,
                     self.run.study.path / "refused",
-                    lambda: uploads.url(trial.request.init_image),
+                    uploads,
                     download_hosts(self.provider, self.settings),
                     setting,
                 )
@@ -272,8 +274,8 @@ class _Rounds:
 
     def _keep(self, trial: Trial, outcome: Outcome, started_at: str) -> None:
         ok = outcome.status is Status.OK
-        suffix = SUFFIXES[trial.request.output_format]
-        image = self.run.study.put_image(outcome.data, suffix) if ok else None
+        image = self.run.study.put_image(outcome.data, _suffix(outcome.data)) if ok else None
+        unsent = self.provider.not_sent()
         self.run.append(
             Record(
                 trial=trial,
@@ -286,9 +288,7 @@ class _Rounds:
                 image=image,
                 image_bytes=len(outcome.data) if ok else None,
                 # Of a service that chooses their number, what a request says is not what ran.
-                effective_steps=None
-                if "steps" in self.provider.unsent
-                else trial.request.effective_steps,
+                effective_steps=None if "steps" in unsent else trial.request.effective_steps,
                 remote=outcome.call,
             )
         )
@@ -342,6 +342,7 @@ class _Rounds:
                 "requests_per_minute": settings.requests_per_minute,
                 "single_stream": settings.single_stream,
                 "usd_per_image": settings.usd_per_image,
+                **({"inputs": defaults(settings.inputs)} if settings.inputs else {}),
             },
         )
 
@@ -355,6 +356,11 @@ class _Rounds:
         self.run.show(
             in_flight=len(self.flights), cost_usd=self.ledger.spent_usd - self.spent_before_usd
         )
+
+
+def _suffix(data: bytes) -> str:
+    """The file's name ends with what it is: not every model can be told a format."""
+    return SUFFIXES[str(sniff(data))]
 
 
 def download_hosts(provider: Provider, settings: RemoteSettings) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,6 +39,7 @@ from sd35bench.remote.download import DEADLINE_S, Downloaded, download
 from sd35bench.remote.flights import Flight
 from sd35bench.remote.http import Interrupted
 from sd35bench.remote.images import decode_image, sniff
+from sd35bench.remote.inputs import takes, takes_size
 from sd35bench.remote.ledger import Intent
 from sd35bench.remote.providers.base import UNNAMED, Phase, Prediction
 from sd35bench.remote.retry import (
@@ -55,6 +56,7 @@ from sd35bench.remote.retry import (
 )
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed
+from sd35bench.remote.uploads import Uploads
 from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
 from sd35bench.worker import check_image
 
@@ -92,16 +94,16 @@ class HostedTrial:
         trial: Trial,
         flight: Flight,
         refused: Path,
-        image_url: Callable[[], Awaitable[str | None]],
+        uploads: Uploads,
         hosts: tuple[str, ...],
         setting: str,
     ) -> None:
-        """`image_url` gives the init image's URL at the service; `hosts` may serve the output.
+        """`uploads` gives the images' URLs at the service; `hosts` may serve the output.
 
         Images that were paid for and are not on record are kept in the folder `refused`.
         """
         self.client, self.trial, self.flight, self.refused = client, trial, flight, refused
-        self.image_url, self.hosts, self.setting = image_url, hosts, setting
+        self.uploads, self.hosts, self.setting = uploads, hosts, setting
         self.deadline = Deadline(client.settings.timeout_s)
         self.step = "create"
         self.resumed = self.resubmitted = False
@@ -149,7 +151,10 @@ class HostedTrial:
     async def _create(self) -> Intent:
         """Have the service make it; returns an intent with a prediction's id."""
         self.step = "create"
-        inputs = self.client.provider.input(self.trial.request, await self.image_url())
+        request = self.trial.request
+        image_url = await self.uploads.url(request.init_image)
+        images = {role: await self.uploads.uploaded(digest) for role, digest in request.images}
+        inputs = self.client.provider.input_with(request, image_url, images)
         unsent = 0
         while True:
             await self.client.limiter.request(self.client.bounds)
@@ -523,7 +528,7 @@ class HostedTrial:
             download_s=self.download_s,
             cost_usd=charge_usd if reported is None else reported,
             cost_reported=reported is not None,
-            unsent=client.provider.unsent,
+            unsent=client.provider.not_sent(),
             resumed=self.resumed,
         )
 
@@ -533,12 +538,13 @@ def check_file(data: bytes, request: Request, settings: RemoteSettings) -> None:
 
     Raises: InvalidImage, RemoteError.
     """
-    found = sniff(data)
-    if found != request.output_format:
+    found, schema = sniff(data), settings.inputs
+    if found != request.output_format and (not schema or takes(schema, "output_format")):
         raise InvalidImage(f"asked for output_format={request.output_format}, got {found}")
     pixels = decode_image(data)
     height, width = pixels.shape[:2]
-    if (width, height) not in ((request.width, request.height), settings.accept_size):
+    sized = not schema or takes_size(schema)
+    if sized and (width, height) not in ((request.width, request.height), settings.accept_size):
         raise InvalidImage(
             f"asked for {request.width}x{request.height} px, got {width}x{height}; it is kept, and"
             f" remote.accept_size={width}x{height} takes it"

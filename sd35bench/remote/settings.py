@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sd35bench.remote.inputs import Schema
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteSettings:
@@ -13,7 +15,7 @@ class RemoteSettings:
     `usd_per_image` is the price that budgets count with where the service names none.
     `output_hosts` may serve outputs too; images of `accept_size` (width, height) px are taken for
     what was asked. `expected_latency_s` is when a prediction is first asked after, until some have
-    been seen.
+    been seen. `inputs` is the model's own input schema, empty for Stable Diffusion 3.5's.
     `default_steps` is the model's, which a request has where nobody asked for another number.
     `single_stream` is how many trials of each setting run alone, for latencies, before the rest
     runs at `concurrency`.
@@ -39,3 +41,4 @@ class RemoteSettings:
     accept_size: tuple[int, int] | None = None
     default_steps: int | None = None
     aspect_ratios: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    inputs: Schema = ()

@@ -52,6 +52,13 @@ class Uploads:
         given = self._client.settings.init_image_url
         if digest is None or given is not None:
             return None if digest is None else given
+        return await self.uploaded(digest)
+
+    async def uploaded(self, digest: str) -> str:
+        """The URL of an image of the study's, uploaded if it must be.
+
+        Raises: RemoteError, PredictionFailed.
+        """
         async with self._turns.setdefault(digest, asyncio.Lock()):
             url, at = self._urls.get(digest, ("", 0.0))
             if not url or time.monotonic() - at > FRESH_S:

@@ -310,8 +310,14 @@ class FaultServer:
         if made is None or self._status(made) != "success":
             return Answer.json(404, {"error": "Not found"})
         file_format = made.input.get("output_format", "webp")
-        size = self.sizes[made.input.get("aspect_ratio", "1:1")]
+        size = self._size(made.input)
         return Answer.of(picture(_canonical(made.input), size, file_format), TYPES[file_format])
+
+    def _size(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """What the model's own input says: a ratio, pixels (as text, too), or nothing."""
+        if "width" in inputs:
+            return int(inputs["width"]), int(inputs["height"])
+        return self.sizes[inputs.get("aspect_ratio", "1:1")]
 
     def _status(self, made: Made) -> str:
         if made.cancelled:

@@ -121,6 +121,16 @@ class Provider(ABC):
     def input(self, request: Request, image_url: str | None) -> dict[str, Any]:
         """Every parameter, spelled out; never left to the service's defaults."""
 
+    def input_with(
+        self, request: Request, image_url: str | None, images: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """`input`, with the URLs of a model's input images by role, where it has such."""
+        return self.input(request, image_url)
+
+    def not_sent(self) -> tuple[str, ...]:
+        """Names of fields that were left to the service."""
+        return self.unsent
+
     @abstractmethod
     def create(self, inputs: Mapping[str, Any]) -> Call:
         """Ask for a prediction."""

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from sd35bench.errors import LostAnswer, RemoteError
+from sd35bench.remote.inputs import payload, refusal, unsent
 from sd35bench.remote.providers.base import Call, Phase, Prediction, Provider, Upload
 from sd35bench.remote.providers.wire import (
     MOST_COST_USD,
@@ -82,11 +83,25 @@ class Eachlabs(Provider):
 
     def refusal(self, request: Request) -> str | None:
         """Say what the input schema has no field or no room for."""
+        if self.settings.inputs:
+            return refusal(self.settings.inputs, request, self.settings.aspect_ratios)
         return refusal_of(request, self.settings.aspect_ratios)
 
     def input(self, request: Request, image_url: str | None) -> dict[str, Any]:
         """Every field of the input schema, typed; `prompt_strength` only acts with an image."""
+        return self.input_with(request, image_url, {})
+
+    def input_with(
+        self, request: Request, image_url: str | None, images: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """The model's own schema where it declares one, else Stable Diffusion 3.5's."""
+        if self.settings.inputs:
+            return payload(self.settings.inputs, request, self.settings.aspect_ratios, images)
         return schema_input(request, self.settings.aspect_ratios, image_url)
+
+    def not_sent(self) -> tuple[str, ...]:
+        """What the model has no input for."""
+        return unsent(self.settings.inputs) if self.settings.inputs else self.unsent
 
     def create(self, inputs: Mapping[str, Any]) -> Call:
         """The create, in the chosen dialect."""
