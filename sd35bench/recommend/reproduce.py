@@ -58,9 +58,14 @@ def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | No
     parts = [f"model={load.model.name}", f"backend={load.backend.name}"]
     parts += _options(load)
     said = _said(load, request, asked.skip_layers)
+    remote = records[0].remote
+    for name in () if remote is None or load.model.family == "sd3" else remote.unsent:
+        said.pop(name, None)  # the model has no input for it, and a run refuses it
     parts += [f"{name}={said.pop(name)}" for name in _FIRST if name in said]
     parts += _weights(load.model)
     parts += [f"{name}={text}" for name, text in said.items()]
+    parts += [f"extra.{name}={_own_value(value)}" for name, value in request.extra]
+    parts += [f"images.{role}={role.upper()}_FILE" for role, _ in request.images]
     parts += _prompts(records, asked)
     negatives = _negatives(records)
     parts += [f"negative_prompt={','.join(map(_quoted, negatives))}"] if negatives else []
@@ -72,7 +77,7 @@ def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | No
 
 def _said(load: Load, request: Request, skip_layers: str | None) -> dict[str, str]:
     """Overrides of a setting, without what a run has unasked: field → text."""
-    values = {name: getattr(request, name) for name in SETTING}
+    values = {name: getattr(request, name) for name in SETTING if FIELDS[name].typed}
     quiet = [name for name, value in values.items() if is_unasked(name, value)]
     if load.model.family != "sd3" and "sampler" in quiet:
         quiet.remove("sampler")  # the model's own is another
@@ -263,6 +268,10 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
+def _own_value(value: Any) -> str:
+    return _quoted(value) if isinstance(value, str) else _text(value)
+
+
 def _quality(request: Request) -> str:
     lossy = request.output_format != "png"
     return f", quality={request.output_quality}" if lossy else ""
@@ -354,6 +363,8 @@ def api_body(record: Record) -> dict[str, Any]:
     request = record.trial.request
     ratio = _ratio(request.width, request.height)
     why = _refusal(request, ratio)
+    if record.trial.load.model.family != "sd3":
+        why = f"{record.trial.load.model.name} has an input of its own, which its page shows"
     if why is not None:
         return {"body": None, "not_sent": [], "why_not": why}
     inputs: dict[str, Any] = {
