@@ -146,7 +146,10 @@ def test_the_command_lines_extra_is_in_key_setting_title_and_command():
 
 
 CALL = dict.fromkeys([f.name for f in dataclasses.fields(RemoteCall)]) | {
-    "provider": "eachlabs", "cost_reported": False, "unsent": [], "resumed": False,
+    "provider": "eachlabs",
+    "cost_reported": False,
+    "unsent": [],
+    "resumed": False,
     **dict.fromkeys(("in_flight", "attempts", "polls"), 1),
 }
 
@@ -189,7 +192,8 @@ def test_several_values_need_m_and_a_grid_reaches_the_job():
     base = OmegaConf.create(
         {
             "axes": {"model": ["sana"], "backend": [], "threads": []},
-            "optional_backends": [], "models_with_images": ["omni-zero-couples"],
+            "optional_backends": [],
+            "models_with_images": ["omni-zero-couples"],
         }
     )
     words = written(["backend=eachlabs", "extra.style_type=Anime,General", "images.style=a.png"])

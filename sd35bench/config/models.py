@@ -29,7 +29,7 @@ from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import SAMPLERS
 from sd35bench.fields import FIELDS as REQUEST_FIELDS
 from sd35bench.fields import MOST_SEED, allowed
-from sd35bench.remote.inputs import KINDS
+from sd35bench.remote.inputs import Kind
 from sd35bench.types import Scalar, Task
 
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"
@@ -118,7 +118,7 @@ class InputConf(Conf):
     `field` is the field of ours that it comes from; ``None`` is `extra.` and the wire name.
     """
 
-    type: Literal[KINDS]
+    type: Kind
     field: Text | None = None
     default: Scalar = None
     range: list[int | float] = []

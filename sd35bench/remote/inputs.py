@@ -11,13 +11,13 @@ A field comes from a field of `Request`, from `aspect_ratio` (the size's word), 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sd35bench.errors import nearest
 from sd35bench.fields import FIELDS, later_asked
 from sd35bench.types import Request, Scalar
 
-KINDS = ("text", "int", "float", "int-text", "float-text", "image")
+Kind = Literal["text", "int", "float", "int-text", "float-text", "image"]
 """How a value travels; the page writes some numbers as JSON strings ("14", "4.5")."""
 EXTRA, IMAGE = "extra.", "images."
 SIZE = ("width", "height")
@@ -30,7 +30,7 @@ ABSENT = object()
 class Input:
     """One field of a hosted model's input.
 
-    `name` is the wire's, `source` ours, `kind` one of `KINDS`. `low` and `high` bound a number,
+    `name` is the wire's, `source` ours, `kind` how it travels. `low` and `high` bound a number,
     `choices` are the texts it may be, `words` maps our word for a value to the wire's. `needs`
     names the input that must be sent for this one to act. `drawn` is the seed that means a random
     one. `local` is the value that the model's local pipeline does, where it does only one.
@@ -38,7 +38,7 @@ class Input:
 
     name: str
     source: str
-    kind: str = "text"
+    kind: Kind = "text"
     default: Scalar = None
     low: float | None = None
     high: float | None = None
