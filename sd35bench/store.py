@@ -7,7 +7,7 @@
       images/ab/<sha256>.png  what trials made; inits/ holds what they started from
       machine/<shard>.json    limits of the machines that ran it
       features/<extractor>/   what extractors saw in images, so that nothing is embedded twice
-      records.parquet …       derived views; delete them whenever you like
+      view/ …                 derived views; delete them whenever you like
 
 Nothing is ever rewritten. A writer that dies leaves at most a torn last line, which readers
 ignore, and at most one image that no record names, which stays until `clean` moves it. Locks are
@@ -22,7 +22,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import numpy as np
 
+from sd35bench.columns import Columns, Records, in_order, last_of_each, texts
 from sd35bench.disk import (
     LineFile,
     decode_line,
@@ -47,6 +48,7 @@ from sd35bench.errors import StoreError, StudyLocked
 from sd35bench.pictures import decode_rgb
 from sd35bench.stored import Scan, StoredFiles, is_named
 from sd35bench.types import BackendSpec, Load, ModelSpec, Record, Request, Session, Status, to_json
+from sd35bench.view import JournalView, Unfit
 
 SCHEMA = 1
 _SEED = "request_seed"
@@ -258,7 +260,10 @@ class Study:
         self._inits = StoredFiles(path / "inits", (".img",))
         self._latents = StoredFiles(path / "latents", (".npz",))
         self._features: dict[str, tuple[tuple[Path, ...], dict[str, np.ndarray]]] = {}
-        self._journal = _Shards(path / "journal", _Journal().parse)
+        self._parse = _Journal().parse
+        self._journal = _Shards(path / "journal", self._parse)
+        self._view = JournalView(path, self._parse)
+        self._viewed: tuple[Any, Columns | None] | None = None
         self._scores = _Shards(path / "scores", _read_score)
 
     @classmethod
@@ -299,16 +304,19 @@ class Study:
         """Open a new journal shard of this writer's own."""
         return Shard(self.path / "journal" / f"{shard_id}.jsonl")
 
-    def records(self) -> list[Record]:
+    def records(self) -> Sequence[Record]:
         """Read every trial's last record, in the order in which keys first appeared.
 
         A record with its whole image wins over failures, whichever is later.
 
         Raises: StoreError for a damaged journal.
         """
+        everything = self.all_records()
+        if isinstance(everything, Records):
+            return last_of_each(everything, lambda: self.images().whole)
         last: dict[str, Record] = {}
         there: set[str] | None = None
-        for record in self.all_records():
+        for record in everything:
             before = last.get(record.trial.key)
             if before is not None and before.status is Status.OK is not record.status:
                 there = self.images().whole if there is None else there
@@ -317,19 +325,42 @@ class Study:
             last[record.trial.key] = record
         return list(last.values())
 
-    def all_records(self) -> Iterator[Record]:
+    def all_records(self) -> Iterable[Record]:
         """Read every record, those that a later one of the same trial replaces too."""
+        columns = self._columns()
+        if columns is not None:
+            return in_order(columns, [path.name for path in self.shards()])
         return (line for line in self._journal.lines() if isinstance(line, Record))
 
     def sessions(self) -> dict[str, Session]:
         """Read every worker's session, by id."""
+        if self._columns() is not None:
+            return {s.id: s for s in self._view.sessions()}
         return {line.id: line for line in self._journal.lines() if isinstance(line, Session)}
 
     def done_keys(self) -> set[str]:
         """Keys of the trials that succeeded and whose image is still there, and whole."""
         there = self.images().whole
-        ok = (r for r in self.records() if r.status is Status.OK)
-        return {r.trial.key for r in ok if r.image in there}
+        records = self.records()
+        found = zip(*(texts(records, name) for name in ("key", "status", "image")), strict=True)
+        return {key for key, status, image in found if status == Status.OK and image in there}
+
+    def check_view(self) -> str | None:
+        """What is wrong with the view, by all of its bytes. Raises: StoreError."""
+        return self._view.check(self.shards())
+
+    def _columns(self) -> Columns | None:
+        """A large journal's view; ``None`` where there is none. Raises: StoreError."""
+        shards = self.shards()
+        if not self._view.fits(shards):
+            return None
+        stamps = self._view.stamps(shards)
+        if self._viewed is None or self._viewed[0] != stamps:
+            columns = None
+            with contextlib.suppress(Unfit):
+                columns = Columns(self._view, self._view.refresh(shards), self._parse)
+            self._viewed = stamps, columns
+        return self._viewed[1]
 
     # Images ------------------------------------------------------------------------------------
 

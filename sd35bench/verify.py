@@ -50,6 +50,11 @@ def verify_study(path: Path) -> Verification:
         Study.open(path.parent, path.name)
     study = Study(path)
     records = _journal(study, found)
+    if (path / "view").exists():
+        with found.look("view", path / "view", "delete the folder: the next reader makes it anew"):
+            wrong = study.check_view()
+            if wrong is not None:
+                raise StoreError(f"the Parquet view is not the journal's: {wrong}")
     _files(study, records, found)
     for file in sorted((path / "scores").glob("*.jsonl")):
         with found.look("scores", file, SCORE):
