@@ -155,8 +155,8 @@ def pick(records: Some, which: NDArray[Any]) -> Some:
     """Records by a mask or by their numbers, of the same kind as they are."""
     if isinstance(records, Records):
         return Records(records.columns, records.places[which])
-    numbers = np.flatnonzero(which) if which.dtype == bool else which
-    return [records[i] for i in numbers]
+    chosen = np.flatnonzero(which) if which.dtype == bool else which
+    return [records[i] for i in chosen.tolist()]
 
 
 def join(parts: Sequence[Some]) -> Some:
@@ -275,7 +275,7 @@ def last_of_each(records: Records, whole: Callable[[], Container[str]]) -> Recor
         code = int(codes[place])
         before = best.get(code)
         failed_later = before is not None and status[before] == Status.OK != status[i]
-        if failed_later and images[before] in whole():
+        if failed_later and str(images[before]) in whole():
             continue
         best[code] = i
     for code, i in best.items():

@@ -426,9 +426,10 @@ def _parquet(table: Any) -> bytes:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
+    coded: Any = [*CODED]
     pq.write_table(
         table, buffer, compression="zstd", write_page_checksum=True, row_group_size=1 << 20,
-        use_dictionary=[*CODED], dictionary_pagesize_limit=1 << 28,
+        use_dictionary=coded, dictionary_pagesize_limit=1 << 28,
     )  # fmt: skip
     return buffer.getvalue()
 

@@ -122,7 +122,7 @@ def _write_start(study: Study, number: int, start: int, prompts: range, images: 
         for place, (steps, cfg) in enumerate(SETTINGS):
             values = _values(rng, number, prompt, place, images[prompt * len(SETTINGS) + place])
             ok, failed = templates[place]
-            if values["@serial"] % FAILED_EVERY == 0:
+            if int(str(values["@serial"])) % FAILED_EVERY == 0:
                 lines.append(failed % values)
                 continue
             lines.append(ok % values)

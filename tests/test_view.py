@@ -18,7 +18,7 @@ from sd35bench.verify import verify_study
 from tests.scale import make_study
 from tests.studies.memory import record, session
 
-RECORDS = 400
+RECORDS = 800
 
 
 @pytest.fixture(scope="module")
