@@ -41,17 +41,19 @@ REQUEST_AXES = tuple(name for name in AXES if name not in LOAD_AXES)
 Task = Callable[[DictConfig], Any]
 
 
-def sweep(task: Task, overrides: Sequence[str], extra: Path | None = None) -> list[Any]:
+def sweep(
+    task: Task, overrides: Sequence[str], extra: Path | None = None, root: str = CONFIG_NAME
+) -> list[Any]:
     """Run Hydra's multirun with our sweeper; returns what the jobs returned, in order.
 
-    `extra` is a folder with YAML files of the user's own.
+    `extra` is a folder with YAML files of the user's own, `root` the primary file's name.
 
     Raises: ConfigError for what Hydra refuses; the task's own exceptions pass.
     """
-    with hydra_session() as hydra, explained():
+    with hydra_session(extra) as hydra, explained():
         _register()
         return hydra.multirun(
-            config_name=CONFIG_NAME,
+            config_name=root,
             task_function=task,
             overrides=[*overrides, *search_path(extra)],
             with_log_configuration=False,

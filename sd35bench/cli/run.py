@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sd35bench.analysis.settings import setting_key
+from sd35bench.cli.hydra_flags import FLAGS as HYDRA_FLAGS
+from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
 from sd35bench.cli.output import Answer, RunProgress, console, show_progress
 from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given, in_columns, parse
 from sd35bench.config import Job, check_overrides, choices, freeze
@@ -158,11 +160,13 @@ def run(given: Given) -> Answer:
         if auto is not None:
             return run_planned(given, auto, run, _look)
     check_overrides(given.settings, given.has("-m"), given.config_dir)
+    if asks_hydra(given):
+        return answer_hydra(given)
     out = console(given.as_json)
     say = partial(out.print, markup=False, soft_wrap=True)
     task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings, say)
     began = time.perf_counter()
-    results = sweep(task, written(given.settings), given.config_dir)
+    results = sweep(task, written(given.settings), given.config_dir, root_of(given))
     job, _ = task.prepared[0]
     if task.dry_run:
         found = _estimate(task.prepared)
@@ -193,7 +197,7 @@ def _look(given: Given) -> "Planned":
 
     check_overrides(given.settings, given.has("-m"), given.config_dir)
     task = RunTask(dry_run=True)
-    sweep(task, written(given.settings), given.config_dir)
+    sweep(task, written(given.settings), given.config_dir, root_of(given))
     job, _ = task.prepared[0]
     settings = {setting_key(trial) for _, plan in task.prepared for trial in plan.trials}
     return Planned(
@@ -429,6 +433,8 @@ sd35bench run model=sd35-medium backend=eachlabs prompts.limit=20 remote.max_cos
     a hosted service, with a budget; the key comes from EACHLABS_API_KEY
 sd35bench run experiment=demo --dry-run
     what a stored sweep would do and take
+sd35bench run experiment=demo --cfg job --package model
+    what Hydra makes of a command line, without running it
 """,
         flags=(
             Flag(
@@ -439,6 +445,7 @@ sd35bench run experiment=demo --dry-run
             DRY_RUN,
             CONFIG_DIR,
             YES,
+            *HYDRA_FLAGS,
         ),
         details=_details,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -59,11 +60,21 @@ def explained() -> Iterator[None]:
 
 
 @contextmanager
-def hydra_session() -> Iterator[Any]:
-    """Start Hydra on our folder with our schema; gives its `Hydra` object."""
+def hydra_session(roots: Path | None = None) -> Iterator[Any]:
+    """Start Hydra on our folder with our schema; gives its `Hydra` object.
+
+    `roots`: a folder of the user's own, in which Hydra looks for the primary file too. It does not
+    look for that one in `hydra.searchpath`, which it reads from it.
+    """
     _register()
     with initialize_config_dir(str(config_dir()), job_name="sd35bench", version_base="1.3"):
-        yield GlobalHydra.instance().hydra
+        hydra: Any = GlobalHydra.instance().hydra
+        if roots is not None:
+            loader = hydra.config_loader
+            path = f"file://{roots.resolve()}"
+            loader.config_search_path.append("sd35bench", path, anchor="main")
+            loader.repository = ConfigRepository(loader.config_search_path)
+        yield hydra
 
 
 def _register() -> None:
