@@ -17,7 +17,9 @@ say so. Images are not affected: quality is judged on all.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from statistics import median
+from typing import Any
 
 from sd35bench.fields import setting_identity
 from sd35bench.types import CanaryFacts, Record, Session, Status, Surroundings
@@ -32,6 +34,9 @@ _LEAST_SHARE = 0.25
 with fewer the slower regime's many say more than the faster one's few."""
 
 DISTURBED = "disturbed by other work on the machine"
+OVERLAPPED = "timed while another run timed on the same device"
+_SLACK_S = 0.002
+"""Starts are kept in whole milliseconds."""
 SLOWER = "timed while the machine ran slower"
 
 Stamp = tuple[str, str, str]
@@ -47,14 +52,20 @@ class Contention:
     """What a study's readings say: disturbed trials, and each session's median relative speed.
 
     A session without readings (an older version, a hosted service) has no speed: unknown.
+    `overlapped` trials were timed while another session timed on one of their devices.
     """
 
     disturbed: frozenset[Stamp] = frozenset()
     speed: Mapping[str, float] = field(default_factory=dict)
+    overlapped: frozenset[Stamp] = frozenset()
 
     def is_disturbed(self, record: Record) -> bool:
-        """Whether this very timing is disturbed; not where nothing is known."""
-        return stamp(record) in self.disturbed
+        """Whether this very timing is disturbed or overlapped; not where nothing is known."""
+        return stamp(record) in self.disturbed or self.is_overlapped(record)
+
+    def is_overlapped(self, record: Record) -> bool:
+        """Whether this very timing overlapped another session's on its device."""
+        return stamp(record) in self.overlapped
 
     def is_refused(self, record: Record) -> bool:
         """Whether it is disturbed, or its session ran far below the machine's best."""
@@ -64,7 +75,9 @@ class Contention:
 def read_contention(records: Iterable[Record], sessions: Mapping[str, Session]) -> Contention:
     """Judge all timings of a study, those that were made again too, in the order of its journal."""
     by_session: dict[str, list[Record]] = defaultdict(list)
+    spans = _Spans(sessions)
     for record in records:
+        spans.add(record)
         if is_timed(record):
             by_session[record.session_id].append(record)
     best: dict[str, float] = defaultdict(float)
@@ -79,7 +92,74 @@ def read_contention(records: Iterable[Record], sessions: Mapping[str, Session]) 
             highest = facts.best * max(1.0, sustained(series))
             best[facts.machine] = max(best[facts.machine], highest)
     speed = {key: middle / best[machine] for key, (middle, machine) in middles.items()}
-    return Contention(frozenset(marked), speed)
+    return Contention(frozenset(marked), speed, spans.overlapped())
+
+
+class _Spans:
+    """When which session timed on which device, as far as sessions say where they were."""
+
+    def __init__(self, sessions: Mapping[str, Session]) -> None:
+        users: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+        for key, session in sessions.items():
+            for device in _devices(session):
+                users[device].add(key)
+        # Cores that the same sessions used tell the same.
+        self._groups = {frozenset(found) for found in users.values() if len(found) > 1}
+        self._known = frozenset[str]().union(*self._groups)
+        self._records: dict[str, list[Record]] = defaultdict(list)
+
+    def add(self, record: Record) -> None:
+        """Note when a record's time was taken."""
+        alone = record.trial.batch_size == 1 or record.surroundings is not None
+        if record.session_id in self._known and record.timings is not None and alone:
+            self._records[record.session_id].append(record)
+
+    def overlapped(self) -> frozenset[Stamp]:
+        """All timings that overlapped one of another session on a device that both used."""
+        windows = {key: self._window(found) for key, found in self._records.items()}
+        found: set[Stamp] = set()
+        for group in self._groups:
+            keys = [key for key in group if key in windows]
+            # Sessions that followed each other, which most do, are not looked at any closer.
+            near = [k for k in keys if any(k != o and _meet(windows[k], windows[o]) for o in keys)]
+            found |= _overlaps([_span(r) for key in near for r in self._records[key]])
+        return frozenset(found)
+
+    def _window(self, records: list[Record]) -> tuple[float, float]:
+        first, last = (f(records, key=lambda r: r.started_at) for f in (min, max))
+        return _span(first)[0], _span(last)[1]
+
+
+_Span = tuple[float, float, Stamp]
+
+
+def _span(record: Record) -> _Span:
+    assert record.timings is not None
+    began = datetime.fromisoformat(record.started_at).timestamp()
+    return began, began + record.timings.generate_s, stamp(record)
+
+
+def _meet(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] - _SLACK_S and other[0] < one[1] - _SLACK_S
+
+
+def _overlaps(spans: list[_Span]) -> set[Stamp]:
+    found: set[Stamp] = set()
+    running: list[_Span] = []
+    for span in sorted(spans):
+        running = [other for other in running if span[0] < other[1] - _SLACK_S]
+        for other in running:
+            if other[2][0] != span[2][0]:
+                found |= {other[2], span[2]}
+        running.append(span)
+    return found
+
+
+def _devices(session: Session) -> list[tuple[Any, ...]]:
+    """What a session timed on: a GPU or cores, of one boot of one host."""
+    known = session.environment
+    names = str(known.get("occupies") or "").split(",")
+    return [(known.get("hostname"), known.get("boot_id"), name) for name in names if name]
 
 
 def judge_session(series: Sequence[Record], facts: CanaryFacts) -> Contention:
@@ -215,9 +295,11 @@ class Timed:
 
 def choose(timed: Sequence[Record], found: Contention) -> Timed:
     """Choose which of a setting's timings count: of one regime, undisturbed where most are."""
-    alike, speed = _one_regime(timed, found.speed)
+    apart = [r for r in timed if not found.is_overlapped(r)]
+    alike, speed = _one_regime(apart, found.speed)
     watched = sum(map(is_timed, timed))
-    left = Counter({SLOWER: len(timed) - len(alike)} if len(alike) < len(timed) else {})
+    counts = {OVERLAPPED: len(timed) - len(apart), SLOWER: len(apart) - len(alike)}
+    left = Counter({why: count for why, count in counts.items() if count})
     quiet = [r for r in alike if not found.is_disturbed(r)]
     disturbed = len(alike) - len(quiet)
     marked = disturbed > len(quiet)

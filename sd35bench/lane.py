@@ -344,7 +344,9 @@ class Lane:
         answer = replace(answer, surroundings=seen)
         for trial, made in zip(batch.trials, answer.made, strict=True):
             if trial.key not in self.run.done:
-                record = self._record(trial, made, answer, started_at, len(batch.trials))
+                # When the work began, not when it began to wait for its device.
+                began = answer.started_at or started_at
+                record = self._record(trial, made, answer, began, len(batch.trials))
                 self._append(record, again)
                 if is_timed(record):
                     self.timings.append(record)

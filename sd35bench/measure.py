@@ -44,6 +44,10 @@ COMPARABLE = (
 )
 """Keys of `environment` that make figures comparable; RAM and kernel release do not."""
 
+_HARDWARE = ("machine", "cpu_model", "cpu_count", "gpu_name", "gpu_driver")
+BESIDE = "SD35BENCH_BESIDE"
+"""A worker's variable: how many others of its run compute on other cores of this machine."""
+
 RATE_FIELDS = ("machine", "cpu_model", "cpu_count", "threads", "gpu_name", "gpu_driver", "torch")
 """Keys of `environment` that a matmul's or a copy's rate depends on."""
 
@@ -258,14 +262,38 @@ def asked_device(load: Load, has_gpu: bool) -> str:
     return "cuda"
 
 
-def environment_id(env: dict[str, Scalar]) -> str:
+def place(device: str) -> dict[str, Scalar]:
+    """Which very machine and device this process is on: recorded, and no part of `environment_id`.
+
+    `occupies` names what it times on: its GPU, or the cores that it may use. `gpu_power_limit_w`
+    and `beside`, the workers on other cores at the same time, do make figures unlike.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    uuid = gpu_uuid() if device == "cuda" else None
+    boot = _first_line("/proc/sys/kernel/random/boot_id").strip()
+    found: dict[str, Scalar] = {
+        "hostname": platform.node() or None,
+        "boot_id": boot or None,
+        "device_uuid": uuid,
+        "occupies": f"gpu-{uuid}" if uuid is not None else ",".join(f"core-{n}" for n in cores),
+    }
+    beside = os.environ.get(BESIDE)
+    if device != "cuda" and beside is not None:
+        found["beside"] = int(beside)
+    limit_w = _power_limit_w() if uuid is not None else None
+    return found if limit_w is None else {**found, "gpu_power_limit_w": limit_w}
+
+
+def environment_id(env: Mapping[str, Scalar], software: bool = False) -> str:
     """Hash what makes figures comparable (`COMPARABLE`); 16 hex digits, no time in it.
 
-    A hosted `service`'s figures are unlike this machine's; local environments have no such entry.
+    What only some environments have is left out where it is not: a hosted `service`, a GPU's power
+    limit, workers beside. `software`: leave the hardware out.
     """
-    comparable = {key: env.get(key) for key in COMPARABLE}
-    if "service" in env:
-        comparable["service"] = env["service"]
+    names = [n for n in COMPARABLE if n not in _HARDWARE] if software else COMPARABLE
+    comparable = {key: env.get(key) for key in names}
+    also = ("service",) if software else ("service", "beside", "gpu_power_limit_w")
+    comparable |= {key: env[key] for key in also if key in env}
     return content_hash(comparable)[:16]
 
 
@@ -360,10 +388,14 @@ def _visible_handle(nvml: Any) -> Any:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return nvml.nvmlDeviceGetHandleByIndex(0) if nvml.nvmlDeviceGetCount() else None
-    first = visible.split(",")[0].strip()
-    if first.startswith(("GPU-", "MIG-")):
-        return nvml.nvmlDeviceGetHandleByUUID(first)
-    return nvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else None
+    return _handle(nvml, visible.split(",")[0].strip())
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    """NVML handle of a device by index or UUID; ``None`` for neither."""
+    if name.startswith(("GPU-", "MIG-")):
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else None
 
 
 def visible_gpus() -> list[str]:
@@ -381,6 +413,28 @@ def visible_gpus() -> list[str]:
         return names[: next(ends, len(names))]
     handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
     return [str(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+
+
+def gpu_uuid(name: str | None = None) -> str | None:
+    """UUID of a GPU by a value of CUDA_VISIBLE_DEVICES, of the first visible one by default."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    try:
+        handle = _visible_handle(nvml) if name is None else _handle(nvml, name)
+        return None if handle is None else str(nvml.nvmlDeviceGetUUID(handle))
+    except nvml.NVMLError:
+        return None
+
+
+def _power_limit_w() -> float | None:
+    nvml = _nvml()
+    try:
+        handle = _visible_handle(nvml)
+        limit_mw = _told(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    except nvml.NVMLError:
+        return None
+    return None if limit_mw is None else limit_mw / 1e3
 
 
 def gpu_state() -> GpuState | None:

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from sd35bench.errors import ConfigError
-from sd35bench.measure import asked_device, visible_gpus
+from sd35bench.measure import asked_device, gpu_uuid, visible_gpus
 from sd35bench.types import NO_WEIGHTS, Load
 
 AUTO = "auto"
@@ -31,6 +31,19 @@ class Seat:
 def occupies(load: Load) -> bool:
     """Whether a load takes a GPU or cores for itself."""
     return load.model.weights_digest != NO_WEIGHTS
+
+
+def resources(load: Load, seat: Seat) -> tuple[str, ...]:
+    """What a load will occupy on a seat, by the names of `leases`, as far as that can be foreseen.
+
+    Once it is loaded it says itself (`environment`'s `occupies`).
+    """
+    if not occupies(load):
+        return ()
+    if asked_device(load, bool(visible_gpus())) == "cuda":
+        return (f"gpu-{gpu_uuid(seat.gpu)}",)
+    cores = os.sched_getaffinity(0) if seat.cores is None else seat.cores
+    return tuple(f"core-{number}" for number in sorted(cores))
 
 
 def seats_of(load: Load, workers: int | str) -> tuple[Seat, ...]:

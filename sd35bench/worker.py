@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,18 @@ from PIL import Image
 from sd35bench.backends.base import Backend, Generation, load_backend
 from sd35bench.canary import Lookout, start_lookout
 from sd35bench.errors import BackendError, InvalidImage, OutOfMemory, UnsupportedRequest
-from sd35bench.measure import Stopwatch, environment, environment_id, gpu_state, memory
+from sd35bench.measure import (
+    Stopwatch,
+    device_of,
+    environment,
+    environment_id,
+    gpu_state,
+    memory,
+    place,
+)
 from sd35bench.pictures import decode_rgb
 from sd35bench.types import (
+    NO_WEIGHTS,
     Flops,
     GpuState,
     Load,
@@ -122,7 +132,7 @@ class Answer:
 
     `flops` is of one image; `gpu` was read right after the last of them; `wall_s` is the whole
     job's, files included. `surroundings`, of a watched job, has the canary's speeds in 1e9
-    operations a second.
+    operations a second. `started_at` is when the work began, in UTC by the worker's own clock.
     """
 
     made: tuple[Made, ...]
@@ -135,6 +145,7 @@ class Answer:
     gpu: GpuState | None = None
     wall_s: float
     surroundings: Surroundings | None = None
+    started_at: str | None = None
 
 
 def main(handle: int) -> None:
@@ -157,7 +168,9 @@ def _serve(connection: Connection) -> None:
         return
     backend.synchronize()
     load_s = time.perf_counter() - started
-    where = environment(threads=load.threads)
+    where = environment(threads=load.threads) | place(device_of(backend.in_force))
+    if load.model.weights_digest == NO_WEIGHTS:
+        where["occupies"] = None
     connection.send(
         Ready(
             load_s=load_s,
@@ -199,6 +212,7 @@ def answer(backend: Backend, job: Job, lookout: Lookout | None = None) -> Answer
     try:
         if watching is not None:
             watching.before(job.expected_s)
+        started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
         with Stopwatch(backend.synchronize) as watch:
             generation = backend.generate(job.requests, inits)
         if watching is not None:
@@ -229,6 +243,7 @@ def answer(backend: Backend, job: Job, lookout: Lookout | None = None) -> Answer
         gpu=gpu,
         wall_s=wall_s,
         surroundings=seen,
+        started_at=started_at,
     )
 
 

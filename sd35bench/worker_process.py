@@ -16,15 +16,18 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
+from sd35bench.leases import Lease
 from sd35bench.limits import Limits
-from sd35bench.seats import Seat
-from sd35bench.types import Load
+from sd35bench.measure import BESIDE
+from sd35bench.seats import Seat, occupies, resources
+from sd35bench.types import Load, Scalar
 from sd35bench.worker import Answer, Failed, Job, Ready, Settle, Settled
 
 WATCH_S = 0.05
@@ -38,6 +41,7 @@ class WorkerProcess:
     def __init__(self, load: Load, limits: Limits, seat: Seat = ANYWHERE) -> None:
         """Start the process, which sees its seat alone; `load` waits for it."""
         self._load, self._limits = load, limits
+        self._lease = Lease(resources(load, seat))
         ours, theirs = socket.socketpair()
         environment = {
             **os.environ,
@@ -48,6 +52,8 @@ class WorkerProcess:
         }
         if seat.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = seat.gpu
+        if seat.beside:
+            environment[BESIDE] = str(seat.beside)
         with theirs:
             handle = theirs.fileno()
             self._process = subprocess.Popen(
@@ -75,16 +81,29 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def load(self) -> Ready | Failed:
-        """Load the backend and wait until it is there."""
-        return self._ask(self._load, self._limits.start_deadline_s())
+        """Load the backend and wait until it is there; nothing is timed beside it."""
+        with self._lease.hold(alone=False):
+            ready = self._ask(self._load, self._limits.start_deadline_s())
+        if isinstance(ready, Ready) and occupies(self._load):
+            names = tuple(str(ready.environment.get("occupies") or "").split(","))
+            if names not in (self._lease.names, ("",)):
+                self._lease.close()
+                self._lease = Lease(names)
+            ready = replace(ready, environment=ready.environment | self._kept())
+        return ready
+
+    def _kept(self) -> dict[str, Scalar]:
+        """Whether no other run of ours can time on the same device meanwhile."""
+        return {"leased": self._lease.is_honoured}
 
     def settle(self) -> Settled | Failed:
         """Say that the warm-up is over."""
         return self._ask(Settle(), self._limits.start_deadline_s())
 
     def run(self, job: Job, deadline_s: float) -> Answer:
-        """Run one batch."""
-        return self._ask(job, deadline_s)
+        """Run one batch, alone on its device if it is timed; the deadline begins after the wait."""
+        with self._lease.hold(alone=job.timed):
+            return self._ask(job, deadline_s)
 
     def close(self) -> None:
         """Ask the worker to end, and see to it."""
@@ -102,6 +121,7 @@ class WorkerProcess:
         self._process.kill()
         self._process.wait()
         self._connection.close()
+        self._lease.close()
         if self._watch is not None:
             self._watch.stop()
 

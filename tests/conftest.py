@@ -37,9 +37,11 @@ def pytest_configure() -> None:
 
     Two threads that share their cores with another test wait for each other at every barrier: the
     notebook's 30 s became 300 s. No canary is read, but where a test asks for it: what the suite
-    itself disturbs would be timed again, and left out of latencies.
+    itself disturbs would be timed again, and left out of latencies. No lease either, or tests that
+    run side by side would wait for each other.
     """
     os.environ.setdefault("SD35BENCH_CANARY", "off")
+    os.environ.setdefault("SD35BENCH_LEASES", "off")
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -113,7 +113,8 @@ def speed_summary(
     unknown hardware: it has no rate, and its throughput is in the row's `remote`.
     """
     if row.hosted:
-        return dict.fromkeys(_OF_THIS_MACHINE) | {"throughput": []} | _starts(row)
+        gone = dict.fromkeys((*_OF_THIS_MACHINE, "device_spread", "host_spread"))
+        return gone | {"throughput": []} | _starts(row)
     sessions = _sessions(table, row)
     flops = _mean_flops(row.timed if row.timed else row.usable)
     achieved = _achieved_tflops(row.timed)
@@ -129,6 +130,7 @@ def speed_summary(
         "throughput": throughput(row, latency),
         "gpu": _gpu(row.timed, sessions),
         **_starts(row),
+        **spreads(row, table.sessions),
     }
 
 
@@ -363,6 +365,36 @@ def _starts(row: Row) -> dict[str, Any]:
         "starts": len({r.session_id for r in row.timed}),
         "start_spread": _start_spread(row.timed),
     }
+
+
+def spreads(row: Row, sessions: Mapping[str, Session]) -> dict[str, Any]:
+    """How far apart devices and hosts are that share a row: slowest over fastest by median latency.
+
+    ``None`` where there are no two of `LEAST_PER_START` images each.
+    """
+    where = {key: session.environment for key, session in sessions.items()}
+    found = {}
+    for name, fact in (("device_spread", "device_uuid"), ("host_spread", "hostname")):
+        latencies: dict[Any, list[float]] = defaultdict(list)
+        for record in row.timed:
+            place = where.get(record.session_id, {}).get(fact)
+            if place is not None:
+                latencies[place].append(_latency_s(record))
+        middles = [median(x) for x in latencies.values() if len(x) >= LEAST_PER_START]
+        several = len(middles) >= 2
+        found[name] = max(middles) / min(middles) if several else None
+    return found
+
+
+def spread_texts(row: Row, sessions: Sequence[Session]) -> list[str]:
+    """Say of devices and hosts that share a row how far apart they are."""
+    found = spreads(row, {session.id: session for session in sessions})
+    words = {"device_spread": "devices", "host_spread": "hosts, pooled as asked,"}
+    return [
+        f"{word} share this row: the slowest takes {found[name]:.2f} times the fastest's p50"
+        for name, word in words.items()
+        if found[name] is not None
+    ]
 
 
 def _start_spread(timed: Sequence[Record]) -> float | None:

@@ -24,6 +24,7 @@ from sd35bench.analysis.speed import (
     speed_summary,
     speed_warnings,
     speedup,
+    spread_texts,
 )
 from sd35bench.analysis.table import (
     GUARD,
@@ -37,12 +38,14 @@ from sd35bench.contention import DISTURBED, unlike
 from sd35bench.types import Record, Session, Status, to_json
 
 
-def show_document(study: Any, table: Table | None = None) -> dict[str, Any]:
+def show_document(
+    study: Any, table: Table | None = None, pool_hosts: bool = False
+) -> dict[str, Any]:
     """Summarise a study (`sd35bench.store.Study`) as `show --json` prints it.
 
-    `table` is the study's, where it was read already.
+    `table` is the study's, where it was read already; `pool_hosts` as of `read_table`.
     """
-    table = read_table(study) if table is None else table
+    table = read_table(study, pool_hosts) if table is None else table
     kept, held_out = part_held_out(table.rows)
     table = replace(table, rows=kept)
     notes = [_apart(held_out)] if held_out else []
@@ -173,6 +176,7 @@ def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
         )
     for why, n in row.untimed.most_common():
         found.append(f"{n} call{'s' * (n > 1)} {why}: no latency from {'them' if n > 1 else 'it'}")
+    found += spread_texts(row, sessions)
     if not row.timed:
         alone = "call of this setting ran alone"
         lone = alone if row.hosted else "trial of this setting ran at batch size 1"

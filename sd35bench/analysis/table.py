@@ -8,13 +8,14 @@ file that another seed gave in the same setting. One pass over the records, one 
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
 from sd35bench.contention import Timed, choose, clock_text, read_contention, sentences
-from sd35bench.types import CUT, Record, Session, Status
+from sd35bench.measure import environment_id
+from sd35bench.types import CUT, Record, Session, Status, content_hash
 
 GUARD = "guard"
 """Name under which `score` keeps what the guards saw in an image: value 1 passed, 0 refused."""
@@ -116,9 +117,12 @@ class Table:
         return self.scores.get(metric, {}).get((record.trial.key, record.image or ""))
 
 
-def read_table(study: Any) -> Table:
-    """Sort a study (`sd35bench.store.Study`) into rows."""
-    sessions = study.sessions()
+def read_table(study: Any, pool_hosts: bool = False) -> Table:
+    """Sort a study (`sd35bench.store.Study`) into rows.
+
+    `pool_hosts`: unlike hosts and devices with the same software share rows.
+    """
+    sessions = by_host(study.sessions(), pool_hosts)
     scores: dict[str, dict[tuple[str, str], ScoreLike]] = defaultdict(dict)
     for score in study.scores():
         scores[score.metric][score.key, score.image] = score
@@ -137,6 +141,28 @@ def read_table(study: Any) -> Table:
     clocks = [row.clock for row in rows]
     busy, clock = sentences(clocks, found.speed), clock_text(clocks, found.speed)
     return Table(rows, sessions, dict(scores), warnings, busy, clock, found.speed)
+
+
+def by_host(sessions: Mapping[str, Session], pool: bool = False) -> dict[str, Session]:
+    """Tell sessions of unlike hosts apart by `environment_id`; with `pool` not even by hardware.
+
+    Devices of one host stay together where their environments are alike. A study of one host keeps
+    the ids that it has.
+    """
+    hosts: dict[str, set[Any]] = defaultdict(set)
+    for session in sessions.values():
+        hosts[session.environment_id].add(session.environment.get("hostname"))
+
+    def place(session: Session) -> str:
+        if "service" in session.environment or "hostname" not in session.environment:
+            return session.environment_id
+        if pool:
+            return environment_id(session.environment, software=True)
+        if len(hosts[session.environment_id]) == 1:
+            return session.environment_id
+        return content_hash([session.environment_id, session.environment["hostname"]])[:16]
+
+    return {key: replace(s, environment_id=place(s)) for key, s in sessions.items()}
 
 
 def damaged_text(paths: Iterable[Path]) -> list[str]:

@@ -42,7 +42,7 @@ def show(given: Given) -> Answer:
 
     study = _open(given)
     counts = score_missing(study)
-    document = show_document(study)
+    document = show_document(study, pool_hosts=given.has("--pool-hosts"))
     document["warnings"] += _refused(counts)
     if not given.as_json:
         from sd35bench.report.tables import print_settings, settings_markdown
@@ -286,7 +286,14 @@ sd35bench show grid
 sd35bench show grid --markdown > grid.md
 sd35bench show grid --json | jq '.settings[].latency_s.p50'
 """,
-        flags=(MARKDOWN, RESULTS_DIR),
+        flags=(
+            MARKDOWN,
+            Flag(
+                name="--pool-hosts",
+                means="one row over unlike hosts and devices, with the spread between them",
+            ),
+            RESULTS_DIR,
+        ),
     ),
     "recommend": Command(
         call=recommend,

@@ -21,7 +21,7 @@ from sd35bench import words
 from sd35bench.analysis.settings import is_hosted
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Table as StudyTable
-from sd35bench.analysis.table import read_table
+from sd35bench.analysis.table import by_host, read_table
 from sd35bench.claims.verdicts import claims_document, is_claims_study
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
@@ -109,7 +109,7 @@ def build_document(
 
     A text instead of a recommendation says why there is none.
     """
-    records, sessions = study.records(), study.sessions()
+    records, sessions = study.records(), by_host(study.sessions())
     objective = objective_estimates(recommendation)
     rows = tuple(
         replace(r, metrics={**objective.get(r.id, {}), **r.metrics}) for r in read_rows(show)
