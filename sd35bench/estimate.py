@@ -17,7 +17,7 @@ from sd35bench.analysis.settings import setting_key
 from sd35bench.contention import read_contention
 from sd35bench.engine import Engine
 from sd35bench.errors import StoreError
-from sd35bench.evaluations import evaluations, skip_layer_evaluations
+from sd35bench.evaluations import work
 from sd35bench.plan import Plan
 from sd35bench.remote.ledger import Ledger
 from sd35bench.store import Study
@@ -163,10 +163,7 @@ class _Seen:
 
 def _work(request: Request) -> float:
     """Denoiser evaluations, and what else an image takes, times pixels."""
-    extra = skip_layer_evaluations(request)  # these carry no negative prompt
-    both = 2 if request.cfg > 1 else 1
-    work = (evaluations(request) - extra) * both + extra + FIXED_EVALUATIONS
-    return work * request.width * request.height
+    return (work(request).sequences + FIXED_EVALUATIONS) * request.width * request.height
 
 
 def _alike(thing: Trial | Session, plan: Plan) -> bool:

@@ -6,18 +6,23 @@ layers)``. On the command line it is a preset of the model's, or LAYERS@SCALE:ST
 ``7-8-9@2.5:0.01-0.2``.
 
 A step is one evaluation, Heun's two and its last one; skip-layer guidance adds one with layers
-left out to every evaluation of the steps that it acts on. Guidance's second half of the batch is
-not counted: it is in the same call.
+left out to every evaluation of the steps that it acts on. Steps that are zero (cfg-zero-star) or
+predicted (`step_cache`) have none. Guidance's second half of the batch is not counted: it is in
+the same call, and outside the guidance interval there is none.
 """
 
 import re
+from functools import lru_cache
+from typing import NamedTuple
 
 from sd35bench.core import guidance
+from sd35bench.core.guidance import Call, Guidance, Kind, SkipLayers
 from sd35bench.types import Request, SkipLayerGuidance, Task
 
 EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}
 SAMPLERS = tuple(EVALUATIONS_PER_STEP)
 _NUMBER = r"(\d+(?:\.\d*)?(?:e[-+]?\d+)?)"
+_INTERVAL = re.compile(r"(\d+(?:\.\d*)?)-(\d+(?:\.\d*)?)")
 WRITTEN = re.compile(rf"(\d+(?:-\d+)*)@{_NUMBER}:{_NUMBER}-{_NUMBER}")
 
 
@@ -63,16 +68,123 @@ def skip_layer_window(skipping: SkipLayerGuidance, steps: int, sampler: str) -> 
     return (2 * acting[0] - 0.5) / steps, (2 * acting[-1] + 1.5) / steps
 
 
+# Guidance's window and the step cache, as they are typed -----------------------------------------
+
+
+def read_interval(value: object) -> str:
+    """Read LO-HI and return its one spelling.
+
+    Raises: ValueError.
+    """
+    found = _INTERVAL.fullmatch(f"{value}")
+    if found is None or not 0 <= float(found[1]) < float(found[2]) <= 1:
+        raise ValueError("not LO-HI")
+    return "-".join(f"{float(part):.15g}" for part in found.groups())
+
+
+def read_step_cache(value: object) -> str:
+    """Read "none", a number or a mask A-B-C and return its one spelling; every step is "none".
+
+    Raises: ValueError.
+    """
+    text = f"{value}"
+    if text in ("none", "1"):
+        return "none"
+    if re.fullmatch(r"[1-9]\d{0,3}", text):
+        return text
+    if re.fullmatch(r"\d{1,4}(-\d{1,4})+", text) is None:
+        raise ValueError("neither none, nor a number, nor a mask")
+    return "-".join(str(step) for step in sorted({int(step) for step in text.split("-")}))
+
+
+def last_masked(step_cache: str) -> int:
+    """The last step that a mask names; -1 where there is none."""
+    return int(step_cache.rpartition("-")[2]) if "-" in step_cache else -1
+
+
+# How often ---------------------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """Calls of the denoiser for one image: with both prompts, with one, without some layers."""
+
+    guided: int
+    alone: int
+    skipped: int
+
+    @property
+    def calls(self) -> int:
+        """All of them."""
+        return sum(self)
+
+    @property
+    def sequences(self) -> int:
+        """What they carry: a guided call the image twice."""
+        return 2 * self.guided + self.alone + self.skipped
+
+
+def guidance_of(request: Request) -> Guidance:
+    """Return how a request is guided; there are no layers to leave out in image-to-image."""
+    r, skipping = request, request.skip_layer_guidance
+    low, _, high = r.guidance_interval.partition("-")
+    return Guidance(
+        scale=r.cfg,
+        rule=r.guidance,
+        zero_init_steps=r.zero_init_steps,
+        eta=r.apg_eta,
+        norm=r.apg_norm,
+        momentum=r.apg_momentum,
+        interval=(float(low), float(high)),
+        skip_layers=None
+        if skipping is None or r.task is Task.IMAGE_TO_IMAGE
+        else SkipLayers(
+            layers=skipping.layers, scale=skipping.scale, start=skipping.start, stop=skipping.stop
+        ),
+        step_cache=r.step_cache,
+    )
+
+
+def planned_calls(request: Request) -> tuple[Call, ...]:
+    """Return what each of the sampler's evaluations asks of the denoiser."""
+    order, skip = sampler_order(request.sampler), request.steps - request.effective_steps
+    return _planned(guidance_of(request), order, skip, request.steps)[0]
+
+
+def work(request: Request) -> Work:
+    """Count the calls of the denoiser for one image by what they carry."""
+    order, skip = sampler_order(request.sampler), request.steps - request.effective_steps
+    return _planned(guidance_of(request), order, skip, request.steps)[1]
+
+
+@lru_cache(maxsize=256)
+def _planned(how: Guidance, order: int, skip: int, steps: int) -> tuple[tuple[Call, ...], Work]:
+    """Calls and their counts; kept, since a study has many images of few settings."""
+    calls = guidance.plan_calls(how, guidance.evaluation_steps(order, skip, steps), steps)
+    found = Work(
+        guided=sum(call.kind is Kind.GUIDED for call in calls),
+        alone=sum(call.kind is Kind.ALONE for call in calls),
+        skipped=sum(call.kind is Kind.GUIDED and call.skips for call in calls),
+    )
+    return calls, found
+
+
 def skip_layer_evaluations(request: Request) -> int:
     """Calls of the denoiser with layers left out, for one image; they carry no negative prompt."""
-    skipping = request.skip_layer_guidance
-    if skipping is None or request.task is Task.IMAGE_TO_IMAGE or request.cfg <= 1:
-        return 0
-    order, last = sampler_order(request.sampler), request.steps - 1
-    return sum(order if i < last else 1 for i in acting_steps(skipping, request.steps))
+    return work(request).skipped
 
 
 def evaluations(request: Request) -> int:
     """Calls of the denoiser for one image, guidance's second half of the batch not counted."""
-    order = sampler_order(request.sampler)
-    return order * request.effective_steps - (order - 1) + skip_layer_evaluations(request)
+    return work(request).calls
+
+
+def sequences(request: Request, seen: int | None) -> int:
+    """Sequences that the denoiser's `seen` calls carried for one image, guidance's half counted.
+
+    Planned calls say it exactly; of another number (``None``: unknown, as many as steps) all count
+    alike.
+    """
+    planned = work(request)
+    if seen == planned.calls:
+        return planned.sequences
+    return (2 if request.cfg > 1 else 1) * (request.effective_steps if seen is None else seen)

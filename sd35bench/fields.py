@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import DocInfo, Interval
 
-from sd35bench.evaluations import SAMPLERS, skip_layer_text
+from sd35bench.core.guidance import RULES
+from sd35bench.evaluations import SAMPLERS, read_interval, read_step_cache, skip_layer_text
 from sd35bench.types import (
     Load,
     PromptRef,
@@ -47,7 +48,8 @@ class Field:
     call takes, so that values alike in it share one warm-up. `sent` is whether the hosted protocol
     has it. `said` is how its value is said where no column says what it is; `grid` is how far apart
     neighbouring values are in a search. `axis`: whether it can be swept; `typed`: whether it is a
-    name of the command line; `nullable`: whether null may be typed.
+    name of the command line; `nullable`: whether null may be typed. `reads` turns a text into its
+    one spelling, or raises ValueError.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Field:
     grid: float | None = None
     axis: bool = True
     typed: bool = True
+    reads: Callable[[Any], str] | None = None
 
     @property
     def nullable(self) -> bool:
@@ -146,6 +149,77 @@ _FIELDS = (
         unasked="none",
         work=lambda r: r.skip_layer_guidance,
         said="skip {}",
+    ),
+    Field(
+        name="guidance",
+        takes=Literal[RULES],
+        means="how cfg guides: cfg-zero-star fits its scale, apg projects; cfg > 1",
+        default="cfg",
+        unasked="cfg",
+        neutral="cfg",
+        work=lambda r: r.guidance,
+        said="{}",
+    ),
+    Field(
+        name="zero_init_steps",
+        takes=Annotated[int, Interval(ge=0, le=1000)],
+        means="cfg-zero-star: first steps at which nothing moves",
+        default="1",
+        unasked=1,
+        neutral=1,
+        work=lambda r: r.zero_init_steps,
+        said="{} zero-init steps",
+        grid=1,
+    ),
+    Field(
+        name="apg_eta",
+        takes=Annotated[float, Interval(ge=0, le=1)],
+        means="apg: how much of guidance along the prompt's velocity is kept",
+        default="0",
+        unasked=0.0,
+        neutral=0.0,
+        grid=0.1,
+    ),
+    Field(
+        name="apg_norm",
+        takes=Annotated[float, Interval(ge=0, le=1e6)],
+        means="apg: the largest norm of guidance before its scale; 0 is any",
+        default="0",
+        unasked=0.0,
+        neutral=0.0,
+        grid=1,
+    ),
+    Field(
+        name="apg_momentum",
+        takes=Annotated[float, Interval(ge=-1, le=1)],
+        means="apg: what of the earlier steps' guidance is added; the paper's is negative",
+        default="0",
+        unasked=0.0,
+        neutral=0.0,
+        grid=0.25,
+    ),
+    Field(
+        name="guidance_interval",
+        takes=Annotated[str, DocInfo("LO-HI with 0 <= LO < HI <= 1, such as 0.1-0.7")],
+        means="fractions of the steps between which guidance acts; elsewhere half the work",
+        default="0-1",
+        unasked="0-1",
+        neutral="0-1",
+        work=lambda r: r.guidance_interval,
+        said="guided {}",
+        reads=read_interval,
+    ),
+    Field(
+        name="step_cache",
+        takes=Annotated[
+            str, DocInfo("none, N (every N-th step is evaluated), or the steps 0-1-3-6-9 that are")
+        ],
+        means="the other steps are predicted",
+        default="none",
+        unasked="none",
+        neutral="none",
+        work=lambda r: r.step_cache,
+        reads=read_step_cache,
     ),
     Field(
         name="max_sequence_length",
@@ -256,6 +330,14 @@ GRIDS = {f.name: f.grid for f in _FIELDS if f.grid is not None}
 
 _SIZE = ("width", "height")
 _LATER = tuple(f for f in _FIELDS if f.neutral is not KEYED)
+GUIDES = {
+    name: FIELDS[name].neutral
+    for name in (
+        *("guidance", "zero_init_steps", "apg_eta", "apg_norm", "apg_momentum"),
+        *("guidance_interval", "step_cache"),
+    )
+}
+"""Fields that change how the denoiser's outputs are made and combined, and their neutral values."""
 
 
 # What is the same -------------------------------------------------------------------------------

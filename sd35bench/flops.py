@@ -17,7 +17,7 @@ or more (padding to a graph's static shape): these are the operations that the i
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sd35bench.evaluations import skip_layer_evaluations
+from sd35bench.evaluations import work
 from sd35bench.types import Flops, Request, Task
 
 Config = Mapping[str, Any]
@@ -38,8 +38,8 @@ def image_flops(components: Mapping[str, Config], request: Request, evaluations:
             there, a missing text encoder costs nothing.
         request: with `max_sequence_length` filled in, the model's own where none was asked.
         evaluations: calls of the denoiser, skip-layer guidance's extra ones included. A call
-            carries the image twice where guidance is on; an extra one carries it once, without
-            the skipped layers.
+            carries the image twice where guidance acts and once outside its interval; an extra
+            one carries it once, without the skipped layers.
 
     Raises: ValueError without `max_sequence_length`, or with a negative count.
     """
@@ -51,9 +51,12 @@ def image_flops(components: Mapping[str, Config], request: Request, evaluations:
     latent = latent_size(vae, request.width, request.height)
     text_tokens = clip_tokens(components) + request.max_sequence_length
     guided = 2 if request.cfg > 1 else 1
-    extra = min(skip_layer_evaluations(request), evaluations)
+    planned = work(request)
+    extra = min(planned.skipped, evaluations)
+    alone = min(planned.alone, evaluations - extra)
     skipped = () if request.skip_layer_guidance is None else request.skip_layer_guidance.layers
-    denoise = guided * (evaluations - extra) * mmdit_flops(transformer, latent, text_tokens)
+    sequences = guided * (evaluations - extra - alone) + alone
+    denoise = sequences * mmdit_flops(transformer, latent, text_tokens)
     if extra:
         denoise += extra * mmdit_flops(transformer, latent, text_tokens, skipped)
     is_edit = request.task is Task.IMAGE_TO_IMAGE

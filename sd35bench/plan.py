@@ -4,8 +4,8 @@ Three ideas decide the order, and with it what can be compared later:
 
 - *No point twice.* Axis values that ask for the same image are collapsed before anything runs,
   and the plan's notes say so: guidance is off at every cfg <= 1, a strength acts only through the
-  number of steps it leaves, PNG has no quality, and without guidance a negative prompt and
-  skip-layer guidance are unused.
+  number of steps it leaves, PNG has no quality, and without guidance a negative prompt,
+  guidance rules, their interval and skip-layer guidance are unused.
 - *Blocks.* One prompt and seed under every setting, in seeded random order, is one block; blocks
   are in seeded random order too. A machine that warms up or slows down touches all settings alike.
 - *Fixed batches.* For larger batches a block is a group of prompt-and-seed cells, so a batch's
@@ -17,19 +17,21 @@ adding a prompt moves no other.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sd35bench.core.guidance import Kind
 from sd35bench.errors import ConfigError
-from sd35bench.evaluations import acting_steps, skip_layer_text
-from sd35bench.fields import FIELDS, PAIR, SETTING, make_trial
+from sd35bench.evaluations import acting_steps, last_masked, planned_calls, work
+from sd35bench.fields import FIELDS, PAIR, SETTING, make_trial, value_text
 from sd35bench.prompts import PromptItem
 from sd35bench.types import (
     Load,
     Request,
     Scalar,
     SkipLayerGuidance,
+    Task,
     Trial,
     content_hash,
 )
@@ -138,7 +140,7 @@ def expand(sweep: Sweep) -> Plan:
     batches = tuple(batch for _, block in blocks for batch in block)
     if not batches:
         raise ConfigError("the sweep asks for no image: give at least one prompt and one seed")
-    _refuse_idle_skip_layers(axes, batches, notes)
+    _refuse_idle(axes, batches, notes)
     return Plan(
         load=sweep.load,
         batches=batches,
@@ -211,7 +213,7 @@ class _Expander:
             setting["width"], setting["height"] = size
             if setting.get("output_format", "png") == "png":
                 setting["output_quality"] = PNG_QUALITY
-            self._settle_skip_layers(setting, image_to_image)
+            self._settle_guidance(setting, image_to_image)
             identity = _setting_identity(setting)
             if identity not in grid:
                 grid[identity] = setting
@@ -224,49 +226,114 @@ class _Expander:
                 )
         return list(grid.values())
 
-    def _settle_skip_layers(self, setting: dict[str, Any], image_to_image: bool) -> None:
-        """Take skip-layer guidance out where it cannot act, and say so."""
-        skipping = setting.get("skip_layer_guidance")
-        why = None if skipping is None else _idle_skip_layers(skipping, setting, image_to_image)
+    def _settle_guidance(self, setting: dict[str, Any], image_to_image: bool) -> None:
+        """Take out what of guidance cannot act, and say so.
+
+        Raises: ConfigError where no step is left.
+        """
+        for name, why in idle_guidance(setting, image_to_image).items():
+            setting[name] = FIELDS[name].quiet
+            self._notes.append(f"{name} has no effect {why}: it runs without, once")
+        if not work(_probe(setting, image_to_image)).calls:
+            raise ConfigError(
+                f"zero_init_steps={setting.get('zero_init_steps', 1)}: at {setting['steps']} steps"
+                " nothing would ever move; give more steps"
+            )
+
+
+def idle_guidance(setting: Mapping[str, Any], image_to_image: bool) -> dict[str, str]:
+    """Say why fields of guidance cannot act in a setting; those that can are left out.
+
+    `setting`: keyword arguments of `Request` that differ from its defaults.
+    """
+    found: dict[str, str] = {}
+    for name, find in _IDLE.items():
+        asked = _probe({**setting, **{n: FIELDS[n].quiet for n in found}}, image_to_image)
+        why = None if getattr(asked, name) == FIELDS[name].quiet else find(asked)
         if why is not None:
-            setting["skip_layer_guidance"] = None
-            self._notes.append(f"skip_layer_guidance has no effect {why}: it runs without, once")
+            found[name] = why
+    return found
 
 
-def _idle_skip_layers(
-    skipping: SkipLayerGuidance, setting: Mapping[str, Any], image_to_image: bool
-) -> str | None:
-    """Say why skip-layer guidance cannot act, or nothing where it can."""
-    if image_to_image:
-        return "in image-to-image (diffusers has none there)"
-    if setting["cfg"] <= 1:
-        return f"at cfg {setting['cfg']:g} (guidance is off)"
-    if not acting_steps(skipping, setting["steps"]):
-        return (
-            f"at {setting['steps']} steps (it acts after the first, between {skipping.start:g} and"
-            f" {skipping.stop:g} of them)"
-        )
+def _unguided(asked: Request) -> str | None:
+    return f"at cfg {asked.cfg:g} (guidance is off)" if asked.cfg <= 1 else None
+
+
+def _of_rule(rule: str) -> Callable[[Request], str | None]:
+    """Idle but with a rule of guidance, which has found out first whether it acts."""
+    return lambda r: None if r.guidance == rule else f"with guidance={r.guidance} (it is {rule}'s)"
+
+
+def _idle_interval(asked: Request) -> str | None:
+    if asked.cfg <= 1:
+        return _unguided(asked)
+    whole = replace(asked, guidance_interval="0-1", step_cache="none")
+    if planned_calls(replace(whole, guidance_interval=asked.guidance_interval)) == planned_calls(
+        whole
+    ):
+        return f"at {asked.steps} steps (guidance acts at every one)"
     return None
 
 
-def _refuse_idle_skip_layers(
+def _idle_cache(asked: Request) -> str | None:
+    last = last_masked(asked.step_cache)
+    if last >= asked.steps:
+        return f"at {asked.steps} steps (it names step {last})"
+    if not any(call.kind is Kind.PREDICTED for call in planned_calls(asked)):
+        return f"at {asked.steps} steps (every one is evaluated)"
+    return None
+
+
+def _idle_skip_layers(asked: Request) -> str | None:
+    if asked.task is Task.IMAGE_TO_IMAGE:
+        return "in image-to-image (diffusers has none there)"
+    skipping = asked.skip_layer_guidance
+    if asked.cfg <= 1 or skipping is None:
+        return _unguided(asked)
+    if not acting_steps(skipping, asked.steps):
+        return (
+            f"at {asked.steps} steps (it acts after the first, between {skipping.start:g} and"
+            f" {skipping.stop:g} of them)"
+        )
+    if not work(asked).skipped:
+        return f"at {asked.steps} steps (where it would act, nothing is guided or evaluated)"
+    return None
+
+
+_IDLE: Mapping[str, Callable[[Request], str | None]] = {
+    "guidance": _unguided,
+    "zero_init_steps": _of_rule("cfg-zero-star"),
+    "apg_eta": _of_rule("apg"),
+    "apg_norm": _of_rule("apg"),
+    "apg_momentum": _of_rule("apg"),
+    "guidance_interval": _idle_interval,
+    "step_cache": _idle_cache,
+    "skip_layer_guidance": _idle_skip_layers,
+}
+"""Why a field cannot act, asked in an order in which what was found idle is out already."""
+
+
+def _refuse_idle(
     axes: Mapping[str, tuple[AxisValue, ...]], batches: Sequence[Batch], notes: Sequence[str]
 ) -> None:
-    """Refuse skip-layer guidance that acts on no trial.
+    """Refuse a field of guidance that acts on no trial.
 
     Raises: ConfigError.
     """
-    given = [v for v in axes.get("skip_layer_guidance", ()) if isinstance(v, SkipLayerGuidance)]
-    acts = any(t.request.skip_layer_guidance is not None for b in batches for t in b.trials)
-    if given and not acts:
-        why = next(note for note in notes if note.startswith("skip_layer_guidance has no effect"))
-        reason = why.removeprefix("skip_layer_guidance has ").removesuffix(
-            ": it runs without, once"
-        )
-        raise ConfigError(
-            f"skip_layer_guidance={skip_layer_text(given[0])}: {reason}; give text-to-image"
-            " prompts, cfg > 1 and enough steps, or leave it out"
-        )
+    for name in _IDLE:
+        quiet = FIELDS[name].quiet
+        given = [value for value in axes.get(name, ()) if value != quiet]
+        if not given or any(getattr(t.request, name) != quiet for b in batches for t in b.trials):
+            continue
+        why = next(note for note in notes if note.startswith(f"{name} has no effect"))
+        reason = why.removeprefix(f"{name} has ").removesuffix(": it runs without, once")
+        raise ConfigError(f"{name}={value_text(given[0])}: {reason}; {_remedy(name)}leave it out")
+
+
+def _remedy(name: str) -> str:
+    if name == "skip_layer_guidance":
+        return "give text-to-image prompts, cfg > 1 and enough steps, or "
+    return ""
 
 
 def _cells(
@@ -360,6 +427,11 @@ def _setting_identity(setting: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 _PROBE = Request(prompt="", steps=1, cfg=1.0, seed=0, width=8, height=8)
+
+
+def _probe(setting: Mapping[str, Any], image_to_image: bool) -> Request:
+    """A request of a setting, whatever its prompt."""
+    return replace(_PROBE, init_image="" if image_to_image else None, **setting)
 
 
 def _digest(data: bytes) -> str:

@@ -64,9 +64,10 @@ class Request:
 
     `init_image` is the SHA-256 of the init image's file in the study's store; `prompt_strength`
     in (0, 1] acts only with it and is ``None`` without. `shift`, `max_sequence_length` ``None``
-    means the model's own. `extra` are inputs that only a hosted model has, `images` its input
-    images by role (SHA-256 of the file), both (name, value) in order of name; what is not there
-    has the model's default.
+    means the model's own. `guidance_interval` is LO-HI, fractions of the steps; `step_cache` is as
+    `core.cache.evaluated_steps` takes it. `extra` are inputs that only a hosted model has, `images`
+    its input images by role (SHA-256 of the file), both (name, value) in order of name; what is not
+    there has the model's default.
     """
 
     prompt: str
@@ -81,6 +82,13 @@ class Request:
     sampler: str = "euler"
     shift: float | None = None
     skip_layer_guidance: SkipLayerGuidance | None = None
+    guidance: str = "cfg"
+    zero_init_steps: int = 1
+    apg_eta: float = 0.0
+    apg_norm: float = 0.0
+    apg_momentum: float = 0.0
+    guidance_interval: str = "0-1"
+    step_cache: str = "none"
     max_sequence_length: int | None = None
     output_format: str = "png"
     output_quality: int = 90

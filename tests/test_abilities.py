@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from sd35bench.config import choices, compose
+from sd35bench.config.overrides import check_overrides
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import SAMPLERS
 from sd35bench.plan import expand
@@ -122,6 +123,65 @@ REFUSED = {
     "few-steps": (["skip_layer_guidance=stability", "steps=5"], "no effect at 5 steps"),
     "edit": (["skip_layer_guidance=stability", "prompts.task=edit"], "no effect in image-to-image"),
 }
+
+GUIDES_REFUSED = {
+    "old-name": (["guidance=4"], "one of cfg, cfg-zero-star, apg"),
+    "rule-unguided": (["guidance=apg", "cfg=1"], "no effect at cfg 1"),
+    "other-rule": (["guidance=apg", "zero_init_steps=2"], "it is cfg-zero-star's"),
+    "no-rule": (["apg_eta=0.5"], "it is apg's"),
+    "nothing-moves": (["guidance=cfg-zero-star", "steps=1"], "nothing would ever move"),
+    "interval": (["guidance_interval=0.7-0.1"], "LO-HI with 0 <= LO < HI <= 1"),
+    "interval-word": (["guidance_interval=half"], "LO-HI"),
+    "interval-unguided": (["guidance_interval=0-0.5", "cfg=1"], "no effect at cfg 1"),
+    "interval-whole": (["guidance_interval=0-0.99", "steps=8"], "guidance acts at every one"),
+    "cache-zero": (["step_cache=0"], "every N-th step"),
+    "cache-few": (["step_cache=2", "steps=2"], "every one is evaluated"),
+    "mask-long": (["step_cache=0-1-9", "steps=8"], "it names step 9"),
+}
+
+
+def _checked(*overrides):
+    check_overrides(overrides, multirun=False)
+    return job(*overrides)
+
+
+@pytest.mark.parametrize("case", GUIDES_REFUSED)
+def test_guidance_without_effect_is_refused(case):
+    overrides, message = GUIDES_REFUSED[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        expand(_checked("prompts.limit=1", *overrides).sweep)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_field_of_guidance_reaches_the_request_in_one_spelling():
+    found = request("guidance=apg", "apg_eta=0.5", "guidance_interval=0.10-0.7", "step_cache=2")
+    assert (found.guidance, found.apg_eta) == ("apg", 0.5)
+    assert (found.guidance_interval, found.step_cache) == ("0.1-0.7", "2")
+    assert request("step_cache=9-0-1-1").step_cache == "0-1-9"
+    assert request("step_cache=1").step_cache == "none"
+
+
+@pytest.mark.parametrize("field", ["guidance=apg", "guidance_interval=0-0.5", "step_cache=2"])
+def test_guidance_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path, field):
+    extra = narrow(tmp_path, "model", "nano", family="sana")
+    name = field.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{field}: narrow \(family sana\) cannot; use {name}="):
+        job("model=narrow", field, extra=extra)
+    with pytest.raises(ConfigError, match=f"{field}: backend eachlabs cannot; use {name}="):
+        job("model=sd35-medium", "backend=eachlabs", field)
+
+
+def test_a_sweep_over_rules_runs_idle_parameters_once():
+    axes = ["axes.guidance=[cfg,apg,cfg-zero-star]", "axes.apg_eta=[0,0.5]", "axes.cfg=[1,4]"]
+    plan = expand(job("prompts.limit=1", "steps=4", *axes).sweep)
+    found = sorted((t.request.cfg, t.request.guidance, t.request.apg_eta) for t in plan.trials)
+    assert found == [
+        (1.0, "cfg", 0.0),
+        (4.0, "apg", 0.0),
+        (4.0, "apg", 0.5),
+        (4.0, "cfg", 0.0),
+        (4.0, "cfg-zero-star", 0.0),
+    ]
 
 
 @pytest.mark.parametrize("case", REFUSED)

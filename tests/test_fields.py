@@ -40,6 +40,13 @@ OTHER = {
     "sampler": "heun",
     "shift": 1.0,
     "skip_layer_guidance": SkipLayerGuidance(layers=(7,), scale=2.5, start=0.01, stop=0.2),
+    "guidance": "apg",
+    "zero_init_steps": 2,
+    "apg_eta": 0.5,
+    "apg_norm": 2.5,
+    "apg_momentum": -0.5,
+    "guidance_interval": "0.1-0.7",
+    "step_cache": "2",
     "max_sequence_length": 8,
     "width": 32,
     "height": 32,
@@ -127,7 +134,8 @@ def test_only_what_decides_the_work_needs_a_warm_up_of_its_own(given, same):
 
 
 def test_a_row_written_before_a_field_existed_gets_its_neutral_value(later):
-    assert completed({"steps": 4}) == {"steps": 4, "extra": {}, "images": {}, later.name: 0.0}
+    neutral = {**fields.GUIDES, "extra": {}, "images": {}, later.name: 0.0}
+    assert completed({"steps": 4}) == {"steps": 4, **neutral}
     assert completed({later.name: 0.5})[later.name] == 0.5
 
 
@@ -178,6 +186,10 @@ def later(monkeypatch):
         ("sampler", "heun", "heun"),
         ("max_sequence_length", 77, "77 tokens"),
         ("skip_layer_guidance", OTHER["skip_layer_guidance"], "skip 7@2.5:0.01-0.2"),
+        ("guidance", "cfg-zero-star", "cfg-zero-star"),
+        ("guidance_interval", "0.1-0.7", "guided 0.1-0.7"),
+        ("step_cache", "2", "step cache 2"),
+        ("apg_momentum", -0.5, "apg momentum -0.5"),
         ("threads", 2, "threads 2"),
     ],
 )

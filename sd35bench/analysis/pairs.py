@@ -22,6 +22,7 @@ from sd35bench.analysis.settings import PairKey, pair_clusters, pair_key
 from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.errors import ConfigError
+from sd35bench.evaluations import sequences
 from sd35bench.stats.clustered import mean_bounds, mean_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import Record, Status, Task
@@ -319,14 +320,9 @@ def _latency(row: Row) -> dict[PairKey, float]:
 
 
 def _work(row: Row) -> float:
-    counted = [float(_evaluations(r)) for r in row.usable]
+    counted = [sequences(r.trial.request, r.evaluations) for r in row.usable]
     guided = 2.0 if row.setting["cfg"] > 1 else 1.0
-    return guided * (float(np.mean(counted)) if counted else float(row.setting["steps"]))
-
-
-def _evaluations(record: Record) -> int:
-    seen = record.evaluations
-    return record.trial.request.effective_steps if seen is None else seen
+    return float(np.mean(counted)) if counted else guided * float(row.setting["steps"])
 
 
 def _span(metric: str) -> tuple[float, float] | None:

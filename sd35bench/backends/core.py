@@ -6,11 +6,10 @@ that the eager backend can do. Which executor runs a step is asked for and prove
 be had is refused, never replaced.
 """
 
-import contextlib
 import gc
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -27,18 +26,18 @@ from sd35bench.backends.pipeline import DiffusersBackend, choice, foreign_errors
 from sd35bench.backends.probes import probe_compiler
 from sd35bench.backends.samplers import own_shift
 from sd35bench.core.executors import EXECUTORS, Compile, build, pick
-from sd35bench.core.generate import Ask, Core, SkipLayers, generate
+from sd35bench.core.generate import Ask, Core, generate
 from sd35bench.core.model import Config, Embedder, Executor, Weights
 from sd35bench.core.schedule import TRAIN_STEPS
 from sd35bench.core.text import CachedText, SD3Text
 from sd35bench.core.vae import CHOOSE, WAYS, Choices, Vae
 from sd35bench.core.weights import config_of_diffusers, fuse_diffusers
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
-from sd35bench.evaluations import sampler_order
+from sd35bench.evaluations import guidance_of, sampler_order
 from sd35bench.export import artifact
 from sd35bench.loading.sources import DTYPES
 from sd35bench.measure import DeviceClock
-from sd35bench.types import Flops, Request, Scalar, Task, content_hash
+from sd35bench.types import Request, Scalar, content_hash
 
 QUANTISATIONS = {"none": "exact", "int8": "int8"}
 """Options, and the executor's tier that each asks for."""
@@ -64,8 +63,7 @@ class CoreBackend(DiffusersBackend):
     the device), `vae` (contiguous, channels_last, compiled; auto: the faster layout by timing;
     tuned: the fastest of all), `text_cache` (negative: only negative prompts are kept, so that an
     image's time is that of a new prompt; all: prompts too). Lossy, off by default: `quantisation`
-    (int8: 8-bit products, C++ only), `guidance_interval` (LO-HI: fractions of the steps between
-    which guidance acts), `step_cache` (N: of N steps one is evaluated, the others are predicted).
+    (int8: 8-bit products, C++ only).
     """
 
     options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
@@ -75,8 +73,6 @@ class CoreBackend(DiffusersBackend):
             "quantisation": "none",
             "vae": "auto",
             "text_cache": "negative",
-            "guidance_interval": "0-1",
-            "step_cache": 1,
         }
     )
 
@@ -125,8 +121,6 @@ class CoreBackend(DiffusersBackend):
             spatial=pipe.vae_scale_factor,
             keep_prompts=kept == "all",
         )
-        self._interval = _interval(self.asked["guidance_interval"])
-        self._step_cache = _count("step_cache", self.asked["step_cache"])
         self._clock = DeviceClock(str(self.device))
         self._shift = own_shift(pipe.scheduler)
 
@@ -135,7 +129,6 @@ class CoreBackend(DiffusersBackend):
         assert self._core is not None
         facts = self._core.executor.facts
         proven = {**super().prove(pipe), "core": facts, "attention": facts["executor"]}
-        proven |= {"guidance_interval": list(self._interval), "step_cache": self._step_cache}
         return {**proven, **self._seen()}
 
     def settle(self) -> None:
@@ -193,14 +186,6 @@ class CoreBackend(DiffusersBackend):
             latents_first=_host(kept[0]) if kept else None,
             latents_last=_host(last) if self.keep_latents else None,
         )
-
-    def flops(self, request: Request, evaluations: int | None) -> Flops | None:
-        """Count one image; where a lossy tier leaves evaluations out, what the last one had."""
-        found, core = super().flops(request, evaluations), self._core
-        if found is None or core is None or (self._interval, self._step_cache) == ((0.0, 1.0), 1):
-            return found
-        one = super().flops(replace(request, cfg=1.0, skip_layer_guidance=None), 1)
-        return None if one is None else replace(found, denoise=one.denoise * core.sequences)
 
     def close(self) -> None:
         """Drop the core too."""
@@ -270,8 +255,7 @@ class CoreBackend(DiffusersBackend):
         return artifact.artifact_root().parent / "core" / f"{digest}.json"
 
     def _ask(self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]) -> Ask:
-        first, skipping = requests[0], requests[0].skip_layer_guidance
-        own = self._shift
+        first, own = requests[0], self._shift
         assert own is not None
         return Ask(
             prompts=[r.prompt for r in requests],
@@ -280,22 +264,12 @@ class CoreBackend(DiffusersBackend):
             height=first.height,
             width=first.width,
             steps=first.steps,
-            cfg=first.cfg,
+            guidance=guidance_of(first),
             sampler=first.sampler,
             shift=own if first.shift is None else first.shift,
             tokens=self._max_sequence_length(first),
             inits=[_fitted(i, first) for i in inits if i is not None],
             strength=first.prompt_strength or 1.0,
-            skip_layers=None
-            if skipping is None or first.task is Task.IMAGE_TO_IMAGE
-            else SkipLayers(
-                layers=skipping.layers,
-                scale=skipping.scale,
-                start=skipping.start,
-                stop=skipping.stop,
-            ),
-            guidance_interval=self._interval,
-            step_cache=self._step_cache,
         )
 
     def _seen(self) -> dict[str, Any]:
@@ -310,28 +284,6 @@ class CoreBackend(DiffusersBackend):
                 "misses": core.text.misses,
             },
         }
-
-
-def _interval(value: Scalar) -> tuple[float, float]:
-    """Read LO-HI.
-
-    Raises: BackendError.
-    """
-    low, _, high = str(value).partition("-")
-    with contextlib.suppress(ValueError):
-        if 0 <= float(low) < float(high) <= 1:
-            return float(low), float(high)
-    raise BackendError(f"backend.guidance_interval={value!r}: needs LO-HI, 0 <= LO < HI <= 1")
-
-
-def _count(name: str, value: Scalar) -> int:
-    """Read a whole number of at least 1.
-
-    Raises: BackendError.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BackendError(f"backend.{name}={value!r}: must be a whole number of at least 1")
-    return value
 
 
 class _Absent:

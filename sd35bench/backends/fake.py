@@ -16,6 +16,7 @@ from PIL import Image
 from sd35bench.backends.base import Backend, Generation
 from sd35bench.backends.faults import FAULTS, PHASES
 from sd35bench.errors import BackendError, OptimizationNotApplied
+from sd35bench.evaluations import evaluations
 from sd35bench.fields import request_identity
 from sd35bench.types import Load, Request, content_hash
 
@@ -65,7 +66,7 @@ class FakeBackend(Backend):
         noise = np.random.default_rng(_number(requests[0])).random(last.shape, np.float32)
         return Generation(
             images=images,
-            evaluations=steps,
+            evaluations=evaluations(requests[0]),
             effective_steps=steps,
             text_s=delay_s * 0.1,
             denoise_s=delay_s * 0.8,

@@ -26,10 +26,12 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img 
 )
 from PIL import Image
 
+from sd35bench.backends.guided import is_plain
 from sd35bench.backends.samplers import flow_scheduler, noise_scheduler
 from sd35bench.backends.stages import DECODE, DENOISER, TEXT, StageMeter
 from sd35bench.errors import BackendError, UnsupportedRequest
 from sd35bench.evaluations import SAMPLERS, skip_layer_window
+from sd35bench.fields import GUIDES, later_asked
 from sd35bench.loading.sources import hush_truncation_warnings
 from sd35bench.types import Request, Task
 
@@ -44,12 +46,14 @@ class Family(ABC):
     """One loaded pipeline of a family, and how it is called.
 
     `pipes`: a pipeline per task, all on the same components. `samplers`: the first is the
-    family's own. `skip_layers`: whether its denoiser can leave layers out.
+    family's own. `skip_layers`: whether its denoiser can leave layers out. `guides`: whether its
+    pipelines guide by their denoiser's two halves alone, so that `guided` can.
     """
 
     tasks: ClassVar[tuple[Task, ...]] = (Task.TEXT_TO_IMAGE,)
     samplers: ClassVar[tuple[str, ...]]
     skip_layers: ClassVar[bool] = False
+    guides: ClassVar[bool] = False
 
     def __init__(self, pipe: Any) -> None:
         """Wrap a loaded pipeline; its scheduler is the model's own."""
@@ -121,6 +125,11 @@ class Family(ABC):
                 )
         if request.skip_layer_guidance is not None and not self.skip_layers:
             raise UnsupportedRequest("skip_layer_guidance: this model's denoiser leaves none out")
+        if not (self.guides or is_plain(request)):
+            name = next(n for n in later_asked(request) if n in GUIDES)
+            raise UnsupportedRequest(
+                f"{name}={getattr(request, name)}: only SD3's pipelines can; leave it out"
+            )
 
     @property
     @abstractmethod
@@ -138,6 +147,7 @@ class SD3(Family):
     tasks = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE)
     samplers = SAMPLERS
     skip_layers = True
+    guides = True
 
     def __init__(self, pipe: Any) -> None:
         """Add the image-to-image pipeline on the same components."""
@@ -160,7 +170,7 @@ class SD3(Family):
         if first.task is Task.IMAGE_TO_IMAGE:
             arguments["image"] = [Image.fromarray(i) for i in inits if i is not None]
             arguments["strength"] = first.prompt_strength
-        arguments |= _skip_layers(first)
+        arguments |= _skip_layers(first) if is_plain(first) else {}
         if self._random_text is not None:
             arguments |= self._embeddings(requests, tokens)
         return arguments

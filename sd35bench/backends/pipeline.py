@@ -21,6 +21,7 @@ import torch
 
 from sd35bench.backends.base import Backend, Generation, Probe
 from sd35bench.backends.families import Family, family_of
+from sd35bench.backends.guided import guided, is_plain
 from sd35bench.backends.probes import probe_device
 from sd35bench.backends.samplers import own_shift
 from sd35bench.backends.stages import StageMeter
@@ -157,7 +158,12 @@ class DiffusersBackend(Backend):
 
         self._decoded.clear()
         self._meter.begin()
-        with foreign_errors():
+        how = (
+            contextlib.nullcontext()
+            if is_plain(first)
+            else guided(pipe, first, self._meter.loop_began)
+        )
+        with foreign_errors(), how:
             pixels = pipe(
                 **self._arguments(requests, inits),
                 **self.family.listen(ended),

@@ -23,8 +23,8 @@ DECODE = "decode"
 class StageTimes:
     """Seconds of one batch by stage; ``None`` for a stage that did not run.
 
-    `denoise_s` runs from the first call of the denoiser to the end of the last step and is the
-    sum of `step_s`. `evaluations` are the denoiser's calls.
+    `denoise_s` runs from the first call of the denoiser (or from `loop_began`) to the end of the
+    last step and is the sum of `step_s`. `evaluations` are the denoiser's calls.
     """
 
     text_s: float | None
@@ -43,6 +43,7 @@ class StageMeter:
         self._watched: list[tuple[Any, str, Any]] = []
         self._spans: dict[str, list[tuple[Any, Any]]] = {}
         self._step_ends: list[Any] = []
+        self._loop_start: Any = None
 
     def watch(
         self, owner: Any, method: str, stage: str, see: Callable[[Any], None] | None = None
@@ -80,6 +81,11 @@ class StageMeter:
         """Forget the last call."""
         self._spans = {}
         self._step_ends = []
+        self._loop_start = None
+
+    def loop_began(self) -> None:
+        """Mark the loop's beginning, where the first step may not call the denoiser."""
+        self._loop_start = self._clock.stamp()
 
     def step_ended(self) -> None:
         """Mark the end of a step's evaluation, the scheduler's part included."""
@@ -92,7 +98,8 @@ class StageMeter:
         """
         calls = self._spans.get(DENOISER, [])
         ends = [self._step_ends[i : i + order][-1] for i in range(0, len(self._step_ends), order)]
-        marks = [calls[0][0], *ends] if calls else []
+        start = calls[0][0] if calls and self._loop_start is None else self._loop_start
+        marks = [] if start is None else [start, *ends]
         step_s = tuple(
             self._clock.seconds(start, stop) for start, stop in itertools.pairwise(marks)
         )

@@ -272,7 +272,9 @@ same backend.
 Axes: LOW:HIGH, LOW:HIGH:STEP, or a list A,B,C
   steps cfg prompt_strength shift skip_layer_scale
                    a range without a step is rounded to 1, 0.5, 0.05, 0.5, 0.5
-  sampler backend skip_layer_guidance
+  zero_init_steps apg_eta apg_norm apg_momentum
+                   the same, to 1, 0.1, 1, 0.25
+  sampler backend skip_layer_guidance guidance guidance_interval step_cache
                    lists of names
 
 The search:

@@ -7,7 +7,7 @@ sweep must stay inside both.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sd35bench.config.weights import model_notes, model_spec
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import parse_skip_layers
+from sd35bench.fields import GUIDES, value_text
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import (
     FEWEST_TO_SPLIT,
@@ -74,6 +75,7 @@ def freeze(config: DictConfig) -> Job:
         _refuse_same_noise(axes)
     sizes = _sizes(conf)
     _check_guidance(axes)
+    check_guides(conf.model, conf.backend, axes)
     options = checked_options("backend", conf.backend.options, conf.backend.allowed)
     batch_sizes = _values(conf, "batch_size")
     place = place_of(conf, schema, sizes, batch_sizes, _timed_limit(conf))
@@ -362,6 +364,27 @@ def check_task(model: ModelConf, backend: BackendConf, task: Task) -> None:
                 f"{field}: {who} does {', '.join(tasks)} only, these prompts ask for {task.value};"
                 " take other prompts, another model or another backend"
             )
+
+
+def check_guides(
+    model: ModelConf, backend: BackendConf, axes: Mapping[str, Sequence[AxisValue]]
+) -> None:
+    """Refuse rules of guidance, its interval and a step cache where they cannot be had.
+
+    A hosted service has none; of what runs here only SD3's pipelines and the core do.
+
+    Raises: ConfigError.
+    """
+    hosted = backend.kind in PROVIDERS
+    if not hosted and model.family == "sd3":
+        return
+    who = f"backend {backend.name}" if hosted else f"{model.name} (family {model.family})"
+    for name, neutral in GUIDES.items():
+        for value in axes.get(name, ()):
+            if value != neutral:
+                raise ConfigError(
+                    f"{name}={value_text(value)}: {who} cannot; use {name}={value_text(neutral)}"
+                )
 
 
 def sampler_axis(

@@ -435,8 +435,11 @@ def names_of(model: type[BaseModel], prefix: str = "") -> Iterator[Known]:
             )
 
 
-def _typed(takes: Any, unasked: Any) -> Any:
+def _typed(field: Any) -> Any:
     """A request field's annotation as pydantic is to read it."""
+    takes, unasked = field.takes, field.unasked
+    if field.reads is not None:
+        return Annotated[takes, BeforeValidator(field.reads)]
     if takes is str:
         return AnyText if unasked == "" else Text
     is_float = get_args(takes)[:1] == (float,)
@@ -448,7 +451,7 @@ def _asked() -> dict[str, Any]:
     found = {}
     for name, field in REQUEST_FIELDS.items():
         if field.typed:
-            takes = _typed(field.takes, field.unasked)
+            takes = _typed(field)
             default = known(field.unasked, field.means, field.default, axis=field.axis)
             found[name] = (takes | None if field.nullable else takes, default)
     return found

@@ -28,7 +28,6 @@ FREE_TEXTS = ("negative_prompt",)
 PROMPTS_GIVEN = "prompts.texts"
 OTHER_NAMES = {
     "guidance_scale": "cfg",
-    "guidance": "cfg",
     "num_inference_steps": "steps",
     "negative": "negative_prompt",
     "scheduler": "sampler",

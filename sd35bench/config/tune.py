@@ -24,7 +24,12 @@ from sd35bench.tune.session import Budget, default_images
 from sd35bench.tune.space import GRIDS, Axis, Space, spread
 from sd35bench.types import Scalar, content_hash, to_json
 
-CATEGORIES = ("sampler", "backend", "skip_layer_guidance")
+CATEGORIES = (
+    *("sampler", "backend", "skip_layer_guidance"),
+    *("guidance", "guidance_interval", "step_cache"),
+)
+_LISTED = ("sampler", "guidance", "guidance_interval", "step_cache")
+"""Categories of which one job has every value; a preset has a job of its own."""
 OWN = {"profile": "balanced", "trials": "", "images": "", "first": "8"}
 """What only `tune` takes, and the defaults."""
 
@@ -228,7 +233,7 @@ def _frozen(
                 )
     for backend in backends:
         for preset in presets:
-            lists = {n: a.values for n, a in by_name.items() if n in GRIDS or n == "sampler"}
+            lists = {n: a.values for n, a in by_name.items() if n in GRIDS or n in _LISTED}
             if preset == "none":
                 lists.pop("skip_layer_scale", None)
             asked = [*fixed, "prompts.split=tune"]

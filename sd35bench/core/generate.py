@@ -7,28 +7,18 @@ was computed before, and latents stay where they are until they are decoded.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from sd35bench.core.cache import evaluated_steps, predict_between
-from sd35bench.core.guidance import acting_steps, guided_steps
+from sd35bench.core.guidance import Guidance, guide, plan_calls
 from sd35bench.core.model import Conditions, Config, Embedder, Executor
-from sd35bench.core.samplers import SAMPLERS, Model, See
+from sd35bench.core.samplers import SAMPLERS, See
 from sd35bench.core.schedule import Schedule, schedule
 from sd35bench.core.text import CachedText
 from sd35bench.core.vae import Vae
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkipLayers:
-    """Skip-layer guidance: layers, strength, and fractions of the steps between which it acts."""
-
-    layers: tuple[int, ...]
-    scale: float
-    start: float
-    stop: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,22 +35,12 @@ class Ask:
     height: int
     width: int
     steps: int
-    cfg: float
+    guidance: Guidance
     sampler: str
     shift: float
     tokens: int
     inits: Sequence[np.ndarray] = ()
     strength: float = 1.0
-    skip_layers: SkipLayers | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Fractions of the steps between which guidance acts; lossy unless (0, 1)."""
-    step_cache: int = 1
-    """Of so many steps one is evaluated, the others are predicted; lossy unless 1."""
-
-    @property
-    def guided(self) -> bool:
-        """Whether the velocity without the prompt is needed; as in diffusers, above 1 only."""
-        return self.cfg > 1
 
     def schedule(self) -> Schedule:
         """Return the part of the schedule that runs.
@@ -90,8 +70,6 @@ class Core:
     """Whether a prompt that comes again is not encoded again; negative prompts never are."""
     evaluations: int = field(default=0, init=False)
     """Calls of the denoiser for the last batch."""
-    sequences: int = field(default=0, init=False)
-    """What these calls carried for each image: two with guidance, else one."""
 
 
 def ignore(stage: str) -> None:
@@ -121,10 +99,10 @@ def generate(
         torch.tensor(plan.timesteps, device=core.device),
         (latents.shape[-2], latents.shape[-1]),
     )
-    core.evaluations = core.sequences = 0
-    velocity = guided_velocity(core, ask, plan, conditions)
-    if ask.step_cache > 1:
-        velocity = predict_between(velocity, plan, evaluated_steps(plan, ask.step_cache))
+    core.evaluations = 0
+    calls = plan_calls(ask.guidance, plan.steps, ask.steps)
+    denoiser = _Denoiser(core, conditions, len(ask.seeds))
+    velocity = guide(ask.guidance, calls, plan.timesteps, denoiser)
     latents = SAMPLERS[ask.sampler](velocity, latents, plan.sigmas, see)
     stage("decode")
     pixels = core.vae.decode(latents)
@@ -135,7 +113,7 @@ def generate(
 def embed(core: Core, ask: Ask) -> tuple[torch.Tensor, torch.Tensor]:
     """Embed the batch's texts: with guidance the negative prompts, then the prompts."""
     prompted = core.text.encode(ask.prompts, ask.tokens, keep=core.keep_prompts)
-    if not ask.guided:
+    if not ask.guidance.guided:
         return prompted
     negative = core.text.encode(ask.negatives, ask.tokens, keep=True)
     return torch.cat([negative[0], prompted[0]]), torch.cat([negative[1], prompted[1]])
@@ -159,46 +137,34 @@ def start(
     return sigma * noise + (1.0 - sigma) * clean.to(core.device)
 
 
-def guided_velocity(core: Core, ask: Ask, plan: Schedule, conditions: Conditions) -> Model:
-    """Return the velocity that the sampler follows, guidance of both kinds applied.
+class _Denoiser:
+    """The executor under a batch's conditions; with guidance the empty prompts come first."""
 
-    With guidance the batch is the images without their prompts, then the images with them.
-    """
-    size, run = len(ask.seeds), core.executor.step
-    if not ask.guided:
-        return _counted(core, conditions, 1)
-    guided = guided_steps(ask.guidance_interval, ask.steps)
-    skipping, acting = ask.skip_layers, frozenset[int]()
-    if skipping is not None:
-        acting = frozenset(acting_steps(skipping.start, skipping.stop, ask.steps)) & guided
-    alone = acting or not guided.issuperset(plan.steps)
-    prompted = conditions.rows(slice(size, None)) if alone else conditions
-    both, text_alone = _counted(core, conditions, 2), _counted(core, prompted, 1)
+    def __init__(self, core: Core, conditions: Conditions, size: int) -> None:
+        self._core, self._all, self._size = core, conditions, size
 
-    def velocity(x: torch.Tensor, e: int) -> torch.Tensor:
-        step = plan.steps[e]
-        if step not in guided:
-            return text_alone(x, e)
-        empty, text = both(torch.cat([x, x]), e).chunk(2)
-        v = empty + ask.cfg * (text - empty)
-        if skipping is None or step not in acting:
-            return v
-        core.evaluations += 1
-        core.sequences += 1
-        row = prompted.table[e]
-        without = run(x, prompted.context, row, prompted.position, skipping.layers)
-        return v + skipping.scale * (text - without)
+    @cached_property
+    def _prompted(self) -> Conditions:
+        """The conditions of the prompts alone; copied from the whole, so made where needed only."""
+        of = self._all
+        return of.rows(slice(self._size, None)) if of.context.shape[0] > self._size else of
 
-    return velocity
+    def both(self, x: torch.Tensor, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run both prompts as one batch."""
+        empty, text = self._run(self._all, torch.cat([x, x]), e).chunk(2)
+        return empty, text
 
+    def alone(self, x: torch.Tensor, e: int) -> torch.Tensor:
+        """Run the prompt alone."""
+        return self._run(self._prompted, x, e)
 
-def _counted(core: Core, conditions: Conditions, sequences: int) -> Model:
-    """Return one counted call of the denoiser under `conditions`."""
+    def without(self, x: torch.Tensor, e: int, layers: tuple[int, ...]) -> torch.Tensor:
+        """Run the prompt alone, without `layers`."""
+        return self._run(self._prompted, x, e, layers)
 
-    def velocity(x: torch.Tensor, e: int) -> torch.Tensor:
-        core.evaluations += 1
-        core.sequences += sequences
-        row = conditions.table[e]
-        return core.executor.step(x, conditions.context, row, conditions.position)
-
-    return velocity
+    def _run(
+        self, under: Conditions, x: torch.Tensor, e: int, skip: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        self._core.evaluations += 1
+        step = self._core.executor.step
+        return step(x, under.context, under.table[e], under.position, skip)

@@ -20,8 +20,8 @@ from sd35bench.analysis.settings import PairKey, setting_key
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.disk import open_lock, try_flock
 from sd35bench.errors import ConfigError, StudyLocked
-from sd35bench.evaluations import acting_steps
-from sd35bench.plan import AxisValue, Batch, Plan, Sweep, expand
+from sd35bench.fields import FIELDS
+from sd35bench.plan import SETTING_AXES, AxisValue, Batch, Plan, Sweep, expand, idle_guidance
 from sd35bench.prompts import PromptItem
 from sd35bench.recommend.pareto import peak_bytes
 from sd35bench.recommend.profiles import Profile
@@ -29,7 +29,7 @@ from sd35bench.store import Study
 from sd35bench.tune.race import Evidence
 from sd35bench.tune.reference import reference_point
 from sd35bench.tune.space import Point, Space
-from sd35bench.types import PromptRef, Record, Scalar, SkipLayerGuidance, Task, Trial, content_hash
+from sd35bench.types import PromptRef, Record, Scalar, Task, Trial, content_hash
 
 _WAIT_S = 0.5
 _MOSTLY = 0.5
@@ -258,15 +258,13 @@ class StudyLab:
             if name in source.values:
                 key = "skip_layer_guidance" if name == "skip_layer_scale" else name
                 axes[key] = (source.values[name][value],)
-        (cfg,), (steps,) = axes["cfg"], axes["steps"]
+        (cfg,) = axes["cfg"]
         assert isinstance(cfg, int | float)
-        assert isinstance(steps, int)
         if cfg <= 1:
             axes["cfg"] = (1.0,)  # guidance is off below too: one image, one key
-        (skipping,) = axes["skip_layer_guidance"]
-        if isinstance(skipping, SkipLayerGuidance):
-            acts = cfg > 1 and acting_steps(skipping, steps) and items[0].init_image is None
-            axes["skip_layer_guidance"] = (skipping if acts else None,)
+        setting = {name: axes[name][0] for name in SETTING_AXES if name in axes}
+        for name in idle_guidance(setting, items[0].init_image is not None):
+            axes[name] = (FIELDS[name].quiet,)
         return expand(replace(source.sweep, axes=axes, prompts=items, notes=()))
 
     def _merged(self, plans: Sequence[Plan]) -> Plan:
