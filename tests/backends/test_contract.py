@@ -19,6 +19,7 @@ from sd35bench.backends.base import Backend, Generation, load_backend
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.backends.fake import FakeBackend
 from sd35bench.backends.pipeline import generator
+from sd35bench.evaluations import evaluations
 from sd35bench.types import Request
 from tests.backends.bare import IDENTICAL, bare_images, batch, make_inits
 from tests.backends.conftest import make_load, make_request, untraced
@@ -331,6 +332,15 @@ def test_reference_catches_a_broken_backend(
     print(f"{mutant.__name__}: {apart} levels")
     # Clear of every exact or half-precision contestant.
     assert min(apart.values()) > 1.5 * BF16_LEVELS
+
+
+def test_guidance_and_step_cache_cost_what_is_planned(backend: Backend) -> None:
+    knobs = {"guidance": "apg", "guidance_interval": "0-0.5", "step_cache": "0-1-2"}
+    asked = make_request(steps=4, **knobs)
+    made = backend.generate([asked], [None])
+    assert made.evaluations == evaluations(asked) == 3
+    plain = backend.generate([make_request(steps=4)], [None])
+    assert not np.array_equal(made.images[0], plain.images[0])
 
 
 def test_size_is_what_was_asked(contestant: Contestant, backend: Backend) -> None:
