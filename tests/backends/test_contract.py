@@ -335,8 +335,9 @@ def test_reference_catches_a_broken_backend(
 
 
 def test_guidance_and_step_cache_cost_what_is_planned(backend: Backend) -> None:
-    knobs = {"guidance": "apg", "guidance_interval": "0-0.5", "step_cache": "0-1-2"}
-    asked = make_request(steps=4, **knobs)
+    asked = make_request(
+        steps=4, guidance="apg", step_cache="0-1-3"
+    )  # no shape but the plain one's
     made = backend.generate([asked], [None])
     assert made.evaluations == evaluations(asked) == 3
     plain = backend.generate([make_request(steps=4)], [None])
