@@ -24,6 +24,8 @@ Messages say what was wrong, where, and what to do. Foreign errors become these 
 with ``raise … from exc``.
 """
 
+import functools
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -46,6 +48,8 @@ __all__ = [
     "WorkerDied",
     "WorkerHung",
     "WorkerTooLarge",
+    "count_error",
+    "error_kind",
 ]
 
 
@@ -131,3 +135,27 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+_ID = re.compile(
+    r"0x[0-9a-f]+|[0-9a-f]{8}(?:-[0-9a-f]{4,12}){4}|(?<=prediction )(?=\S*\d)[\w.:~-]*\w"
+    r"|(?<![\w-])(?=[\w-]*\d)(?=[\w-]*[a-z])[\w-]{16,}",
+    re.IGNORECASE,
+)
+"""What tells two failures of one kind apart: addresses, names of predictions and of files."""
+
+
+@functools.lru_cache(4096)
+def error_kind(text: str) -> str:
+    """A failure's message without the ids in it: those of equal failures are equal."""
+    return _ID.sub("…", text)
+
+
+def count_error(counts: dict[str, int], text: str, count: int = 1) -> None:
+    """Count a failure with those of its kind, under its own words until a second one differs."""
+    kind = error_kind(text)
+    known = next((t for t in counts if error_kind(t) == kind), text)
+    total = counts.get(known, 0) + count
+    if known != text:
+        del counts[known]
+    counts[text if known == text else kind] = total

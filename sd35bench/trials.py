@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from sd35bench.errors import count_error
 from sd35bench.plan import Batch, Plan
 from sd35bench.store import Shard, Study
 from sd35bench.types import Record, Session, Status
@@ -109,8 +110,9 @@ class RunSummary:
         self.failed += 1
         self.ambiguous += record.status is Status.AMBIGUOUS
         text = record.status.value if record.error is None else record.error
-        for counts, name in ((self.errors, text), (self.statuses, record.status.value)):
-            counts[name] = counts.get(name, 0) + 1
+        count_error(self.errors, text)
+        status = record.status.value
+        self.statuses[status] = self.statuses.get(status, 0) + 1
 
     def refuse(self, count: int) -> None:
         """Count as failed what was made while the machine was not quiet."""

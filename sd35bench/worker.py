@@ -148,10 +148,10 @@ class Answer:
     started_at: str | None = None
 
 
-def main(handle: int) -> None:
-    """Serve one parent until it says stop or goes away."""
+def main(handle: int, dump: int) -> None:
+    """Serve one parent until it says stop or goes away; a fatal signal's stack goes to `dump`."""
     _die_with_parent()
-    faulthandler.enable()  # a segmentation fault says where
+    faulthandler.enable(dump)
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError), Connection(handle) as connection:
@@ -344,7 +344,7 @@ if __name__ == "__main__":
     # Pickled messages name classes of the module, not of __main__.
     from sd35bench.worker import main as serve
 
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), int(sys.argv[2]))
     # The backend is closed and nothing is left to write: taking torch apart module by module would
     # hold the next worker up for another two seconds.
     sys.stdout.flush()

@@ -15,9 +15,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -54,11 +56,13 @@ class WorkerProcess:
             environment["CUDA_VISIBLE_DEVICES"] = seat.gpu
         if seat.beside:
             environment[BESIDE] = str(seat.beside)
-        with theirs:
+        dump, path = tempfile.mkstemp(prefix="sd35bench-crash-", suffix=".txt")
+        self._dump = Path(path)
+        with theirs, open(dump, "wb"):
             handle = theirs.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sd35bench.worker", str(handle)],
-                pass_fds=[handle],
+                [sys.executable, "-P", "-m", "sd35bench.worker", str(handle), str(dump)],
+                pass_fds=[handle, dump],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
                 env=environment,
@@ -122,6 +126,8 @@ class WorkerProcess:
         self._process.wait()
         self._connection.close()
         self._lease.close()
+        if not self._has_dump():
+            self._dump.unlink(missing_ok=True)
         if self._watch is not None:
             self._watch.stop()
 
@@ -161,7 +167,16 @@ class WorkerProcess:
         if code >= 0:
             return WorkerDied(f"the worker process ended with exit code {code}; stderr says more")
         hint = " (the kernel's out-of-memory killer, perhaps)" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"the worker process ended with signal {-code}{_name(-code)}{hint}")
+        where = f"; its stack is in {self._dump}" if self._has_dump() else ""
+        return WorkerDied(
+            f"the worker process ended with signal {-code}{_name(-code)}{hint}{where}"
+        )
+
+    def _has_dump(self) -> bool:
+        """Whether a fatal signal left the worker's stack behind: that file is the user's."""
+        with contextlib.suppress(OSError):
+            return self._dump.stat().st_size > 0
+        return False
 
 
 class _MemoryWatch:

@@ -91,14 +91,24 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("fault", DEATHS)
-def test_fault_in_generate_costs_one_batch_and_the_rest_goes_on(study, fault):
+def test_fault_in_generate_costs_one_batch_and_the_rest_goes_on(
+    study, fault, tmp_path, monkeypatch, capfd
+):
+    dumps = tmp_path / "dumps"
+    dumps.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(dumps))
     plan, index = faulty_plan(4, fault=fault)
     summary = run_plan(plan, study, limits=limits(fault))
+    left = [(str(path), path.read_text()) for path in dumps.iterdir()]
     status, text = DEATHS[fault]
     records = by_key(study)
     victim = records.pop(plan.trials[index].key)
     assert (victim.status, victim.phase) == (status, "generate")
     assert text in victim.error
+    assert [path in victim.error for path, _ in left] == [True] * (fault == "segfault")
+    assert all("Segmentation fault" in stack and "faults.py" in stack for _, stack in left)
+    assert "\n" not in victim.error
+    assert "Segmentation fault" not in capfd.readouterr().err
     assert (victim.timings, victim.image) == (None, None)
     assert {r.status for r in records.values()} == {Status.OK}
     assert (summary.done, summary.failed) == (3, 1)

@@ -7,7 +7,7 @@ so that help and refusals are fast.
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +130,7 @@ def parse(verb: str, command: Command, arguments: Sequence[str], as_json: bool) 
     found: dict[str, str] = {}
     rest = iter(arguments)
     for text in rest:
+        text = _results_dir(text, rest, RESULTS_DIR.name in flags)
         if not text.startswith("-"):
             is_setting = command.settings and ("=" in text or not command.words)
             (settings if is_setting else words).append(text)
@@ -149,6 +150,16 @@ def parse(verb: str, command: Command, arguments: Sequence[str], as_json: bool) 
     if not given.has("--help"):
         _check_words(given, command)
     return given
+
+
+def _results_dir(text: str, rest: Iterator[str], is_flag: bool) -> str:
+    """`results_dir=DIR` and `--results-dir DIR` are one, whichever of them a verb has."""
+    name, equals, value = text.partition("=")
+    if name.strip("-").replace("_", "-") != "results-dir" or not (equals or text.startswith("--")):
+        return text
+    if not equals and not is_flag:
+        value = next(rest, "")
+    return f"results_dir={value}" if not is_flag else f"--results-dir{equals}{value}"
 
 
 def help_text(verb: str, means: str, command: Command, config_dir: Path | None = None) -> str:

@@ -27,7 +27,7 @@ from sd35bench.config.overrides import written
 from sd35bench.config.unread import refuse_unread
 from sd35bench.contention import REGIME
 from sd35bench.engine import crew_of, run_together
-from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
+from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked, count_error
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.lane import Crew
 from sd35bench.plan import Plan, expand
@@ -270,10 +270,11 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return sum(known) if known else None
 
     wall_s, measured_s, done = total("wall_s"), total("measured_s"), total("done")
-    errors: Counter[str] = Counter()
+    errors: dict[str, int] = {}
     statuses: Counter[str] = Counter()
     for result in results:
-        errors.update(result["errors"])
+        for text, count in result["errors"].items():
+            count_error(errors, text, count)
         statuses.update(result["statuses"])
     path = job.results_dir / job.study
     return {
@@ -288,7 +289,7 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "warmup_s": total("warmup_s"),
         "wall_s": wall_s,
         "overhead_frac": max(0.0, 1 - measured_s / wall_s) if done and wall_s else None,
-        "errors": dict(errors),
+        "errors": errors,
         "statuses": dict(statuses),
         "timed": total("timed"),
         "disturbed": total("disturbed"),

@@ -33,7 +33,6 @@ OTHER_NAMES = {
     "scheduler": "sampler",
     "strength": "prompt_strength",
     "num_images_per_prompt": "batch_size",
-    "results-dir": "results_dir",
     "generator": "seed",
 }
 """What other tools call our fields."""

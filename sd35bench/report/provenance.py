@@ -9,6 +9,7 @@ from typing import Any
 
 from sd35bench import words
 from sd35bench.analysis.settings import is_hosted
+from sd35bench.errors import count_error
 from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
 from sd35bench.recommend.reproduce import remote_overrides
 from sd35bench.report.rows import Row
@@ -97,15 +98,17 @@ def _plain(value: object) -> str:
 
 
 def list_failures(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Failures grouped by status, phase and message, the most frequent first."""
-    failed = [r for r in records if r.status is not Status.OK]
-    groups = Counter(
-        (_STATUS.get(r.status, r.status.value), r.phase or "", r.error or "") for r in failed
-    )
-    return [
+    """Failures grouped by status, phase and kind of message, the most frequent first."""
+    groups: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for record in (r for r in records if r.status is not Status.OK):
+        status = _STATUS.get(record.status, record.status.value)
+        count_error(groups[status, record.phase or ""], record.error or "")
+    found = [
         {"status": status, "phase": phase, "error": error, "count": count}
-        for (status, phase, error), count in groups.most_common()
+        for (status, phase), errors in groups.items()
+        for error, count in errors.items()
     ]
+    return sorted(found, key=lambda group: -int(group["count"]))
 
 
 _STATUS = {Status.AMBIGUOUS: "ambiguous: may have been billed; run again to look for it"}

@@ -54,6 +54,7 @@ def serve(settings: ServerSettings, on_ready: Callable[[str], None]) -> None:
         log("loading", model=settings.model.name, backend=settings.load.backend.name)
         s.generator.start()
         url = _url(settings.host, bound.getsockname()[1])
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past the last one's TIME_WAIT
         Server(s, lambda: on_ready(url)).run(sockets=[bound])
         log("stopped taking requests")
 
@@ -222,6 +223,9 @@ def bind(settings: ServerSettings) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
+            # Linux lets two that both reuse addresses share one until either listens: the second
+            # would find out after it had loaded.
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         except BaseException:
             bound.close()
             raise

@@ -1,9 +1,11 @@
 """The one parser: where flags may stand, what is refused, and what the help is made of."""
 
+from pathlib import Path
+
 import pytest
 
 from sd35bench.cli.output import Answer
-from sd35bench.cli.parser import Command, Flag, help_text, parse
+from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, help_text, parse
 from sd35bench.errors import ConfigError
 
 COMMAND = Command(
@@ -69,3 +71,25 @@ def test_help_needs_no_words_and_names_every_flag():
     assert text.startswith("sd35bench verb: does it\n\nUsage: sd35bench verb make NAME [FILE] OPT")
     for name in ("-m, --multirun", "--count N", "--config-dir DIR", "--json", "--help, -h"):
         assert f"\n  {name} " in text
+
+
+SPELLINGS = [
+    *(["results_dir=d"], ["results-dir=d"], ["--results-dir=d"], ["--results-dir", "d"]),
+    ["--results_dir=d"],
+]
+
+
+@pytest.mark.parametrize("words", SPELLINGS, ids=" ".join)
+def test_the_results_folder_is_spelt_as_one_likes(words):
+    """A flag of verbs that read studies, a setting of those that make them."""
+    assert given("make", "a", *words, "x=1").settings == ["results_dir=d", "x=1"]
+    reads = Command(call=COMMAND.call, examples="", words=("[STUDY]",), flags=(RESULTS_DIR,))
+    found = parse("show", reads, ["a", *words], as_json=False)
+    assert (found.words, found.results_dir) == (["a"], Path("d"))
+
+
+def test_a_study_may_be_called_like_the_flag():
+    reads = Command(call=COMMAND.call, examples="", words=("[STUDY]",), flags=(RESULTS_DIR,))
+    assert parse("show", reads, ["results-dir"], as_json=False).words == ["results-dir"]
+    with pytest.raises(ConfigError, match="--results-dir needs a value"):
+        parse("show", reads, ["a", "--results-dir"], as_json=False)

@@ -1,5 +1,6 @@
 """What `sd35bench serve` takes and refuses, before anything is loaded."""
 
+import contextlib
 import json
 
 import pytest
@@ -7,6 +8,9 @@ import pytest
 from sd35bench.cli import main
 from sd35bench.config.serve import SERVE_FIELDS, compose_serve, freeze_serve
 from sd35bench.errors import ConfigError
+from sd35bench.server.generation import Generator
+from sd35bench.server.serving import bind, serve
+from tests.server.live import make_settings
 
 
 def frozen(*overrides: str):
@@ -120,6 +124,19 @@ def test_port_in_use_is_said(tmp_path, capsys):
         given = ["backend=fake", "no_auth=true", f"port={port}", f"state_dir={tmp_path}"]
         assert main(["serve", "--json", *given]) == 2
     assert "port=0 for a free one" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["serving", "still-loading"])
+def test_a_port_that_is_taken_is_found_before_the_model_loads(tmp_path, monkeypatch, listens):
+    """The other one may be loading as well: it holds the port, and does not listen yet."""
+    monkeypatch.setattr(Generator, "start", lambda _: pytest.fail("a model is loaded"))
+    with contextlib.closing(bind(make_settings(tmp_path / "a"))) as taken:
+        if listens:
+            taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port={port}: cannot be served on"):
+            serve(make_settings(tmp_path / "b", port=port), on_ready=print)
+    bind(make_settings(tmp_path / "b", port=port)).close()
 
 
 def test_make_key_prints_it_once(tmp_path, capsys):
