@@ -15,6 +15,7 @@ from sd35bench.backends.base import KINDS
 from sd35bench.config.compose import explained, hydra_session, search_path
 from sd35bench.config.files import choices
 from sd35bench.config.freeze import check_family, sampler_axis
+from sd35bench.config.inputs import refuse_elsewhere
 from sd35bench.config.models import (
     BackendConf,
     LoadConf,
@@ -26,7 +27,7 @@ from sd35bench.config.models import (
     read,
 )
 from sd35bench.config.overrides import checked_options, parse, written
-from sd35bench.config.weights import model_spec, refuse_hosted_only
+from sd35bench.config.weights import model_spec
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.limits import Limits
 from sd35bench.server.settings import ServedModel, ServerSettings
@@ -105,7 +106,7 @@ def freeze_serve(config: DictConfig) -> ServerSettings:
 
     Raises: ConfigError, one line, naming field, value and remedy.
     """
-    refuse_hosted_only(config.model)
+    refuse_elsewhere(config.model, config.backend)
     conf = read(ServeConf, config)
     if conf.backend.kind not in KINDS:
         raise ConfigError(

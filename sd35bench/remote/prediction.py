@@ -26,9 +26,7 @@ import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +39,7 @@ from sd35bench.remote.http import Interrupted
 from sd35bench.remote.images import decode_image, sniff
 from sd35bench.remote.inputs import takes, takes_size
 from sd35bench.remote.ledger import Intent
+from sd35bench.remote.lost import find_lost
 from sd35bench.remote.providers.base import UNNAMED, Phase, Prediction
 from sd35bench.remote.retry import (
     Client,
@@ -61,12 +60,6 @@ from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
 from sd35bench.worker import check_image
 
 BAD_REQUEST = (400, 422)
-CLOCK_SKEW = timedelta(minutes=2)
-"""How far the service's clock may be off ours."""
-SENDING = timedelta(minutes=10)
-"""A create that was sent at all was received within this."""
-PAGES = 50
-LATEST = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -550,57 +543,3 @@ def check_file(data: bytes, request: Request, settings: RemoteSettings) -> None:
             f" remote.accept_size={width}x{height} takes it"
         )
     check_image(pixels, replace(request, width=width, height=height))
-
-
-async def find_lost(client: Client, intent: Intent, deadline: Deadline) -> str | None:
-    """The id of the earliest listed prediction that this intent can have made.
-
-    Raises: PredictionFailed when the time is up, RemoteError where the list cannot be read.
-    """
-    candidates = await _listed(client, intent, deadline)
-    client.ledger.catch_up()
-    candidates.sort(key=lambda p: LATEST if p.created_at is None else p.created_at)
-    for candidate in candidates:
-        inputs = candidate.input
-        if inputs is None and client.ledger.owner(candidate.id) is None:
-            inputs = await _input_of(client, candidate.id, deadline)
-        if inputs is None or not client.provider.same_input(inputs, intent.input):
-            continue
-        if client.ledger.owner(candidate.id) is None:  # still: the poll took its time
-            return candidate.id
-    return None
-
-
-async def _listed(client: Client, intent: Intent, deadline: Deadline) -> list[Prediction]:
-    """Everything listed around the time of the intent."""
-    since = intent.at - CLOCK_SKEW
-    until = min(datetime.now(UTC), intent.at + SENDING) + CLOCK_SKEW
-    provider = client.provider
-    found: list[Prediction] = []
-    page: str | None = None
-    seen: set[str | None] = set()
-    while page not in seen and len(seen) < PAGES:
-        seen.add(page)
-        call = provider.listing(since, until, page)
-        _, (listed, page) = await ask(client, call, provider.read_listing, deadline)
-        found += listed
-        times = [p.created_at for p in listed if p.created_at is not None]
-        if page is None or (times and max(times) < since):  # all older than what is looked for
-            break
-    return [p for p in found if p.created_at is None or p.created_at >= since]
-
-
-async def _input_of(
-    client: Client, prediction_id: str, deadline: Deadline
-) -> Mapping[str, Any] | None:
-    """A listed prediction's input, which only a poll tells; asked once in a run."""
-    if prediction_id not in client.inputs:
-        call = client.provider.poll(prediction_id)
-        try:
-            _, found = await ask(client, call, client.provider.read_prediction, deadline)
-        except Refused:
-            return None
-        if found.input is None:
-            return None
-        client.inputs[prediction_id] = found.input
-    return client.inputs[prediction_id]
