@@ -3,21 +3,21 @@
 import ipaddress
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Interval
 from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sd35bench.backends.base import KINDS
 from sd35bench.config.compose import explained, hydra_session, search_path
-from sd35bench.config.files import choices
+from sd35bench.config.files import choices, config_dir
 from sd35bench.config.freeze import check_family, sampler_axis
-from sd35bench.config.inputs import refuse_elsewhere
+from sd35bench.config.inputs import declared, refuse_elsewhere
 from sd35bench.config.models import (
-    BackendConf,
     LoadConf,
     ModelConf,
     Text,
@@ -30,11 +30,18 @@ from sd35bench.config.overrides import checked_options, parse, written
 from sd35bench.config.weights import model_spec
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.limits import Limits
+from sd35bench.remote.inputs import Schema
 from sd35bench.server.settings import ServedModel, ServerSettings
 from sd35bench.types import BackendSpec, Load, Task
 
 VENDOR_SLUGS = ("stable-diffusion-3.5-medium", "stable-diffusion-3-5-medium")
 """What the vendor's page and its documentation call the model; both are accepted here too."""
+
+VENDOR_PAGE = ("sd35-medium", "pixart-xl-2", "sana", "ideogram-v2-turbo", "omni-zero-couples")
+"""The models that the vendor's page names."""
+
+PROTOCOL = "eachlabs"
+"""The provider whose protocol is spoken."""
 
 _PROTOCOL_RATIOS = (
     *("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"),
@@ -71,6 +78,11 @@ class ServeConf(LoadConf):
     )
     balance_usd: Annotated[float, Interval(ge=0, le=1e9)] | None = known(
         None, "what each key may spend in all; then 402"
+    )
+    stand_in_for: Text | None = known(
+        None,
+        "hosted models, between spaces, whose names and inputs are taken while the served model"
+        " makes the images; page: all of the vendor's page",
     )
 
 
@@ -119,7 +131,7 @@ def freeze_serve(config: DictConfig) -> ServerSettings:
     gigabytes = conf.memory_limit_gb
     return ServerSettings(
         load=_load(conf),
-        model=_served_model(conf.model, conf.backend),
+        model=_served_model(conf),
         state_dir=_state_dir(conf),
         limits=Limits(
             deadline_s=conf.deadline_s,
@@ -206,13 +218,15 @@ def _state_dir(conf: ServeConf) -> Path:
     return Path("results") / f"serve-{conf.model.name}-{conf.backend.name}"
 
 
-def _served_model(model: ModelConf, backend: BackendConf) -> ServedModel:
+def _served_model(conf: ServeConf) -> ServedModel:
+    model, backend = conf.model, conf.backend
     ratios = {name: sides for name, sides in model.aspect_ratios.items() if name != "1:1"}
     sizes = {"1:1": model.aspect_ratios.get("1:1", [model.width, model.height]), **ratios}
     image_to_image = Task.IMAGE_TO_IMAGE.value
+    schemas = _stood_in_for(conf) if conf.stand_in_for is not None else _own_schemas(model)
     return ServedModel(
         name=model.name,
-        slugs=tuple(dict.fromkeys((model.name, *VENDOR_SLUGS))),
+        slugs=tuple(dict.fromkeys((model.name, *VENDOR_SLUGS, *schemas))),
         sizes={
             name: (sizes[name][0], sizes[name][1]) for name in _PROTOCOL_RATIOS if name in sizes
         },
@@ -220,4 +234,51 @@ def _served_model(model: ModelConf, backend: BackendConf) -> ServedModel:
         steps=model.steps,
         cfg=float(model.cfg),
         takes_images=image_to_image in model.tasks and image_to_image in backend.tasks,
+        schemas={slug: schema for slug, schema in schemas.items() if schema},
+        stands_in=conf.stand_in_for is not None,
+        size_multiple=model.size_multiple,
+        max_side_px=model.max_side_px,
     )
+
+
+def _own_schemas(model: ModelConf) -> dict[str, Schema]:
+    """What a model with an input of its own takes under its names, with its own defaults."""
+    own = {
+        "steps": model.steps,
+        "cfg": model.cfg,
+        "width": model.width,
+        "height": model.height,
+        "negative_prompt": "",
+        "aspect_ratio": "1:1",
+    }
+    schema = declared(model)
+    for item in schema:
+        if item.source == "sampler":
+            own["sampler"] = item.words[model.samplers[0]]
+    full = tuple(replace(item, default=own.get(item.source, item.default)) for item in schema)
+    return dict.fromkeys((model.name, model.hosted.get(PROTOCOL, model.name)), full)
+
+
+def _stood_in_for(conf: ServeConf) -> dict[str, Schema]:
+    """Names and inputs of the models that the served one stands in for.
+
+    Raises: ConfigError for one that no hosted service has.
+    """
+    asked = f"{conf.stand_in_for}"
+    found: dict[str, Schema] = {}
+    hosted = {name: model for name in choices("model") if (model := _hosted(name)) is not None}
+    for name in VENDOR_PAGE if asked == "page" else asked.split():
+        if name not in hosted:
+            raise ConfigError(
+                f"stand_in_for={name}: must be page, or of {', '.join(hosted)}"
+                f"{nearest(name, hosted)}"
+            )
+        found |= _own_schemas(hosted[name])
+    return found
+
+
+def _hosted(name: str) -> ModelConf | None:
+    """A model's YAML, if some hosted service has it."""
+    plain: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{name}.yaml"))
+    del plain["defaults"]
+    return ModelConf.model_validate(plain) if "hosted" in plain else None

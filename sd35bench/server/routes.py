@@ -45,7 +45,7 @@ from sd35bench.server.schema import (
     query_parameter,
     read_create,
     refusals,
-    to_request,
+    request_of,
 )
 from sd35bench.server.settings import Refusal
 from sd35bench.server.state import ServerState
@@ -205,10 +205,11 @@ class _Routes:
 
     async def schema(self, request: Request) -> ModelView:
         model = self.settings.model
-        slug = request.query_params.get("slug", model.slugs[0])
+        usual = next(slug for slug in model.slugs if slug not in model.schemas)
+        slug = request.query_params.get("slug", usual)
         if slug not in model.slugs:
             raise Refusal(404, f"Model not found; served here: {', '.join(model.slugs)}")
-        schema = input_schema(model)
+        schema = input_schema(model, slug)
         return ModelView(title=model.name, slug=slug, version="0.0.1", request_schema=schema)
 
     async def _accept(self, request: Request) -> str:
@@ -219,9 +220,14 @@ class _Routes:
         caller, bounds = _caller(request), self._bounds()
         price = self.settings.usd_per_image
         prediction_id, digest = str(uuid.uuid4()), None
-        if asked.image is not None:
+        wanted = request_of(asked, self.settings.model, None)
+        if asked.image is not None or asked.role_images:
             await asyncio.to_thread(self.store.check, caller.id, price, bounds)
+        for name, url in asked.role_images.items():
+            await self._read(request, name, url)  # the model that stands in has no use for it
+        if asked.image is not None:
             digest = await self._fetch(request, asked.image, prediction_id)
+            wanted = request_of(asked, self.settings.model, digest)
         prediction = Prediction(
             id=prediction_id,
             owner=caller.id,
@@ -231,7 +237,6 @@ class _Routes:
             price=price,
             created_at=round(time.time(), 6),  # as it is shown, so that a filter on it finds it
         )
-        wanted = to_request(asked.input, self.settings.model, digest)
         try:
             await asyncio.to_thread(self.store.accept, prediction, wanted, bounds)
         except SD35BenchError:
@@ -243,18 +248,22 @@ class _Routes:
 
     async def _fetch(self, request: Request, url: str, prediction_id: str) -> str:
         """Put an init image beside the predictions and return its SHA-256."""
+        data = await self._read(request, "image", url)
+        await asyncio.to_thread(self.state.inits.write, prediction_id, data)
+        return hashlib.sha256(data).hexdigest()
+
+    async def _read(self, request: Request, name: str, url: str) -> bytes:
+        """An input image as PNG. Raises: Refusal (400)."""
         try:
             async with self.state.fetches:
-                data = await init_image(
+                return await init_image(
                     url,
                     store=self.state.files,
                     own_host=request.url.netloc,
                     allow_loopback=self.settings.allow_loopback,
                 )
         except RemoteError as exc:
-            raise Refusal(400, f"input.image: {exc}") from exc
-        await asyncio.to_thread(self.state.inits.write, prediction_id, data)
-        return hashlib.sha256(data).hexdigest()
+            raise Refusal(400, f"input.{name}: {exc}") from exc
 
     def _bounds(self) -> Bounds:
         expected_s = self.state.generator.expected_s

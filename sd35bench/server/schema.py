@@ -29,12 +29,20 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 
 from sd35bench.fields import FIELDS, MOST_SEED, allowed
+from sd35bench.remote.inputs import Schema
+from sd35bench.server.own_inputs import image_urls, own_request, own_schema, read_own
 from sd35bench.server.predictions import Phase
-from sd35bench.server.settings import Refusal, ServedModel
+from sd35bench.server.settings import (
+    LONGEST_PROMPT,
+    LONGEST_URL,
+    Refusal,
+    ServedModel,
+    listed,
+    refuse_unknown,
+    shown,
+)
 from sd35bench.types import Request
 
-LONGEST_PROMPT = 10_000
-LONGEST_URL = 4096
 DRAWN_SEEDS = 2**32
 """Seeds are drawn below this: any client can hold them, and torch's noise has no more."""
 
@@ -175,15 +183,24 @@ _BODY_WRONG = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A create that can be done: `input` has every field, typed, with its seed drawn."""
+    """A create that can be done: `input` has every field, typed, with its seed drawn.
+
+    `schema` is the slug's own, empty for Stable Diffusion 3.5's.
+    """
 
     slug: str
     input: dict[str, Any]
+    schema: Schema = ()
 
     @property
     def image(self) -> str | None:
         """The address of the init image."""
-        return self.input["image"]
+        return None if self.schema else self.input["image"]
+
+    @property
+    def role_images(self) -> dict[str, str]:
+        """Addresses of a model's own input images, by the input's name."""
+        return image_urls(self.schema, self.input)
 
 
 def parse_json(data: bytes) -> Any:
@@ -209,20 +226,34 @@ def read_create(
     """
     if not isinstance(body, dict):
         raise Refusal(400, "the body must be a JSON object with 'model' and 'input'")
-    _refuse_unknown("", body, _Body.model_fields)
+    refuse_unknown("", body, _Body.model_fields)
     try:
         asked = _Body.model_validate(body)
     except ValidationError as exc:
         name = str(exc.errors(include_url=False)[0]["loc"][0])
-        shown = f"{name}={_shown(body.get(name))}: must be a text or null"
-        raise Refusal(400, _BODY_WRONG.get(name, shown)) from exc
+        said = f"{name}={shown(body.get(name))}: must be a text or null"
+        raise Refusal(400, _BODY_WRONG.get(name, said)) from exc
     if asked.model not in model.slugs:
-        served = _list(model.slugs)
-        raise Refusal(404, f"Model not found: {_shown(asked.model)}; served here: {served}")
+        served = listed(model.slugs)
+        raise Refusal(404, f"Model not found: {shown(asked.model)}; served here: {served}")
+    if asked.model in model.schemas:
+        schema = model.schemas[asked.model]
+        found = read_own(asked.input, schema, model, draw_seed)
+        return Asked(slug=asked.model, input=found, schema=schema)
     found = _read_input(asked.input, model)
     if found["seed"] is None:
         found["seed"] = draw_seed()
     return Asked(slug=asked.model, input=found)
+
+
+def request_of(asked: Asked, model: ServedModel, init_image: str | None) -> Request:
+    """Turn a create into our request; `init_image` is the SHA-256 of the init image's file.
+
+    Raises: Refusal (400) for a size that the model does not make.
+    """
+    if asked.schema:
+        return own_request(asked.input, asked.schema, model)
+    return to_request(asked.input, model, init_image)
 
 
 def to_request(asked: Mapping[str, Any], model: ServedModel, init_image: str | None) -> Request:
@@ -235,8 +266,10 @@ def to_request(asked: Mapping[str, Any], model: ServedModel, init_image: str | N
     )
 
 
-def input_schema(model: ServedModel) -> dict[str, Any]:
-    """The JSON Schema of `input`, as ``GET /v1/model`` tells it."""
+def input_schema(model: ServedModel, slug: str | None = None) -> dict[str, Any]:
+    """The JSON Schema of `input`, as ``GET /v1/model`` tells it of a slug."""
+    if slug is not None and slug in model.schemas:
+        return own_schema(model.schemas[slug], model)
     return _input_model(model).model_json_schema(schema_generator=_Untitled)
 
 
@@ -245,7 +278,10 @@ def body_schema(model: ServedModel) -> dict[str, Any]:
     schema = _Body.model_json_schema(schema_generator=_Untitled)
     del schema["description"]
     schema["properties"]["model"]["enum"] = list(model.slugs)
-    schema["properties"]["input"] = input_schema(model)
+    own = [input_schema(model, slug) for slug in model.schemas]
+    usual = input_schema(model)
+    different = {json.dumps(each): each for each in (usual, *own)}
+    schema["properties"]["input"] = {"anyOf": [*different.values()]} if own else usual
     return schema
 
 
@@ -268,7 +304,7 @@ def _made_model(ratios: tuple[str, ...], takes_images: bool) -> type[BaseModel]:
 
 def _read_input(given: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     types = _types(model)
-    _refuse_unknown("input.", given, types)
+    refuse_unknown("input.", given, types)
     if "prompt" not in given:
         raise Refusal(400, "input.prompt: must be given")
     try:
@@ -278,7 +314,7 @@ def _read_input(given: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
         for error in exc.errors(include_url=False):
             name = str(error["loc"][0])
             wanted = _wanted(error["type"], given[name], types[name][0])
-            wrong.setdefault(name, f"input.{name}={_shown(given[name])}: must be {wanted}")
+            wrong.setdefault(name, f"input.{name}={shown(given[name])}: must be {wanted}")
         raise Refusal(400, "; ".join(wrong.values())) from exc
     if found["image"] is not None and found["prompt_strength"] == 0:
         raise Refusal(
@@ -300,13 +336,6 @@ def _wanted(error: str, value: Any, takes: Any) -> str:
     return allowed(takes)
 
 
-def _refuse_unknown(prefix: str, given: Mapping[str, Any], known: Any) -> None:
-    unknown = [f"{prefix}{name[:60]}" for name in given if name not in known]
-    if unknown:
-        word = "field" if len(unknown) == 1 else "fields"
-        raise Refusal(400, f"unknown {word} {_list(unknown[:10])}; known: {_list(known)}")
-
-
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
@@ -318,15 +347,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice[:60]!r} is given twice")
     return found
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)  # escapes what a terminal or a log would obey
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _list(words: Any) -> str:
-    return ", ".join(str(word).encode("ascii", "backslashreplace").decode() for word in words)
 
 
 # What is answered -------------------------------------------------------------------------------

@@ -1,12 +1,18 @@
 """What a server is started with, frozen and validated by `sd35bench.config`; how it refuses."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sd35bench.errors import SD35BenchError
 from sd35bench.limits import Limits
+from sd35bench.remote.inputs import Schema
 from sd35bench.types import Load
+
+LONGEST_PROMPT = 10_000
+LONGEST_URL = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +22,8 @@ class ServedModel:
     `slugs` are all names that clients may call it by, its own first. `sizes` maps the protocol's
     aspect ratios to (width, height) in px, "1:1" first. `sampler` is the model's own, `steps` and
     `cfg` are what warming up runs. `takes_images` says whether the model on its backend does
-    image-to-image.
+    image-to-image. `schemas` has the inputs of slugs that take others than Stable Diffusion 3.5;
+    `stands_in`: the model makes images in their place. Sides are multiples of `size_multiple` px.
     """
 
     name: str
@@ -26,6 +33,10 @@ class ServedModel:
     steps: int
     cfg: float
     takes_images: bool
+    schemas: Mapping[str, Schema] = field(default_factory=dict)
+    stands_in: bool = False
+    size_multiple: int = 1
+    max_side_px: int = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +74,22 @@ class Refusal(SD35BenchError):
         super().__init__(message)
         self.status = status
         self.headers = {} if headers is None else dict(headers)
+
+
+def refuse_unknown(prefix: str, given: Mapping[str, Any], known: Any) -> None:
+    """Refuse fields that there are not. Raises: Refusal (400)."""
+    unknown = [f"{prefix}{name[:60]}" for name in given if name not in known]
+    if unknown:
+        word = "field" if len(unknown) == 1 else "fields"
+        raise Refusal(400, f"unknown {word} {listed(unknown[:10])}; known: {listed(known)}")
+
+
+def shown(value: Any) -> str:
+    """A client's value for a message: bounded, what a terminal or a log would obey escaped."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def listed(words: Any) -> str:
+    """Words between commas, in ASCII."""
+    return ", ".join(str(word).encode("ascii", "backslashreplace").decode() for word in words)
