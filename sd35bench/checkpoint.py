@@ -14,7 +14,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,27 @@ LAYOUT = {
     "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
 """Prefixes of the parts' keys in a single file. Source: Stability-AI/sd3.5, sd3_infer.py."""
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
+"""What files put before a denoiser's keys; trainers and ComfyUI's own savers leave it out."""
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+VARIANTS = ("bf16", "fp16", "fp32")
+"""Spellings in weight files' names, as in model.bf16.safetensors, the likeliest first."""
 EXCLUDED = ("sd3*", "text_encoders/*", "*fp16*", "*.md")
 """What a download can leave out: the same weights once more, in other layouts and dtypes."""
 HEADER_LIMIT_BYTES = 100_000_000
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
-def find_checkpoint(name: str, path: str | None, hub_id: str | None, gated: bool = True) -> Path:
+def find_checkpoint(
+    name: str,
+    path: str | None,
+    hub_id: str | None,
+    gated: bool = True,
+    without: Collection[str] = (),
+) -> Path:
     """Find a folder or a file: the given path, the package's nano, or the Hub's local cache.
+
+    `without` names parts of a folder that nobody will load.
 
     Raises: ConfigError with the steps to get the weights, or naming what is missing there.
     """
@@ -54,7 +67,7 @@ def find_checkpoint(name: str, path: str | None, hub_id: str | None, gated: bool
                 f"model.path={path}: no {INDEX} there; give a folder in diffusers' format, or one"
                 " .safetensors file"
             )
-        _refuse_incomplete(given)
+        _refuse_incomplete(given, without)
         return given.resolve()
     if hub_id is None:
         if not (NANO_WEIGHTS / INDEX).is_file():
@@ -69,7 +82,7 @@ def find_checkpoint(name: str, path: str | None, hub_id: str | None, gated: bool
             f"model={name}: its weights are not on this machine and nothing is downloaded unasked:"
             f" {_steps(name, hub_id, gated)}"
         )
-    _refuse_incomplete(cached)
+    _refuse_incomplete(cached, without)
     return cached
 
 
@@ -104,15 +117,25 @@ def find_components(path: Path, components: str | None, hub_id: str | None) -> P
     return folder
 
 
-def parts_in_file(path: Path) -> frozenset[str]:
-    """Parts of the pipeline whose weights a single safetensors file brings.
+def parts_in_file(path: Path) -> dict[str, str]:
+    """Parts of the pipeline whose weights a single safetensors file brings: part -> key prefix.
 
     Raises: ConfigError where the file is no readable safetensors.
     """
-    keys = _read_keys(path)
-    return frozenset(
-        part for part, prefix in LAYOUT.items() if any(key.startswith(prefix) for key in keys)
-    )
+    keys = read_header(path)
+    found = {
+        part: prefix
+        for part, prefix in LAYOUT.items()
+        if any(key.startswith(prefix) for key in keys)
+    }
+    bare = denoiser_prefix(keys, "joint_blocks.")
+    return found if "transformer" in found or bare is None else {**found, "transformer": bare}
+
+
+def denoiser_prefix(keys: Collection[str], first: str) -> str | None:
+    """What stands before `first`, the beginning of a denoiser's own keys, if any has it."""
+    starts = (p for p in DENOISER_PREFIXES if any(key.startswith(p + first) for key in keys))
+    return next(starts, None)
 
 
 def parts_of_components(path: Path, folder: Path) -> dict[str, bool]:
@@ -154,17 +177,65 @@ def revision_of(path: Path) -> str | None:
         return folder.name if folder.parent.name == "snapshots" else None
 
 
-def weights_digest(path: Path, components: Path | None = None) -> str:
+def variant_of(part: Path, asked: str | None = None) -> str | None:
+    """The variant to load of a part's folder: the one asked for where it is there.
+
+    Unasked, the one whose weights come in no plain file, as in Sana's bf16 repository.
+    """
+    names = [p.name for p in part.glob("*.safetensors")] if part.is_dir() else []
+    spelt = {v for v in VARIANTS for name in names if f".{v}." in name or f".{v}-" in name}
+    if asked in spelt:
+        return asked
+    plain = [n for n in names if not any(f".{v}." in n or f".{v}-" in n for v in spelt)]
+    return next((v for v in VARIANTS if v in spelt), None) if spelt and not plain else None
+
+
+def settled_variant(folder: Path, asked: str | None) -> str | None:
+    """The variant that has to be asked for; ``None`` where it is what is loaded anyway.
+
+    Raises: ConfigError where no part has it.
+    """
+    if asked is None:
+        return None
+    parts = [part for part in sorted(folder.iterdir()) if part.is_dir()]
+    having = [part for part in parts if variant_of(part, asked) == asked]
+    if not having:
+        raise ConfigError(
+            f"model.variant={asked}: no part of {folder} has files such as"
+            f" model.{asked}.safetensors; leave it out, or take another folder"
+        )
+    return None if all(variant_of(part) == asked for part in having) else asked
+
+
+def path_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's content, or over a folder's files with their relative paths."""
+    cache = _Cache()
+    if path.is_file():
+        digest = cache.file_hash(path)
+    else:
+        total = hashlib.sha256()
+        for file in _part_files(path.parent, path.name):
+            total.update(f"{file.relative_to(path).as_posix()}\0{cache.file_hash(file)}\n".encode())
+        digest = total.hexdigest()
+    cache.save()
+    return digest
+
+
+def weights_digest(
+    path: Path, components: Path | None = None, without: Collection[str] = ()
+) -> str:
     """SHA-256 (hex) over the sorted relative paths and contents of what is loaded.
 
+    `without` names parts of a folder that nobody loads.
     Large files' hashes are cached by path, size and time of change under ~/.cache/sd35bench.
     """
     if components is None:
-        named = [(file.relative_to(path).as_posix(), file) for file in _loaded_files(path)]
+        named = [(file.relative_to(path).as_posix(), file) for file in _loaded_files(path, without)]
     else:
         named = [
             (file.relative_to(components).as_posix(), file)
             for file in _component_files(path, components)
+            if file.parent.name not in without
         ]
         named.append(("", path))  # whatever the file is called
     cache = _Cache()
@@ -186,12 +257,12 @@ def _steps(name: str, hub_id: str, gated: bool) -> str:
     return " ".join(f"({number}) {step}" for number, step in enumerate(steps, start=1))
 
 
-def _refuse_incomplete(folder: Path) -> None:
+def _refuse_incomplete(folder: Path, without: Collection[str]) -> None:
     """Refuse a folder whose download ended early: a part, or a shard of its weights, is missing."""
     for name, entry in _read_index(folder).items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
-        if not _has_part(folder / name, config_only=False):
+        if name not in without and not _has_part(folder / name, config_only=False):
             raise ConfigError(
                 f"model.path={folder}: {name}/ is missing or incomplete; complete the download, or"
                 " give another folder"
@@ -218,25 +289,39 @@ def _shards(file: Path) -> Iterable[str]:
 
 def _refuse_other_layouts(path: Path) -> None:
     """Refuse a single file that is not SD3's original layout."""
+    if path.suffix == ".gguf":
+        raise ConfigError(
+            f"model.path={path}: a GGUF file holds a denoiser alone; give it as"
+            f" model.transformer={path}, and the rest of the model as model.path=FOLDER"
+        )
+    if path.suffix in PICKLED:
+        raise ConfigError(
+            f"model.path={path}: a pickled checkpoint may run code and is not read; convert it to"
+            " .safetensors"
+        )
     if "transformer" not in parts_in_file(path):
         raise ConfigError(
-            f"model.path={path}: no key begins with {LAYOUT['transformer']!r}; give a file in"
-            " Stability's original layout (sd3.5_medium.safetensors), or a diffusers folder"
+            f"model.path={path}: no key begins with {LAYOUT['transformer']!r} or joint_blocks.;"
+            " give a file in Stability's original layout (sd3.5_medium.safetensors), or a diffusers"
+            " folder; a denoiser in diffusers' layout goes to model.transformer="
         )
 
 
-def _read_keys(path: Path) -> frozenset[str]:
-    """Names of a safetensors file's tensors: 8 bytes of length, then that much JSON."""
+def read_header(path: Path, field: str = "model.path") -> dict[str, str]:
+    """A safetensors file's tensors: name -> dtype. 8 bytes of length, then that much JSON.
+
+    Raises: ConfigError, which names the `field`.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > HEADER_LIMIT_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
-        return frozenset(header) - {"__metadata__"}
-    except (OSError, ValueError, TypeError, struct.error) as exc:
+        return {name: str(t["dtype"]) for name, t in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as exc:
         raise ConfigError(
-            f"model.path={path}: no readable safetensors file ({exc}); give a .safetensors file or"
+            f"{field}={path}: no readable safetensors file ({exc}); give a .safetensors file or"
             " a diffusers folder"
         ) from exc
 
@@ -251,14 +336,15 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _loaded_files(folder: Path) -> Iterator[Path]:
+def _loaded_files(folder: Path, without: Collection[str]) -> Iterator[Path]:
     """`model_index.json` and the files of the components that it names."""
     index = _read_index(folder)
     yield folder / INDEX
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
-        yield from _part_files(folder, name)
+        if name not in without:
+            yield from _part_files(folder, name)
 
 
 def _component_files(path: Path, folder: Path) -> Iterator[Path]:

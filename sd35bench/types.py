@@ -113,6 +113,20 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a user puts on top of a model's weights, or in the place of a part of them.
+
+    `kind`: "lora", "transformer" or "vae". `digest` is the SHA-256 of what lies at `path`;
+    `weight` the factor of a LoRA.
+    """
+
+    kind: str
+    path: str
+    digest: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Which weights: a name, where they are, and the SHA-256 digest of what is there.
 
@@ -121,6 +135,8 @@ class ModelSpec:
     is "checkpoint" or "random": then the architecture of `name` gets seeded noise for weights,
     `text_encoders` says whether encoders are built too, and `path` is empty. `layers` is the
     number of transformer blocks where it is not the model's own. `revision` is the Hub's commit.
+    `changes` are what is put on top; `variant` is the spelling of weight files that was asked for.
+    `weights_digest` covers both.
     """
 
     name: str
@@ -134,6 +150,8 @@ class ModelSpec:
     text_encoders: bool = True
     components: str | None = None
     revision: str | None = None
+    changes: tuple[Change, ...] = ()
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,8 @@ from sd35bench.checkpoint import (
     find_components,
     parts_in_file,
     revision_of,
+    settled_variant,
+    variant_of,
     weights_digest,
 )
 from sd35bench.errors import ConfigError
@@ -204,9 +206,14 @@ def components(tmp_path) -> Path:
 
 
 def test_parts_in_file_are_those_whose_keys_it_has(tmp_path, single):
-    assert parts_in_file(single) == {"transformer", "vae"}
+    assert parts_in_file(single).keys() == {"transformer", "vae"}
     more = write_file(tmp_path / "more.safetensors", KEYS + CLIPS)
-    assert parts_in_file(more) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    assert parts_in_file(more).keys() == {
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+    }
 
 
 def test_find_checkpoint_takes_a_single_file(single):
@@ -218,13 +225,13 @@ def test_find_checkpoint_takes_a_single_file(single):
     [
         (b"", "no readable safetensors file"),
         (b"PK" * 100, "no readable safetensors file"),
-        (struct.pack("<Q", 2) + b"[]", "no key begins with 'model.diffusion_model.'"),
+        (struct.pack("<Q", 2) + b"{}", "no key begins with 'model.diffusion_model.'"),
         (struct.pack("<Q", 2) + b"{", "no readable safetensors file"),
     ],
     ids=["empty", "zip", "other-layout", "torn"],
 )
 def test_find_checkpoint_refuses_other_files(tmp_path, content, message):
-    path = tmp_path / "model.ckpt"
+    path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         find_checkpoint("big", str(path), None)
@@ -294,3 +301,37 @@ def test_revision_of_reads_the_traces_of_the_hubs_tools(tmp_path, folder, single
     traces.mkdir(parents=True)
     (traces / "model.safetensors.metadata").write_text("fed987\netag\n1700000000.0\n")
     assert revision_of(single) == "fed987"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.ckpt", "a pickled checkpoint may run code and is not read; convert it"),
+        ("model.gguf", r"give it as model\.transformer="),
+    ],
+)
+def test_find_checkpoint_refuses_files_that_hold_no_whole_model_safely(tmp_path, name, message):
+    path = tmp_path / name
+    path.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=message):
+        find_checkpoint("sd35-medium", str(path), None)
+
+
+def test_a_file_without_prefixes_brings_the_denoiser_alone(tmp_path):
+    path = write_file(tmp_path / "bare.safetensors", ["joint_blocks.0.x_block.attn.qkv.weight"])
+    assert parts_in_file(path) == {"transformer": ""}
+    assert find_checkpoint("sd35-medium", str(path), None) == path
+
+
+def test_a_variant_is_asked_for_only_where_it_changes_what_is_loaded(folder):
+    part = next(each for each in folder.iterdir() if each.is_dir())
+    with pytest.raises(ConfigError, match=r"no part of .* has files such as model\.fp16"):
+        settled_variant(folder, "fp16")
+    (part / "model.fp16.safetensors").write_bytes(b"half")
+    for plain in part.glob("*.safetensors"):
+        if ".fp16." not in plain.name:
+            plain.unlink()
+    assert settled_variant(folder, "fp16") is None  # there is nothing else
+    (part / "model.safetensors").write_bytes(b"whole")
+    assert settled_variant(folder, "fp16") == "fp16"
+    assert (variant_of(part), variant_of(part, "fp16")) == (None, "fp16")

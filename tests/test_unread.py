@@ -10,6 +10,7 @@ import sd35bench.config.unread as unread
 from sd35bench.config import compose, freeze
 from sd35bench.config.models import FIELDS
 from sd35bench.config.overrides import written
+from sd35bench.config.weights import ON_TOP
 from sd35bench.errors import ConfigError
 
 LOCAL = "backend.kind=fake"
@@ -24,6 +25,10 @@ VALUES = {
     "model.text_encoders": ("model.text_encoders=true", LOCAL, WEIGHTS),
     "model.components": ("model.components=x", LOCAL, WEIGHTS),
     "timed_limit": ("timed_limit=2", LOCAL, "batch_size=4"),
+    **{
+        f"model.{name}": (f"model.{name}=fp16", "backend.needs_weights=false", WEIGHTS)
+        for name in ON_TOP
+    },
     "threads": ("threads=1", HOSTED, LOCAL),
     "starts": ("starts=2", HOSTED, LOCAL),
     "workers": ("workers=2", HOSTED, LOCAL),

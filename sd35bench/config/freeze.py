@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from sd35bench.config.changes import notes_of
 from sd35bench.config.files import config_dir
 from sd35bench.config.inputs import inputs_in_force, own_axes, refuse_elsewhere, settle_axes
 from sd35bench.config.models import AXES, RUN, BackendConf, ModelConf, PromptsConf, RunConf, read
@@ -106,6 +107,7 @@ def freeze(config: DictConfig) -> Job:
             *settled,
             *_notes(conf, axes),
             *_split_notes(conf, prompts),
+            *notes_of(load.model),
             *_picture_notes(prompts),
             *_resize_notes(prompts, sizes),
         ),

@@ -165,6 +165,20 @@ class ModelConf(Conf):
     components: Text | None = known(
         None, "with model.path=FILE.safetensors: the folder with what the file lacks"
     )
+    lora: Text | None = known(
+        None, "LoRA files to merge into the weights: FILE[:weight][,FILE[:weight]...]"
+    )
+    transformer: Text | None = known(
+        None,
+        "another denoiser: its folder in diffusers' format, or one file (.gguf too)",
+        "its own",
+    )
+    vae: Text | None = known(
+        None, "another autoencoder: its folder in diffusers' format, or one file", "its own"
+    )
+    variant: Literal["fp16", "bf16", "fp32"] | None = known(
+        None, "which of a folder's weight files, as in model.fp16.safetensors", "the plain ones"
+    )
     hosted_only: str | None = None
     hosted: dict[str, str] = {}
     inputs: dict[str, InputConf] = {}

@@ -25,6 +25,8 @@ from sd35bench.types import Scalar
 
 FREE_TEXTS = ("negative_prompt",)
 """Fields whose values are nobody's numbers, lists or interpolations."""
+FILE_LISTS = ("model.lora",)
+"""Fields whose commas are between files: one value, not several."""
 PROMPTS_GIVEN = "prompts.texts"
 OTHER_NAMES = {
     "guidance_scale": "cfg",
@@ -120,6 +122,8 @@ def _one(text: str) -> str:
     name, equals, value = text.partition("=")
     if name in FREE_TEXTS and equals:
         return f"{name}={','.join(quoted(piece) for piece in _pieces(value))}"
+    if name in FILE_LISTS and value not in ("", "null"):
+        return f"{name}={quoted(_unquoted(value))}"
     if text.startswith(OWN_INPUTS):
         return f"++{text}"
     head, dot, rest = text.partition(".")

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sd35bench.config.inputs import has_input, known_inputs
+from sd35bench.config.weights import ON_TOP
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.prompts import READERS
 from sd35bench.remote.inputs import EXTRA, IMAGE
@@ -72,6 +73,7 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "model.text_encoders": _WEIGHTS,
     "model.components": _WEIGHTS,
     "timed_limit": (_times_some, "every trial is timed at batch_size=1; leave it out"),
+    **{f"model.{name}": _WEIGHTS for name in ON_TOP},
     "threads": _HERE,
     "starts": _HERE,
     "workers": _HERE,

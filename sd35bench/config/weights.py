@@ -12,11 +12,16 @@ from sd35bench.checkpoint import (
     find_checkpoint,
     find_components,
     revision_of,
+    settled_variant,
     weights_digest,
 )
+from sd35bench.config.changes import changed_digest, read_changes
 from sd35bench.config.models import ModelConf
 from sd35bench.errors import ConfigError
 from sd35bench.types import NO_WEIGHTS, ModelSpec
+
+ON_TOP = ("lora", "transformer", "vae", "variant")
+"""What changes a checkpoint's weights."""
 
 
 def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
@@ -29,7 +34,15 @@ def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
         return _bare(model)
     if model.weights == "random":
         return _random_spec(model)
-    path = find_checkpoint(model.name, model.path, model.hub_id, gated=model.gated)
+    changes = read_changes(model)
+    replaced = {c.kind for c in changes if c.kind != "lora"}
+    path = find_checkpoint(model.name, model.path, model.hub_id, model.gated, without=replaced)
+    if path.is_file() and model.variant is not None:
+        raise ConfigError(
+            f"model.variant={model.variant}: it acts on a diffusers folder, and {path} is one file;"
+            " leave one of them out"
+        )
+    variant = settled_variant(path, model.variant)
     components: Path | None = None
     if path.is_file():
         if model.family != "sd3":
@@ -42,10 +55,13 @@ def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
             f"model.components={model.components}: it acts only with model.path=FILE.safetensors,"
             f" and {path} is a folder; leave one of them out"
         )
+    own = weights_digest(path, components, {c.kind for c in changes if Path(c.path).is_dir()})
     return replace(
         _bare(model),
         path=str(path),
-        weights_digest=weights_digest(path, components),
+        weights_digest=changed_digest(own, changes, variant),
+        changes=changes,
+        variant=variant,
         components=None if components is None else str(components),
         revision=revision_of(path),
     )
@@ -59,6 +75,7 @@ def model_notes(model: ModelConf, needs_weights: bool) -> tuple[str, ...]:
         "model.path": model.path is not None,
         "model.weights": model.weights != "checkpoint",
         "model.layers": model.layers is not None,
+        **{f"model.{name}": getattr(model, name) is not None for name in ON_TOP},
     }
     return tuple(
         f"{name} has no effect: this backend reads no weights"
@@ -70,7 +87,7 @@ def model_notes(model: ModelConf, needs_weights: bool) -> tuple[str, ...]:
 def _refuse_contradictions(model: ModelConf) -> None:
     """Refuse fields that would not act."""
     if model.weights == "random":
-        for name in ("path", "components"):
+        for name in ("path", "components", *ON_TOP):
             value = getattr(model, name)
             if value is not None:
                 raise ConfigError(

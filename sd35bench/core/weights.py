@@ -11,6 +11,7 @@ Source of the layouts: Stability-AI/sd3.5, `mmditx.py`; diffusers 0.42, `transfo
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,25 @@ def fuse_stability(config: Config, weights: Weights, dtype: torch.dtype) -> Weig
     Raises: ValueError for weights too few or too many.
     """
     return _fuse(_stability, config, weights, dtype)
+
+
+def original_layers(config: Config) -> Iterator[tuple[str, list[str], bool]]:
+    """Each layer of the original layout, with the layers of diffusers' that are put together in it.
+
+    Gives its name, theirs from top to bottom, and whether the halves of its rows are swapped there.
+    """
+    places: dict[tuple[str, int], tuple[list[str], bool]] = {}
+    seen: Counter[str] = Counter()
+    for name, sources, swapped in _diffusers(config):
+        places[name, seen[name]] = (sources, swapped)
+        seen[name] += 1
+    seen.clear()
+    for name, (source,), _ in _stability(config):
+        sources, swapped = places[name, seen[name]]
+        seen[name] += 1
+        if source.endswith(".weight"):
+            names = [each.removesuffix(".weight") for each in sources]
+            yield source.removesuffix(".weight"), names, swapped
 
 
 Place = tuple[str, list[str], bool]

@@ -6,8 +6,9 @@ touches it, and refuses weights that would leave parameters at random values.
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -18,18 +19,20 @@ import transformers.utils.logging as transformers_logging
 from safetensors import SafetensorError
 from torch import nn
 
+from sd35bench.checkpoint import variant_of
 from sd35bench.errors import BackendError
+from sd35bench.types import ModelSpec
 
 __all__ = [
     "LOAD_ERRORS",
     "PIPELINES",
+    "load_diffusers_part",
     "load_folder",
     "load_text_part",
     "modules",
     "quiet_loading",
     "read_index",
     "refuse_missing",
-    "variant_of",
 ]
 
 PIPELINES = {
@@ -39,29 +42,36 @@ PIPELINES = {
 }
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 REMEDY = "point model.path at a complete diffusers folder (model_index.json and its parts)"
-VARIANTS = ("bf16", "fp16", "fp32")
-"""Spellings in weight files' names, as in model.bf16.safetensors, the likeliest first."""
 
 
-def load_folder(path: Path, family: str, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
+def load_folder(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    without: Collection[str] = (),
+    parts: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Any:
     """Load a family's pipeline from a diffusers folder on disk; never from the network.
 
-    `without`: parts that are left out, as the pipeline allows.
+    `without`: parts that are left out, as the pipeline allows; `parts`: those that are there
+    already, in the place of the folder's own.
 
     Raises: BackendError for a missing, incomplete or broken folder, or one of another family.
     """
-    index = read_index(path) | {part: [None, None] for part in without}
+    path, family = Path(spec.path), spec.family
+    index = read_index(path, parts=None, there=parts) | {part: [None, None] for part in without}
     wanted = PIPELINES[family]
     if index.get("_class_name") != wanted:
         raise BackendError(
             f"model.path={path} holds a {index.get('_class_name')}, this model is a {wanted};"
             " name the model that the folder holds, or another folder"
         )
-    variants = {found for part in index if (found := variant_of(path / part)) is not None}
+    names = [part for part in index if part not in parts]
+    variants = {v for n in names if (v := variant_of(path / n, spec.variant)) is not None}
     arguments: dict[str, Any] = {"variant": sorted(variants)[0]} if variants else {}
     with quiet_loading():
         try:
-            arguments.update(_text_encoders(path, index, dtype))
+            arguments.update(_text_encoders(path, index, dtype, spec.variant))
+            arguments.update(parts)
             pipe = getattr(diffusers, wanted).from_pretrained(
                 path, dtype=dtype, local_files_only=True, **arguments
             )
@@ -74,8 +84,12 @@ def load_folder(path: Path, family: str, dtype: torch.dtype, without: Collection
     return pipe
 
 
-def read_index(path: Path, parts: Iterable[str] | None = None) -> dict[str, Any]:
+def read_index(
+    path: Path, parts: Iterable[str] | None = None, there: Collection[str] = ()
+) -> dict[str, Any]:
     """Read the folder's index and look for every part that it names, or only for `parts`.
+
+    Those `there` are looked for by nobody.
 
     Raises: BackendError naming the first part that is missing.
     """
@@ -86,12 +100,16 @@ def read_index(path: Path, parts: Iterable[str] | None = None) -> dict[str, Any]
         raise BackendError(f"model.path={path}: no readable model_index.json; {REMEDY}") from exc
     named = [n for n, part in index.items() if not n.startswith("_") and part != [None, None]]
     for name in named if parts is None else parts:
+        if name in there:
+            continue
         if not (path / name).is_dir() or not any((path / name).iterdir()):
             raise BackendError(f"model.path={path}: {name}/ is missing or empty; {REMEDY}")
     return index
 
 
-def load_text_part(part: Path, class_name: str, dtype: torch.dtype) -> nn.Module:
+def load_text_part(
+    part: Path, class_name: str, dtype: torch.dtype, variant: str | None = None
+) -> nn.Module:
     """Load one text encoder by its class in transformers, with its loading report.
 
     Inside a pipeline's `from_pretrained` transformers would fill missing weights at random and
@@ -102,12 +120,24 @@ def load_text_part(part: Path, class_name: str, dtype: torch.dtype) -> nn.Module
     encoder, report = getattr(transformers, class_name).from_pretrained(
         part,
         dtype=dtype,
-        variant=variant_of(part),
+        variant=variant_of(part, variant),
         local_files_only=True,
         output_loading_info=True,
     )
     refuse_missing(part, report["missing_keys"])
     return encoder
+
+
+def load_diffusers_part(part: Path, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """Load one of diffusers' models, sharded or not.
+
+    Raises: BackendError where a weight is missing.
+    """
+    model: Any = getattr(diffusers, class_name).from_pretrained(
+        part, dtype=dtype, variant=variant_of(part), local_files_only=True
+    )
+    refuse_missing(part, [name for name, p in model.named_parameters() if p.is_meta])
+    return model
 
 
 def refuse_missing(part: Path, names: Iterable[str]) -> None:
@@ -127,7 +157,9 @@ def modules(pipe: Any) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in pipe.components.items() if isinstance(m, nn.Module)]
 
 
-def _text_encoders(path: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _text_encoders(
+    path: Path, index: dict[str, Any], dtype: torch.dtype, variant: str | None
+) -> dict[str, Any]:
     """Load the text encoders; a part that is left out is ``None``, or nothing would load."""
     encoders: dict[str, Any] = {}
     for part, entry in index.items():
@@ -137,16 +169,8 @@ def _text_encoders(path: Path, index: dict[str, Any], dtype: torch.dtype) -> dic
             encoders[part] = None
         if part.startswith("tokenizer") or entry[0] != "transformers":
             continue
-        encoders[part] = load_text_part(path / part, entry[1], dtype)
+        encoders[part] = load_text_part(path / part, entry[1], dtype, variant)
     return encoders
-
-
-def variant_of(part: Path) -> str | None:
-    """The variant of a part whose weights come in no plain file, as in Sana's bf16 repository."""
-    names = [p.name for p in part.glob("*.safetensors")] if part.is_dir() else []
-    spelt = {v for v in VARIANTS for name in names if f".{v}." in name or f".{v}-" in name}
-    plain = [n for n in names if not any(f".{v}." in n or f".{v}-" in n for v in spelt)]
-    return next((v for v in VARIANTS if v in spelt), None) if spelt and not plain else None
 
 
 @contextlib.contextmanager

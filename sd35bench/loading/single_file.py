@@ -9,8 +9,10 @@ Source of the layout: Stability-AI/sd3.5, `sd3_infer.py` and `mmditx.py`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -33,24 +35,29 @@ from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
 from sd35bench.loading.folders import (
     LOAD_ERRORS,
     PIPELINES,
+    load_diffusers_part,
     load_text_part,
     quiet_loading,
     read_index,
     refuse_missing,
-    variant_of,
 )
-
-__all__ = ["load_single_file", "transformer_config"]
+from sd35bench.loading.formats import widen
 
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 """T5's embedding has two names and is stored once."""
 
 
-def load_single_file(path: Path, components: Path, dtype: torch.dtype) -> Any:
+def load_single_file(
+    path: Path,
+    components: Path,
+    dtype: torch.dtype,
+    replaced: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Any:
     """Load an SD3 pipeline from a file in the original layout; never from the network.
 
     `components`: a folder in diffusers' format with the scheduler, the tokenizers, each part's
-    configuration, and the weights of the parts that the file does not bring.
+    configuration, and the weights of the parts that the file does not bring. `replaced`: parts
+    that are there already. What was stored in fp8 is said in the pipeline's `dequantised`.
 
     Raises: BackendError for a broken file or folder, for weights too few or too many.
     """
@@ -59,25 +66,39 @@ def load_single_file(path: Path, components: Path, dtype: torch.dtype) -> Any:
         needed = parts_of_components(path, components)
     except ConfigError as exc:
         raise BackendError(str(exc)) from exc
-    index = read_index(components, needed)
+    index = read_index(components, needed, replaced)
     if index.get("_class_name") != PIPELINES["sd3"]:
         raise BackendError(
             f"model.components={components} holds a {index.get('_class_name')}; give one of"
             f" {PIPELINES['sd3']}"
         )
     parts: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+    parts |= replaced
+    dequantised: dict[str, str] = {}
     with quiet_loading():
         try:
-            parts["transformer"] = _transformer(read_file(path, LAYOUT["transformer"]), dtype)
-            for name in needed:
-                weights = read_file(path, LAYOUT[name]) if name in brought else None
+            if "transformer" not in replaced:
+                weights = read_file(path, brought["transformer"])
+                dequantised["transformer"] = widen(weights, lambda _: dtype)
+                parts["transformer"] = original_transformer(weights, dtype)
+            for name in needed.keys() - replaced.keys():
+                weights = read_file(path, brought[name]) if name in brought else None
+                if weights is not None:
+                    dequantised[name] = widen(weights, partial(_wide, dtype))
                 parts[name] = _part(components / name, index[name], weights, dtype)
         except LOAD_ERRORS as exc:
             raise BackendError(
                 f"model.path={path} cannot be loaded with model.components={components}: {exc};"
                 " give the file and the components of one model"
             ) from exc
-    return StableDiffusion3Pipeline(**parts)
+    pipe: Any = StableDiffusion3Pipeline(**parts)
+    pipe.dequantised = {name: said for name, said in dequantised.items() if said}
+    return pipe
+
+
+def _wide(dtype: torch.dtype, name: str) -> torch.dtype:
+    """What fp8 is widened to: T5's output projections stay in fp32 under fp16."""
+    return torch.float32 if dtype is torch.float16 and ".wo." in name else dtype
 
 
 def transformer_config(weights: Weights) -> dict[str, Any]:
@@ -103,13 +124,17 @@ def transformer_config(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _transformer(weights: Weights, dtype: torch.dtype) -> nn.Module:
+def original_transformer(weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """Build SD3's denoiser from weights in the original layout, which are taken out of `weights`.
+
+    Raises: ValueError, BackendError for weights too few or too many.
+    """
     config = transformer_config(weights)
     keys = set(weights)
     converted = convert_sd3_transformer_checkpoint_to_diffusers(weights)  # takes what it knows
     _refuse_leftover("transformer", set(weights) & keys)
     model = build_empty({**config, "_class_name": "SD3Transformer2DModel"})
-    return _assign(model, converted, dtype, Path("transformer"))
+    return assign(model, converted, dtype, Path("transformer"))
 
 
 def _part(folder: Path, entry: list[str], weights: Weights | None, dtype: torch.dtype) -> Any:
@@ -121,25 +146,25 @@ def _part(folder: Path, entry: list[str], weights: Weights | None, dtype: torch.
         part_class: Any = getattr(diffusers if library == "diffusers" else transformers, name)
         if not issubclass(part_class, nn.Module):
             return part_class.from_pretrained(folder, local_files_only=True)
-        part: Any = getattr(diffusers, name).from_pretrained(
-            folder, dtype=dtype, variant=variant_of(folder), local_files_only=True
-        )
-        refuse_missing(folder, [name for name, p in part.named_parameters() if p.is_meta])
-        return part
+        return load_diffusers_part(folder, name, dtype)
     if library == "diffusers":
-        return _vae(name, folder, weights, dtype)
+        return original_vae(folder, weights, dtype)
     return _text_encoder(name, folder, weights, dtype)
 
 
-def _vae(name: str, folder: Path, weights: Weights, dtype: torch.dtype) -> nn.Module:
+def original_vae(folder: Path, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """Build an autoencoder from weights in the original layout and a folder's configuration.
+
+    Raises: ValueError, BackendError for weights too few or too many.
+    """
     config = json.loads((folder / "config.json").read_text())
-    model: Any = build_empty({**config, "_class_name": name})
+    model: Any = build_empty({"_class_name": "AutoencoderKL", **config})
     prefix = LAYOUT["vae"]
     original = {f"{prefix}{key}": value for key, value in weights.items()}
     converted = convert_ldm_vae_checkpoint(original, dict(model.config))
     if len(converted) != len(weights):
         raise ValueError(f"{len(weights)} weights of the VAE became {len(converted)}")
-    return _assign(model, converted, dtype, folder)
+    return assign(model, converted, dtype, folder)
 
 
 def _text_encoder(name: str, folder: Path, weights: Weights, dtype: torch.dtype) -> nn.Module:
@@ -154,12 +179,12 @@ def _text_encoder(name: str, folder: Path, weights: Weights, dtype: torch.dtype)
     for alias, stored in TIED.items():
         if alias in wanted and stored in weights:
             weights.setdefault(alias, weights[stored])
-    model = _assign(model, weights, dtype, folder)
+    model = assign(model, weights, dtype, folder)
     model.tie_weights()
     return model
 
 
-def _assign(model: nn.Module, weights: Weights, dtype: torch.dtype, part: Path) -> nn.Module:
+def assign(model: nn.Module, weights: Weights, dtype: torch.dtype, part: Path) -> nn.Module:
     """Give a module its weights in `dtype`; each finds its parameter, and the other way round."""
     wanted = set(model.state_dict())
     refuse_missing(part, wanted - set(weights))

@@ -18,6 +18,8 @@ from diffusers.pipelines.stable_diffusion_3 import (
 
 from sd35bench.errors import OptimizationNotApplied
 from sd35bench.loading.folders import load_folder, modules
+from sd35bench.loading.lora import merge_lora
+from sd35bench.loading.parts import replaced_parts
 from sd35bench.loading.random_weights import load_random
 from sd35bench.loading.single_file import load_single_file
 from sd35bench.types import ModelSpec
@@ -61,13 +63,24 @@ def load_model(
     """
     if spec.weights == "random":
         return load_random(spec, dtype, device)
-    path = Path(spec.path)
+    path, dequantised = Path(spec.path), dict[str, str]()
+    replaced = replaced_parts(spec, dtype, dequantised)
     if spec.components is not None:
-        pipe, layout = load_single_file(path, Path(spec.components), dtype), "single file"
+        pipe = load_single_file(path, Path(spec.components), dtype, replaced)
+        layout, dequantised = "single file", {**pipe.dequantised, **dequantised}
     else:
-        pipe, layout = load_folder(path, spec.family, dtype, without), "diffusers folder"
+        pipe, layout = load_folder(spec, dtype, without, replaced), "diffusers folder"
     pipe.random_text = None
-    pipe.facts = {"weights": "checkpoint", "format": layout, "revision": spec.revision}
+    pipe.facts = {
+        "weights": "checkpoint",
+        "format": layout,
+        "revision": spec.revision,
+        **({} if spec.variant is None else {"variant": spec.variant}),
+        **{c.kind: f"{Path(c.path).name} {c.digest[:12]}" for c in spec.changes},
+        **({"dequantised": dequantised} if dequantised else {}),
+    }
+    loras = [merge_lora(pipe, change) for change in spec.changes if change.kind == "lora"]
+    pipe.facts |= {"lora": loras} if loras else {}
     return pipe
 
 

@@ -15,7 +15,7 @@ another setting there is no body.
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -126,6 +126,8 @@ def snippet(record: Record, init_path: Path | None) -> str | None:
         known_digest(load) is None
         or load.model.weights != "checkpoint"
         or load.model.components is not None
+        or load.model.changes
+        or load.model.variant is not None
     ):
         return None
     if later_asked(request):
@@ -235,16 +237,30 @@ def _weights(model: ModelSpec) -> list[str]:
     The path of what lies in the Hub's cache names its revision.
     """
     if model.weights == "checkpoint":
+        on_top = list(_on_top(model))
         if model.path in ("", str(NANO_WEIGHTS)) or model.weights_digest == _packaged():
-            return []
+            return on_top
         components = [] if model.components is None else [model.components]
         return [
             f"model.path={_quoted(model.path)}",
             *(f"model.components={_quoted(path)}" for path in components),
+            *on_top,
         ]
     layers = [] if model.layers is None else [f"model.layers={model.layers}"]
     encoders = ["model.text_encoders=true"] if model.text_encoders else []
     return [f"model.weights={model.weights}", *layers, *encoders]
+
+
+def _on_top(model: ModelSpec) -> Iterator[str]:
+    """Overrides that say what changes the weights."""
+    for change in model.changes:
+        if change.kind != "lora":
+            yield f"model.{change.kind}={_quoted(change.path)}"
+    loras = [f"{c.path}:{c.weight!r}" for c in model.changes if c.kind == "lora"]
+    if loras:
+        yield f"model.lora={_quoted(','.join(loras))}"
+    if model.variant is not None:
+        yield f"model.variant={model.variant}"
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,155 @@
+"""What a user puts on top of a model: LoRA files, another denoiser, another autoencoder.
+
+Read off the configuration, looked for on disk, and named by digest; torch is not needed, so that a
+wrong file is refused in well under a second. `loading.lora` and `loading.parts` load them.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from sd35bench.checkpoint import PICKLED, path_digest, read_header
+from sd35bench.config.models import ModelConf
+from sd35bench.errors import ConfigError
+from sd35bench.types import Change, ModelSpec, content_hash
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""What diffusers and PEFT call the file in a folder of theirs."""
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_LIMIT = 100.0
+REPLACED = ("transformer", "vae")
+FILES = (".safetensors", ".gguf", *PICKLED)
+_FP8 = ("F8_E4M3", "F8_E5M2")
+
+
+def read_changes(model: ModelConf) -> tuple[Change, ...]:
+    """Find every change that is asked for; LoRAs come last, in the order of their digests.
+
+    Raises: ConfigError for a file that is not there, or not of its kind.
+    """
+    found = [
+        _replacement(kind, text) for kind in REPLACED if (text := getattr(model, kind)) is not None
+    ]
+    loras = [] if model.lora is None else [_lora(*each) for each in _lora_files(model.lora)]
+    return (*found, *sorted(loras, key=lambda c: (c.digest, c.weight)))
+
+
+def changed_digest(digest: str, changes: tuple[Change, ...], variant: str | None) -> str:
+    """Digest of weights with changes on top; without any it is the weights' own."""
+    if not changes and variant is None:
+        return digest
+    return content_hash([digest, [[c.kind, c.digest, c.weight] for c in changes], variant])
+
+
+def notes_of(spec: ModelSpec) -> tuple[str, ...]:
+    """Say in plain words what becomes of the weights at load."""
+    return (*(_note(change) for change in spec.changes), *_fp8_notes(spec))
+
+
+def _note(change: Change) -> str:
+    name = f"model.{change.kind}={Path(change.path).name} ({change.digest[:12]})"
+    if change.kind == "lora":
+        return f"{name}: merged into the weights at load, times {change.weight:g}"
+    widened = "; its weights are dequantised on load" if change.path.endswith(".gguf") else ""
+    return f"{name}: in the place of the model's own {change.kind}{widened}"
+
+
+def _fp8_notes(spec: ModelSpec) -> Iterator[str]:
+    files = {"model.path": spec.path, **{f"model.{c.kind}": c.path for c in spec.changes}}
+    for field, path in files.items():
+        if not path.endswith(".safetensors"):
+            continue
+        count = sum(dtype in _FP8 for dtype in read_header(Path(path), field).values())
+        if count:
+            yield f"{field}: {count} fp8 tensors are dequantised on load; speed is not that of fp8"
+
+
+def _replacement(kind: str, text: str) -> Change:
+    field, path = f"model.{kind}", Path(text).expanduser().absolute()
+    if path.is_dir():
+        own = path / kind if (path / kind).is_dir() else path
+        if not (own / "config.json").is_file():
+            raise ConfigError(
+                f"{field}={text}: no config.json there; give a folder in diffusers' format, or one"
+                " file"
+            )
+        return Change(kind=kind, path=str(own), digest=path_digest(own))
+    if not path.is_file():
+        raise ConfigError(f"{field}={text}: no such file or folder")
+    if path.suffix not in FILES or (path.suffix == ".gguf" and kind != "transformer"):
+        known = ", ".join(s for s in FILES if s != ".gguf" or kind == "transformer")
+        raise ConfigError(f"{field}={text}: must be a folder, or a file of {known}")
+    if path.suffix == ".safetensors":
+        read_header(path, field)
+    if path.suffix == ".gguf":
+        _need_gguf(text)
+    return Change(kind=kind, path=str(path), digest=path_digest(path))
+
+
+def _need_gguf(text: str) -> None:
+    """Refuse a GGUF file where nothing reads it.
+
+    Raises: ConfigError.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            f"model.transformer={text}: the package gguf, which reads such files, is not installed;"
+            " pip install 'sd35bench[gguf]'"
+        )
+
+
+def _lora_files(text: str) -> list[tuple[Path, float]]:
+    """Files and weights; a text that is a path as a whole is one file, commas included."""
+    whole = Path(text).expanduser().exists()
+    pieces = [text] if whole else [piece.strip() for piece in text.split(",")]
+    return [_lora_file(piece) for piece in pieces]
+
+
+def _lora_file(piece: str) -> tuple[Path, float]:
+    path = Path(piece).expanduser().absolute()
+    name, colon, word = piece.rpartition(":")
+    if not colon or path.exists():
+        return _lora_path(path, piece), 1.0
+    path = Path(name).expanduser().absolute()
+    try:
+        weight = float(word)
+    except ValueError:
+        weight = math.nan
+    if path.exists() and not (0 < abs(weight) <= WEIGHT_LIMIT):
+        raise ConfigError(
+            f"model.lora={piece}: the weight must be a number from -{WEIGHT_LIMIT:g} to"
+            f" {WEIGHT_LIMIT:g} and not 0, as in FILE:0.8"
+        )
+    return _lora_path(path, piece), weight
+
+
+def _lora_path(path: Path, piece: str) -> Path:
+    """The file itself, or the one in a folder that diffusers or PEFT saved."""
+    if path.is_dir():
+        for name in LORA_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise ConfigError(f"model.lora={piece}: none of {', '.join(LORA_FILES)} in that folder")
+    if not path.is_file():
+        raise ConfigError(f"model.lora={piece}: no such file")
+    return path
+
+
+def _lora(path: Path, weight: float) -> Change:
+    if path.suffix == ".safetensors":
+        names = read_header(path, "model.lora")
+        if not any("lora" in name for name in names):
+            example = f", such as {min(names)}" if names else ""
+            raise ConfigError(
+                f"model.lora={path}: no LoRA in it: none of its {len(names)} tensors is called so"
+                f"{example}; a whole denoiser goes to model.transformer="
+            )
+    elif path.suffix not in PICKLED:
+        known = ", ".join((".safetensors", *PICKLED))
+        raise ConfigError(f"model.lora={path}: must be a file of {known}")
+    digest, config = path_digest(path), path.with_name(ADAPTER_CONFIG)
+    if path.name == LORA_FILES[1] and config.is_file():  # its scale stands beside it
+        digest = content_hash([digest, path_digest(config)])
+    return Change(kind="lora", path=str(path), digest=digest, weight=weight)
