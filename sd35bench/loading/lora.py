@@ -50,7 +50,7 @@ class Target:
     """Layers of a part that share one LoRA layer's rows; `swapped`: its halves are."""
 
     part: str
-    layers: tuple[nn.Module, ...]
+    layers: tuple[Any, ...]
     swapped: bool = False
 
 
@@ -108,14 +108,14 @@ def _add(target: Target, delta: torch.Tensor, name: str) -> None:
     if target.swapped:
         delta = torch.cat(delta.chunk(2)[::-1])
     for weight, piece in zip(weights, delta.split(rows), strict=True):
-        assert isinstance(weight, torch.Tensor)
         summed = weight.float() + piece.to(weight.device).reshape(weight.shape)
         weight.copy_(summed.to(weight.dtype))
 
 
 def _targets(pipe: Any) -> Iterator[tuple[str, Target]]:
     """Every spelling of every layer's name that a LoRA file may have."""
-    for part, model in modules(pipe):
+    parts: list[tuple[str, Any]] = modules(pipe)
+    for part, model in parts:
         found = {
             name: Target(part=part, layers=(module,))
             for name, module in model.named_modules()
