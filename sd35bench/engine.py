@@ -8,7 +8,7 @@ machines need neither locks nor a shared disk.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from sd35bench.lane import Crew
 from sd35bench.limits import Limits
@@ -17,6 +17,9 @@ from sd35bench.process import LocalProcesses, run_plans
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
+
+if TYPE_CHECKING:
+    from sd35bench.cluster import RaySettings
 
 
 class Engine(Protocol):
@@ -55,16 +58,35 @@ def local_engine(
     return LocalProcesses(limits=limits, price=price, workers=workers)
 
 
+def ray_engine(
+    limits: Limits, usd_per_image: float, workers: int | str, settings: "RaySettings"
+) -> Engine:
+    """Actors of a Ray cluster."""
+    from sd35bench.cluster import RayCluster
+
+    price = Price(usd_per_image=usd_per_image)
+    return RayCluster(limits=limits, price=price, workers=workers, settings=settings)
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """An engine whose workers take the plans of several loads together."""
+
+    limits: Limits
+
+    def crew(self, plan: Plan) -> Crew:
+        """The workers for a plan. Raises: ConfigError."""
+        ...
+
+
 def crew_of(engine: Engine, plan: Plan) -> Crew | None:
     """The several workers that an engine has for a plan; ``None`` where it has one, or none."""
-    if not isinstance(engine, LocalProcesses):
-        return None
-    crew = engine.crew(plan)
-    return crew if crew.size > 1 else None
+    crew = engine.crew(plan) if isinstance(engine, Shared) else None
+    return crew if crew is not None and crew.size > 1 else None
 
 
 def run_together(
-    jobs: Sequence[tuple[LocalProcesses, Plan, Observer]], study: Study, crew: Crew
+    jobs: Sequence[tuple[Engine, Plan, Observer]], study: Study, crew: Crew
 ) -> list[RunSummary]:
     """Make what is missing of several loads' plans on one crew; summaries in the same order.
 
@@ -72,7 +94,11 @@ def run_together(
     """
     for _, plan, _ in jobs:
         crew.measure(study, plan.load)
-    plans = [(plan, engine.limits, observer) for engine, plan, observer in jobs]
+    plans = [
+        (plan, engine.limits, observer)
+        for engine, plan, observer in jobs
+        if isinstance(engine, Shared)
+    ]
     return run_plans(plans, study, crew)
 
 

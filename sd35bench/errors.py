@@ -11,6 +11,7 @@
     │       ├── LostAnswer               … a create was sent and its answer lost: it may be billed
     │       └── UnsafeAddress            … a URL that must not be fetched
     ├── WorkerDied               the process that held the backend ended without an answer
+    │   ├── WorkerLost               … with its machine: what it was asked may be asked again
     │   ├── WorkerHung               … it was ended: its deadline had passed
     │   └── WorkerTooLarge           … it was ended: its memory had passed the limit
     ├── Paused                   a budget or a balance is used up; all that was made is kept
@@ -47,6 +48,7 @@ __all__ = [
     "UnsupportedRequest",
     "WorkerDied",
     "WorkerHung",
+    "WorkerLost",
     "WorkerTooLarge",
     "count_error",
     "error_kind",
@@ -99,6 +101,10 @@ class Paused(SD35BenchError):
 
 class WorkerDied(SD35BenchError):
     """The worker process that held a backend ended without an answer."""
+
+
+class WorkerLost(WorkerDied):
+    """The worker ended with its actor or its node; that says nothing of what it was asked."""
 
 
 class WorkerHung(WorkerDied):

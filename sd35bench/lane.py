@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from sd35bench.contention import BUDGET, is_timed, judge, judge_session, relative, sustained
-from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
+from sd35bench.errors import WorkerDied, WorkerHung, WorkerLost, WorkerTooLarge
 from sd35bench.fields import work_identity
 from sd35bench.limits import Limits, work_of
 from sd35bench.machine import canary_facts, keep_best
@@ -79,6 +79,10 @@ class Crew(Protocol):
         ...
 
 
+LOSSES = 3
+"""Workers that a lane may lose in a row before what it tried counts as having killed them."""
+
+
 class Stopped(Exception):
     """Another lane, or the user, ended the run."""
 
@@ -95,6 +99,7 @@ class Lane:
         self.phase, self.tried = "load", Batch(())
         self.canary: CanaryFacts | None = None
         self.timings: list[Record] = []  # of this worker, in order of time
+        self.losses = 0
 
     def make(self) -> None:
         """Go from load to load while there is something to take."""
@@ -229,10 +234,13 @@ class Lane:
     def _record_death(self, exc: WorkerDied, chunk: list[Batch]) -> list[Batch]:
         """Record what the worker died over; returns what is still to do of the chunk."""
         victim, work = self.tried, self.work
+        at = next((i for i, batch in enumerate(chunk) if batch is victim), None)
+        if isinstance(exc, WorkerLost) and self.losses < LOSSES:
+            self.losses += 1
+            return chunk if at is None or self.phase != "generate" else chunk[at:]
         failure = Failure(
             status=_status_of(exc), error=f"{type(exc).__name__}: {exc}", phase=self.phase
         )
-        at = next((i for i, batch in enumerate(chunk) if batch is victim), None)
         if at is not None or work.drop(victim):  # else another lane has it, and will find out
             self._fail(victim, failure)
         with work.run.lock:
@@ -342,6 +350,7 @@ class Lane:
             self._add(measured_s=answer.timings.latency_s)
         seen = None if self.canary is None else relative(answer.surroundings, self.canary)
         answer = replace(answer, surroundings=seen)
+        self.losses = 0
         for trial, made in zip(batch.trials, answer.made, strict=True):
             if trial.key not in self.run.done:
                 # When the work began, not when it began to wait for its device.

@@ -92,6 +92,23 @@ class Lease:
         self._stack.close()
 
 
+@contextlib.contextmanager
+def claim_cores(count: int) -> Iterator[tuple[int, ...] | None]:
+    """Keep `count` cores for a worker's life, none that another claim of this user has.
+
+    ``None``, so that it is not pinned, where so many are not free or cannot be claimed.
+    """
+    folder = lease_folder()
+    with contextlib.ExitStack() as stack:
+        mine: list[int] = []
+        for core in sorted(os.sched_getaffinity(0)) if folder is not None else ():
+            with contextlib.suppress(StoreError):
+                handle = stack.enter_context(open_lock(folder / f"core-{core}.claim"))
+                if len(mine) < count and try_flock(handle, fcntl.LOCK_EX):
+                    mine.append(core)
+        yield tuple(mine) if len(mine) == count else None
+
+
 def _take(handle: int, mode: int, name: str) -> None:
     """Take a lock, and say on stderr what a long wait is for."""
     if try_flock(handle, mode):

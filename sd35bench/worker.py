@@ -61,14 +61,14 @@ CONSTANT_SPREAD = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One batch: requests of one setting and size, and the paths of their init images.
+    """One batch: requests of one setting and size, and their init images, by path or as bytes.
 
     `watched`: the canary is read around it; `closes`: no such job follows, so that its block ends.
     `expected_s`: how long it will take about.
     """
 
     requests: tuple[Request, ...]
-    inits: tuple[str | None, ...]
+    inits: tuple[str | bytes | None, ...]
     keep_latents: bool = False
     timed: bool = True
     watched: bool = False
@@ -205,7 +205,8 @@ def answer(backend: Backend, job: Job, lookout: Lookout | None = None) -> Answer
     `lookout` reads the canary around what is timed.
     """
     began = time.perf_counter()
-    inits = [None if path is None else decode_rgb(Path(path).read_bytes()) for path in job.inits]
+    files = (Path(i).read_bytes() if isinstance(i, str) else i for i in job.inits)
+    inits = [None if data is None else decode_rgb(data) for data in files]
     backend.keep_latents, backend.timed = job.keep_latents, job.timed
     watching = lookout if job.watched else None
     worked = (0.0, 0)

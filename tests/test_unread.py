@@ -32,6 +32,8 @@ VALUES = {
     "threads": ("threads=1", HOSTED, LOCAL),
     "starts": ("starts=2", HOSTED, LOCAL),
     "workers": ("workers=2", HOSTED, LOCAL),
+    "engine": ("engine=ray", HOSTED, LOCAL),
+    "ray.": ("ray.address=auto", LOCAL, "engine=ray"),
     "max_failures": ("max_failures=2", HOSTED, LOCAL),
     "deadline_s": ("deadline_s=9", HOSTED, LOCAL),
     "memory_limit_gb": ("memory_limit_gb=9", HOSTED, LOCAL),

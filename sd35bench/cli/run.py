@@ -90,7 +90,8 @@ class RunTask:
             self.say(f"note: {note}")
         if not (self.dry_run or self.yes):
             self._refuse_bill()
-        self.crews = [crew_of(job.engine, plan) for job, plan in self.prepared]
+        if not self.dry_run:
+            self.crews = [crew_of(job.engine, plan) for job, plan in self.prepared]
         return self.dry_run or self.is_pooled
 
     def _refuse_bill(self) -> None:

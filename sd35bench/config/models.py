@@ -314,6 +314,22 @@ class RemoteConf(Conf):
     )
 
 
+class RayConf(Conf):
+    """Where the Ray cluster is; `init` and `actor` are options of Ray's own, by its names.
+
+    On the command line `ray.init.NAME=` and `ray.actor.NAME=` set any of them.
+    """
+
+    address: Text | None = known(
+        None,
+        "the cluster: auto (the one on this machine) or HOST:PORT of its head; ray.init.NAME= and"
+        " ray.actor.NAME= set Ray's own options",
+        "started here",
+    )
+    init: dict[str, Any] = {}
+    actor: dict[str, Any] = {}
+
+
 class AxesConf(Conf):
     """Values to sweep, a list for each axis; an empty list is no axis. See `RUN`."""
 
@@ -366,14 +382,21 @@ class RunConf(LoadConf):
     starts: Annotated[int, Interval(ge=1, le=100)] = known(
         1, "worker processes that share the trials, one after the other"
     )
-    workers: Annotated[
-        int | Literal["auto"],
-        BeforeValidator(_workers),
-        doc("auto, or an integer from 1 to 1024"),
-    ] = known(
-        1,
+    workers: (
+        Annotated[
+            int | Literal["auto"],
+            BeforeValidator(_workers),
+            doc("auto, or an integer from 1 to 1024"),
+        ]
+        | None
+    ) = known(
+        None,
         "worker processes at once, each on a GPU or on `threads` cores of its own; auto: as many"
         " as fit",
+        "1; with engine=ray auto",
+    )
+    engine: Literal["processes", "ray"] = known(
+        "processes", "where workers run: processes of this machine, or actors of a Ray cluster"
     )
     max_failures: Annotated[int, Interval(ge=1, le=1_000_000)] = known(
         3, "worker deaths of one backend after which its remaining trials are skipped"
@@ -395,6 +418,7 @@ class RunConf(LoadConf):
     extra: dict[str, Scalar] = {}
     images: dict[str, Text] = {}
     remote: RemoteConf = RemoteConf()
+    ray: RayConf = RayConf()
     optional_backends: list[str] = []
     models_with_images: list[str] = []
     companions: list[str] = []

@@ -28,6 +28,8 @@ FREE_TEXTS = ("negative_prompt",)
 FILE_LISTS = ("model.lora",)
 """Fields whose commas are between files: one value, not several."""
 PROMPTS_GIVEN = "prompts.texts"
+RAY_OPTIONS = ("ray.init.", "ray.actor.")
+"""Names that begin so are Ray's own, which the engine holds against what Ray has."""
 OTHER_NAMES = {
     "guidance_scale": "cfg",
     "num_inference_steps": "steps",
@@ -60,7 +62,7 @@ def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None
     for text in written(overrides):
         override = parse(text)
         name = override.get_key_element().lstrip("+")
-        if name.startswith(("hydra", PROMPTS_GIVEN)):
+        if name.lstrip("+~").startswith(("hydra", PROMPTS_GIVEN, *RAY_OPTIONS)):
             continue
         if name.startswith(OWN_INPUTS):
             sweep_values(override)
@@ -125,6 +127,8 @@ def _one(text: str) -> str:
     if name in FILE_LISTS and value not in ("", "null"):
         return f"{name}={quoted(_unquoted(value))}"
     if text.startswith(OWN_INPUTS):
+        return f"++{text}"
+    if name.startswith(RAY_OPTIONS):
         return f"++{text}"
     head, dot, rest = text.partition(".")
     option = rest.partition("=")[0].partition(".")[0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
 from sd35bench.config.models import ModelConf, RunConf
-from sd35bench.engine import Engine, hosted_engine, local_engine
+from sd35bench.engine import Engine, hosted_engine, local_engine, ray_engine
 from sd35bench.errors import ConfigError
 from sd35bench.limits import Limits
 from sd35bench.remote.inputs import Schema, takes, takes_size
@@ -73,7 +73,7 @@ def _local(conf: RunConf, batch_sizes: Sequence[int]) -> Place:
     )
     alone = 1 in batch_sizes and conf.timed_limit is not None
     return Place(
-        engine=local_engine(limits, conf.backend.usd_per_image, conf.workers),
+        engine=_engine(conf, limits),
         options={},
         threads=threads_of(conf.threads),
         notes=("timed_limit has no effect at batch_size=1: every trial is timed",) * alone,
@@ -92,6 +92,17 @@ def threads_of(asked: int | None) -> int:
             " threads out for all of them"
         )
     return cores if asked is None else asked
+
+
+def _engine(conf: RunConf, limits: Limits) -> Engine:
+    price = conf.backend.usd_per_image
+    if conf.engine == "processes":
+        return local_engine(limits, price, 1 if conf.workers is None else conf.workers)
+    from sd35bench.cluster import RaySettings
+
+    ray = conf.ray
+    settings = RaySettings(address=ray.address, init=ray.init, actor=ray.actor)
+    return ray_engine(limits, price, "auto" if conf.workers is None else conf.workers, settings)
 
 
 def _remote_settings(
@@ -149,7 +160,8 @@ def _remote_notes(conf: RunConf) -> tuple[str, ...]:
     asked = {
         "threads": conf.threads is not None,
         "starts": conf.starts != 1,
-        "workers": conf.workers != 1,
+        "workers": conf.workers is not None,
+        "engine": conf.engine != "processes",
         "keep_latents": conf.keep_latents,
         "contention": conf.contention != "retime",
         "deadline_s": conf.deadline_s is not None,

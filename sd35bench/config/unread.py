@@ -77,6 +77,8 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "threads": _HERE,
     "starts": _HERE,
     "workers": _HERE,
+    "engine": _HERE,
+    "ray.": (lambda conf: conf.engine == "ray", "it acts with engine=ray only; add engine=ray"),
     "max_failures": _HERE,
     "deadline_s": _HERE,
     "memory_limit_gb": _HERE,
