@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,10 @@ def test_estimate_counts_a_load_for_every_start_that_has_something_to_do(tmp_pat
     assert found.loads == 2  # blocks 0 to 5 are done: three of five starts
     assert found.seconds == pytest.approx(2 * 4.0 + 4 * seconds(4, 5.0), rel=1e-6)
     assert estimate([(plan, here(0.0, starts=5))], tmp_path, "elsewhere").loads == 5
+
+
+def test_the_readmes_cost_example_prices_the_grid_above_it():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    grids = re.findall(r"^(sd35bench run .* study=grid)( --dry-run)?$", text, re.MULTILINE)
+    assert [flag for _, flag in grids] == ["", " --dry-run"]
+    assert grids[0][0] == grids[1][0]

@@ -1,5 +1,6 @@
 """Damaged replies for hypothesis: valid ones of every route, changed as JSON or as bytes."""
 
+import base64
 import json
 from typing import Any
 
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 from tests.remote.contract import SCALARS
 from tests.remote.faults import Answer, picture
 
-__all__ = ["damaged"]
+__all__ = ["BODIES", "damaged"]
 
 IMAGE = picture("mutations", (64, 64), "png")
+IMAGE64 = base64.b64encode(IMAGE).decode()
 ENTRY = {
     "id": "p-1",
     "status": "success",
@@ -23,6 +25,15 @@ ENTRY = {
 }
 BODIES: dict[tuple[str, str], Any] = {
     ("create", "eachlabs"): {"status": "success", "message": "created", "predictionID": "p-1"},
+    ("create", "deepinfra"): {
+        "request_id": "r-1",
+        "images": [f"data:image/png;base64,{IMAGE64}"],
+        "seed": 7,
+        "inference_status": {"status": "succeeded", "runtime_ms": 900, "cost": 0.03},
+    },
+    ("create", "fal"): {"request_id": "r-1", "status_url": "https://x.y/status"},
+    ("create", "stability"): {"image": IMAGE64, "finish_reason": "SUCCESS", "seed": 7},
+    ("poll", "fal"): {"request_id": "r-1", "status": "COMPLETED", "metrics": {"inference_time": 1}},
     ("create", "replicate"): {**ENTRY, "status": "starting"},
     ("poll", "eachlabs"): ENTRY,
     ("poll", "replicate"): {**ENTRY, "status": "succeeded", "error": None},
