@@ -158,6 +158,13 @@ def test_rates_count_a_multiply_add_twice_and_bytes_both_ways(small, threads, mo
     assert rates["copy"]["best"] == pytest.approx(2 * 2**22 / 0.5 / 1e9)
 
 
+@pytest.mark.parametrize(("one_s", "n"), [(0.1, 6), (0.2, 5), (0.5, 3), (9.0, 1)])
+def test_slow_products_are_repeated_less_often(monkeypatch, one_s, n):
+    clock = machine._Clock(None, "cpu")
+    monkeypatch.setattr(machine._Clock, "seconds", lambda self, call: one_s)
+    assert len(clock.repeat(lambda: None)) == n
+
+
 def test_a_dtype_that_the_device_does_not_multiply_is_left_out(small, threads, monkeypatch):
     import torch
 
