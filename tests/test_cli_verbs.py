@@ -51,6 +51,9 @@ def test_doctor_json_tells_what_works(call):
     assert code == 0
     checks = {check["name"]: check for check in document["checks"]}
     assert {"torch", "model nano", "backend eager", "backend fake", "chromium"} <= set(checks)
+    assert {f"backend {name}" for name in choices("backend")} <= set(checks)
+    assert {f"model {name}" for name in choices("model")} <= set(checks)
+    assert len(checks) == len(document["checks"])
     assert checks["backend eager"]["ok"] is True
     assert all(c["remedy"] for c in checks.values() if c["ok"] is False)
     assert document["ok"] == (not document["failed"])

@@ -113,7 +113,7 @@ def meta_transformer():
     ("px", "batch", "published"),
     [
         (1024, 1, 11.25),
-        (512, 2, 4.89),
+        pytest.param(512, 2, 4.89, marks=pytest.mark.slow),
         pytest.param(1024, 2, 22.50, marks=pytest.mark.slow),
         pytest.param(512, 1, 2.44, marks=pytest.mark.slow),
     ],

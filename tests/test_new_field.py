@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sd35bench
 from sd35bench.cli import main
 
@@ -116,6 +118,7 @@ def test_a_new_field_takes_two_files_and_fifteen_lines(tmp_path):
     assert (f"eta={eta:g}" in found["command"]) is (eta != 0.5)
 
 
+@pytest.mark.slow
 def test_mutants_pool_the_new_field_and_make_old_studies_anew(tmp_path):
     found = _trial(tmp_path, MUTANTS)
     assert found["skipped"] == 0

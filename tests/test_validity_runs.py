@@ -33,6 +33,7 @@ def _cell(root, name):
 # Without a model: the whole path ---------------------------------------------------------------
 
 
+@pytest.mark.slow  # 17 s; the parts are below, and the verbs themselves in tests/test_compare.py
 def test_control_passes_and_a_defect_fails_through_the_real_commands(tmp_path):
     control, seeds = (_cell(tmp_path, name) for name in ("control", "seeds"))
     assert control["images"] == seeds["images"] == 30

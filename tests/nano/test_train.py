@@ -47,7 +47,13 @@ def toy_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "build_transformer", lambda size: build_transformer(TOY_SIZE))
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+LONG = ("flow", "vae")  # 10 s of 12 s together
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in TRAININGS],
+)
 def test_training_resumed_equals_uninterrupted(name: str, tmp_path: Path):
     def run(folder: str, stop_at: int | None = None) -> dict[str, Any]:
         toy = Run(tmp_path / folder, steps=4, batch=TOY_BATCH, lr=1e-3, save_every=2)
