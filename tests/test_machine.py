@@ -33,7 +33,7 @@ def children(monkeypatch) -> list[tuple[int, str]]:
     """Children that would have been started, as (threads, device); each answers at once."""
     asked: list[tuple[int, str]] = []
 
-    def answer(threads: int, device: str) -> dict[str, Any]:
+    def answer(threads: int, device: str, cores: Any = None) -> dict[str, Any]:
         asked.append((threads, device))
         return {"device": device, "threads": threads, "rates": RATES}
 
