@@ -314,6 +314,39 @@ _FIELDS = (
         said="{}",
         typed=False,
     ),
+    Field(
+        name="prompt_2",
+        takes=str,
+        means="what the second CLIP encoder reads",
+        default="the prompt",
+        neutral=None,
+        setting=False,
+        pair=True,
+        axis=False,
+        typed=False,
+    ),
+    Field(
+        name="prompt_3",
+        takes=str,
+        means="what T5 reads",
+        default="the prompt",
+        neutral=None,
+        setting=False,
+        pair=True,
+        axis=False,
+        typed=False,
+    ),
+    Field(
+        name="prompt_weights",
+        takes=str,
+        means="words of the prompt and their weights: red cube:1.3; blue:0.5",
+        default="none",
+        neutral=None,
+        setting=False,
+        pair=True,
+        axis=False,
+        typed=False,
+    ),
 )
 
 FIELDS: dict[str, Field] = {field.name: field for field in _FIELDS}
@@ -378,8 +411,10 @@ def setting_identity(request: Request) -> tuple[Any, ...]:
 
 
 def pair_identity(request: Request) -> tuple[Any, ...]:
-    """What two images share that are compared one by one."""
-    return tuple(getattr(request, name) for name in PAIR)
+    """What two images share that are compared; later fields only off their neutral value."""
+    values = ((name, getattr(request, name)) for name in _LATER_PAIR)
+    later = (item for item in values if item[1] != FIELDS[item[0]].neutral)
+    return (*(getattr(request, name) for name in _FIRST_PAIR), *later)
 
 
 def work_identity(request: Request) -> tuple[Any, ...]:
@@ -414,6 +449,8 @@ def is_unasked(name: str, value: Any) -> bool:
     return value == field.quiet if field.unasked is None else value in (field.unasked, None)
 
 
+_FIRST_PAIR = tuple(name for name in PAIR if FIELDS[name].neutral is KEYED)
+_LATER_PAIR = tuple(name for name in PAIR if FIELDS[name].neutral is not KEYED)
 _SETTING_FIELDS = tuple((f.name, f) for f in _FIELDS if f.setting)
 _FLOATS = frozenset(f.name for f in _FIELDS if get_args(f.takes)[:1] == (float,))
 

@@ -25,7 +25,7 @@ from sd35bench.core.guidance import Kind
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import acting_steps, last_masked, planned_calls, work
 from sd35bench.fields import FIELDS, PAIR, SETTING, make_trial, value_text
-from sd35bench.prompts import PromptItem
+from sd35bench.prompts import PromptItem, encoder_fields
 from sd35bench.types import (
     Load,
     Request,
@@ -186,6 +186,7 @@ class _Expander:
                 negative_prompt=cell.negative_prompt,
                 seed=cell.seed,
                 init_image=cell.init,
+                **encoder_fields(cell.item),
                 **setting,
             )
             trials.append(
@@ -347,11 +348,12 @@ def _cells(
         own = item.negative_prompt
         negatives = axes.get("negative_prompt", ("",)) if own is None else (own,)
         for negative, seed in itertools.product(negatives, axes.get("seed", (0,))):
-            digest = content_hash([sweep.order_seed, item.prompt, negative, seed, init])
+            what = [sweep.order_seed, item.prompt, negative, seed, init]
+            digest = content_hash([*what, *filter(None, [encoder_fields(item)])])
             if digest in cells:
                 notes.append("prompts that are alike in everything asked for are run once")
                 continue
-            image = (item.prompt, seed, init)
+            image = (item.prompt, seed, init, *encoder_fields(item).items())
             first = image not in unguided
             unguided.add(image)
             cells[digest] = _Cell(item, str(negative), _int(seed), init, digest, first)

@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.errors import ConfigError
-from sd35bench.prompts import PromptItem, PromptSpec, read_init_image
+from sd35bench.prompts import (
+    ENCODER_FIELDS,
+    PromptItem,
+    PromptSpec,
+    places_of,
+    read_init_image,
+    read_weights,
+)
 from sd35bench.types import PromptRef
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
-COLUMNS = ("prompt", "negative_prompt", "init_image", "id")
+COLUMNS = ("prompt", "negative_prompt", "init_image", "id", *ENCODER_FIELDS)
 
 Row = tuple[str, dict[str, Any]]  # (where it stands, its columns)
 
@@ -94,10 +101,35 @@ def _item(
     return PromptItem(
         ref=PromptRef(id=item_id, set=path.name),
         prompt=prompt.strip(),
+        **_for_encoders(path, where, row),
         negative_prompt=None if negative in (None, "") else str(negative).strip(),
         init_image=init,
         init_done=done,
     )
+
+
+def _for_encoders(path: Path, where: str, row: dict[str, Any]) -> dict[str, str]:
+    """What only some encoders read, and weights.
+
+    An empty text is no text for that encoder; CSV and TSV have no other way to say "none given".
+    """
+    is_table = path.suffix.lower() in (".csv", ".tsv")
+    given = {name: row[name] for name in ENCODER_FIELDS if row[name] is not None}
+    found = {name: text.strip() for name, text in given.items() if text.strip() or not is_table}
+    weights = found.get("prompt_weights")
+    if weights is None:
+        return found
+    try:
+        pairs = read_weights(weights)
+    except ConfigError as exc:
+        raise ConfigError(f"{where}: {exc}") from exc
+    texts = (row["prompt"], found.get("prompt_2", ""), found.get("prompt_3", ""))
+    for words, _ in pairs:
+        if not any(places_of(words, text) for text in texts):
+            raise ConfigError(f"{where}: prompt_weights={weights}: {words!r} is not in the prompt")
+    if not pairs:
+        del found["prompt_weights"]
+    return found
 
 
 def _is_empty(prompt: Any) -> bool:

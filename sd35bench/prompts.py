@@ -12,6 +12,7 @@ told otherwise, so that a choice made on them can be confirmed.
 import hashlib
 import importlib
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +22,12 @@ from PIL import Image
 
 from sd35bench.errors import ConfigError
 from sd35bench.pictures import is_animated, oriented_size, read_picture
-from sd35bench.types import PromptRef
+from sd35bench.types import PromptRef, Request
 
 SPLITS = ("all", "tune", "heldout")
+ENCODER_FIELDS = ("prompt_2", "prompt_3", "prompt_weights")
+"""Fields of a prompt that only models with several text encoders, each of them, can take."""
+MOST_WEIGHT = 10.0
 FEWEST_TO_SPLIT = 32
 """Different prompts from which on a file is split unasked: fewer leave no half to choose on."""
 LEVEL_TASKS = ("overlap", "relation")
@@ -42,6 +46,9 @@ class PromptItem:
     ref: PromptRef
     prompt: str
     negative_prompt: str | None = None
+    prompt_2: str | None = None
+    prompt_3: str | None = None
+    prompt_weights: str | None = None
     init_image: bytes | None = None
     init_done: tuple[str, ...] = ()
 
@@ -124,6 +131,39 @@ def text_split(prompt: str) -> str:
     """Which half a prompt belongs to, by the hash of its text without letter case and spaces."""
     digest = hashlib.sha256(same_prompt(prompt).encode()).digest()
     return "tune" if digest[0] % 2 == 0 else "heldout"
+
+
+def encoder_fields(of: PromptItem | Request) -> dict[str, str]:
+    """What only some encoders read, and weights: those fields that are there."""
+    values = ((name, getattr(of, name)) for name in ENCODER_FIELDS)
+    return {name: value for name, value in values if value is not None}
+
+
+def read_weights(text: str) -> tuple[tuple[str, float], ...]:
+    """Read ``red cube:1.3; blue:0.5`` into words and weights.
+
+    Raises: ConfigError for what is not of this form, and for a weight outside [0, 10].
+    """
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        words, _, number = (piece.strip() for piece in part.rpartition(":"))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not words or not 0 <= weight <= MOST_WEIGHT:
+            raise ConfigError(
+                f"prompt_weights={text}: must be WORDS:WEIGHT; WORDS:WEIGHT … with weights from 0"
+                f" to {MOST_WEIGHT:g}, not {part!r}"
+            )
+        found.append((words, weight))
+    return tuple(found)
+
+
+def places_of(words: str, text: str) -> list[tuple[int, int]]:
+    """Where whole words stand in a text: (start, end) for each time."""
+    pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
+    return [found.span() for found in re.finditer(pattern, text)]
 
 
 def read_given(spec: PromptSpec) -> list[PromptItem]:

@@ -67,7 +67,9 @@ class Request:
     means the model's own. `guidance_interval` is LO-HI, fractions of the steps; `step_cache` is as
     `core.cache.evaluated_steps` takes it. `extra` are inputs that only a hosted model has, `images`
     its input images by role (SHA-256 of the file), both (name, value) in order of name; what is not
-    there has the model's default.
+    there has the model's default. `prompt_2` and `prompt_3` are what Stable Diffusion 3's second
+    CLIP encoder and T5 read in place of the prompt, "" is no text; `prompt_weights` are words of
+    these texts and their weights, as ``red cube:1.3; blue:0.5``.
     """
 
     prompt: str
@@ -94,6 +96,9 @@ class Request:
     output_quality: int = 90
     extra: tuple[tuple[str, Scalar], ...] = ()
     images: tuple[tuple[str, str], ...] = ()
+    prompt_2: str | None = None
+    prompt_3: str | None = None
+    prompt_weights: str | None = None
 
     @property
     def task(self) -> Task:

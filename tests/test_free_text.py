@@ -11,6 +11,7 @@ import sd35bench.config.overrides as overrides
 from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.overrides import parse, quoted, sweep_values, written
 from sd35bench.errors import ConfigError
+from sd35bench.plan import expand
 from sd35bench.prompts import PromptSpec, load_prompts
 from sd35bench.recommend.reproduce import _quoted as printed
 
@@ -69,6 +70,21 @@ def test_what_is_held_out_is_said_before_anything_runs(tmp_path):
     (tmp_path / "few.txt").write_text("a\nb\n")
     for few in (f"prompts.path={tmp_path / 'few.txt'}", "prompt=a cat"):
         assert any("none is held out" in n for n in sweep_of(few).notes)
+
+
+@pytest.mark.parametrize("column", ["prompt_2", "prompt_3", "prompt_weights"])
+def test_texts_of_single_encoders_are_read_or_refused_by_name(tmp_path, column):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"prompt,{column}\na red cube,red:1.5\na red cube,\n")
+    own = f"prompts.path={path}"
+    plan = expand(sweep_of(own))
+    assert {getattr(t.request, column) for t in plan.trials} == {"red:1.5", None}
+    plain = next(t for t in plan.trials if getattr(t.request, column) is None)
+    path.write_text("prompt\na red cube\n")
+    assert [plain.key] == [t.key for t in expand(sweep_of(own)).trials]
+    path.write_text(f"prompt,{column}\na red cube,red:1.5\n")
+    with pytest.raises(ConfigError, match=f"{column}: backend=eachlabs sends one prompt"):
+        sweep_of(own, "model=sd35-medium", "backend=eachlabs")
 
 
 def sweep_of(*settings: str):

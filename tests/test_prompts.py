@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from sd35bench.prompts import (
     PromptItem,
     PromptSpec,
     encode_png,
+    encoder_fields,
     init_size,
     load_prompts,
     text_split,
@@ -72,6 +74,37 @@ def test_load_prompts_reads_all_columns_with_init_images_beside_the_file(tmp_pat
     assert (first.ref.id, first.negative_prompt) == ("x", "blurry")
     assert first.init_image == (tmp_path / "cat.png").read_bytes()
     assert (second.negative_prompt, second.init_image) == (None, None)
+
+
+def test_load_prompts_reads_texts_of_single_encoders_and_weights(tmp_path):
+    rows = [
+        {"prompt": "a red cube", "prompt_2": "b", "prompt_3": "", "prompt_weights": "red:1.5"},
+        {"prompt": "a red cube", "prompt_weights": " "},
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    first, second = load(path)
+    assert (first.prompt_2, first.prompt_3, first.prompt_weights) == ("b", "", "red:1.5")
+    assert encoder_fields(second) == {}
+    table = "prompt,prompt_2,prompt_3\na red cube,b,\n"  # CSV cannot tell "" from nothing
+    (item,) = load(write(tmp_path / "a.csv", table))
+    assert encoder_fields(item) == {"prompt_2": "b"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("blue:1.2", r"a\.jsonl:1: prompt_weights=blue:1.2: 'blue' is not in the prompt"),
+        ("ed:1.2", "'ed' is not in the prompt"),
+        ("red", "must be WORDS:WEIGHT"),
+        ("red:much", "must be WORDS:WEIGHT"),
+        ("red:-1", "weights from 0 to 10"),
+        ("red:nan", "weights from 0 to 10"),
+    ],
+)
+def test_load_prompts_refuses_weights_that_weigh_nothing(tmp_path, weights, said):
+    row = json.dumps({"prompt": "a red cube", "prompt_weights": weights})
+    with pytest.raises(ConfigError, match=said):
+        load(write(tmp_path / "a.jsonl", row))
 
 
 def test_load_prompts_columns_can_be_named(tmp_path):

@@ -22,6 +22,7 @@ from sd35_kernels import KernelUnavailable
 from sd35bench.backends.base import Generation, Probe
 from sd35bench.backends.compile import cache_folder
 from sd35bench.backends.compiled import CompiledRegion, HowToCompile, hush_dynamo
+from sd35bench.backends.families import text_of
 from sd35bench.backends.pipeline import DiffusersBackend, choice, foreign_errors, refuse_not_finite
 from sd35bench.backends.probes import probe_compiler
 from sd35bench.backends.samplers import own_shift
@@ -181,7 +182,7 @@ class CoreBackend(DiffusersBackend):
             decode_s=seconds(stages["decode"], stages["end"]),
             step_s=step_s,
             truncated_tokens=self.family.truncated_tokens(
-                [r.prompt for r in requests], self._max_sequence_length(first)
+                [text_of(r) for r in requests], self._max_sequence_length(first)
             ),
             latents_first=_host(kept[0]) if kept else None,
             latents_last=_host(last) if self.keep_latents else None,
@@ -258,7 +259,7 @@ class CoreBackend(DiffusersBackend):
         first, own = requests[0], self._shift
         assert own is not None
         return Ask(
-            prompts=[r.prompt for r in requests],
+            prompts=[text_of(r) for r in requests],
             negatives=[r.negative_prompt for r in requests],
             seeds=[r.seed for r in requests],
             height=first.height,

@@ -29,10 +29,12 @@ from PIL import Image
 from sd35bench.backends.guided import is_plain
 from sd35bench.backends.samplers import flow_scheduler, noise_scheduler
 from sd35bench.backends.stages import DECODE, DENOISER, TEXT, StageMeter
+from sd35bench.core.text import Embeddings, SD3Text, Text, Texts, read_by
 from sd35bench.errors import BackendError, UnsupportedRequest
 from sd35bench.evaluations import SAMPLERS, skip_layer_window
 from sd35bench.fields import GUIDES, later_asked
 from sd35bench.loading.sources import hush_truncation_warnings
+from sd35bench.prompts import encoder_fields, places_of, read_weights
 from sd35bench.types import Request, Task
 
 SANA_MULTIPLE = 32
@@ -131,14 +133,22 @@ class Family(ABC):
                 f"{name}={getattr(request, name)}: only SD3's pipelines can; leave it out"
             )
 
+    def refuse_texts(self, request: Request) -> None:
+        """Refuse texts of single encoders, and weights, where they would not be read.
+
+        Raises: UnsupportedRequest.
+        """
+        for name in encoder_fields(request):
+            raise UnsupportedRequest(f"{name}: this model has one text encoder; leave it out")
+
     @property
     @abstractmethod
     def sizes(self) -> tuple[int, int | None]:
         """The multiple of every side, and the largest side if there is one, in px."""
 
     @abstractmethod
-    def truncated_tokens(self, prompts: list[str], tokens: int) -> tuple[int, ...]:
-        """Return, per prompt, the tokens that did not fit."""
+    def truncated_tokens(self, prompts: list[Text], tokens: int) -> tuple[int, ...]:
+        """Return, per prompt (`text_of`), the tokens that did not fit."""
 
 
 class SD3(Family):
@@ -154,12 +164,12 @@ class SD3(Family):
         super().__init__(pipe)
         self.pipes[Task.IMAGE_TO_IMAGE] = StableDiffusion3Img2ImgPipeline(**pipe.components)
         self._random_text: Any = getattr(pipe, "random_text", None)
+        self._text: Any = _PipeText(pipe) if self._random_text is None else self._random_text
 
     def watch(self, meter: StageMeter, decoded: Callable[[Any], None]) -> None:
-        """Watch also what stands in for text encoders that have no weights."""
+        """Watch also what stands in for `encode_prompt`."""
         super().watch(meter, decoded)
-        if self._random_text is not None:
-            meter.watch(self._random_text, "encode", TEXT)
+        meter.watch(self._text, "encode", TEXT)
 
     def arguments(
         self, requests: Sequence[Request], inits: Sequence[np.ndarray | None], tokens: int
@@ -171,8 +181,12 @@ class SD3(Family):
             arguments["image"] = [Image.fromarray(i) for i in inits if i is not None]
             arguments["strength"] = first.prompt_strength
         arguments |= _skip_layers(first) if is_plain(first) else {}
-        if self._random_text is not None:
+        if self._random_text is not None or any(r.prompt_weights for r in requests):
             arguments |= self._embeddings(requests, tokens)
+        elif any(encoder_fields(r) for r in requests):
+            for number in (1, 2):
+                texts = [read_by(text_of(request), number) for request in requests]
+                arguments[f"prompt_{number + 1}"] = texts
         return arguments
 
     def refuse(self, request: Request) -> None:
@@ -187,31 +201,71 @@ class SD3(Family):
         multiple = self.pipe.vae_scale_factor * config.patch_size
         return multiple, config.pos_embed_max_size * multiple
 
-    def truncated_tokens(self, prompts: list[str], tokens: int) -> tuple[int, ...]:
+    def truncated_tokens(self, prompts: list[Text], tokens: int) -> tuple[int, ...]:
         """Count CLIP's tokens beyond the limit: the worse of the two tokenizers."""
         if self._random_text is not None:
             return (0,) * len(prompts)
         limit = self.pipe.tokenizer_max_length  # diffusers cuts both at the first one's
         pairs = zip(
-            self.pipe.tokenizer(prompts).input_ids,
-            self.pipe.tokenizer_2(prompts).input_ids,
+            self.pipe.tokenizer([read_by(p, 0) for p in prompts]).input_ids,
+            self.pipe.tokenizer_2([read_by(p, 1) for p in prompts]).input_ids,
             strict=True,
         )
         return tuple(max(0, max(len(a), len(b)) - limit) for a, b in pairs)
 
     def _embeddings(self, requests: Sequence[Request], tokens: int) -> dict[str, Any]:
-        """Return random embeddings instead of prompts: [B, T, 4096] and pooled [B, 2048]."""
+        """Return embeddings instead of prompts: [B, T, 4096] and pooled [B, 2048]."""
         transformer = self.pipe.transformer
         place = {"device": self.pipe._execution_device, "dtype": transformer.dtype}
-        texts = {"": [r.prompt for r in requests]}
+        texts: dict[str, list[Text]] = {"": [text_of(r) for r in requests]}
         if requests[0].cfg > 1:
             texts["negative_"] = [r.negative_prompt for r in requests]
         found: dict[str, Any] = {"prompt": None, "negative_prompt": None}
         for prefix, prompts in texts.items():
-            embeds, pooled = self._random_text.encode(prompts, tokens)
+            embeds, pooled = self._text.encode(prompts, tokens)
             found[f"{prefix}prompt_embeds"] = embeds.to(**place)
             found[f"{prefix}pooled_prompt_embeds"] = pooled.to(**place)
         return found
+
+    def refuse_texts(self, request: Request) -> None:
+        """Refuse what no encoder here reads."""
+        random = self._random_text is not None
+        has_t5 = random or self.pipe.text_encoder_3 is not None
+        if request.prompt_3 is not None and not has_t5:
+            raise UnsupportedRequest("prompt_3: T5 is not loaded, which would read it")
+        if request.prompt_weights is not None and random:
+            raise UnsupportedRequest("prompt_weights: a model of random weights has no words")
+
+
+class _PipeText:
+    """Embeds texts with a pipeline's own encoders, whatever they are by then."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    def encode(self, prompts: Sequence[Text], max_sequence_length: int) -> Embeddings:
+        """Embed prompts whose words have weights."""
+        pipe, names = self._pipe, ("", "_2", "_3")
+        text = SD3Text(
+            [getattr(pipe, f"tokenizer{name}") for name in names],
+            [getattr(pipe, f"text_encoder{name}") for name in names],
+            pipe.transformer.config.joint_attention_dim,
+        )
+        embeds, pooled = text.encode(prompts, max_sequence_length)
+        return embeds.clone(), pooled.clone()  # tensors of inference mode would be compiled anew
+
+
+def text_of(request: Request) -> Text:
+    """What the encoders read of a request."""
+    if not encoder_fields(request):
+        return request.prompt
+    second, third = (
+        request.prompt if t is None else t for t in (request.prompt_2, request.prompt_3)
+    )
+    read = (request.prompt, second, third)
+    weights = read_weights(request.prompt_weights or "")
+    places = ([(*at, w) for words, w in weights for at in places_of(words, text)] for text in read)
+    return Texts(read, tuple(tuple(each) for each in places))
 
 
 class Sana(Family):

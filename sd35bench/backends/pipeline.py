@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sd35bench.backends.base import Backend, Generation, Probe
-from sd35bench.backends.families import Family, family_of
+from sd35bench.backends.families import Family, family_of, text_of
 from sd35bench.backends.guided import guided, is_plain
 from sd35bench.backends.probes import probe_device
 from sd35bench.backends.samplers import own_shift
@@ -179,7 +179,7 @@ class DiffusersBackend(Backend):
             decode_s=stages.decode_s,
             step_s=stages.step_s,
             truncated_tokens=self.family.truncated_tokens(
-                [r.prompt for r in requests], self._max_sequence_length(first)
+                [text_of(r) for r in requests], self._max_sequence_length(first)
             ),
             latents_first=_host(latents.first) if self.keep_latents else None,
             latents_last=_host(latents.last) if self.keep_latents else None,
@@ -261,6 +261,8 @@ class DiffusersBackend(Backend):
             raise UnsupportedRequest("image-to-image needs prompt_strength in (0, 1]")
         self._refuse_beyond_backend(first)
         self.family.refuse(first)
+        for request in requests:
+            self.family.refuse_texts(request)
 
     def _refuse_beyond_backend(self, request: Request) -> None:
         name = self._load.backend.name

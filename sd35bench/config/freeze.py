@@ -30,6 +30,7 @@ from sd35bench.prompts import (
     FEWEST_TO_SPLIT,
     PromptItem,
     PromptSpec,
+    encoder_fields,
     init_size,
     load_prompts,
     with_init_image,
@@ -84,6 +85,7 @@ def freeze(config: DictConfig) -> Job:
     for task in sorted({_task(item) for item in prompts}):
         check_task(conf.model, conf.backend, task)
     _settle_negatives(axes, prompts)
+    _refuse_encoder_fields(conf, prompts)
     _settle_strength(conf, axes, prompts)
     load = Load(
         model=model_spec(conf.model, conf.backend.needs_weights),
@@ -267,6 +269,27 @@ def _settle_negatives(
         raise ConfigError(
             "negative_prompt is given twice, on the command line and in the prompt file: drop one"
         )
+
+
+def _refuse_encoder_fields(conf: RunConf, prompts: tuple[PromptItem, ...]) -> None:
+    """Refuse texts of single encoders, and weights, where they cannot reach one.
+
+    Raises: ConfigError naming the column.
+    """
+    model, backend = conf.model, conf.backend
+    asked = dict.fromkeys(name for item in prompts for name in encoder_fields(item))
+    for name in asked:
+        why = None
+        if backend.kind in PROVIDERS:
+            why = f"backend={backend.name} sends one prompt, without weights"
+        elif model.family != "sd3":
+            why = f"{model.name} has one text encoder, and weights are not read there"
+        elif name == "prompt_3" and backend.options.get("t5") is False:
+            why = f"backend={backend.name} loads no T5, which would read it"
+        elif name == "prompt_weights" and model.weights == "random" and backend.needs_weights:
+            why = "a model of random weights has no words"
+        if why is not None:
+            raise ConfigError(f"{name}: {why}; leave the column out")
 
 
 def _settle_strength(

@@ -231,6 +231,9 @@ class ColumnsConf(Conf):
     negative_prompt: Text = known("negative_prompt", "a file's column name")
     init_image: Text = known("init_image", "a file's column name")
     id: Text = known("id", "a file's column name")
+    prompt_2: Text = known("prompt_2", "a file's column name")
+    prompt_3: Text = known("prompt_3", "a file's column name")
+    prompt_weights: Text = known("prompt_weights", "a file's column name")
 
 
 class PromptsConf(Conf):

@@ -17,7 +17,7 @@ from sd35bench.core.guidance import Guidance, guide, plan_calls
 from sd35bench.core.model import Conditions, Config, Embedder, Executor
 from sd35bench.core.samplers import SAMPLERS, See
 from sd35bench.core.schedule import Schedule, schedule
-from sd35bench.core.text import CachedText
+from sd35bench.core.text import CachedText, Text
 from sd35bench.core.vae import Vae
 
 
@@ -29,7 +29,7 @@ class Ask:
     which part of the steps runs. `tokens`: T5's.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[Text]
     negatives: Sequence[str]
     seeds: Sequence[int]
     height: int

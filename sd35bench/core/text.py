@@ -5,11 +5,17 @@ The three encoders cost 2.5 TFLOP for a prompt of 256 T5 tokens, as much as one 
 the negative prompt of a whole study is encoded once, and a prompt that comes again costs nothing if
 the caller says so.
 
-Source: diffusers `StableDiffusion3Pipeline.encode_prompt`.
+The encoders may read different texts, and words may have weights. A weight w takes a token's
+embedding from e to e0 + w (e - e0), where e0 is the empty text's at that place: 0 is as if the word
+were not there, 1 changes nothing, bit for bit. It costs one more text, the empty one.
+
+Source: diffusers `StableDiffusion3Pipeline.encode_prompt`; of weights ComfyUI, comfy/sd1_clip.py,
+`ClipTokenWeightEncoder.encode_token_weights`, which leaves the pooled embedding as it is, too.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +27,27 @@ KEPT = 64
 Embeddings = tuple[torch.Tensor, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """One image's text by encoder (CLIP-L, bigG, T5); `places`: (start, end, weight) in each."""
+
+    read: tuple[str, str, str]
+    places: tuple[tuple[tuple[int, int, float], ...], ...] = ((), (), ())
+
+
+Text = str | Texts
+"""A prompt that all encoders read, or one text for each."""
+
+
+def read_by(text: Text, number: int) -> str:
+    """What the encoder of that number reads: 0 is CLIP-L, 1 bigG, 2 T5."""
+    return text if isinstance(text, str) else text.read[number]
+
+
 class Encoder(Protocol):
     """Embeds prompts: [B, T, context width] and pooled [B, pooled width]."""
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Embeddings:
+    def encode(self, prompts: Sequence[Text], max_sequence_length: int) -> Embeddings:
         """Embed `prompts`; T5's part has `max_sequence_length` tokens."""
         ...
 
@@ -37,30 +60,60 @@ class SD3Text:
         self._tokenizers, self._encoders, self._width = tokenizers, encoders, width
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Embeddings:
+    def encode(self, prompts: Sequence[Text], max_sequence_length: int) -> Embeddings:
         """Embed `prompts` in one batch."""
-        texts = list(prompts)
         length = self._tokenizers[0].model_max_length  # both CLIPs are cut at the first one's
-        clips = [
-            encoder(self._ids(tokenizer, texts, length, encoder), output_hidden_states=True)
-            for tokenizer, encoder in zip(self._tokenizers[:2], self._encoders[:2], strict=True)
-        ]
-        hidden = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
+        clips = [self._read(number, prompts, length) for number in (0, 1)]
+        hidden = torch.cat([each for each, _ in clips], dim=-1)
         hidden = nn.functional.pad(hidden, (0, self._width - hidden.shape[-1]))
-        pooled = torch.cat([clip[0] for clip in clips], dim=-1)
-        t5 = self._encoders[2]
-        if t5 is None:
-            shape = (len(texts), max_sequence_length, self._width)
+        pooled = torch.cat([first for _, first in clips], dim=-1)
+        if self._encoders[2] is None:
+            shape = (len(prompts), max_sequence_length, self._width)
             return torch.cat([hidden, hidden.new_zeros(shape)], dim=1), pooled
-        ids = self._ids(self._tokenizers[2], texts, max_sequence_length, t5)
-        return torch.cat([hidden, t5(ids)[0].to(hidden.dtype)], dim=1), pooled
+        t5, _ = self._read(2, prompts, max_sequence_length)
+        return torch.cat([hidden, t5.to(hidden.dtype)], dim=1), pooled
 
-    @staticmethod
-    def _ids(tokenizer: Any, texts: list[str], length: int, encoder: Any) -> torch.Tensor:
-        ids = tokenizer(
+    def _read(self, number: int, prompts: Sequence[Text], length: int) -> Embeddings:
+        """What one encoder makes of the prompts: [B, T, width], and its first output."""
+        texts = [read_by(prompt, number) for prompt in prompts]
+        hidden, first = self._run(number, texts, length)
+        places = [() if isinstance(p, str) else p.places[number] for p in prompts]
+        if any(places):
+            empty, _ = self._run(number, [""], length)
+            factors = [
+                self._factors(number, *each, length) for each in zip(texts, places, strict=True)
+            ]
+            weights = torch.stack(factors)[..., None].to(hidden)
+            hidden = torch.where(weights == 1, hidden, empty + weights * (hidden - empty))
+        return hidden, first
+
+    def _run(self, number: int, texts: list[str], length: int) -> Embeddings:
+        encoder = self._encoders[number]
+        ids = self._tokenizers[number](
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return ids.to(encoder.device)
+        ).input_ids.to(encoder.device)
+        if number == 2:
+            return (found := encoder(ids)[0]), found
+        output = encoder(ids, output_hidden_states=True)
+        return output.hidden_states[-2], output[0]
+
+    def _factors(
+        self, number: int, text: str, places: Sequence[tuple[int, int, float]], length: int
+    ) -> torch.Tensor:
+        """The weight of each token [T]; CLIP's tokens begin after one that says so."""
+        found = torch.ones(length)
+        for start, end, weight in places:
+            first, last = (self._count(number, text[:at]) for at in (start, end))
+            lead = 0 if number == 2 else 1
+            found[lead + first : lead + last] = weight
+        return found
+
+    def _count(self, number: int, text: str) -> int:
+        """Tokens of a text that ends at a word's end, without those that frame it."""
+        text = text.rstrip()
+        return (
+            len(self._tokenizers[number](text, add_special_tokens=False).input_ids) if text else 0
+        )
 
 
 class CachedText:
@@ -69,15 +122,15 @@ class CachedText:
     def __init__(self, encoder: Encoder, kept: int = KEPT) -> None:
         """Wrap `encoder`."""
         self._encoder, self._kept = encoder, kept
-        self._known: OrderedDict[tuple[str, int], Embeddings] = OrderedDict()
+        self._known: OrderedDict[tuple[Text, int], Embeddings] = OrderedDict()
         self.hits = self.misses = 0
 
-    def encode(self, prompts: Sequence[str], tokens: int, *, keep: bool) -> Embeddings:
+    def encode(self, prompts: Sequence[Text], tokens: int, *, keep: bool) -> Embeddings:
         """Embed `prompts`, those that are not known in one batch; `keep` them for later calls."""
         new = [p for p in dict.fromkeys(prompts) if (p, tokens) not in self._known]
         self.misses += len(new)
         self.hits += len(prompts) - len(new)
-        fresh: dict[str, Embeddings] = {}
+        fresh: dict[Text, Embeddings] = {}
         if new:
             embeds, pooled = self._encoder.encode(new, tokens)
             fresh = {p: (embeds[i], pooled[i]) for i, p in enumerate(new)}
@@ -87,7 +140,7 @@ class CachedText:
         pairs = [found[p] for p in prompts]
         return torch.stack([e for e, _ in pairs]), torch.stack([p for _, p in pairs])
 
-    def _keep(self, found: Mapping[str, Embeddings], tokens: int) -> None:
+    def _keep(self, found: Mapping[Text, Embeddings], tokens: int) -> None:
         for prompt, pair in found.items():
             self._known[prompt, tokens] = pair
             self._known.move_to_end((prompt, tokens))

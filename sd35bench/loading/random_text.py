@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sd35bench.architectures import SEED
+from sd35bench.core.text import Text
 
 __all__ = ["EncodedText", "NoiseText", "RandomText"]
 
@@ -26,7 +27,7 @@ Embeddings = tuple[torch.Tensor, torch.Tensor]
 class RandomText(ABC):
     """Stands where diffusers' `encode_prompt` would; the same prompt always gives the same."""
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Embeddings:
+    def encode(self, prompts: Sequence[Text], max_sequence_length: int) -> Embeddings:
         """Embed prompts: [B, CLIP tokens + `max_sequence_length`, width] and pooled [B, pooled]."""
         sources = [_generator(prompt) for prompt in prompts]
         return self._embed(sources, max_sequence_length)
@@ -92,7 +93,8 @@ class EncodedText(RandomText):
         return torch.cat([padded, t5], dim=-2), torch.cat(pooled, dim=-1)
 
 
-def _generator(prompt: str) -> torch.Generator:
+def _generator(prompt: Text) -> torch.Generator:
+    prompt = prompt if isinstance(prompt, str) else "\n".join(prompt.read)
     digest = hashlib.sha256(f"{SEED}:{prompt}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
 

@@ -69,6 +69,9 @@ def bare_images(
         extra["skip_layer_guidance_start"] = SKIPPING.start
         extra["skip_layer_guidance_stop"] = SKIPPING.stop
     pipe.set_progress_bar_config(disable=True)
+    if first.prompt_3 is not None:
+        extra["prompt_2"] = [r.prompt_2 for r in requests]
+        extra["prompt_3"] = [r.prompt_3 for r in requests]
     images = pipe(
         [r.prompt for r in requests],
         negative_prompt=[r.negative_prompt for r in requests],

@@ -29,6 +29,8 @@ CASES = {
     "skip-layers": batch(2, skip_layer_guidance=SKIPPING),
     "one-step": batch(1, steps=1),
     "28-steps": batch(1, steps=28),
+    "texts": batch(2, prompt_2="blue", prompt_3=""),
+    "weights": batch(2, prompt_weights="red:1.6; star:0.5"),
     "image": batch(2, **I2I),
     "image-weak": batch(1, init_image="digest", prompt_strength=0.2),
     "image-whole": batch(1, init_image="digest", prompt_strength=1.0),

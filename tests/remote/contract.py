@@ -142,6 +142,8 @@ class ProviderContract:
         "changes",
         [
             {"negative_prompt": "blurry"},
+            {"prompt_3": ""},
+            {"prompt_weights": "red:1.2"},
             {"skip_layer_guidance": GUIDANCE},
             {"sampler": "heun"},
             {"shift": 2.0},
