@@ -6,7 +6,8 @@ makes one only for who asks for it. Numbers that are not known are NaN.
 """
 
 import itertools
-from collections.abc import Callable, Container, Iterator, Sequence
+import json
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -227,6 +228,21 @@ def by_text(records: Some, name: str) -> dict[str, Places]:
     for number, text in enumerate(texts(records, name)):
         found.setdefault(text, []).append(number)
     return {text: np.array(numbers) for text, numbers in found.items()}
+
+
+def with_tags(records: Some, where: Mapping[str, str]) -> Some:
+    """Records of prompts whose own columns have these values."""
+
+    def fits(tags: Mapping[str, Sequence[str]]) -> bool:
+        return all(value in tags.get(name, ()) for name, value in where.items())
+
+    if not where:
+        return records
+    if isinstance(records, Records):
+        codes, known = records.columns.codes("ref")
+        right = np.array([fits(json.loads(text).get("tags", {})) for text in known], bool)
+        return pick(records, right[codes[records.places]])
+    return [r for r in records if fits(r.trial.prompt.tags)]
 
 
 def _value(record: Record, name: str) -> Any:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from sd35bench.prompts import (
     read_init_image,
     read_weights,
 )
-from sd35bench.types import PromptRef
+from sd35bench.types import PromptRef, Request
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COLUMNS = ("prompt", "negative_prompt", "init_image", "id", *ENCODER_FIELDS)
+
+RUN_FIELDS = frozenset(field.name for field in fields(Request)) - {"prompt"} | {"batch_size"}
+"""Columns of these names are no tags: a run has them, not a prompt."""
 
 Row = tuple[str, dict[str, Any]]  # (where it stands, its columns)
 
@@ -48,10 +52,16 @@ def read_file(spec: PromptSpec) -> list[PromptItem]:
             raise ConfigError(f"prompts.columns.{name}={column}: no such column in {path}")
     if spec.skip_empty:
         rows = [(where, row) for where, row in rows if not _is_empty(row.get(columns["prompt"]))]
-    items = [
-        _item(path, number, where, {n: row.get(c) for n, c in columns.items()}, spec.first_frame)
-        for number, (where, row) in enumerate(rows)
-    ]
+    items = []
+    for number, (where, row) in enumerate(rows):
+        known = {name: row.get(column) for name, column in columns.items()}
+        item = _item(path, number, where, known, spec.first_frame)
+        own = {str(n): value for n, value in row.items() if n not in columns.values()}
+        ignored = tuple(name for name in own if name.casefold() in RUN_FIELDS)
+        tags = {
+            n: texts for n, value in own.items() if n not in ignored and (texts := _tags(value))
+        }
+        items.append(replace(item, ref=replace(item.ref, tags=tags), ignored=ignored))
     return _unrepeated(items, [where for where, _ in rows])
 
 
@@ -130,6 +140,13 @@ def _for_encoders(path: Path, where: str, row: dict[str, Any]) -> dict[str, str]
     if not pairs:
         del found["prompt_weights"]
     return found
+
+
+def _tags(value: Any) -> tuple[str, ...]:
+    """A column's value as texts: of a list each, of an object none."""
+    values = value if isinstance(value, list) else [value]
+    plain = (v for v in values if isinstance(v, str | int | float) and f"{v}".strip())
+    return tuple(dict.fromkeys(f"{v}".strip() for v in plain))
 
 
 def _is_empty(prompt: Any) -> bool:

@@ -41,6 +41,7 @@ class PromptItem:
     """One prompt; `init_image` is the bytes of a PNG, JPEG or WEBP file.
 
     `init_done` says what was done to the file's own values to show it, as `pictures.Picture` does.
+    `ignored` are columns of its file that are named as fields of a run are.
     """
 
     ref: PromptRef
@@ -51,6 +52,7 @@ class PromptItem:
     prompt_weights: str | None = None
     init_image: bytes | None = None
     init_done: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

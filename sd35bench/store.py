@@ -16,13 +16,14 @@ different loads may share a study; a second writer of the same load is refused.
 """
 
 import contextlib
+import copy
 import fcntl
 import io
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import numpy as np
 
-from sd35bench.columns import Columns, Records, in_order, last_of_each, texts
+from sd35bench.columns import Columns, Records, in_order, last_of_each, texts, with_tags
 from sd35bench.disk import (
     LineFile,
     decode_line,
@@ -256,6 +257,7 @@ class Study:
         """Use `Study.open`."""
         self.path = path
         self.name = path.name
+        self._where: dict[str, str] = {}
         self._images = StoredFiles(path / "images", IMAGE_SUFFIXES)
         self._inits = StoredFiles(path / "inits", (".img",))
         self._latents = StoredFiles(path / "latents", (".npz",))
@@ -313,7 +315,8 @@ class Study:
         """
         everything = self.all_records()
         if isinstance(everything, Records):
-            return last_of_each(everything, lambda: self.images().whole)
+            found = last_of_each(everything, lambda: self.images().whole)
+            return with_tags(found, self._where)
         last: dict[str, Record] = {}
         there: set[str] | None = None
         for record in everything:
@@ -323,7 +326,13 @@ class Study:
                 if before.image in there:
                     continue
             last[record.trial.key] = record
-        return list(last.values())
+        return with_tags(list(last.values()), self._where)
+
+    def part(self, where: Mapping[str, str]) -> "Study":
+        """The same study; its `records` are of prompts whose own columns have these values."""
+        found = copy.copy(self)
+        found._where = {**self._where, **where}
+        return found
 
     def all_records(self) -> Iterable[Record]:
         """Read every record, those that a later one of the same trial replaces too."""
@@ -563,12 +572,11 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     """Rows as an Arrow table; seeds, which pass its signed integers, are uint64."""
     import pyarrow as pa
 
-    seeds = [row[_SEED] for row in rows if _SEED in row]
-    if not seeds:
-        return pa.Table.from_pylist(rows)
-    table = pa.Table.from_pylist([{**row, _SEED: 0} for row in rows])
-    place = table.column_names.index(_SEED)
-    return table.set_column(place, _SEED, pa.array(seeds, pa.uint64()))
+    table = pa.Table.from_pylist([{**row, _SEED: 0} if _SEED in row else row for row in rows])
+    if _SEED not in table.column_names:
+        return table
+    seeds = pa.array([row[_SEED] for row in rows], pa.uint64())
+    return table.set_column(table.column_names.index(_SEED), _SEED, seeds)
 
 
 def load_features(path: Path) -> dict[str, np.ndarray]:
@@ -613,7 +621,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, item in value.items():
         short = f"{prefix}{name}"
-        if isinstance(item, dict) and name in ("options", "source"):
+        if isinstance(item, dict) and name in ("options", "source", "tags"):
             row[short] = json.dumps(item, sort_keys=True)
         elif isinstance(item, dict):
             inner = "" if name in ("trial", "load") else f"{short}_"

@@ -191,7 +191,7 @@ class PromptRef:
     ("tune", "heldout", "all"), `level` a difficulty where the set knows one. `init_prompt` is the
     caption of the init image where the set knows it. `held_out` is how many prompts its file kept
     for a confirmation; `source` has the settings below `prompts.` that read the file again, where
-    its name alone does not.
+    its name alone does not. `tags` are the file's own columns: name → its values.
     """
 
     id: str
@@ -201,6 +201,7 @@ class PromptRef:
     init_prompt: str | None = None
     held_out: int | None = None
     source: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,16 @@
 """The verbs that read a study: score, show, recommend, claims, report: a call and a print."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.cli.parser import MARKDOWN, RESULTS_DIR, Command, Flag, Given
+from sd35bench.cli.slices import FLAGS as SLICES
+from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.store import Study
 
@@ -42,12 +46,19 @@ def show(given: Given) -> Answer:
 
     study = _open(given)
     counts = score_missing(study)
-    document = show_document(study, pool_hosts=given.has("--pool-hosts"))
-    document["warnings"] += _refused(counts)
-    if not given.as_json:
+
+    def print_one(document: dict[str, Any]) -> None:
         from sd35bench.report.tables import print_settings, settings_markdown
 
         _print(document, given.has("--markdown"), settings_markdown, print_settings)
+
+    if asks_part(given):
+        make = partial(show_document, pool_hosts=given.has("--pool-hosts"))
+        return answer_parts(given, study, make, print_one)
+    document = show_document(study, pool_hosts=given.has("--pool-hosts"))
+    document["warnings"] += _refused(counts)
+    if not given.as_json:
+        print_one(document)
     return Answer(document=document)
 
 
@@ -61,6 +72,13 @@ def recommend(given: Given) -> Answer:
     profiles = _profiles(given.text("--profile"))
     study = _open(given)
     counts = score_missing(study)
+    if asks_part(given):  # nothing is written: the study's own advice is on all prompts
+        return answer_parts(
+            given,
+            study,
+            lambda part: recommend_document(part, profiles),
+            lambda document: _print_recommended(document, given),
+        )
     looks = given.whole("--looks")
     if looks is not None:
         from sd35bench.recommend.looks import plan_looks
@@ -130,6 +148,9 @@ def _check_together(given: Given) -> None:
         raise ConfigError("--markdown prints the recommendation, --confirm commands; give one")
     if given.has("--plan") and confirm:
         raise ConfigError("--plan says how many images to make, --confirm confirms; give one")
+    for name in ("--confirm", "--plan", "--looks"):
+        if given.has(name) and asks_part(given):
+            raise ConfigError(f"{name} is of all prompts; leave --where and --slice out")
     for name in ("--margin", "--power"):
         if given.has(name) and not given.has("--plan"):
             raise ConfigError(f"{name} is of a plan; give it with --plan")
@@ -173,9 +194,25 @@ def report(given: Given) -> Answer:
     score_missing(study)
     if is_claims_study(study):
         _score_more(study, METRICS)
-    path = write_report(study, load_profiles(config_dir() / "profile"))
+    profiles = load_profiles(config_dir() / "profile")
+    if asks_part(given):
+        return _report_parts(given, study, profiles)
+    path = write_report(study, profiles)
     console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
     return Answer(document={"study": study.name, "path": str(path)})
+
+
+def _report_parts(given: Given, study: Study, profiles: dict[str, "Profile"]) -> Answer:
+    """Write a report of each part, beside the one of the whole."""
+    from sd35bench.report.page import write_report
+
+    found = []
+    for where, part in parts_of(given, study):
+        word = re.sub(r"[^\w.-]+", "-", said(where))
+        path = write_report(part, profiles, f"report-{word}.html")
+        console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
+        found.append({"where": where, "path": str(path)})
+    return Answer(document={"study": study.name, "parts": found})
 
 
 def open_study(root: Path, name: str) -> Study:
@@ -284,9 +321,11 @@ sd35bench score backends --metric drift metric.drift.reference=eager-bf16
         examples="""
 sd35bench show grid
 sd35bench show grid --markdown > grid.md
+sd35bench show mine --slice category        a table for each value of a column of your prompt file
 sd35bench show grid --json | jq '.settings[].latency_s.p50'
 """,
         flags=(
+            *SLICES,
             MARKDOWN,
             Flag(
                 name="--pool-hosts",
@@ -335,6 +374,7 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
                 value="N",
                 means="plan to look again and again, up to N prompts; fixed in the study once",
             ),
+            *SLICES,
             RESULTS_DIR,
         ),
     ),
@@ -352,6 +392,6 @@ sd35bench claims claims --markdown > claims.md
         words=("[STUDY]",),
         about="The file opens offline.",
         examples="sd35bench report grid                       writes results/grid/report.html",
-        flags=(RESULTS_DIR,),
+        flags=(*SLICES, RESULTS_DIR),
     ),
 }

@@ -110,6 +110,7 @@ def freeze(config: DictConfig) -> Job:
             *_notes(conf, axes),
             *_split_notes(conf, prompts),
             *notes_of(load.model),
+            *_column_notes(prompts),
             *_picture_notes(prompts),
             *_resize_notes(prompts, sizes),
         ),
@@ -337,6 +338,16 @@ def _split_notes(conf: RunConf, prompts: tuple[PromptItem, ...]) -> tuple[str, .
         f"prompts: {ref.set} has fewer than {FEWEST_TO_SPLIT}: none is held out, so a choice on"
         " them stays unconfirmed",
     )
+
+
+def _column_notes(prompts: tuple[PromptItem, ...]) -> tuple[str, ...]:
+    """Say which columns of a file are not read, since a run has these fields."""
+    ignored = dict.fromkeys(name for item in prompts for name in item.ignored)
+    if not ignored:
+        return ()
+    said, first = ", ".join(ignored), next(iter(ignored))
+    where = prompts[0].ref.set
+    return (f"prompts: {said} in {where} are ignored: fields of a run, such as {first}=VALUE",)
 
 
 _TO_CONFIRM = f"give {FEWEST_TO_SPLIT} or more in a file, prompts.path=FILE"

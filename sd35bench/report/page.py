@@ -245,7 +245,9 @@ def _wall(
 # The file -------------------------------------------------------------------------------------
 
 
-def write_report(study: Study, profiles: Mapping[str, Any] | None = None) -> Path:
+def write_report(
+    study: Study, profiles: Mapping[str, Any] | None = None, name: str = "report.html"
+) -> Path:
     """Write `results/<study>/report.html` and return its path; replaced whole or not at all.
 
     `profiles` are those of `recommend`; without them the report names no recommended setting.
@@ -256,7 +258,7 @@ def write_report(study: Study, profiles: Mapping[str, Any] | None = None) -> Pat
     show = show_document(study, table)
     claims = claims_document(study, table=table) if is_claims_study(study, table) else None
     document = build_document(study, show, _recommend(study, profiles, table), claims)
-    path = study.path / "report.html"
+    path = study.path / name
     write_atomic(path, render_report(document).encode("utf-8", "replace"))
     return path
 

@@ -1,0 +1,117 @@
+"""`--where` and `--slice`: a study on some of its prompts, by the columns of their own file."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sd35bench.cli.output import Answer, console
+from sd35bench.cli.parser import Flag, Given
+from sd35bench.errors import ConfigError, nearest
+from sd35bench.store import Study
+
+FLAGS = (
+    Flag(
+        name="--where",
+        value="NAME=VALUE",
+        means="only prompts whose own columns say so; several between commas: all of them",
+    ),
+    Flag(
+        name="--slice",
+        value="NAME",
+        means="each value of one of the prompts' own columns by itself",
+    ),
+)
+MOST_SLICES = 50
+
+Where = dict[str, str]
+
+
+def asks_part(given: Given) -> bool:
+    """Whether some of the prompts are asked for."""
+    return given.has("--where") or given.has("--slice")
+
+
+def parts_of(given: Given, study: Study) -> list[tuple[Where, Study]]:
+    """The parts that the command line asks for, each with what its prompts have in common.
+
+    Raises: ConfigError for a column or a value that no prompt has, and for too many slices.
+    """
+    tags = _tags(study)
+    where = _where(given.text("--where"))
+    for name, value in where.items():
+        _check(f"--where={name}={value}", name, tags)
+        if value not in tags[name]:
+            known = sorted(tags[name])[:10]
+            raise ConfigError(
+                f"--where={name}={value}: no prompt has it; there are {', '.join(known)}"
+                f"{nearest(value, known)}"
+            )
+    part = study.part(where)
+    name = given.text("--slice")
+    if name is None:
+        return [(where, part)]
+    _check(f"--slice={name}", name, tags)
+    values = sorted(_tags(part).get(name, ()))
+    if len(values) > MOST_SLICES:
+        raise ConfigError(f"--slice={name}: {len(values)} values; at most {MOST_SLICES} are shown")
+    return [({**where, name: value}, part.part({name: value})) for value in values]
+
+
+def answer_parts(
+    given: Given,
+    study: Study,
+    make: Callable[[Study], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> Answer:
+    """Make a document of every part; show it under a line that says which part it is.
+
+    A part of which nothing can be said has `error`, why, in place of a document.
+    """
+    found: list[dict[str, Any]] = []
+    for where, part in parts_of(given, study):
+        records = part.records()
+        prompts = len({(r.trial.request.prompt, r.trial.request.init_image) for r in records})
+        head = {"where": where, "prompts": prompts}
+        title = f"{said(where)}: {prompts} prompts"
+        if not given.as_json:
+            print(f"\n## {title}\n" if given.has("--markdown") else f"\n{title}")
+        try:
+            document = make(part)
+        except ConfigError as exc:
+            found.append({**head, "error": str(exc)})
+            console(given.as_json).print(f"{exc}", markup=False, soft_wrap=True)
+            continue
+        found.append({**head, **document})
+        if not given.as_json:
+            show(document)
+    whole = {"study": study.name, "slice": given.text("--slice"), "parts": found}
+    return Answer(document=whole if given.has("--slice") else found[0])
+
+
+def said(where: Where) -> str:
+    """A part in words: category=animals, colour=red."""
+    return ", ".join(f"{name}={value}" for name, value in where.items())
+
+
+def _where(text: str | None) -> Where:
+    found = {}
+    for word in filter(None, (text or "").split(",")):
+        name, equals, value = (piece.strip() for piece in word.partition("="))
+        if not (name and equals and value):
+            raise ConfigError(f"--where={word}: expected NAME=VALUE, such as category=animals")
+        found[name] = value
+    return found
+
+
+def _tags(study: Study) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for record in study.records():
+        for name, values in record.trial.prompt.tags.items():
+            found.setdefault(name, set()).update(values)
+    return found
+
+
+def _check(asked: str, name: str, tags: Iterable[str]) -> None:
+    if name not in tags:
+        known = ", ".join(sorted(tags))
+        there = f"there are {known}" if known else "these prompts came without columns of their own"
+        raise ConfigError(f"{asked}: no such column; {there}{nearest(name, list(tags))}")
