@@ -118,7 +118,7 @@ def _item(
     )
 
 
-def _for_encoders(path: Path, where: str, row: dict[str, Any]) -> dict[str, str]:
+def _for_encoders(path: Path, where: str, row: dict[str, Any]) -> dict[str, Any]:
     """What only some encoders read, and weights.
 
     An empty text is no text for that encoder; CSV and TSV have no other way to say "none given".

@@ -175,6 +175,6 @@ def _yaml(node: Any) -> str:
 
 def _one_of(flag: str, given: Given, known: Sequence[str]) -> str:
     value = given.text(flag)
-    if value not in known:
+    if value is None or value not in known:
         raise ConfigError(f"{flag}={value}: must be one of {', '.join(known)}")
     return value
