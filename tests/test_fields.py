@@ -17,6 +17,7 @@ from sd35bench.fields import (
     describe,
     is_unasked,
     make_trial,
+    pair_identity,
     request_identity,
     setting_identity,
     value_text,
@@ -99,7 +100,11 @@ def test_settings_that_differ_in_one_field_are_two_settings_with_two_names(name)
 
 
 def test_pair_and_setting_keys_are_those_of_earlier_versions():
-    assert PAIR == ("prompt", "negative_prompt", "seed", "width", "height", "init_image")
+    first = ("prompt", "negative_prompt", "seed", "width", "height", "init_image")
+    assert (*first, "prompt_2", "prompt_3", "prompt_weights") == PAIR
+    assert pair_identity(request()) == tuple(getattr(request(), name) for name in first)
+    weighted = pair_identity(request(prompt_weights="otter:2"))
+    assert weighted == (*pair_identity(request()), ("prompt_weights", "otter:2"))
     trial = make_trial(
         load=fake_load(),
         request=request(shift=3.0, skip_layer_guidance=OTHER["skip_layer_guidance"]),
