@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 import sd35bench.config.overrides as overrides
 from sd35bench.config import check_overrides, compose, freeze
-from sd35bench.config.overrides import parse, quoted, sweep_values, written
+from sd35bench.config.models import FIELDS
+from sd35bench.config.overrides import OTHER_NAMES, parse, quoted, sweep_values, written
 from sd35bench.errors import ConfigError
 from sd35bench.plan import expand
 from sd35bench.prompts import PromptSpec, load_prompts
@@ -135,6 +136,13 @@ def test_a_path_of_prompts_implies_a_file(tmp_path):
 def test_refusals_name_the_remedy(settings, message):
     with pytest.raises(ConfigError, match=message):
         sweep_of(*settings)
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_what_other_tools_call_a_field_is_answered_with_ours(name):
+    assert name not in FIELDS, "the hint would hide a field"
+    with pytest.raises(ConfigError, match=f"did you mean {OTHER_NAMES[name]}\\?"):
+        check_overrides([f"{name}=1"], multirun=False)
 
 
 FILES = {

@@ -32,10 +32,15 @@ RAY_OPTIONS = ("ray.init.", "ray.actor.")
 """Names that begin so are Ray's own, which the engine holds against what Ray has."""
 OTHER_NAMES = {
     "guidance_scale": "cfg",
+    "cfg_scale": "cfg",
     "num_inference_steps": "steps",
+    "sampling_steps": "steps",
     "negative": "negative_prompt",
     "scheduler": "sampler",
+    "sampler_name": "sampler",
     "strength": "prompt_strength",
+    "denoise": "prompt_strength",
+    "denoising_strength": "prompt_strength",
     "num_images_per_prompt": "batch_size",
     "generator": "seed",
 }
