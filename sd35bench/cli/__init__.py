@@ -43,6 +43,8 @@ VERBS = {
     "reference": ("reference", "what set metrics are held against, computed once"),
     "serve": ("serve", "the hosted prediction protocol over a local backend"),
     "export": ("export", "the denoiser as an ONNX graph, kept for the onnx and openvino backends"),
+    "list": ("studies", "the studies of a results folder: images, failures, size, cost"),
+    "rm": ("studies", "remove studies with all their files"),
     "merge": ("merge", "unite studies of several machines in one"),
     "clean": ("clean", "files of a study that no record names: list them, or move them away"),
     "verify": ("verify", "whether a study's files are there and whole; exit code 1 if not"),
