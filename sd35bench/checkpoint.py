@@ -14,7 +14,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +207,38 @@ def settled_variant(folder: Path, asked: str | None) -> str | None:
     return None if all(variant_of(part) == asked for part in having) else asked
 
 
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+"""PEFT's names for a LoRA's file, and for the settings beside it that its scale stands in."""
+
+
+def whole_digest(
+    path: Path,
+    components: Path | None,
+    changes: Sequence[tuple[str, str, float]],
+    variant: str | None,
+) -> str:
+    """Digest of weights with what is put on top; without anything `weights_digest`'s.
+
+    `changes`: kind, path and weight of each; see `types.Change`.
+    """
+    own = weights_digest(path, components, {k for k, place, _ in changes if Path(place).is_dir()})
+    if not changes and variant is None:
+        return own
+    each = [[kind, path_digest(Path(place)), weight] for kind, place, weight in changes]
+    return hashlib.sha256(json.dumps([own, each, variant]).encode()).hexdigest()
+
+
 def path_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's content, or over a folder's files with their relative paths."""
+    """SHA-256 (hex) of a file's content, or over a folder's files with their relative paths.
+
+    A LoRA's file by PEFT counts with the settings beside it.
+    """
     cache = _Cache()
-    if path.is_file():
+    beside = path.with_name(ADAPTER[1])
+    if path.name == ADAPTER[0] and beside.is_file():
+        both = f"{cache.file_hash(path)} {cache.file_hash(beside)}"
+        digest = hashlib.sha256(both.encode()).hexdigest()
+    elif path.is_file():
         digest = cache.file_hash(path)
     else:
         total = hashlib.sha256()

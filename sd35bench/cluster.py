@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sd35bench.checkpoint import weights_digest
+from sd35bench.checkpoint import whole_digest
 from sd35bench.errors import ConfigError, StoreError, WorkerDied, WorkerLost, nearest
 from sd35bench.lane import Worker
 from sd35bench.leases import claim_cores
@@ -228,11 +228,13 @@ def model_problem(model: ModelSpec) -> str | None:
         return None
     path = Path(model.path)
     components = None if model.components is None else Path(model.components)
-    for part in (path, components):
-        if part is not None and not part.exists():
-            return f"model.path={part} is not there; put the same folder at the same path"
+    wanted = [("path", path), *((c.kind, Path(c.path)) for c in model.changes)]
+    for name, part in [*wanted, *([] if components is None else [("components", components)])]:
+        if not part.exists():
+            return f"model.{name}={part} is not there; put the same at the same path"
+    changes = [(change.kind, change.path, change.weight) for change in model.changes]
     try:
-        found = weights_digest(path, components)
+        found = whole_digest(path, components, changes, model.variant)
     except (ConfigError, StoreError, OSError) as exc:
         return f"model.path={path} cannot be read: {exc}"
     if found != model.weights_digest:

@@ -20,13 +20,13 @@ import psutil
 import pytest
 
 from sd35bench import cluster
-from sd35bench.checkpoint import weights_digest
+from sd35bench.checkpoint import weights_digest, whole_digest
 from sd35bench.cluster import RayCluster, RayCrew, RaySettings, RayWorker, model_problem
 from sd35bench.errors import ConfigError, WorkerDied, WorkerLost
 from sd35bench.limits import Limits
 from sd35bench.process import run_plan
 from sd35bench.store import Study
-from sd35bench.types import NO_WEIGHTS, Load, Status
+from sd35bench.types import NO_WEIGHTS, Change, Load, Status
 from sd35bench.worker import Job
 from tests.studies.fakes import MODEL, fake_load, fake_plan
 
@@ -188,6 +188,12 @@ def test_a_node_without_the_model_or_with_other_weights_is_named(tmp_path):
     right = replace(spec, weights_digest=weights_digest(folder))
     assert model_problem(right) is None
     assert "holds other weights" in str(model_problem(replace(spec, weights_digest="1" * 64)))
+    lora = Change(kind="lora", path=str(tmp_path / "lora.safetensors"), digest="x", weight=0.5)
+    assert "model.lora=" in str(model_problem(replace(right, changes=(lora,))))
+    (tmp_path / "lora.safetensors").write_bytes(b"low")
+    assert "holds other weights" in str(model_problem(replace(right, changes=(lora,))))
+    whole = whole_digest(folder, None, [("lora", lora.path, 0.5)], None)
+    assert model_problem(replace(right, changes=(lora,), weights_digest=whole)) is None
     assert model_problem(replace(MODEL, path="", weights="random")) is None
 
 

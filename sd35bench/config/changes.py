@@ -8,14 +8,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from sd35bench.checkpoint import PICKLED, path_digest, read_header
+from sd35bench.checkpoint import ADAPTER, PICKLED, path_digest, read_header
 from sd35bench.config.models import ModelConf
 from sd35bench.errors import ConfigError
-from sd35bench.types import Change, ModelSpec, content_hash
+from sd35bench.types import Change, ModelSpec
 
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+LORA_FILES = ("pytorch_lora_weights.safetensors", ADAPTER[0])
 """What diffusers and PEFT call the file in a folder of theirs."""
-ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_LIMIT = 100.0
 REPLACED = ("transformer", "vae")
 FILES = (".safetensors", ".gguf", *PICKLED)
@@ -32,13 +31,6 @@ def read_changes(model: ModelConf) -> tuple[Change, ...]:
     ]
     loras = [] if model.lora is None else [_lora(*each) for each in _lora_files(model.lora)]
     return (*found, *sorted(loras, key=lambda c: (c.digest, c.weight)))
-
-
-def changed_digest(digest: str, changes: tuple[Change, ...], variant: str | None) -> str:
-    """Digest of weights with changes on top; without any it is the weights' own."""
-    if not changes and variant is None:
-        return digest
-    return content_hash([digest, [[c.kind, c.digest, c.weight] for c in changes], variant])
 
 
 def notes_of(spec: ModelSpec) -> tuple[str, ...]:
@@ -149,7 +141,4 @@ def _lora(path: Path, weight: float) -> Change:
     elif path.suffix not in PICKLED:
         known = ", ".join((".safetensors", *PICKLED))
         raise ConfigError(f"model.lora={path}: must be a file of {known}")
-    digest, config = path_digest(path), path.with_name(ADAPTER_CONFIG)
-    if path.name == LORA_FILES[1] and config.is_file():  # its scale stands beside it
-        digest = content_hash([digest, path_digest(config)])
-    return Change(kind="lora", path=str(path), digest=digest, weight=weight)
+    return Change(kind="lora", path=str(path), digest=path_digest(path), weight=weight)

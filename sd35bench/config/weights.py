@@ -13,9 +13,9 @@ from sd35bench.checkpoint import (
     find_components,
     revision_of,
     settled_variant,
-    weights_digest,
+    whole_digest,
 )
-from sd35bench.config.changes import changed_digest, read_changes
+from sd35bench.config.changes import read_changes
 from sd35bench.config.models import ModelConf
 from sd35bench.errors import ConfigError
 from sd35bench.types import NO_WEIGHTS, ModelSpec
@@ -55,11 +55,12 @@ def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
             f"model.components={model.components}: it acts only with model.path=FILE.safetensors,"
             f" and {path} is a folder; leave one of them out"
         )
-    own = weights_digest(path, components, {c.kind for c in changes if Path(c.path).is_dir()})
     return replace(
         _bare(model),
         path=str(path),
-        weights_digest=changed_digest(own, changes, variant),
+        weights_digest=whole_digest(
+            path, components, [(c.kind, c.path, c.weight) for c in changes], variant
+        ),
         changes=changes,
         variant=variant,
         components=None if components is None else str(components),
