@@ -277,10 +277,11 @@ class HostedTrial:
         return True
 
     def _ambiguous(self, why: str) -> PredictionFailed:
+        again = "the same command looks for it again, " if self.client.provider.lists else ""
         return PredictionFailed(
             Status.AMBIGUOUS,
-            f"the create's answer was lost and {why}: it may have been made and billed; the same"
-            " command looks for it again, remote.on_ambiguous=resubmit creates it again",
+            f"the create's answer was lost and {why}: it may have been made and billed; {again}"
+            "remote.on_ambiguous=resubmit creates it again",
             blames_service=True,
         )
 

@@ -1,5 +1,6 @@
 """fal, Stability and DeepInfra to the whole client: paid once, kept, or refused by name."""
 
+import asyncio
 import functools
 import hashlib
 import re
@@ -13,17 +14,26 @@ import sd35bench.remote.drive as drive
 from sd35bench.config import compose, freeze
 from sd35bench.errors import ConfigError, LostAnswer
 from sd35bench.plan import expand
+from sd35bench.remote.providers import provider_class
 from sd35bench.remote.providers.base import Phase
 from sd35bench.remote.providers.stability import form_of
 from sd35bench.remote.transport import Transport
 from sd35bench.store import Study
-from sd35bench.trials import RunSummary
+from sd35bench.trials import Run, RunSummary
 from sd35bench.types import Record, Status
 from sd35bench.verify import verify_study
 from tests.remote.contract import KEY, make_provider, make_request
 from tests.remote.fault_server import FaultServer, serving
 from tests.remote.faults import Answer, Fault, picture
-from tests.remote.hosted import PRICE_USD, by_prompt, hosted_plan, ledger_lines, run
+from tests.remote.hosted import (
+    HASTY,
+    PRICE_USD,
+    by_prompt,
+    hosted_plan,
+    hosted_settings,
+    ledger_lines,
+    run,
+)
 from tests.remote.other_hosts import SERVERS
 
 NAMES = tuple(SERVERS)
@@ -84,6 +94,7 @@ def test_a_lost_answer_is_bought_again_only_when_the_user_says_so(
         )  # the fault server's 500 created nothing: we cannot know
         assert make(study, server, name).ambiguous == 1
         assert "the service has no list" in f"{only(study).error}"
+        assert "looks for it again" not in f"{only(study).error}"
         assert make(study, server, name).ambiguous == 1
         assert sum(server.creates.values()) == before
         assert make(study, server, name, on_ambiguous="resubmit").done == 1
@@ -106,6 +117,38 @@ def test_what_was_answered_before_a_crash_is_not_bought_again(study: Study, monk
     assert call is not None
     assert call.resumed
     assert only(study).timings is None  # nobody watched it
+
+
+@pytest.mark.parametrize("name", SYNCHRONOUS)
+def test_an_answer_that_never_comes_is_ambiguous_after_the_timeout(study: Study, name: str):
+    with serving(SERVERS[name]) as server:
+        server.script("create", "silence")
+        assert make(study, server, name, timeout_s=0.5).ambiguous == 1
+        assert make(study, server, name).ambiguous == 1
+        assert sum(server.creates.values()) == 1
+
+
+@pytest.mark.parametrize("name", SYNCHRONOUS)
+def test_ctrl_c_waits_for_the_answer_and_keeps_the_image(study: Study, name: str):
+    async def main() -> None:
+        task = asyncio.create_task(rounds.make(None, HASTY))
+        while server.count("create") == 0:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with serving(SERVERS[name]) as server:
+        server.script("create", Fault(lambda answer: replace(answer, delay_s=0.2)))
+        plan = hosted_plan(server.url, 1, seed=7)
+        settings = hosted_settings(server.url, provider=name, default_steps=4)
+        rounds = drive._Rounds(Run(plan, study, None), settings, provider_class(name)(settings))
+        with study.lock(plan.load.key):
+            asyncio.run(main())
+        assert [line["kind"] for line in ledger_lines(study)] == ["intent", "kept", "finished"]
+        assert list(study.records()) == []
+        assert make(study, server, name).done == 1
+        assert sum(server.creates.values()) == 1
 
 
 def _die(*_: object) -> None:
