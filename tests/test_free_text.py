@@ -85,7 +85,7 @@ def test_texts_of_single_encoders_are_read_or_refused_by_name(tmp_path, column):
     assert [plain.key] == [t.key for t in expand(sweep_of(own)).trials]
     path.write_text(f"prompt,{column}\na red cube,red:1.5\n")
     with pytest.raises(ConfigError, match=f"{column}: backend=eachlabs sends one prompt"):
-        sweep_of(own, "model=sd35-medium", "backend=eachlabs")
+        freeze(compose(written([own, "model=sd35-medium", "backend=eachlabs"])))
 
 
 def sweep_of(*settings: str):

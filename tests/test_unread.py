@@ -16,6 +16,8 @@ from sd35bench.errors import ConfigError
 LOCAL = "backend.kind=fake"
 HOSTED = "backend.kind=eachlabs"
 WEIGHTS = "backend.needs_weights=true"
+OF_ITS_OWN = "backend.kind=eachlabs model.inputs.prompt.field=prompt"
+"""A hosted model that declares its inputs, and has none but the prompt."""
 VALUES = {
     "remote.": ("remote.concurrency=2", LOCAL, HOSTED),
     "remote.auth": ("remote.auth=bearer", "backend.kind=replicate", HOSTED),
@@ -46,6 +48,9 @@ VALUES = {
     "prompts.first_frame": ("prompts.first_frame=true", LOCAL, "init_image=x.png"),
     "prompts.task": ("prompts.task=edit", "prompts.kind=file", LOCAL),
     "prompts.seed": ("prompts.seed=1", "prompts.kind=file", LOCAL),
+    "steps": ("steps=4", OF_ITS_OWN, LOCAL),
+    "cfg": ("cfg=4", OF_ITS_OWN, LOCAL),
+    "output_format": ("output_format=webp", OF_ITS_OWN, LOCAL),
     "output_quality": ("output_quality=50", LOCAL, "output_format=webp"),
 }
 """What is asked, where nothing reads it, and where something does."""
@@ -53,8 +58,8 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def composed():
-    base = compose(written(["backend=fake"]))
-    return lambda text: OmegaConf.merge(base, OmegaConf.from_dotlist([text]))
+    base = OmegaConf.create(OmegaConf.to_container(compose(written(["backend=fake"]))))
+    return lambda text: OmegaConf.merge(base, OmegaConf.from_dotlist(text.split()))
 
 
 def test_every_entry_has_a_case_and_names_a_field():
@@ -156,7 +161,9 @@ def _another(name: str) -> Any:
     takes = FIELDS[name].takes
     if get_origin(takes) is Literal:
         return next(choice for choice in get_args(takes) if str(choice) != FIELDS[name].default)
-    base = get_args(takes)[0] if get_args(takes) else takes
+    base = takes
+    while get_args(base):  # of a union the first
+        base = get_args(base)[0]
     return {bool: True, int: 3, float: 0.75, str: "other"}[base]
 
 

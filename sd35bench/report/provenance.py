@@ -156,7 +156,7 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
         ),
         "seed": _axis(r.seed for r in requests),
         **{name: _rare_axis(name, requests) for name in _RARE},
-        "prompts": prompts,
+        **_prompts_of(prompts, records[0].trial.prompt.source),
         "prompts.split": split,
         "prompts.task": "edit" if prompts == "nano" and task == "image-to-image" else "",
         "prompts.limit": str(len({(r.prompt, r.init_image) for r in requests})),
@@ -170,6 +170,17 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
     product = math.prod(len({getattr(r, name) for r in requests}) for name in names)
     note = "" if len(settings) == product else "The study holds only a part of this grid."
     return {"task": task, "command": "sd35bench run -m " + " ".join(typed), "note": note}
+
+
+def _prompts_of(name: str, source: Mapping[str, str]) -> dict[str, str]:
+    """Overrides that read a prompt set again: a group's name, or a file's."""
+    if name in ("nano", "given"):
+        return {"prompts": name}
+    if name in ("geneval", "coco"):
+        return {"prompts": name, "prompts.path": source.get("path", f"{name.upper()}_FILE")}
+    if name == "starter.txt":
+        return {"prompts": "starter"}
+    return {f"prompts.{key}": value for key, value in {"path": name, **source}.items()}
 
 
 def _rare_axis(name: str, requests: Sequence[Request]) -> str:

@@ -18,6 +18,7 @@ from sd35bench import words
 from sd35bench.analysis.settings import PairKey, pair_key
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import StoreError
+from sd35bench.prompts import encoder_fields
 from sd35bench.report.rows import Row, metric_label, metric_rank
 from sd35bench.store import Study
 from sd35bench.types import Record, Status
@@ -151,7 +152,8 @@ class _Wall:
 
     def _prompt(self, record: Record) -> int:
         request, ref = record.trial.request, record.trial.prompt
-        identity = (request.prompt, request.negative_prompt, request.init_image)
+        own = encoder_fields(request) | {n: ", ".join(v) for n, v in ref.tags.items()}
+        identity = (request.prompt, request.negative_prompt, request.init_image, *own.items())
         if identity not in self._prompt_ids:
             self._prompt_ids[identity] = len(self.prompts)
             self.prompts.append(
@@ -162,6 +164,7 @@ class _Wall:
                     "level": ref.level,
                     "init": self._image(request.init_image, is_init=True),
                     "init_prompt": ref.init_prompt,
+                    **({"own": own} if own else {}),
                 }
             )
         return self._prompt_ids[identity]

@@ -1,5 +1,8 @@
 """How to run a study again: the batch sizes of its command line."""
 
+import shlex
+from dataclasses import replace
+
 import pytest
 
 from sd35bench.report.provenance import rerun_commands
@@ -28,3 +31,27 @@ def command(images: dict[int, int]) -> str:
 def test_command_has_the_batch_sizes_that_were_asked_for(images, wanted):
     words = command(images).split()
     assert [w for w in words if w.startswith(("batch_size", "timed_limit"))] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "wanted"),
+    [
+        ("nano", {}, {"prompts": "nano"}),
+        ("starter.txt", {}, {"prompts": "starter"}),
+        ("geneval", {}, {"prompts": "geneval", "prompts.path": "GENEVAL_FILE"}),
+        ("mine.csv", {}, {"prompts.path": "mine.csv"}),
+        ("mine.csv", {"path": "my/mine.csv"}, {"prompts.path": "my/mine.csv"}),
+        (
+            "mine.csv",
+            {"columns.prompt": "text"},
+            {"prompts.path": "mine.csv", "prompts.columns.prompt": "text"},
+        ),
+    ],
+)
+def test_command_reads_the_same_prompts(name, source, wanted):
+    row = record(0, prompt_set=name)
+    ref = replace(row.trial.prompt, source=source)
+    (found,) = rerun_commands("s", [replace(row, trial=replace(row.trial, prompt=ref))])
+    words = dict(w.split("=", 1) for w in shlex.split(found["command"]) if "=" in w)
+    own = {n: v for n, v in words.items() if n.partition(".")[0] == "prompts"}
+    assert {n: v for n, v in own.items() if n not in ("prompts.split", "prompts.limit")} == wanted

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from PIL import Image
 from sd35bench.report import wall
 from sd35bench.report.rows import match_records, read_rows
 from sd35bench.report.wall import build_wall, encode_thumbnail
+from tests.studies import drawn
 from tests.studies.drawn import Synthetic, make_study, show_of
 
 
@@ -27,6 +29,21 @@ def test_match_records_gives_every_record_to_its_row(demo: Synthetic):
     for row in rows:
         steps = {(r.trial.request.steps, r.trial.request.cfg) for r in matched[row.id]}
         assert steps == {(row.steps, row.cfg)}
+
+
+def test_wall_has_a_prompts_own_columns(tmp_path, monkeypatch):
+    make = drawn._record
+
+    def tagged(study, load, request, number, failed):
+        record = make(study, load, request, number, failed)
+        ref = replace(record.trial.prompt, tags={"side": ("left", "top")})
+        return replace(record, trial=replace(record.trial, prompt=ref))
+
+    plain = make_study(tmp_path, "plain", steps=(4,), strengths=(), prompts=("a red circle",))
+    monkeypatch.setattr(drawn, "_record", tagged)
+    own = make_study(tmp_path, "own", steps=(4,), strengths=(), prompts=("a red circle",))
+    assert [p["own"] for p in build(own)["prompts"]] == [{"side": "left, top"}]
+    assert all("own" not in p for p in build(plain)["prompts"])
 
 
 def test_wall_has_seeds_as_text_for_javascript(demo: Synthetic):

@@ -98,11 +98,17 @@ function startWall(data) {
 
   const view = () => byId("filters").elements.view.value;
 
+  // The prompt's own columns in its file: "category=animals".
+  function ownColumns(prompt) {
+    return Object.entries(prompt.own || {}).map(([name, value]) => name + "=" + value);
+  }
+
   function matches(tile) {
     if (controls.prompt.value !== "" && tile.prompt !== Number(controls.prompt.value)) return false;
     if (controls.seed.value !== "" && tile.seed !== controls.seed.value) return false;
     const words = controls.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const text = data.prompts[tile.prompt].text.toLowerCase();
+    const prompt = data.prompts[tile.prompt];
+    const text = [prompt.text, ...ownColumns(prompt)].join(" ").toLowerCase();
     return words.every((word) => text.includes(word));
   }
 
@@ -254,7 +260,7 @@ function startWall(data) {
     if (prompt.level) about.push("level " + prompt.level);
     if (prompt.negative) about.push("negative prompt: " + prompt.negative);
     if (prompt.init_prompt) about.push("init image: " + prompt.init_prompt);
-    about.push(at + 1 + " of " + items.length);
+    about.push(...ownColumns(prompt), at + 1 + " of " + items.length);
     byId("viewer-body").replaceChildren(
       VIEWS["side by side"](pair),
       make("p", { class: "note" }, about.join(" · ")),
