@@ -19,7 +19,7 @@ from sd35bench.core import guidance as rules
 from sd35bench.core.guidance import Guidance, Kind, evaluation_steps, guide, plan_calls
 from sd35bench.core.schedule import SAMPLERS, schedule
 from sd35bench.errors import UnsupportedRequest
-from sd35bench.evaluations import evaluations, work
+from sd35bench.evaluations import evaluations, sequences, work
 from sd35bench.fields import GUIDES
 from sd35bench.types import Request, Task
 from tests.backends.bare import I2I, SKIPPING, batch, make_inits
@@ -175,6 +175,23 @@ def test_the_cost_is_known_from_the_request_alone(given: dict, calls: tuple) -> 
     found = work(make_request(steps=10, **given))
     assert found == calls
     assert found.sequences == 2 * calls[0] + calls[1] + calls[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "seen", "carried"),
+    [
+        ({}, 10, 20),
+        ({}, None, 20),
+        ({"guidance_interval": "0.2-0.7"}, 10, 15),
+        ({"skip_layer_guidance": SKIPPING}, 15, 25),
+        ({"step_cache": "2"}, 6, 12),
+        ({"cfg": 1.0}, 10, 10),
+        ({}, 7, 14),  # not what was planned: all count alike
+    ],
+    ids=str,
+)
+def test_calls_that_were_seen_are_counted_by_what_they_carry(given, seen, carried) -> None:
+    assert sequences(make_request(steps=10, **given), seen) == carried
 
 
 # The diffusers backends and the core -------------------------------------------------------------

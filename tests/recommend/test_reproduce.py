@@ -15,6 +15,7 @@ from PIL import Image
 from sd35bench.backends.base import load_backend
 from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.config.files import config_dir
+from sd35bench.config.models import check_field
 from sd35bench.config.overrides import parse, sweep_values
 from sd35bench.recommend.reproduce import INIT_IMAGE, Elsewhere, api_body, run_command, snippet
 from sd35bench.remote.providers.wire import schema_input
@@ -173,6 +174,24 @@ def test_negative_prompts_of_a_file_come_with_the_file():
     assert "negative_prompt" not in run_command(own, "again")
     # Guidance is off: it has no effect, and a run refuses it.
     assert "negative_prompt" not in run_command([record(0, cfg=1.0, negative_prompt="x")], "again")
+
+
+def test_guidance_has_a_command_and_neither_snippet_nor_body():
+    given = {
+        "guidance": "apg",
+        "apg_eta": 0.5,
+        "apg_momentum": -0.5,
+        "guidance_interval": "0.1-0.7",
+        "step_cache": "0-1-3",
+    }
+    row = record(0, **given)
+    found = _options(run_command([row], "again"))
+    for name, value in given.items():
+        (typed,) = sweep_values(parse(f"{name}={found[name]}"))
+        assert check_field(name, typed) == value
+    assert not {"zero_init_steps", "apg_norm"} & set(found)
+    assert snippet(row, None) is None
+    assert api_body(row)["why_not"] == "the protocol cannot ask for guidance"
 
 
 def test_command_names_weights_that_a_run_would_not_find_by_itself(tmp_path):
