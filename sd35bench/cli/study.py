@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd35bench.cli.output import Answer, console, show_progress
+from sd35bench.cli.output import Answer, console, show_progress, write_line
 from sd35bench.cli.parser import MARKDOWN, RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.slices import FLAGS as SLICES
 from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
@@ -96,7 +96,7 @@ def recommend(given: Given) -> Answer:
     path = write_recommended(study, document)
     if not given.as_json:
         _print_recommended(document, given)
-    out = console(given.as_json or given.has("--markdown"))
+    out = console(given.as_json or given.has("--markdown") or given.has("--snippet"))
     out.print(f"written: {path}", markup=False, soft_wrap=True)
     return Answer(document=document, exit_code=exit_code)
 
@@ -146,6 +146,15 @@ def _check_together(given: Given) -> None:
         raise ConfigError("--run makes held-out images; give it with --confirm")
     if given.has("--markdown") and confirm and not run:
         raise ConfigError("--markdown prints the recommendation, --confirm commands; give one")
+    kind = given.text("--snippet")
+    if kind is not None:
+        from sd35bench.report.recommend import SNIPPETS
+
+        if kind not in SNIPPETS:
+            raise ConfigError(f"--snippet={kind}: give one of {', '.join(SNIPPETS)}")
+        for name in ("--confirm", "--plan", "--markdown", "--why"):
+            if given.has(name):
+                raise ConfigError(f"--snippet prints text to copy; leave {name} out")
     if given.has("--plan") and confirm:
         raise ConfigError("--plan says how many images to make, --confirm confirms; give one")
     for name in ("--confirm", "--plan", "--looks"):
@@ -158,13 +167,20 @@ def _check_together(given: Given) -> None:
 
 def _print_recommended(document: dict[str, Any], given: Given) -> None:
     from sd35bench.report.recommend import (
+        print_answer,
         print_confirming,
         print_recommendation,
         recommendation_markdown,
+        snippets,
     )
 
+    kind = given.text("--snippet")
+    if kind is not None:
+        write_line(snippets(document, kind))
+        return
     commands = given.has("--confirm") and not given.has("--run")
-    printed = print_confirming if commands else print_recommendation
+    in_full = print_recommendation if given.has("--why") else print_answer
+    printed = print_confirming if commands else in_full
     _print(document, given.has("--markdown"), recommendation_markdown, printed)
 
 
@@ -339,6 +355,9 @@ sd35bench show grid --json | jq '.settings[].latency_s.p50'
         words=("[STUDY]",),
         examples="""
 sd35bench recommend grid                    preview, balanced and final
+sd35bench recommend grid --why              the evidence: other settings, named defaults, commands
+sd35bench recommend grid --profile final --snippet diffusers
+                                            Python to copy; also: command, api
 sd35bench recommend grid --profile preview
 sd35bench recommend grid --profile final,mine.yaml
                                             your own limits: the fields of configs/profile/*.yaml
@@ -355,6 +374,8 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
                 value="NAMES",
                 means="names, or YAML files of your own, comma-separated; default: all",
             ),
+            Flag(name="--why", means="print all the evidence"),
+            Flag(name="--snippet", value="KIND", means="print to copy: command, diffusers or api"),
             MARKDOWN,
             Flag(name="--confirm", means="print the commands that make held-out images"),
             Flag(name="--run", means="with --confirm: make them now"),

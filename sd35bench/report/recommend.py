@@ -1,6 +1,7 @@
 """A recommendation for people: `recommended.yaml`, a terminal, Markdown."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from sd35bench import words
 from sd35bench.disk import write_atomic
+from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
 from sd35bench.recommend.entry import confirmation_text
 from sd35bench.report.render import (
@@ -31,6 +33,7 @@ from sd35bench.report.render import (
 )
 from sd35bench.stats.decision import SAME_COST
 
+FILED_WARNINGS = 20
 SHOWN = {TERMINAL: 5, MARKDOWN: 8, HTML: 12}
 """Settings not chosen that a form lists."""
 _Entries = list[tuple[str, str, Any]]
@@ -40,30 +43,74 @@ _Entries = list[tuple[str, str, Any]]
 def write_recommended(study: Any, document: dict[str, Any]) -> Path:
     """Write the study's recommended.yaml, whole or not at all, and return its path.
 
+    It has the answers, one setting a profile and task; the evidence is what `--json` prints.
+
     Raises: DiskFull, StoreError.
     """
     path = study.path / "recommended.yaml"
-    header = "# Written by `sd35bench recommend`. Settings per profile, with their evidence.\n"
+    name = document["study"]
+    header = f"# sd35bench recommend {name} wrote this; with --json it prints all the evidence.\n"
     text = yaml.dump(
-        document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
+        _answers(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf
     )
     write_atomic(path, (header + text).encode())
     return path
 
 
+def _answers(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What recommended.yaml holds."""
+    profiles: dict[str, Any] = {}
+    for profile, task, entry in _entries(document):
+        profiles.setdefault(profile, {})[task] = _answer(entry)
+    warnings = [*document["warnings"][:FILED_WARNINGS]]
+    more = len(document["warnings"]) - len(warnings)
+    return {
+        "study": document["study"],
+        "prompts": _prompts(document),
+        "confirmed": document["confirmed"],
+        "confirmation": document["confirmation"],
+        "warnings": [*warnings, f"and {more} more"] if more else warnings,
+        "profiles": profiles,
+    }
+
+
+def _answer(entry: Mapping[str, Any]) -> dict[str, Any]:
+    evidence = entry["evidence"]
+    if entry["setting"] is None:
+        return {"setting": None, "answer": evidence["headline"]}
+    quality, latency = evidence["quality"], evidence["latency_s"]
+    return {
+        "setting": _Flow(entry["setting"]),
+        "answer": evidence["headline"],
+        "definitive": evidence["definitive"],
+        "quality": _Flow({k: quality[k] for k in ("metric", "value", "ci95", "n")}),
+        "latency_s": _Flow({k: latency[k] for k in ("p50", "n")}),
+        "held_out": confirmation_text(entry["confirmation"]),
+        "command": entry["command"],
+    }
+
+
+class _Flow(dict[str, Any]):
+    """A mapping that is written on one line."""
+
+
 class _Dumper(yaml.SafeDumper):
-    """Plain YAML without anchors, long texts as blocks."""
+    """Plain YAML without anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+def _one_line(dumper: yaml.SafeDumper, found: _Flow) -> yaml.Node:
+    return dumper.represent_mapping("tag:yaml.org,2002:map", found, flow_style=True)
 
 
-_Dumper.add_representer(str, _block)
+_Dumper.add_representer(_Flow, _one_line)
+
+
+def print_answer(document: Mapping[str, Any], console: Console) -> None:
+    """Print what to use, the runner-up and what is not known: at most 25 lines of 80 columns."""
+    print_document(_brief(document), console)
 
 
 def print_recommendation(document: Mapping[str, Any], console: Console) -> None:
@@ -95,6 +142,74 @@ def _prompts(document: Mapping[str, Any]) -> str:
 
 
 # Terminal -------------------------------------------------------------------------------------
+
+
+def _brief(document: Mapping[str, Any]) -> Iterator[Part]:
+    entries = _entries(document)
+    yield say(("Recommended settings", "bold"), f" from study {document['study']}", wraps=True)
+    for task in dict.fromkeys(task for _, task, _ in entries):
+        yield from _brief_task(task, [found for found in entries if found[1] == task])
+    yield say(f"{words.first_upper(document['confirmation'])}.", wraps=True, gap=True)
+    said = [
+        f"{len(document[kind])} {kind if len(document[kind]) > 1 else kind.removesuffix('s')}"
+        for kind in ("warnings", "notes")
+        if document[kind]
+    ]
+    more = f"Why, {' and '.join([*said, 'other settings'])}: --why"
+    yield say(f"{more}. To copy: --snippet command, diffusers or api.", wraps=True)
+
+
+def _brief_task(task: str, entries: _Entries) -> Iterator[Part]:
+    """Profiles with one answer share its line; the runner-up is of the last that has one."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for profile, _, entry in entries:
+        found[entry["evidence"]["headline"]].append(profile)
+    names = [", ".join(profiles) for profiles in found.values()]
+    yield say((task, "bold"), gap=True)
+    answers = (text_column("", names, style="bold"), text_column("", found))
+    yield Table(columns=answers, layouts=WRAPPED, frame="bare")
+    others = [o for _, _, entry in reversed(entries) for o in entry.get("alternatives") or ()]
+    if not others:
+        return
+    other, timed = others[0], entries[-1][2]["evidence"].get("speed_basis") == "latency_s"
+    speed = f", {words.digits(other['speed'])} s" if timed and other["speed"] is not None else ""
+    name = describe(other["setting"])
+    figures = f"{_figure(other['quality'])}{speed}"
+    yield say(f"runner-up: {name} ({figures}): {other['why_not']}", wraps=True)
+
+
+SNIPPETS = ("command", "diffusers", "api")
+
+
+def snippets(document: Mapping[str, Any], kind: str) -> str:
+    """The choices as text to copy: a command, Python for diffusers, or the API's body.
+
+    Several have a comment line each that says whose they are.
+
+    Raises: ConfigError where a choice has none.
+    """
+    texts: dict[str, list[str]] = defaultdict(list)
+    for profile, task, entry in _entries(document):
+        text, why_not = _snippet(entry, kind)
+        if text is None:
+            raise ConfigError(f"--snippet={kind}: {profile}, {task}: {why_not}")
+        texts[text].append(f"{profile}, {task}")
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "\n\n".join(f"# {'; '.join(names)}\n{text}" for text, names in texts.items())
+
+
+def _snippet(entry: Mapping[str, Any], kind: str) -> tuple[str | None, str]:
+    if entry["setting"] is None:
+        return None, entry["evidence"]["headline"]
+    if kind == "command":
+        return entry["command"], ""
+    if kind == "diffusers":
+        return entry["snippet"], "diffusers' own pipeline cannot make this setting"
+    body = entry["api"]["body"]
+    if body is None:
+        return None, entry["api"]["why_not"]
+    return json.dumps(body, indent=2, ensure_ascii=False), ""
 
 
 def _terminal(document: Mapping[str, Any]) -> Iterator[Part]:
@@ -146,7 +261,7 @@ def _setting(group: _Entries) -> Iterator[Part]:
     if others:
         yield _others(entry, TERMINAL)
         if others > SHOWN[TERMINAL]:
-            yield say(f"… and {others - SHOWN[TERMINAL]} more in recommended.yaml")
+            yield say(f"… and {others - SHOWN[TERMINAL]} more: --json has all")
         yield say((front_note(evidence), "dim"))
     if (defaults := default_table(entry, TERMINAL)) is not None:
         yield defaults
@@ -230,7 +345,7 @@ def _section(profile: str, task: str, entry: Mapping[str, Any]) -> Iterator[Part
         yield _others(entry, MARKDOWN)
         yield paragraph((f"{words.first_upper(front_note(evidence))}.", "raw"))
     if others > SHOWN[MARKDOWN]:
-        yield paragraph(f"{others - SHOWN[MARKDOWN]} more are in recommended.yaml.")
+        yield paragraph(f"{others - SHOWN[MARKDOWN]} more are in the JSON document (`--json`).")
     adding = [
         f"# adds the default of {d['name']} to the study\n{d['command']}"
         for d in entry["named_defaults"]

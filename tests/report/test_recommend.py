@@ -1,5 +1,6 @@
 import errno
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,16 @@ import yaml
 from rich.console import Console
 
 from sd35bench import words
-from sd35bench.errors import DiskFull
+from sd35bench.errors import ConfigError, DiskFull
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profiles
 from sd35bench.report.recommend import (
+    SNIPPETS,
     front_cell,
+    print_answer,
     print_recommendation,
     recommendation_markdown,
+    snippets,
     write_recommended,
 )
 from tests.studies.memory import planted
@@ -32,22 +36,31 @@ def document(study):
     return recommend_document(study, load_profiles(PROFILES))
 
 
-def test_write_recommended_round_trips(study, document):
+def test_write_recommended_has_the_answers_on_few_lines(study, document):
     path = write_recommended(study, document)
     assert path == study.path / "recommended.yaml"
-    assert yaml.safe_load(path.read_text()) == document
-    assert "&id" not in path.read_text()
+    text = path.read_text()
+    assert len(text.splitlines()) <= 100
+    assert "&id" not in text
+    written = yaml.safe_load(text)
+    for profile, tasks in document["profiles"].items():
+        entry, answer = tasks["text-to-image"], written["profiles"][profile]["text-to-image"]
+        assert answer["setting"] == entry["setting"]
+        assert answer["command"] == entry["command"]
+        assert answer["quality"]["ci95"] == entry["evidence"]["quality"]["ci95"]
+        assert answer["latency_s"]["n"] == entry["evidence"]["latency_s"]["n"]
+        assert answer["definitive"] is entry["evidence"]["definitive"]
     assert [p.name for p in study.path.glob("*.tmp")] == []
 
 
 def test_write_recommended_replaces_what_was_there(study, document):
-    write_recommended(study, {"study": "old"})
+    write_recommended(study, document | {"study": "old"})
     path = write_recommended(study, document)
     assert yaml.safe_load(path.read_text())["study"] == "synthetic"
 
 
 def test_full_disk_is_ours_and_leaves_what_was_there(study, document, monkeypatch):
-    path = write_recommended(study, {"study": "old"})
+    path = write_recommended(study, document | {"study": "old"})
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -55,8 +68,52 @@ def test_full_disk_is_ours_and_leaves_what_was_there(study, document, monkeypatc
     monkeypatch.setattr("sd35bench.disk.os.fsync", full)
     with pytest.raises(DiskFull):
         write_recommended(study, document)
-    assert yaml.safe_load(path.read_text()) == {"study": "old"}
+    assert yaml.safe_load(path.read_text())["study"] == "old"
     assert [p.name for p in study.path.glob("*.tmp")] == []
+
+
+def test_the_answer_fits_a_screen_and_says_how_to_see_more(document):
+    """Two tasks, another answer for each profile, warnings: the most that there is."""
+    tasks = {}
+    for number, (profile, found) in enumerate(document["profiles"].items()):
+        entry = found["text-to-image"]
+        answer = entry["evidence"]["headline"].split(", provisional")[0]
+        said = f"{answer}, provisional: about {number}000 images would decide"
+        entry = entry | {"evidence": entry["evidence"] | {"headline": said}}
+        tasks[profile] = {"text-to-image": entry, "image-to-image": entry}
+    out = io.StringIO()
+    warned = {"profiles": tasks, "warnings": ["so"] * 30}
+    print_answer(document | warned, Console(file=out, width=80))
+    text = out.getvalue()
+    assert len(text.splitlines()) <= 25
+    assert max(map(len, text.splitlines())) <= 80
+    assert "runner-up: " in text
+    assert "30 warnings" in text
+    assert "--why" in text
+
+
+@pytest.mark.parametrize("kind", SNIPPETS)
+def test_a_snippet_is_what_can_be_copied(document, kind):
+    final = {"profiles": {"final": document["profiles"]["final"]}}
+    entry = final["profiles"]["final"]["text-to-image"]
+    text = snippets(final, kind)
+    if kind == "api":
+        assert json.loads(text) == entry["api"]["body"]
+    else:
+        assert text == entry["command" if kind == "command" else "snippet"]
+    assert snippets(document, kind).count("# ") >= (len(set(_ids(document))) > 1)
+
+
+def test_a_snippet_that_there_is_not_says_why(document):
+    entry = document["profiles"]["final"]["text-to-image"]
+    entry["api"] = {"body": None, "why_not": "the protocol has no sampler"}
+    with pytest.raises(ConfigError, match=r"--snippet=api: final, .* the protocol has no sampler"):
+        snippets({"profiles": {"final": {"text-to-image": entry}}}, "api")
+
+
+def _ids(document) -> list[str]:
+    found = (tasks["text-to-image"] for tasks in document["profiles"].values())
+    return [entry["setting_id"] for entry in found]
 
 
 def _printed(document) -> str:
