@@ -20,6 +20,7 @@ from sd35bench.cli.hydra_flags import FLAGS as HYDRA_FLAGS
 from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
 from sd35bench.cli.output import Answer, RunProgress, console, show_progress
 from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given, in_columns, parse
+from sd35bench.cli.recommended import with_recommended
 from sd35bench.config import Job, check_overrides, choices, freeze
 from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
@@ -154,6 +155,7 @@ def run(given: Given) -> Answer:
 
     Raises: ConfigError before anything is loaded; StudyLocked, DiskFull, StoreError.
     """
+    given = with_recommended(given)
     if any(text.startswith(_PLANNED) for text in given.settings):
         from sd35bench.cli.auto_limit import read_auto, run_planned
 
@@ -427,6 +429,8 @@ sd35bench run -m prompt_strength=0.3,0.6,0.9 prompts.task=edit study=edits
 sd35bench run -m steps=4,16,28 prompts.limit=auto margin=0.05 study=enough
     as many prompts as it takes to tell whether a setting loses more than the margin: a pilot of
     16 prompts first (power=0.8: how probable it is that the rest decides)
+sd35bench run from=results/grid/recommended.yaml profile=balanced prompts.path=mine.txt
+    what recommend named, on prompts of your own; words of your own win over the file's
 sd35bench run -m backend=eager,eager-bf16 batch_size=16 study=backends
     one load per backend
 sd35bench run model=sd35-medium model.path=models/sd35-medium prompts=file prompts.path=my.csv

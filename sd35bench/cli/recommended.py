@@ -1,0 +1,85 @@
+"""`run from=recommended.yaml profile=balanced`: the command that the file holds, and what is added.
+
+Words of one's own win over the file's; own prompts (`prompts=`, `prompts.path=`) replace all that
+the file says of prompts.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sd35bench.cli.parser import Given
+from sd35bench.errors import ConfigError, nearest
+
+_FROM, _PROFILE, _TASK = "from", "profile", "task"
+_OWN_PROMPTS = ("prompts", "prompts.path")
+
+
+def with_recommended(given: Given) -> Given:
+    """The same arguments with `from=FILE profile=NAME [task=NAME]` written out.
+
+    Raises: ConfigError where the file, the profile or the task is not there.
+    """
+    own = {name: text for name, _, text in (word.partition("=") for word in given.settings)}
+    if _FROM not in own:
+        return given
+    words = [w for w in given.settings if _name(w) not in (_FROM, _PROFILE, _TASK)]
+    command = _command(Path(own[_FROM]), own.get(_PROFILE), own.get(_TASK))
+    names = {_name(word) for word in words}
+    replaced = names & set(_OWN_PROMPTS)
+    kept = [
+        word
+        for word in shlex.split(command)[2:]
+        if _name(word) not in names and not (replaced and _is_of_prompts(word))
+    ]
+    return replace(given, settings=[*kept, *words])
+
+
+def _name(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _is_of_prompts(word: str) -> bool:
+    return _name(word) == "prompts" or word.startswith("prompts.")
+
+
+def _command(path: Path, profile: str | None, task: str | None) -> str:
+    """The command of one answer of a recommended.yaml."""
+    found = _profiles(path)
+    tasks = _chosen(path, found, _PROFILE, profile)
+    answer = _chosen(path, tasks, _TASK, task)
+    command = answer.get("command")
+    if not isinstance(command, str):
+        raise ConfigError(f"from={path}: this profile has no setting: {answer.get('answer')}")
+    return command
+
+
+def _profiles(path: Path) -> Mapping[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ConfigError(f"from={path}: cannot be read: {' '.join(str(exc).split())}") from exc
+    found = document.get("profiles") if isinstance(document, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f"from={path}: not a recommended.yaml; sd35bench recommend writes one")
+    return found
+
+
+def _chosen(
+    path: Path, found: Mapping[str, Any], field: str, name: str | None
+) -> Mapping[str, Any]:
+    """One of several by its name, or the only one."""
+    if name is None:
+        if len(found) > 1:
+            raise ConfigError(f"from={path}: give {field}=, one of {', '.join(found)}")
+        (name,) = found
+    if name not in found:
+        near: Sequence[str] = list(found)
+        raise ConfigError(
+            f"{field}={name}: not in {path}{nearest(name, near)}; there: {', '.join(near)}"
+        )
+    return found[name]
