@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeZeroStarGuidance
+from diffusers.guiders.adaptive_projected_guidance import AdaptiveProjectedGuidance
+from diffusers.guiders.classifier_free_zero_star_guidance import ClassifierFreeZeroStarGuidance
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
@@ -295,7 +296,7 @@ def test_a_guided_step_of_the_wrapper_calls_the_denoiser_as_planned(eager, monke
 
 
 def test_diffusers_schedulers_tell_the_times_that_the_core_predicts_along() -> None:
-    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    own: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
     own.set_timesteps(8)
     assert own.timesteps.tolist() == pytest.approx(schedule("euler", 8, 3.0).timesteps, rel=1e-6)
 
