@@ -87,8 +87,9 @@ class RunTask:
         for job, plan in self.prepared:
             job.engine.prepare(plan, dry=self.dry_run)
         self.damaged = _damaged(self.prepared[0][0])
-        for note in _notes(self.prepared) if self.say is not None else ():
-            self.say(f"note: {note}")
+        if (say := self.say) is not None:
+            for note in _notes(self.prepared):
+                say(f"note: {note}")
         if not (self.dry_run or self.yes):
             self._refuse_bill()
         if not self.dry_run:
@@ -180,7 +181,8 @@ def run(given: Given) -> Answer:
     for result in results:
         if isinstance(result, SD35BenchError):
             raise result
-    document = _document(job, results) | {"elapsed_s": elapsed_s}
+    made = [result for result in results if isinstance(result, dict)]
+    document = _document(job, made) | {"elapsed_s": elapsed_s}
     if task.damaged:
         out.print(
             f"{task.damaged} stored images were damaged, so their trials were tried again; where"
