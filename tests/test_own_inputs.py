@@ -116,7 +116,7 @@ def test_prices_are_known_or_asked_for(model):
     size = ((conf.model.width, conf.model.height),)
     if model == "sana":
         place = place_of(conf, schema, size, (1,), 8)
-        assert place.engine.price.usd_per_image == 0.001677
+        assert place.engine.price.usd_per_image == 0.003354
         return
     with pytest.raises(ConfigError, match=r"remote\.usd_per_image: what an image of"):
         place_of(conf, schema, size, (1,), 8)

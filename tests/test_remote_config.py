@@ -75,8 +75,14 @@ def test_another_service_needs_a_price():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("backend=eachlabs",), r"model=nano: eachlabs has no known name for it.*remote\.slug"),
-        (("backend=replicate",), r"model=nano: replicate has no known name for it"),
+        (
+            ("backend=eachlabs",),
+            r"model=nano backend=eachlabs: eachlabs has no known name for it.*remote\.slug",
+        ),
+        (
+            ("backend=replicate",),
+            r"model=nano backend=replicate: replicate has no known name for it",
+        ),
         (LOCAL[:2], r"base_url=http://127\.0\.0\.1:8000: is on this machine; add remote\.allow"),
         (("backend=eachlabs", "remote.base_url=https://localhost"), "is on this machine"),
         (("backend=eachlabs", "remote.base_url=http://example.org"), "in the clear"),

@@ -65,8 +65,12 @@ def freeze(config: DictConfig) -> Job:
 
     Raises: ConfigError, one line, naming field, value and what is allowed.
     """
-    refuse_elsewhere(config.model, config.backend)
-    conf: RunConf = read(RUN, config)
+    return frozen(read(RUN, config))
+
+
+def frozen(conf: RunConf) -> Job:
+    """The job of a checked configuration. Raises: ConfigError as `freeze` does."""
+    refuse_elsewhere(conf.model, conf.backend)
     check_family(conf.model, conf.backend)
     schema = inputs_in_force(conf.model, conf.backend)
     axes = _axes(conf, schema)

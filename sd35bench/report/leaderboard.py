@@ -136,8 +136,8 @@ def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -
     hint = f"p50 of batch-1 trials; 95 % interval {latency_scope(rows)}"
     return [
         *(c for name in extra if name == "backend" for c in _field(name, rows)),
-        _number("steps", rows, lambda r: r.steps),
-        _number("cfg", rows, lambda r: r.cfg),
+        _number("steps", rows, lambda r: None if r.unsent("steps") else r.steps),
+        _number("cfg", rows, lambda r: None if r.unsent("cfg") else r.cfg),
         *_known("strength", rows, lambda r: r.prompt_strength),
         *(c for name in extra if name != "backend" for c in _field(name, rows)),
         _number("n", rows, lambda r: r.n, hint="images that the quality figures rest on"),

@@ -127,6 +127,10 @@ class Row:
         """Everything but steps, cfg and strength: what the curves must hold fixed."""
         return tuple((k, _hashable(v)) for k, v in self.setting.items() if k not in _AXES)
 
+    def unsent(self, name: str) -> bool:
+        """Whether a service was not told this field: it has none, or its own value."""
+        return self.remote is not None and name in (self.remote.get("unsent") or ())
+
     def value(self, metric: str) -> float | None:
         """A metric's value, where it has one."""
         found = self.metrics.get(metric)
@@ -140,13 +144,14 @@ class Row:
 
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4``, prompt_strength, and the `extra` fields that vary."""
-        parts = [f"{self.steps} steps", f"cfg {words.plain(self.cfg)}"]
+        parts = [] if self.unsent("steps") else [f"{self.steps} steps"]
+        parts += [] if self.unsent("cfg") else [f"cfg {words.plain(self.cfg)}"]
         if self.prompt_strength is not None:
             parts.append(f"prompt_strength {words.plain(self.prompt_strength)}")
         shown = [f for f in extra if f in self.setting and f not in _AXES]
         shown = [f for f in shown if f not in UNTOLD or self.remote is None]
         parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
-        return " · ".join(parts)
+        return " · ".join(parts) if parts else str(self.setting.get("model", MISSING))
 
 
 def read_rows(document: Mapping[str, Any]) -> tuple[Row, ...]:

@@ -23,8 +23,9 @@ def group_file(group: str, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in own.pop("defaults"):
         if isinstance(base, str) and base not in ("schema", "_self_"):
-            found |= group_file(group, base)
-    return {**found, **own}
+            found = group_file(group, base)
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(found, own))
+    return merged
 
 
 def model_conf(name: str) -> ModelConf:
