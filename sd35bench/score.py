@@ -85,9 +85,13 @@ def score_study(
 
 
 def guard_image(image: Image, record: Record) -> str | None:
-    """Say why an image must not be scored, or ``None``."""
+    """Say why an image must not be scored, or ``None``.
+
+    A service's size was checked when it came: it can be one that `remote.accept_size` takes, or of
+    a model that cannot be told any.
+    """
     request = record.trial.request
-    if image.shape[:2] != (request.height, request.width):
+    if record.remote is None and image.shape[:2] != (request.height, request.width):
         height, width = image.shape[:2]
         return f"wrong size {width}x{height}, asked {request.width}x{request.height}"
     if int(image.max()) < _BLACK_LEVEL:

@@ -254,8 +254,9 @@ def _slug(conf: RunConf, own: bool, here: bool) -> str:
         return conf.model.hosted[provider]
     place = f"{provider} has no known name for it" if own else "its name there is not known"
     raise ConfigError(
-        f"model={conf.model.name} backend={conf.backend.name}: {place}; take model=sd35-medium, give"
-        " remote.slug=NAME, or serve it on this machine (sd35bench serve) and give remote.base_url"
+        f"model={conf.model.name} backend={conf.backend.name}: {place}; take model=sd35-medium,"
+        " give remote.slug=NAME, or serve it on this machine (sd35bench serve) and give"
+        " remote.base_url"
     )
 
 

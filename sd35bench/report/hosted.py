@@ -214,8 +214,11 @@ def _label(row: Row, members: Sequence[Row]) -> str:
         return len({repr(r.setting.get(name)) for r in among}) > 1
 
     said = [row.text("backend")]
-    said += [f"{row.steps} steps"] if differs("steps", members) else []
-    said += [f"cfg {words.plain(row.cfg)}"] if differs("cfg", members) else []
+    said += [row.text("model")] if differs("model", members) else []
+    if differs("steps", members) and not row.unsent("steps"):
+        said.append(f"{row.steps} steps")
+    if differs("cfg", members) and not row.unsent("cfg"):
+        said.append(f"cfg {words.plain(row.cfg)}")
     if differs("prompt_strength", members) and row.prompt_strength is not None:
         said.append(f"prompt_strength {words.plain(row.prompt_strength)}")
     if differs("width", members) or differs("height", members):

@@ -140,6 +140,8 @@ class Row:
         """A field of the setting as a table shows it; a service has neither threads nor digest."""
         if name in UNTOLD and self.remote is not None:
             return "n/a"
+        if name in _CURVES and self.unsent(name):
+            return MISSING
         return setting_text(self.setting.get(name))
 
     def name(self, extra: Iterable[str] = ()) -> str:
