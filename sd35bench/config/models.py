@@ -524,15 +524,9 @@ def defaults_of(model: type[BaseModel]) -> dict[str, Any]:
     return plain.model_dump(include=set(found))
 
 
-_SWEEP: Any = create_model(
-    "SweepConf",
-    __base__=Conf,
-    axes=(_AXES_CONF, ...),
-    **dict.fromkeys(
-        ("optional_backends", "models_with_images", "companions", "nano_companions"),
-        (list[str], ...),
-    ),
-)
+_LISTED = ("optional_backends", "models_with_images", "companions", "nano_companions")
+_NAMES: Any = dict.fromkeys(_LISTED, (list[str], ...))
+_SWEEP: Any = create_model("SweepConf", __base__=Conf, axes=(_AXES_CONF, ...), **_NAMES)
 
 
 # Reading -----------------------------------------------------------------------------------------
