@@ -14,6 +14,7 @@
     │   ├── WorkerLost               … with its machine: what it was asked may be asked again
     │   ├── WorkerHung               … it was ended: its deadline had passed
     │   └── WorkerTooLarge           … it was ended: its memory had passed the limit
+    ├── JobsLost                 a launcher's job ended without an answer: what is missing is told
     ├── Paused                   a budget or a balance is used up; all that was made is kept
     ├── MetricError              a metric cannot be computed, and what it would need
     └── StoreError               a study on disk cannot be read or written
@@ -34,6 +35,7 @@ __all__ = [
     "ConfigError",
     "DiskFull",
     "InvalidImage",
+    "JobsLost",
     "LostAnswer",
     "MetricError",
     "OptimizationNotApplied",
@@ -93,6 +95,10 @@ class LostAnswer(RemoteError):
 
 class UnsafeAddress(RemoteError):
     """A URL leads where nothing may be fetched from: another scheme, a private address."""
+
+
+class JobsLost(SD35BenchError):
+    """A job that a Hydra launcher took elsewhere ended without an answer."""
 
 
 class Paused(SD35BenchError):

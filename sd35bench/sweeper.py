@@ -31,10 +31,12 @@ from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, sear
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.models import AXES, SWEEPER_MODULE, check_lists
 from sd35bench.config.overrides import LOAD_AXES, OWN_INPUTS, parse, sweep_values
-from sd35bench.errors import ConfigError, StoreError, nearest
+from sd35bench.errors import ConfigError, JobsLost, StoreError, nearest
 from sd35bench.remote.inputs import IMAGE
 
 NOISE_BATCH = 8
+_OURS = ("sd35bench", "builtins", "hydra", "omegaconf")
+"""Whose exceptions are errors; a launcher's own say that a job of it ended without an answer."""
 
 REQUEST_AXES = tuple(name for name in AXES if name not in LOAD_AXES)
 
@@ -105,7 +107,7 @@ class GroupingSweeper(Sweeper):
         """Validate all jobs, launch them, and return what they returned, in order.
 
         A task function with an attribute `prepare` gets the composed configurations first; if it
-        returns True, nothing is launched.
+        returns True, nothing is launched. Raises: JobsLost where the launcher lost a job.
         """
         assert self.hydra_context is not None
         assert self.config is not None
@@ -125,6 +127,11 @@ class GroupingSweeper(Sweeper):
             raise StoreError(
                 f"cannot write {exc.filename}: {exc.strerror}; give another results_dir="
             ) from exc
+        except Exception as exc:
+            if type(exc).__module__.partition(".")[0] in _OURS:
+                raise
+            said = (str(exc).strip().splitlines() or [""])[0]
+            raise JobsLost(f"{type(exc).__name__}: {said}") from exc
         return [_value(job) for job in returned]
 
 

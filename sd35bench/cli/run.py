@@ -28,15 +28,15 @@ from sd35bench.config.overrides import written
 from sd35bench.config.unread import refuse_unread
 from sd35bench.contention import REGIME
 from sd35bench.engine import crew_of, run_together
-from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked, count_error
+from sd35bench.errors import ConfigError, JobsLost, SD35BenchError, StudyLocked, count_error
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.lane import Crew
 from sd35bench.plan import Plan, expand
 from sd35bench.store import Study
 from sd35bench.stored import DAMAGED
 from sd35bench.sweeper import sweep
-from sd35bench.trials import shares
-from sd35bench.types import CUT, content_hash
+from sd35bench.trials import RunSummary, shares
+from sd35bench.types import CUT, Status, content_hash
 
 if TYPE_CHECKING:
     from sd35bench.cli.auto_limit import Planned
@@ -65,18 +65,30 @@ class RunTask:
         self.dry_run, self.yes, self.asked, self.say = dry_run, yes, list(asked), say
         self.prepared: list[tuple[Job, Plan]] = []
         self.crews: list[Crew | None] = []
+        self.before: set[str] = set()
         self.damaged = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels to another process: not the plans, each job makes its own again."""
-        gone = {"asked": [], "say": None, "prepared": [], "crews": [], "damaged": 0}
+        gone = {
+            "asked": [],
+            "say": None,
+            "prepared": [],
+            "crews": [],
+            "before": set(),
+            "damaged": 0,
+        }
         return {"dry_run": self.dry_run, "yes": self.yes, **gone}
 
     @property
     def is_pooled(self) -> bool:
         """Whether jobs share several workers, so that Hydra composes and does not launch."""
-        launched = any(text.lstrip("+").startswith("hydra/launcher") for text in self.asked)
-        return any(crew is not None for crew in self.crews) and not launched
+        return any(crew is not None for crew in self.crews) and not self.is_launched
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether the command line names a launcher of Hydra's."""
+        return any(text.lstrip("+").startswith("hydra/launcher") for text in self.asked)
 
     def prepare(self, configs: Sequence[DictConfig]) -> bool:
         """Validate and plan every job before the first is launched; True ends it there."""
@@ -92,6 +104,8 @@ class RunTask:
                 say(f"note: {note}")
         if not (self.dry_run or self.yes):
             self._refuse_bill()
+        if self.is_launched:
+            self.before = _done(self.prepared[0][0])
         if not self.dry_run:
             self.crews = [crew_of(job.engine, plan) for job, plan in self.prepared]
         return self.dry_run or self.is_pooled
@@ -123,6 +137,19 @@ class RunTask:
         with show_progress() as bar:
             summary = job.engine.run(plan, study, RunProgress(bar, _title(plan)))
         return dataclasses.asdict(summary)
+
+    def recount(self, lost: JobsLost) -> list[dict[str, Any]]:
+        """What the store says of jobs whose launcher lost one; others of them may still run."""
+        done, found = _done(self.prepared[0][0]), []
+        for _, plan in self.prepared:
+            keys = {trial.key for trial in plan.trials}
+            summary = RunSummary(planned=len(plan.trials), skipped=len(keys & self.before))
+            summary.done, summary.failed = len((keys & done) - self.before), len(keys - done)
+            if summary.failed:
+                summary.errors = {f"a job of the launcher ended without an answer: {lost}": 1}
+                summary.statuses = {Status.CRASHED.value: summary.failed}
+            found.append(dataclasses.asdict(summary))
+        return found
 
     def run_pooled(self) -> list[dict[str, Any] | SD35BenchError]:
         """Run the jobs of equal crews together and the others one by one; as `__call__`."""
@@ -170,7 +197,10 @@ def run(given: Given) -> Answer:
     say = partial(out.print, markup=False, soft_wrap=True)
     task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings, say)
     began = time.perf_counter()
-    results = sweep(task, written(given.settings), given.config_dir, root_of(given))
+    try:
+        results = sweep(task, written(given.settings), given.config_dir, root_of(given))
+    except JobsLost as exc:
+        results = task.recount(exc)
     job, _ = task.prepared[0]
     if task.dry_run:
         found = _estimate(task.prepared)
@@ -305,6 +335,12 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "paused": next((r["paused"] for r in results if r["paused"] is not None), None),
         "paths": {"study": str(path), "images": str(path / "images")},
     }
+
+
+def _done(job: Job) -> set[str]:
+    """Keys of what a study has, if it is there."""
+    there = os.path.exists(job.results_dir / job.study / "study.json")
+    return Study.open(job.results_dir, job.study).done_keys() if there else set()
 
 
 def _damaged(job: Job) -> int:

@@ -94,7 +94,8 @@ def check_overrides(overrides: Sequence[str], multirun: bool, extra: Path | None
 def written(overrides: Sequence[str]) -> list[str]:
     """Write out what is short on a command line, and every free text so that Hydra leaves it alone.
 
-    `backend.dtype=bf16` sets `backend.options.dtype`; `extra.NAME` is added to its node; each
+    `backend.dtype=bf16` sets `backend.options.dtype`; `extra.NAME` is added to its node, as is
+    what Ray and launchers of Hydra take; each
     `prompt=TEXT` is one prompt; a file of prompts implies `prompts=file`. Idempotent but for free
     texts: apply it once.
 
@@ -133,8 +134,8 @@ def _one(text: str) -> str:
         return f"{name}={quoted(_unquoted(value))}"
     if text.startswith(OWN_INPUTS):
         return f"++{text}"
-    if name.startswith(RAY_OPTIONS):
-        return f"++{text}"
+    if name.lstrip("+").startswith((*RAY_OPTIONS, "hydra.launcher.")):
+        return f"++{text.lstrip('+')}"  # nobody knows all options of Ray and of launchers
     head, dot, rest = text.partition(".")
     option = rest.partition("=")[0].partition(".")[0]
     short = head == "backend" and dot and option not in BackendConf.model_fields
