@@ -16,7 +16,7 @@ from typing import Any
 
 from sd35bench.analysis.table import Row
 from sd35bench.errors import ConfigError
-from sd35bench.fields import FIELDS, SETTING, asked_fields
+from sd35bench.fields import FIELDS, SETTING, asked_fields, completed
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import images_between
 from sd35bench.types import Record, Request, Task
@@ -170,7 +170,7 @@ def _same_place(row: Row, like: Row) -> bool:
 
 
 def _has(default: NamedDefault, s: Mapping[str, Any]) -> bool:
-    wanted = {"task": default.task.value, **_values(default)}
+    wanted = {"task": default.task.value, **_values(default), **completed({})}
     del wanted["shift"], wanted["skip_layer_guidance"]
     if any(s[n] != value for n, value in wanted.items()) or s["shift"] not in _OWN_SHIFT:
         return False
