@@ -56,8 +56,10 @@ class Lease:
         self._stack = contextlib.ExitStack()
         self._pairs: list[tuple[int, int]] = []
         folder = lease_folder() if names else None
+        if folder is None:
+            return
         with contextlib.suppress(StoreError):
-            for name in self.names if folder is not None else ():
+            for name in self.names:
                 paths = (folder / f"{name}.gate", folder / f"{name}.lock")
                 gate, lock = (self._stack.enter_context(open_lock(path)) for path in paths)
                 self._pairs.append((gate, lock))
@@ -101,10 +103,12 @@ def claim_cores(count: int) -> Iterator[tuple[int, ...] | None]:
     folder = lease_folder()
     with contextlib.ExitStack() as stack:
         mine: list[int] = []
-        for core in sorted(os.sched_getaffinity(0)) if folder is not None else ():
+        for core in sorted(os.sched_getaffinity(0)):
+            if folder is None or len(mine) == count:
+                break
             with contextlib.suppress(StoreError):
                 handle = stack.enter_context(open_lock(folder / f"core-{core}.claim"))
-                if len(mine) < count and try_flock(handle, fcntl.LOCK_EX):
+                if try_flock(handle, fcntl.LOCK_EX):
                     mine.append(core)
         yield tuple(mine) if len(mine) == count else None
 
