@@ -1,8 +1,11 @@
 """What a verb hands back, and how progress and tables reach the terminal."""
 
 import codecs
+import contextlib
 import os
 import sys
+import threading
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from sd35bench.trials import Progress
@@ -109,9 +112,13 @@ class RunProgress:
         self._bar.update(self._task, completed=finished, total=now.total, description=said)
 
 
+LINE_S = 30.0
+"""How often a log file gets a line of progress."""
+
+
 @contextmanager
 def show_progress() -> Iterator[ProgressBar]:
-    """A progress display on stderr; silent where stderr is not a terminal."""
+    """A progress display on stderr; where that is no terminal, a line every `LINE_S`."""
     target = Console(stderr=True)
     columns = (
         TextColumn("[progress.description]{task.description}"),
@@ -119,5 +126,39 @@ def show_progress() -> Iterator[ProgressBar]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with ProgressBar(*columns, console=target, disable=not target.is_terminal) as bar:
+    bar = ProgressBar(*columns, console=target, disable=not target.is_terminal)
+    with bar, contextlib.nullcontext() if target.is_terminal else _lines(bar, target):
         yield bar
+
+
+@contextmanager
+def _lines(bar: ProgressBar, target: Console) -> Iterator[None]:
+    """Print where every task stands, again and again, from a thread of its own."""
+    ended, began = threading.Event(), time.monotonic()
+
+    def work() -> None:
+        while not ended.wait(LINE_S):
+            minutes = (time.monotonic() - began) / 60
+            for task in bar.tasks:
+                if not task.finished:
+                    target.print(progress_line(task, minutes), markup=False, soft_wrap=True)
+
+    thread = threading.Thread(target=work, name="progress-lines", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def progress_line(task: Task, minutes: float) -> str:
+    """Where a task stands `minutes` after its start: done of total, rate, and what is left."""
+    what = task.description.replace("\n", ";")
+    if task.total is None:
+        return f"{what}: starting (loading, warming up), {minutes:.1f} min"
+    done = f"{what}: {task.completed:.0f} of {task.total:.0f}"
+    if not task.completed or minutes <= 0:
+        return f"{done}, {minutes:.1f} min"
+    rate = task.completed / minutes
+    return f"{done}, {rate:.1f}/min, about {(task.total - task.completed) / rate:.1f} min left"

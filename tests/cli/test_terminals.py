@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -26,6 +27,7 @@ def test_mutant_that_leaves_the_stream_as_it_is_fails(monkeypatch):
 
 PIPED = """
 import sys
+import time
 from sd35bench.cli import main, output
 sys.stdin.read()  # until nobody reads what is printed
 out = output.console()
@@ -55,3 +57,32 @@ def test_a_closed_pipe_is_no_verdict(arguments, code):
 def test_help_goes_to_a_stream_that_cannot_be_reconfigured(capsys):
     assert main(["--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("total", "done", "minutes", "said"),
+    [
+        (None, 0, 0.5, "nano: starting (loading, warming up), 0.5 min"),
+        (8, 0, 0.5, "nano: 0 of 8, 0.5 min"),
+        (8, 2, 0.5, "nano: 2 of 8, 4.0/min, about 1.5 min left"),
+    ],
+)
+def test_a_line_of_progress_has_rate_and_rest(total, done, minutes, said):
+    bar = output.ProgressBar(disable=True)
+    bar.add_task("nano", total=total, completed=done)
+    assert output.progress_line(bar.tasks[0], minutes) == said
+
+
+def test_a_log_file_gets_lines_until_the_work_is_done(monkeypatch, tmp_path):
+    monkeypatch.setattr(output, "LINE_S", 0.01)
+    path = tmp_path / "log"
+    with path.open("w", buffering=1) as log, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", log)
+        with output.show_progress() as bar:
+            task = bar.add_task("nano", total=4, completed=1)
+            until = time.monotonic() + 60
+            while "nano: 1 of 4" not in path.read_text() and time.monotonic() < until:
+                time.sleep(0.01)
+            bar.update(task, completed=4)
+    assert "nano: 1 of 4" in path.read_text()
+    assert "\x1b" not in path.read_text()
