@@ -139,7 +139,8 @@ def test_a_journal_of_the_old_code_is_read_and_gone_on_with(tmp_path, monkeypatc
         same = {"load": trial.load, "request": trial.request, "prompt": trial.prompt}
         assert make_trial(**same, batch_size=trial.batch_size) == trial
     shown = json.loads((OLD / "show.json").read_text())
-    shown["settings"] = [completed(row) for row in shown["settings"]]
+    later = {"device_spread": None, "host_spread": None}
+    shown["settings"] = [completed(row) | later for row in shown["settings"]]
     capsys.readouterr()
     assert main(["show", "old", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == shown
