@@ -306,15 +306,17 @@ def test_two_raylets_on_loopback_one_of_which_dies_and_comes_back(tmp_path):
         engine.prepare(plan, dry=False)
         assert len([n for n in ray.nodes() if n["Alive"]]) == 2
         study = Study.open(tmp_path, "ray", create=True)
-        nodes, seen = [other], []
-
-        def strike(now: Any) -> None:
-            seen.append(now)
-            if len(seen) in (40, 110):
-                here.remove_node(nodes.pop(), allow_graceful=False)
-                nodes.append(here.add_node(**small))
-
-        summary = engine.run(plan, study, strike)
+        nodes, seen, made = [other], [], []
+        # Ray starts nodes from the main thread alone.
+        run = threading.Thread(target=lambda: made.append(engine.run(plan, study, seen.append)))
+        run.start()
+        for count in (40, 110):
+            while len(seen) < count and run.is_alive():
+                time.sleep(0.05)
+            here.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.append(here.add_node(**small))
+        run.join()
+        (summary,) = made
         assert (summary.done, summary.failed) == (200, 0)
         assert committed(study) == Counter(t.key for t in plan.trials)
         assert {r.trial.key: r.image for r in study.records()} == made_by_one(tmp_path, plan)
