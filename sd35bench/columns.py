@@ -7,14 +7,14 @@ makes one only for who asks for it. Numbers that are not known are NaN.
 
 import itertools
 import json
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.types import Record, Status
-from sd35bench.view import CODED, OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, JournalView
+from sd35bench.types import Flops, Record, Score, Status, from_json
+from sd35bench.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, ParquetView
 
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -24,12 +24,13 @@ _PART = {
     **dict.fromkeys(OF_SURROUNDINGS, "surroundings"),
     **dict.fromkeys(("key", "batch_size"), "trial"),
 }
+_ASKED = frozenset(("prompt", "negative_prompt", "init_image"))
 
 
 class Columns:
     """All records of a view; a column is read when it is first asked for."""
 
-    def __init__(self, view: JournalView, parts: Sequence[Any], parse: Callable[[bytes], Any]):
+    def __init__(self, view: ParquetView, parts: Sequence[Any], parse: Callable[[bytes], Any]):
         """`parts` are open Parquet files, `parse` reads a journal's line."""
         self._view, self._parts, self._parse = view, parts, parse
         self._kept: dict[str, Any] = {}
@@ -43,7 +44,7 @@ class Columns:
         return self._kept[name]
 
     def codes(self, name: str) -> tuple[Places, list[str]]:
-        """Numbers into a list of texts, -1 where there is none; of a column in `CODED`."""
+        """Numbers into a list of texts, -1 where there is none; of a column that is `coded`."""
 
         def make() -> tuple[Places, list[str]]:
             import pyarrow as pa
@@ -60,7 +61,7 @@ class Columns:
         """A text column; records of one text share it."""
 
         def make() -> NDArray[np.object_]:
-            if name not in CODED:
+            if name not in self._view.coded and name != "shard":
                 return self._column(name).to_numpy()
             codes, texts = self.codes(name)
             return np.array([*texts, None], object)[codes]
@@ -115,7 +116,7 @@ class Columns:
         shards, names = self.codes("shard")
         offsets, lengths = self.whole("offset"), self.whole("length")
         for start, end in _runs(shards[places]):
-            with open(self._view.journal / names[shards[places[start]]], "rb") as file:
+            with open(self._view.source / names[shards[places[start]]], "rb") as file:
                 for place in places[start:end]:
                     file.seek(int(offsets[place]))
                     yield self._parse(file.read(int(lengths[place])))
@@ -150,6 +151,7 @@ class Records(Sequence[Record]):
 
 
 Some = Sequence[Record]
+_REF = {"split": "all", "level": None, "init_prompt": None}
 
 
 def pick(records: Some, which: NDArray[Any]) -> Some:
@@ -185,9 +187,38 @@ def texts(records: Some, name: str) -> NDArray[np.object_]:
     return found
 
 
+def seeds(records: Some) -> NDArray[Any]:
+    """The seed of each record: [n]."""
+    if isinstance(records, Records):
+        return records.columns.whole("seed")[records.places]
+    return np.array([r.trial.request.seed for r in records], object)
+
+
+def prompt_refs(records: Some, name: str) -> NDArray[np.object_]:
+    """A field of the reference to each record's prompt (`id`, `set`, `split`, `level`): [n]."""
+    if isinstance(records, Records):
+        codes, known = records.columns.codes("ref")
+        refs = records.columns.kept("refs", lambda: [json.loads(text) for text in known])
+        values = np.empty(len(refs), object)
+        values[:] = [{**_REF, **ref}[name] for ref in refs]
+        return values[codes[records.places]]
+    found = np.empty(len(records), object)
+    found[:] = [getattr(r.trial.prompt, name) for r in records]
+    return found
+
+
 def seconds(records: Some) -> Floats:
     """Latency of each record, NaN where it was not timed: [n]."""
     return numbers(records, "generate_s") + numbers(records, "encode_s")
+
+
+def flops(records: Some) -> list[Flops | None]:
+    """Operations of each record's image; ``None`` where they were not counted."""
+    if not isinstance(records, Records):
+        return [r.flops for r in records]
+    codes, known = records.columns.codes("flops")
+    made = records.columns.kept("flops", lambda: [from_json(Flops, json.loads(t)) for t in known])
+    return [made[code] if code >= 0 else None for code in codes[records.places].tolist()]
 
 
 def step_seconds(records: Some) -> Floats:
@@ -246,6 +277,8 @@ def with_tags(records: Some, where: Mapping[str, str]) -> Some:
 
 
 def _value(record: Record, name: str) -> Any:
+    if name in _ASKED:
+        return getattr(record.trial.request, name)
     part = _PART.get(name)
     owner = record if part is None else getattr(record, part)
     return None if owner is None else getattr(owner, name)
@@ -256,6 +289,84 @@ def _runs(codes: Places) -> Iterator[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(codes)) + 1
     bounds = [0, *edges.tolist(), len(codes)]
     return ((a, b) for a, b in itertools.pairwise(bounds) if b > a)
+
+
+# Scores ----------------------------------------------------------------------------------------
+
+
+class Scores(Iterable[Score]):
+    """The last score of every metric, trial and image, as a view has them."""
+
+    def __init__(self, columns: Columns, places: Places) -> None:
+        """`places` are all scores of the view, the oldest first."""
+        self.columns, self._places = columns, places
+
+    def __iter__(self) -> Iterator[Score]:
+        for metric in self.metrics():
+            yield from self.of(metric)
+
+    def metrics(self) -> list[str]:
+        """Every metric, in the order in which they first appear."""
+        codes, names = self.columns.codes("metric")
+        unique, first = np.unique(codes[self._places], return_index=True)
+        return [names[code] for code in unique[np.argsort(first)]]
+
+    def details(self) -> list[dict[str, Any]]:
+        """Every detail that some score has, by its number."""
+        _, known = self.columns.codes("detail")
+        return self.columns.kept("details", lambda: [json.loads(text) for text in known])
+
+    def of(self, metric: str) -> Iterator[Score]:
+        """One metric's scores."""
+        places = self._of(metric)
+        details = self.details()
+        found: dict[tuple[str, str], Score] = {}
+        parts = (self.columns.texts(n)[places].tolist() for n in ("key", "image"))
+        codes = self.columns.codes("detail")[0][places].tolist()
+        values = self.columns.numbers("value")[places].tolist()
+        for key, image, code, value in zip(*parts, codes, values, strict=True):
+            known = None if value != value else value
+            found[key, image] = Score(
+                metric=metric, key=key, image=image, value=known, detail=details[code]
+            )
+        yield from found.values()
+
+    def aligned(self, metric: str, columns: Columns) -> tuple[Places, Floats]:
+        """The number of each record's detail, -1 without a score, and its value: [all records]."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        places, where = (
+            self._of(metric),
+            columns.kept("keys", lambda: pa.array(columns.texts("key"))),
+        )
+        keys = pa.array(self.columns.texts("key")[places])
+        # Trials that were made again have several records: the last score's image tells which.
+        images, known = self.columns.codes("image")
+        theirs, names = columns.codes("image")
+        same = pc.index_in(pa.array(names), pa.array(known)).fill_null(-1).to_numpy()
+        image_of = np.where(theirs >= 0, same[theirs], -1)
+        codes, values = np.full(columns.size, -1, np.int64), np.full(columns.size, np.nan)
+        own, scores = self.columns.codes("detail")[0][places], self.columns.numbers("value")[places]
+        first = pc.index_in(where, keys).fill_null(-1).to_numpy().astype(np.int64)
+        if len(pc.unique(keys)) == len(keys):
+            match = (first >= 0) & (images[places][first] == image_of)
+            codes[match], values[match] = own[first[match]], scores[first[match]]
+            return codes, values
+        last = {
+            w: n for n, w in enumerate(zip(keys.to_pylist(), images[places].tolist(), strict=True))
+        }
+        for number, key in enumerate(
+            zip(columns.texts("key").tolist(), image_of.tolist(), strict=True)
+        ):
+            at = last.get(key)
+            if at is not None:
+                codes[number], values[number] = own[at], scores[at]
+        return codes, values
+
+    def _of(self, metric: str) -> Places:
+        codes, names = self.columns.codes("metric")
+        return self._places[codes[self._places] == names.index(metric)]
 
 
 # All of a journal ------------------------------------------------------------------------------

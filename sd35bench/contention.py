@@ -21,6 +21,10 @@ from datetime import datetime
 from statistics import median
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from sd35bench.columns import Columns, Floats, Records, Some, by_text, has, numbers, pick, texts
 from sd35bench.fields import setting_identity
 from sd35bench.types import CanaryFacts, Record, Session, Status, Surroundings
 
@@ -74,21 +78,19 @@ class Contention:
 
 def read_contention(records: Iterable[Record], sessions: Mapping[str, Session]) -> Contention:
     """Judge all timings of a study, those that were made again too, in the order of its journal."""
-    by_session: dict[str, list[Record]] = defaultdict(list)
+    found = records if isinstance(records, Records) else list(records)
+    timed = pick(found, _are_timed(found))
     spans = _Spans(sessions)
-    for record in records:
-        spans.add(record)
-        if is_timed(record):
-            by_session[record.session_id].append(record)
+    spans.add(found)
     best: dict[str, float] = defaultdict(float)
     middles: dict[str, tuple[float, str]] = {}
     marked: list[Stamp] = []
-    for session_id, series in by_session.items():
-        marked += [stamp(r) for r, bad in zip(series, judge(series), strict=True) if bad]
-        found, session = readings(series), sessions.get(session_id)
-        facts = None if session is None else session.canary
-        if found and facts is not None:
-            middles[session_id] = median(found) * facts.best, facts.machine
+    for session_id, places in by_text(timed, "session_id").items():
+        series, session = pick(timed, places), sessions.get(session_id)
+        marked += _stamps(pick(series, _judged(series)))
+        seen, facts = readings(series), None if session is None else session.canary
+        if seen and facts is not None:
+            middles[session_id] = median(seen) * facts.best, facts.machine
             highest = facts.best * max(1.0, sustained(series))
             best[facts.machine] = max(best[facts.machine], highest)
     speed = {key: middle / best[machine] for key, (middle, machine) in middles.items()}
@@ -106,13 +108,15 @@ class _Spans:
         # Cores that the same sessions used tell the same.
         self._groups = {frozenset(found) for found in users.values() if len(found) > 1}
         self._known = frozenset[str]().union(*self._groups)
-        self._records: dict[str, list[Record]] = defaultdict(list)
+        self._records: dict[str, Some] = {}
 
-    def add(self, record: Record) -> None:
-        """Note when a record's time was taken."""
-        alone = record.trial.batch_size == 1 or record.surroundings is not None
-        if record.session_id in self._known and record.timings is not None and alone:
-            self._records[record.session_id].append(record)
+    def add(self, records: Some) -> None:
+        """Note when records' times were taken."""
+        if self._known:
+            alone = (numbers(records, "batch_size") == 1) | has(records, "surroundings")
+            timed = pick(records, alone & ~np.isnan(numbers(records, "generate_s")))
+            places = by_text(timed, "session_id")
+            self._records = {k: pick(timed, v) for k, v in places.items() if k in self._known}
 
     def overlapped(self) -> frozenset[Stamp]:
         """All timings that overlapped one of another session on a device that both used."""
@@ -122,21 +126,23 @@ class _Spans:
             keys = [key for key in group if key in windows]
             # Sessions that followed each other, which most do, are not looked at any closer.
             near = [k for k in keys if any(k != o and _meet(windows[k], windows[o]) for o in keys)]
-            found |= _overlaps([_span(r) for key in near for r in self._records[key]])
+            found |= _overlaps([span for key in near for span in _spans(self._records[key])])
         return frozenset(found)
 
-    def _window(self, records: list[Record]) -> tuple[float, float]:
-        first, last = (f(records, key=lambda r: r.started_at) for f in (min, max))
-        return _span(first)[0], _span(last)[1]
+    def _window(self, records: Some) -> tuple[float, float]:
+        started = texts(records, "started_at").tolist()
+        ends = (f(range(len(started)), key=started.__getitem__) for f in (min, max))
+        (first, last) = _spans(pick(records, np.array(list(ends))))
+        return first[0], last[1]
 
 
 _Span = tuple[float, float, Stamp]
 
 
-def _span(record: Record) -> _Span:
-    assert record.timings is not None
-    began = datetime.fromisoformat(record.started_at).timestamp()
-    return began, began + record.timings.generate_s, stamp(record)
+def _spans(records: Some) -> list[_Span]:
+    stamps, taken = _stamps(records), numbers(records, "generate_s").tolist()
+    began = [datetime.fromisoformat(at).timestamp() for _, _, at in stamps]
+    return [(b, b + s, stamp) for b, s, stamp in zip(began, taken, stamps, strict=True)]
 
 
 def _meet(one: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -162,6 +168,11 @@ def _devices(session: Session) -> list[tuple[Any, ...]]:
     return [(known.get("hostname"), known.get("boot_id"), name) for name in names if name]
 
 
+def _stamps(records: Some) -> list[Stamp]:
+    parts = (texts(records, name) for name in ("session_id", "key", "started_at"))
+    return list(zip(*parts, strict=True))
+
+
 def judge_session(series: Sequence[Record], facts: CanaryFacts) -> Contention:
     """Judge the timings of one session, in order of time."""
     marked = [stamp(r) for r, bad in zip(series, judge(series), strict=True) if bad]
@@ -181,80 +192,89 @@ def relative(seen: Surroundings | None, facts: CanaryFacts) -> Surroundings | No
     return replace(seen, canary_before=before, canary_after=after)
 
 
-def judge(series: Sequence[Record]) -> list[bool]:
+def judge(series: Some) -> list[bool]:
     """Say of each of one session's timed records, in order of time, whether it is disturbed."""
-    pairs = between(series)
+    return _judged(series).tolist()
+
+
+def _judged(series: Some) -> NDArray[np.bool_]:
+    before, after = _around(series)
     known = readings(series)
-    middle = median(known) if known else None
-    usual = _usual_shares(series)
-    return [
-        _disturbed(before, after, middle) or _starved(record, usual)
-        for record, (before, after) in zip(series, pairs, strict=True)
-    ]
+    middle = median(known) if known else np.nan
+    highest, lowest = np.fmax(before, after), np.fmin(before, after)
+    apart = highest - lowest > TOLERANCE * highest
+    off = (np.abs(x - middle) > TOLERANCE * middle for x in (before, after))
+    disturbed = np.logical_or.reduce([apart, *off])
+    return (disturbed & ~np.isnan(middle)) | _starved(series)
 
 
-def between(series: Sequence[Record]) -> list[tuple[float | None, float | None]]:
+def between(series: Some) -> list[tuple[float | None, float | None]]:
     """The readings before and after each record; a block's trials share those at its ends.
 
     A block that a long trial cut short ends with the reading before that.
     """
-    found: list[tuple[float | None, float | None]] = []
-    before: float | None = None
-    for record in series:
-        seen = record.surroundings
-        if seen is not None and seen.canary_before is not None:
-            before = seen.canary_before
-        found.append((before, None))
-    after: float | None = None
-    for number in range(len(series) - 1, -1, -1):
-        seen = series[number].surroundings
-        if seen is not None and seen.canary_after is not None:
-            after = seen.canary_after
-        found[number] = (found[number][0], after)
-        if seen is not None and seen.canary_before is not None:
-            after = seen.canary_before  # an open block before it ends with the same reading
-    return found
+    sides = ([None if np.isnan(v) else v for v in x.tolist()] for x in _around(series))
+    return list(zip(*sides, strict=True))
 
 
-def readings(series: Iterable[Record]) -> list[float]:
+def _around(series: Some) -> tuple[Floats, Floats]:
+    """The same, NaN where there is none."""
+    before, after = numbers(series, "canary_before"), numbers(series, "canary_after")
+    # After a record comes its own reading, or the next one's before or after.
+    both = np.stack([before, after], axis=1).ravel()
+    return _carried(before), _carried(both[::-1])[::-1][1::2]
+
+
+def _carried(values: Floats) -> Floats:
+    """Each value that is not known replaced by the last known one before it."""
+    places = np.where(np.isnan(values), -1, np.arange(len(values)))
+    last = np.maximum.accumulate(places) if len(values) else places
+    return np.where(last < 0, np.nan, values[last])
+
+
+def readings(series: Some) -> list[float]:
     """All readings of a session, relative to its best; one that serves two trials counts twice."""
-    seen = [r.surroundings for r in series if r.surroundings is not None]
-    both = ((s.canary_before, s.canary_after) for s in seen)
-    return [value for pair in both for value in pair if value is not None]
+    found = np.stack([numbers(series, name) for name in ("canary_before", "canary_after")], axis=1)
+    return found[~np.isnan(found)].tolist()
 
 
-def sustained(series: Sequence[Record]) -> float:
+def sustained(series: Some) -> float:
     """The highest speed that held from before a trial to after it; 0 where none is known."""
-    known = (min(b, a) for b, a in between(series) if b is not None and a is not None)
-    return max(known, default=0.0)
+    held = np.minimum(*_around(series))
+    return float(np.max(held[~np.isnan(held)], initial=0.0))
 
 
-def _disturbed(before: float | None, after: float | None, middle: float | None) -> bool:
-    known = [value for value in (before, after) if value is not None]
-    if middle is None or not known:
-        return False
-    if max(known) - min(known) > TOLERANCE * max(known):
-        return True
-    return any(abs(value - middle) > TOLERANCE * middle for value in known)
-
-
-def _usual_shares(series: Iterable[Record]) -> dict[tuple[object, ...], float]:
-    shares: dict[tuple[object, ...], list[float]] = defaultdict(list)
-    for record in series:
-        if record.surroundings is not None and record.surroundings.cpu_share is not None:
-            shares[_work(record)].append(record.surroundings.cpu_share)
-    return {work: median(x) for work, x in shares.items() if len(x) >= LEAST_FOR_CPU}
-
-
-def _starved(record: Record, usual: Mapping[tuple[object, ...], float]) -> bool:
-    """Whether it was taken off its cores and got less CPU time than its like.
+def _starved(series: Some) -> NDArray[np.bool_]:
+    """Whether each was taken off its cores and got less CPU time than its like.
 
     Waiting of its own (for a lock, a GPU, a disk) is no involuntary switch.
     """
-    seen, share = record.surroundings, usual.get(_work(record))
-    if seen is None or seen.cpu_share is None or share is None or not seen.switches:
-        return False
-    return seen.cpu_share < (1.0 - TOLERANCE) * share
+    shares, works = numbers(series, "cpu_share"), _works(series)
+    usual = np.full(len(shares), np.nan)
+    for work in np.unique(works):
+        mine = works == work
+        known = shares[mine & ~np.isnan(shares)]
+        if len(known) >= LEAST_FOR_CPU:
+            usual[mine] = median(known.tolist())
+    return (numbers(series, "switches") > 0) & (shares < (1.0 - TOLERANCE) * usual)
+
+
+def _works(series: Some) -> NDArray[np.int64]:
+    """A number for what decides how long each takes: its setting's request, and its batch."""
+    if isinstance(series, Records):
+        columns = series.columns
+        return columns.kept("works", lambda: _all_works(columns))[series.places]
+    found: dict[object, int] = {}
+    return np.array([found.setdefault(_work(r), len(found)) for r in series], np.int64)
+
+
+def _all_works(columns: Columns) -> NDArray[np.int64]:
+    init = columns.codes("init_image")[0] >= 0
+    batch = columns.whole("batch_actual")
+    codes, firsts = columns.grouped(columns.codes("asked")[0], init, batch)
+    found: dict[object, int] = {}
+    works = (_work(columns.record(i)) for i in firsts.tolist())
+    return np.array([found.setdefault(work, len(found)) for work in works], np.int64)[codes]
 
 
 def _work(record: Record) -> tuple[object, ...]:
@@ -273,7 +293,7 @@ class Timed:
     of the sessions that count, ``None`` where it is unknown.
     """
 
-    kept: list[Record] = field(default_factory=list)
+    kept: Some = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
     watched: int = 0
     disturbed: int = 0
@@ -293,20 +313,26 @@ class Timed:
         }
 
 
-def choose(timed: Sequence[Record], found: Contention) -> Timed:
+def choose(timed: Some, found: Contention) -> Timed:
     """Choose which of a setting's timings count: of one regime, undisturbed where most are."""
-    apart = [r for r in timed if not found.is_overlapped(r)]
+    apart = pick(timed, ~_are_in(timed, found.overlapped))
     alike, speed = _one_regime(apart, found.speed)
-    watched = sum(map(is_timed, timed))
+    watched = int(_are_timed(timed).sum())
     counts = {OVERLAPPED: len(timed) - len(apart), SLOWER: len(apart) - len(alike)}
     left = Counter({why: count for why, count in counts.items() if count})
-    quiet = [r for r in alike if not found.is_disturbed(r)]
+    quiet = pick(alike, ~_are_in(alike, found.disturbed | found.overlapped))
     disturbed = len(alike) - len(quiet)
     marked = disturbed > len(quiet)
     if disturbed and not marked:
         left[DISTURBED] = disturbed
     kept = alike if marked else quiet
     return Timed(kept, left, watched, disturbed, marked, speed)
+
+
+def _are_in(records: Some, stamps: frozenset[Stamp]) -> NDArray[np.bool_]:
+    if not stamps:
+        return np.zeros(len(records), bool)
+    return np.array([stamp in stamps for stamp in _stamps(records)], bool)
 
 
 def unlike(one: float | None, other: float | None) -> bool:
@@ -316,19 +342,17 @@ def unlike(one: float | None, other: float | None) -> bool:
     return min(one, other) < REGIME * max(one, other)
 
 
-def _one_regime(
-    timed: Sequence[Record], speed: Mapping[str, float]
-) -> tuple[list[Record], float | None]:
+def _one_regime(timed: Some, speed: Mapping[str, float]) -> tuple[Some, float | None]:
     """The timings of the fastest regime that made enough of them, and its median speed."""
-    known = sorted({speed[r.session_id] for r in timed if r.session_id in speed}, reverse=True)
-    for fastest in known:
-        members = [
-            r for r in timed if REGIME * fastest <= speed.get(r.session_id, fastest) <= fastest
-        ]
-        if len(members) >= _LEAST_SHARE * len(timed):
-            seen = [speed[r.session_id] for r in members if r.session_id in speed]
-            return members, median(seen)
-    return list(timed), None
+    ids = texts(timed, "session_id").tolist()
+    own = np.array([speed.get(name, np.nan) for name in ids], np.float64)
+    for fastest in sorted({float(v) for v in own[~np.isnan(own)]}, reverse=True):
+        filled = np.where(np.isnan(own), fastest, own)
+        members = (filled >= REGIME * fastest) & (filled <= fastest)
+        if members.sum() >= _LEAST_SHARE * len(timed):
+            seen = own[members & ~np.isnan(own)]
+            return pick(timed, members), median(seen.tolist())
+    return timed, None
 
 
 def sentences(settings: Iterable[Timed], speeds: Mapping[str, float]) -> list[str]:
@@ -372,6 +396,10 @@ def clock_text(settings: Iterable[Timed], speeds: Mapping[str, float]) -> str | 
         f"clock: median canary at {median(speeds.values()):.2f} of this machine's best;"
         f" {disturbed} of {watched} timed images disturbed"
     )
+
+
+def _are_timed(records: Some) -> NDArray[np.bool_]:
+    return (texts(records, "status") == Status.OK) & has(records, "surroundings")
 
 
 def is_timed(record: Record) -> bool:

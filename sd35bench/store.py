@@ -24,7 +24,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from math import isfinite
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -32,7 +32,15 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import numpy as np
 
-from sd35bench.columns import Columns, Records, in_order, last_of_each, texts, with_tags
+from sd35bench.columns import (
+    Columns,
+    Records,
+    Scores,
+    in_order,
+    last_of_each,
+    texts,
+    with_tags,
+)
 from sd35bench.disk import (
     LineFile,
     decode_line,
@@ -48,24 +56,23 @@ from sd35bench.disk import (
 from sd35bench.errors import StoreError, StudyLocked
 from sd35bench.pictures import decode_rgb
 from sd35bench.stored import Scan, StoredFiles, is_named
-from sd35bench.types import BackendSpec, Load, ModelSpec, Record, Request, Session, Status, to_json
-from sd35bench.view import JournalView, Unfit
+from sd35bench.types import (
+    BackendSpec,
+    Load,
+    ModelSpec,
+    Record,
+    Request,
+    Score,
+    Session,
+    Status,
+    to_json,
+)
+from sd35bench.view import JournalView, ParquetView, ScoreView, Unfit
 
 SCHEMA = 1
 _SEED = "request_seed"
 _NUMBER = re.compile(r"([0-9]{6,9})-[0-9]{8}T")
 IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """One metric's value for one trial's image; ``None`` where it does not apply."""
-
-    metric: str
-    key: str
-    image: str
-    value: float | None
-    detail: dict[str, Any] = field(default_factory=dict)
 
 
 _SCORE = msgspec.json.Decoder(Score)
@@ -265,7 +272,8 @@ class Study:
         self._parse = _Journal().parse
         self._journal = _Shards(path / "journal", self._parse)
         self._view = JournalView(path, self._parse)
-        self._viewed: tuple[Any, Columns | None] | None = None
+        self._score_view = ScoreView(path, _read_score)
+        self._kept: dict[Path, tuple[Any, Columns | None]] = {}
         self._scores = _Shards(path / "scores", _read_score)
 
     @classmethod
@@ -356,20 +364,25 @@ class Study:
 
     def check_view(self) -> str | None:
         """What is wrong with the view, by all of its bytes. Raises: StoreError."""
-        return self._view.check(self.shards())
+        found = self._view.check(self.shards()), self._score_view.check(self._scores.paths())
+        return next((text for text in found if text is not None), None)
 
     def _columns(self) -> Columns | None:
-        """A large journal's view; ``None`` where there is none. Raises: StoreError."""
-        shards = self.shards()
-        if not self._view.fits(shards):
+        return self._viewed(self._view, self.shards(), self._parse)
+
+    def _viewed(
+        self, view: ParquetView, shards: list[Path], parse: Callable[[bytes], Any]
+    ) -> Columns | None:
+        """A large folder's view; ``None`` where there is none. Raises: StoreError."""
+        if not view.fits(shards):
             return None
-        stamps = self._view.stamps(shards)
-        if self._viewed is None or self._viewed[0] != stamps:
+        stamps, kept = view.stamps(shards), self._kept.get(view.folder)
+        if kept is None or kept[0] != stamps:
             columns = None
             with contextlib.suppress(Unfit):
-                columns = Columns(self._view, self._view.refresh(shards), self._parse)
-            self._viewed = stamps, columns
-        return self._viewed[1]
+                columns = Columns(view, view.refresh(shards), parse)
+            kept = self._kept[view.folder] = stamps, columns
+        return kept[1]
 
     # Images ------------------------------------------------------------------------------------
 
@@ -455,8 +468,12 @@ class Study:
             path = folder / f"{new_shard_id(folder)}-{metric}.jsonl"
             write_atomic(path, ("\n".join(lines) + "\n").encode())
 
-    def scores(self) -> list[Score]:
+    def scores(self) -> Iterable[Score]:
         """Read the last score of every (metric, trial, image)."""
+        columns = self._viewed(self._score_view, self._scores.paths(), _read_score)
+        if columns is not None:
+            order = in_order(columns, [path.name for path in self._scores.paths()])
+            return Scores(columns, order.places)
         return list({(s.metric, s.key, s.image): s for s in self._scores.lines()}.values())
 
     def put_features(self, extractor: str, digests: list[str], features: np.ndarray) -> None:

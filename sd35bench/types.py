@@ -401,6 +401,17 @@ class Record:
     surroundings: Surroundings | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One metric's value for one trial's image; ``None`` where it does not apply."""
+
+    metric: str
+    key: str
+    image: str
+    value: float | None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
 def content_hash(value: Any) -> str:
     """SHA-256 (hex) of `value`'s canonical JSON: sorted keys, no spaces, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,7 +1,8 @@
 """The Parquet view of a large journal: columns, refreshed by appending, thrown away when in doubt.
 
-    view/manifest.json      version, parts, and how far each shard is covered
-    view/<digest>.parquet   columns of records; a part is united with others of its size or less
+    view/journal/manifest.json      version, parts, and how far each shard is covered
+    view/journal/<digest>.parquet   columns; a part is united with others of its size or less
+    view/scores/…                   the same of scores
 
 A record takes 60 µs to parse and 2 kB of memory, so a million of them a minute and 2 GB; as columns
 they take 1 s and 300 MB. The journal stays the truth. A part says by file, place and length where
@@ -133,51 +134,6 @@ def _text(value: Any) -> str | None:
     return None if text == "null" else text
 
 
-def _columns(shard: str, places: list[tuple[int, int]], rows: list[_Record]) -> dict[str, Any]:
-    """Columns of one shard's records; `places` are each line's offset and length."""
-    found: dict[str, Any] = {n: [getattr(r, n) for r in rows] for n in _OWN}
-    found |= {"shard": [shard] * len(rows)}
-    found |= {"offset": [p for p, _ in places], "length": [n for _, n in places]}
-    for names, part in (
-        (OF_TIMINGS, [r.timings for r in rows]),
-        (OF_MEMORY, [r.memory for r in rows]),
-        (OF_SURROUNDINGS, [r.surroundings for r in rows]),
-    ):
-        for name in names:
-            found[name] = [None if p is None else getattr(p, name) for p in part]
-    found["step_s"] = [None if r.timings is None else r.timings.step_s for r in rows]
-    trials = [r.trial for r in rows]
-    found |= {n: [getattr(t, n) for t in trials] for n in ("key", "batch_size")}
-    found["load"] = [_text(t.load) for t in trials]
-    found["ref"] = [_text(t.prompt) for t in trials]
-    found["flops"] = [_text(r.flops) for r in rows]
-    for name in ("gpu", "remote"):
-        found[f"has_{name}"] = [_text(getattr(r, name)) is not None for r in rows]
-    found["has_surroundings"] = [r.surroundings is not None for r in rows]
-    requests = [t.request for t in trials]
-    defaults = {"negative_prompt": "", "init_image": None}
-    for name in _FREE:
-        found[name] = [r.pop(name, defaults.get(name)) for r in requests]
-    encode = msgspec.json.Encoder().encode
-    found["asked"] = [encode(r).decode() for r in requests]
-    return found
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    coded = pa.dictionary(pa.int32(), pa.string())
-    return pa.schema(
-        [
-            *((n, coded if n in CODED else pa.string()) for n in _TEXTS),
-            *((n, pa.uint64() if n == "seed" else pa.int64()) for n in _WHOLE),
-            *((n, pa.float64()) for n in _FLOATS),
-            *((n, pa.bool_()) for n in _FLAGS),
-            ("step_s", pa.list_(pa.float64())),
-        ]
-    )
-
-
 @dataclass(slots=True)
 class Covered:
     """How far a shard is in the view: which file it was, its parsed bytes, and their digest."""
@@ -195,14 +151,30 @@ class _Manifest:
     shards: dict[str, Covered] = field(default_factory=dict)
 
 
-class JournalView:
-    """A study's records as Parquet parts, as of the last `refresh`."""
+class ParquetView:
+    """The lines of one folder's shards as Parquet parts, as of the last `refresh`."""
 
-    def __init__(self, study: Path, parse: Callable[[bytes], Any]) -> None:
-        """`parse` reads one line as the journal's reader does, and refuses what it refuses."""
-        self.folder, self.journal, self._parse = study / FOLDER, study / "journal", parse
+    coded: tuple[str, ...] = ()
+
+    def __init__(self, study: Path, name: str, parse: Callable[[bytes], Any]) -> None:
+        """`parse` reads one line as the folder's reader does, and refuses what it refuses."""
+        self.folder, self.source, self._parse = study / FOLDER / name, study / name, parse
         self._manifest = _Manifest()
-        self._seen: set[tuple[str | None, str]] = set()
+
+    def schema(self) -> Any:
+        """Names and types of the columns, as Arrow has them."""
+        raise NotImplementedError
+
+    def row(self, line: bytes) -> Any:
+        """What a line has for a row; ``None`` for none, a `Session` for what is kept by place.
+
+        Raises: msgspec.MsgspecError, StoreError.
+        """
+        raise NotImplementedError
+
+    def columns(self, shard: str, places: list[tuple[int, int]], rows: list[Any]) -> dict[str, Any]:
+        """Columns of one shard's rows; `places` are each line's offset and length."""
+        raise NotImplementedError
 
     def fits(self, shards: Iterable[Path]) -> bool:
         """Whether the journal is large enough to have a view."""
@@ -242,7 +214,7 @@ class JournalView:
         import pyarrow as pa
 
         try:
-            kind = _schema().field(name).type
+            kind = self.schema().field(name).type
             found = [part.read([name], use_threads=False).column(0).cast(kind) for part in parts]
         except (pa.ArrowException, OSError) as exc:
             raise StoreError(
@@ -250,22 +222,14 @@ class JournalView:
             ) from exc
         return pa.chunked_array([chunk for each in found for chunk in each.chunks], kind)
 
-    def sessions(self) -> Iterator[Session]:
-        """Every session's line, read from the journal. Raises: StoreError."""
-        for name, covered in self._manifest.shards.items():
-            for offset, length in covered.sessions:
-                found = self._parse(self.read_line(name, offset, length))
-                if isinstance(found, Session):
-                    yield found
-
     def read_line(self, shard: str, offset: int, length: int) -> bytes:
         """One line of the journal. Raises: StoreError."""
         try:
-            with open(self.journal / shard, "rb") as file:
+            with open(self.source / shard, "rb") as file:
                 file.seek(offset)
                 return file.read(length)
         except OSError as exc:
-            raise StoreError(f"{self.journal / shard} cannot be read: {exc.strerror}") from exc
+            raise StoreError(f"{self.source / shard} cannot be read: {exc.strerror}") from exc
 
     # What is there -----------------------------------------------------------------------------
 
@@ -309,8 +273,10 @@ class JournalView:
         import pyarrow.parquet as pq
 
         try:
-            part = pq.ParquetFile(source, read_dictionary=[*CODED], page_checksum_verification=True)
-            if part.schema_arrow.names != _schema().names:
+            part = pq.ParquetFile(
+                source, read_dictionary=[*self.coded], page_checksum_verification=True
+            )
+            if part.schema_arrow.names != self.schema().names:
                 raise StoreError(f"{source} has other columns; it is made anew")
             return part
         except (pa.ArrowException, OSError) as exc:
@@ -325,12 +291,12 @@ class JournalView:
         stamp, data = _stamp(path), read_regular(path, follow=True)[0]
         known = self._manifest.shards.get(path.name)
         sessions = [] if known is None else known.sessions
-        rows: list[_Record] = []
+        rows: list[Any] = []
         places: list[tuple[int, int]] = []
         end = start
         for offset, line in _lines(data, start):
             found = self._row(path, data, offset, line)
-            if found is not None and not isinstance(found, _Record):
+            if isinstance(found, Session):
                 sessions.append([offset, len(line)])
             elif found is not None:
                 rows.append(found)
@@ -343,29 +309,23 @@ class JournalView:
         if not rows:
             return None
         try:
-            return pa.Table.from_pydict(_columns(path.name, places, rows), schema=_schema())
+            return pa.Table.from_pydict(self.columns(path.name, places, rows), schema=self.schema())
         except (pa.ArrowException, UnicodeError, OverflowError) as exc:
             raise Unfit(str(exc)) from exc
 
     def _row(self, path: Path, data: bytes, offset: int, line: bytes) -> Any:
-        """A record's columns, a session, or ``None`` for another kind and for a torn last line."""
+        """A line's row, or ``None``: another kind, or the last one, torn. Raises: StoreError."""
         try:
-            if not line.startswith(_RECORD) and _KIND(line).kind != "record":
-                return self._parse(line)
-            found = _DECODE(line)
-            asked = {k: v for k, v in found.trial.request.items() if k not in _FREE}
-            like = _text(found.trial.load), repr(asked)
-            if like not in self._seen:
-                self._parse(line)  # refuses what columns would not see
-                self._seen.add(like)
-            return found
-        except msgspec.MsgspecError as exc:
-            if isinstance(exc, msgspec.ValidationError):
-                number = data.count(b"\n", 0, offset) + 1
-                raise StoreError(
-                    f"{path}:{number} cannot be read by this version of sd35bench: {exc}; update"
-                    " sd35bench, or restore or delete that line"
-                ) from exc
+            return self.row(line)
+        except StoreError as exc:
+            raise StoreError(f"{path}:{_number(data, offset)} {exc}") from exc
+        except msgspec.ValidationError as exc:
+            number = _number(data, offset)
+            raise StoreError(
+                f"{path}:{number} cannot be read by this version of sd35bench: {exc}; update"
+                " sd35bench, or restore or delete that line"
+            ) from exc
+        except (msgspec.MsgspecError, ValueError) as exc:
             if offset + len(line) == len(data):
                 return None
             raise Unfit(f"{path}: {exc}") from exc  # its reader names the line
@@ -377,10 +337,10 @@ class JournalView:
         names = list(self._manifest.parts)
         united = pa.concat_tables(fresh).unify_dictionaries() if fresh else None
         while united is not None and parts and len(united) * 2 >= parts[-1].metadata.num_rows:
-            older = parts.pop().read(use_threads=False).cast(_schema())
+            older = parts.pop().read(use_threads=False).cast(self.schema())
             united = pa.concat_tables([older, united]).unify_dictionaries()
             del self._manifest.parts[names.pop()]
-        data = None if united is None else _parquet(united)
+        data = None if united is None else _parquet(united, self.coded)
         with contextlib.suppress(StoreError), open_lock_of(self.folder) as held:
             if held:
                 if data is not None:
@@ -422,11 +382,11 @@ class JournalView:
         return None
 
 
-def _parquet(table: Any) -> bytes:
+def _parquet(table: Any, names: tuple[str, ...]) -> bytes:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    coded: Any = [*CODED]
+    coded: Any = [*names]
     pq.write_table(
         table, buffer, compression="zstd", write_page_checksum=True, row_group_size=1 << 20,
         use_dictionary=coded, dictionary_pagesize_limit=1 << 28,
@@ -438,7 +398,7 @@ def _parquet(table: Any) -> bytes:
 def open_lock_of(folder: Path) -> Iterator[bool]:
     """Whether this process alone may write a view; readers never wait for each other."""
     with contextlib.suppress(OSError):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     with open_lock(folder / ".lock") as handle:
         yield try_flock(handle, fcntl.LOCK_EX)
 
@@ -449,6 +409,10 @@ def _stamp(path: Path) -> list[int]:
     except OSError as exc:
         raise StoreError(f"{path} cannot be read: {exc.strerror}") from exc
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _number(data: bytes, offset: int) -> int:
+    return data.count(b"\n", 0, offset) + 1
 
 
 def _lines(data: bytes, start: int) -> Iterator[tuple[int, bytes]]:
@@ -464,3 +428,107 @@ def _whole(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+class JournalView(ParquetView):
+    """A study's records, and where its sessions stand."""
+
+    coded = CODED
+
+    def __init__(self, study: Path, parse: Callable[[bytes], Any]) -> None:
+        """`parse` reads one line of the journal."""
+        super().__init__(study, "journal", parse)
+        self._seen: set[tuple[str | None, str]] = set()
+
+    def sessions(self) -> Iterator[Session]:
+        """Every session's line, read from the journal. Raises: StoreError."""
+        for name, covered in self._manifest.shards.items():
+            for offset, length in covered.sessions:
+                found = self._parse(self.read_line(name, offset, length))
+                if isinstance(found, Session):
+                    yield found
+
+    def schema(self) -> Any:
+        """A record's fields; `asked` is the request without what is `_FREE`."""
+        import pyarrow as pa
+
+        coded = pa.dictionary(pa.int32(), pa.string())
+        return pa.schema(
+            [
+                *((n, coded if n in CODED else pa.string()) for n in _TEXTS),
+                *((n, pa.uint64() if n == "seed" else pa.int64()) for n in _WHOLE),
+                *((n, pa.float64()) for n in _FLOATS),
+                *((n, pa.bool_()) for n in _FLAGS),
+                ("step_s", pa.list_(pa.float64())),
+            ]
+        )
+
+    def row(self, line: bytes) -> Any:
+        """A record's fields, or a session. Raises: msgspec.MsgspecError."""
+        if not line.startswith(_RECORD) and _KIND(line).kind != "record":
+            return self._parse(line)
+        found = _DECODE(line)
+        asked = {k: v for k, v in found.trial.request.items() if k not in _FREE}
+        like = _text(found.trial.load), repr(asked)
+        if like not in self._seen:
+            self._parse(line)  # refuses what columns would not see
+            self._seen.add(like)
+        return found
+
+    def columns(self, shard: str, places: list[tuple[int, int]], rows: list[Any]) -> dict[str, Any]:
+        """Columns of one shard's records."""
+        found: dict[str, Any] = {n: [getattr(r, n) for r in rows] for n in _OWN}
+        found |= {"shard": [shard] * len(rows)}
+        found |= {"offset": [p for p, _ in places], "length": [n for _, n in places]}
+        for names, part in (
+            (OF_TIMINGS, [r.timings for r in rows]),
+            (OF_MEMORY, [r.memory for r in rows]),
+            (OF_SURROUNDINGS, [r.surroundings for r in rows]),
+        ):
+            for name in names:
+                found[name] = [None if p is None else getattr(p, name) for p in part]
+        found["step_s"] = [None if r.timings is None else r.timings.step_s for r in rows]
+        trials = [r.trial for r in rows]
+        found |= {n: [getattr(t, n) for t in trials] for n in ("key", "batch_size")}
+        found["load"] = [_text(t.load) for t in trials]
+        found["ref"] = [_text(t.prompt) for t in trials]
+        found["flops"] = [_text(r.flops) for r in rows]
+        for name in ("gpu", "remote"):
+            found[f"has_{name}"] = [_text(getattr(r, name)) is not None for r in rows]
+        found["has_surroundings"] = [r.surroundings is not None for r in rows]
+        requests = [t.request for t in trials]
+        defaults = {"negative_prompt": "", "init_image": None}
+        for name in _FREE:
+            found[name] = [r.pop(name, defaults.get(name)) for r in requests]
+        encode = msgspec.json.Encoder().encode
+        found["asked"] = [encode(r).decode() for r in requests]
+        return found
+
+
+class ScoreView(ParquetView):
+    """A study's scores; `detail` is JSON, which few scores have of their own."""
+
+    coded = ("metric", "image", "detail")
+
+    def __init__(self, study: Path, parse: Callable[[bytes], Any]) -> None:
+        """`parse` reads one line of a shard of scores."""
+        super().__init__(study, "scores", parse)
+
+    def schema(self) -> Any:
+        """A score's fields, and where its line stands."""
+        import pyarrow as pa
+
+        coded = pa.dictionary(pa.int32(), pa.string())
+        texts = ((name, coded) for name in ("shard", *self.coded))
+        rest = [("key", pa.string()), ("offset", pa.int64()), ("value", pa.float64())]
+        return pa.schema([*texts, *rest])
+
+    def row(self, line: bytes) -> Any:
+        """A score. Raises: msgspec.MsgspecError, StoreError."""
+        return self._parse(line)
+
+    def columns(self, shard: str, places: list[tuple[int, int]], rows: list[Any]) -> dict[str, Any]:
+        """Columns of one shard's scores."""
+        found = {n: [getattr(r, n) for r in rows] for n in ("metric", "key", "image", "value")}
+        found |= {"shard": [shard] * len(rows), "offset": [offset for offset, _ in places]}
+        return found | {"detail": [json.dumps(r.detail) if r.detail else "{}" for r in rows]}

@@ -141,7 +141,7 @@ def test_a_torn_last_line_is_skipped_and_read_once_it_is_whole(study):
 
 
 def _part(path: Path) -> Path:
-    return next((path / "view").glob("*.parquet"))
+    return next((path / "view" / "journal").glob("*.parquet"))
 
 
 def _flip(path: Path) -> None:
@@ -158,7 +158,7 @@ def _foreign(path: Path) -> None:
 
 
 def _older(path: Path) -> None:
-    manifest = path / "view" / "manifest.json"
+    manifest = path / "view" / "journal" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 0}))
 
 
@@ -168,7 +168,9 @@ DAMAGE = {
     "a part cut short": lambda path: os.truncate(_part(path), 500),
     "another study's view": _foreign,
     "an older version's": _older,
-    "a manifest of nonsense": lambda path: (path / "view" / "manifest.json").write_text("{"),
+    "a manifest of nonsense": lambda path: (path / "view" / "journal" / "manifest.json").write_text(
+        "{"
+    ),
 }
 
 

@@ -18,14 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.quality import facts
-from sd35bench.analysis.settings import PairKey, pair_clusters, pair_key
+from sd35bench.analysis.settings import PairKey, pair_clusters, pair_keys
 from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
+from sd35bench.columns import Some, numbers, pick, prompt_refs, seconds, texts
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import sequences
 from sd35bench.stats.clustered import mean_bounds, mean_t
 from sd35bench.stats.intervals import Interval
-from sd35bench.types import Record, Status, Task
+from sd35bench.types import Status, Task
 
 EDIT_QUALITY = "edit_quality"
 _ENOUGH_PAIRS = 0.5
@@ -48,19 +49,21 @@ class Candidate:
     refused: frozenset[str] = frozenset()
 
     @property
-    def tried(self) -> list[Record]:
+    def tried(self) -> Some:
         """Trials of the batch sizes that made images, but for those that a stopped run skipped."""
-        sizes = {r.trial.batch_size for r in self.row.usable}
-        return [
-            r
-            for r in self.row.records
-            if r.trial.batch_size in sizes and r.status is not Status.SKIPPED
-        ]
+        records = self.row.records
+        sizes = np.unique(numbers(self.row.usable, "batch_size"))
+        made = np.isin(numbers(records, "batch_size"), sizes)
+        return pick(records, made & (texts(records, "status") != Status.SKIPPED))
 
     @property
-    def failed(self) -> list[Record]:
+    def failed(self) -> Some:
         """Those of `tried` that made no image, or one that is refused."""
-        return [r for r in self.tried if r.status is not Status.OK or r.trial.key in self.refused]
+        tried = self.tried
+        lost = texts(tried, "status") != Status.OK
+        if self.refused:
+            lost |= np.array([key in self.refused for key in texts(tried, "key")], bool)
+        return pick(tried, lost)
 
     def lone_images(self, by_negative: bool) -> dict[PairKey, LoneImage]:
         """Images made alone by pair, or by what is left of it without the negative prompt."""
@@ -72,9 +75,11 @@ class Candidate:
 
     def outcomes(self) -> dict[PairKey, float]:
         """Quality per pair, 0 where the trial failed."""
-        size = self.row.quality_batch_size
-        lost = [r.trial for r in self.failed if r.trial.batch_size == size]
-        return {pair_key(trial): _NO_IMAGE for trial in lost} | self.quality
+        size, failed = self.row.quality_batch_size, self.failed
+        if size is None:
+            return dict(self.quality)
+        lost = pick(failed, numbers(failed, "batch_size") == size)
+        return dict.fromkeys(pair_keys(lost), _NO_IMAGE) | self.quality
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,17 +251,17 @@ def _why_left_out(
     if not own:
         return f"not scored: none of its {len(candidate.row.usable)} images has {metric}"
     if shared and not shared & own.keys():
-        sets = sorted({r.trial.prompt.set for r in candidate.row.quality_records()})
+        sets = sorted(set(prompt_refs(candidate.row.quality_records(), "set")))
         return f"judged on other prompts: {len(own)} pairs of {', '.join(sets)}"
     return f"too few pairs: {len(own)}"
 
 
 def _objective(table: Table, rows: list[Row], task: Task) -> tuple[str, list[str]]:
     """Name of the objective, and the metrics that it combines."""
-    records = [r for row in rows for r in row.quality_records()]
 
     def scored(name: str) -> bool:
-        return any((s := table.score(name, r)) is not None and s.value is not None for r in records)
+        found = (table.scores.found(name, row.quality_records()) for row in rows)
+        return any(each.valued.any() for each in found)
 
     clip = sorted(name for name in table.scores if name.startswith("clip_score"))
     usable = [name for name in ("prompt_accuracy", *clip) if scored(name)]
@@ -271,20 +276,18 @@ def _objective(table: Table, rows: list[Row], task: Task) -> tuple[str, list[str
 
 
 def _quality(table: Table, row: Row, names: list[str]) -> dict[PairKey, float]:
-    found = {}
-    for record in row.quality_records():
-        scores = [table.score(name, record) for name in names]
-        values = [s.value for s in scores if s is not None and s.value is not None]
-        if len(values) == len(names):
-            found[pair_key(record.trial)] = _harmonic(values)
-    return found
+    records = row.quality_records()
+    found = [table.scores.found(name, records) for name in names]
+    valued = np.logical_and.reduce([each.valued for each in found])
+    values = zip(*(each.values[valued].tolist() for each in found), strict=True)
+    return dict(zip(pair_keys(pick(records, valued)), map(_harmonic, values), strict=True))
 
 
 def _refused(table: Table, row: Row) -> frozenset[str]:
     """Keys of the trials that ended OK with an image that the guards refused."""
-    ok = [r for r in row.records if r.status is Status.OK]
-    guarded = ((r, table.score(GUARD, r)) for r in ok)
-    return frozenset(r.trial.key for r, s in guarded if s is not None and not s.value)
+    ok = pick(row.records, texts(row.records, "status") == Status.OK)
+    found = table.scores.found(GUARD, ok)
+    return frozenset(texts(pick(ok, found.there & ~(np.abs(found.values) > 0.0)), "key"))
 
 
 def _under_every_negative(found: list[Candidate]) -> list[Candidate]:
@@ -309,20 +312,26 @@ def _spread_out(candidate: Candidate, keys: Iterable[PairKey]) -> Candidate:
     return replace(candidate, quality=quality, latency_s=latency_s)
 
 
-def _harmonic(values: list[float]) -> float:
+def _harmonic(values: Sequence[float]) -> float:
     if len(values) == 1:
         return values[0]
     return 0.0 if min(values) <= 0.0 else len(values) / sum(1.0 / v for v in values)
 
 
 def _latency(row: Row) -> dict[PairKey, float]:
-    return {pair_key(r.trial): r.timings.latency_s for r in row.timed if r.timings is not None}
+    known = pick(row.timed, ~np.isnan(seconds(row.timed)))
+    return dict(zip(pair_keys(known), seconds(known).tolist(), strict=True))
 
 
 def _work(row: Row) -> float:
-    counted = [sequences(r.trial.request, r.evaluations) for r in row.usable]
-    guided = 2.0 if row.setting["cfg"] > 1 else 1.0
-    return float(np.mean(counted)) if counted else guided * float(row.setting["steps"])
+    seen, guided = numbers(row.usable, "evaluations"), 2.0 if row.setting["cfg"] > 1 else 1.0
+    counted = np.empty(len(seen))
+    for count in np.unique(seen):  # of one setting: what the records differ in says the rest
+        mine = np.isnan(seen) if np.isnan(count) else seen == count
+        known = None if np.isnan(count) else int(count)
+        first = row.usable[int(np.argmax(mine))]
+        counted[mine] = sequences(first.trial.request, known)
+    return float(np.mean(counted)) if len(counted) else guided * float(row.setting["steps"])
 
 
 def _span(metric: str) -> tuple[float, float] | None:

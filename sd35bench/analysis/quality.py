@@ -15,8 +15,9 @@ from sd35bench.analysis.reference import (
     read_reference,
 )
 from sd35bench.analysis.set_metrics import FRECHET, compute
-from sd35bench.analysis.settings import cluster_key
+from sd35bench.analysis.settings import cluster_key, cluster_labels
 from sd35bench.analysis.table import Row, ScoreLike, Table
+from sd35bench.columns import Floats, Some, pick, prompt_refs
 from sd35bench.errors import MetricError
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval
@@ -68,42 +69,36 @@ def facts(metric: str) -> MetricFacts:
 
 def row_metric(study: Any, table: Table, row: Row, metric: str) -> dict[str, Any]:
     """Compute one metric of one row: value, ci95, n, n_prompts, and what else it has to say."""
-    found = [(r, s) for r in row.quality_records() if (s := table.score(metric, r)) is not None]
-    if not found:
+    records = row.quality_records()
+    found = table.scores.found(metric, records)
+    if not found.there.any():
         return _nothing("not applicable, or not scored: no image of this setting has it")
-    if "extractor" in found[0][1].detail:
-        return _set_metric(study, found)
-    valued = [(r, s.value) for r, s in found if s.value is not None]
-    if not valued:
-        return _nothing(str(found[0][1].detail.get("reason", "no value for any image")))
-    entry = _entry(_mean(metric, valued))
-    entry["levels"] = _levels(metric, valued)
-    truncated = sum(bool(s.detail.get("truncated")) for _, s in found)
+    first = found.detail(int(np.argmax(found.there)))
+    if "extractor" in first:
+        scored = ((r, table.score(metric, r)) for r in records)
+        return _set_metric(study, [(r, s) for r, s in scored if s is not None])
+    if not found.valued.any():
+        return _nothing(str(first.get("reason", "no value for any image")))
+    valued, values = pick(records, found.valued), found.values[found.valued]
+    entry = _entry(_mean(metric, valued, values))
+    entry["levels"] = _levels(metric, valued, values)
+    truncated = found.count("truncated")
     if truncated:
         entry["truncated_prompts"] = truncated
     return entry
 
 
-def cluster_labels(records: list[Record]) -> NDArray[np.int64]:
-    """Give each record its prompt's number (with its init image), in order of appearance: [n]."""
-    numbers: dict[Any, int] = {}
-    keys = (cluster_key(r.trial) for r in records)
-    return np.array([numbers.setdefault(k, len(numbers)) for k in keys], np.int64)
+def _mean(metric: str, records: Some, values: Floats) -> Interval:
+    return mean_t(values, cluster_labels(records), bounds=facts(metric).bounds)
 
 
-def _mean(metric: str, valued: list[tuple[Record, float]]) -> Interval:
-    labels = cluster_labels([r for r, _ in valued])
-    return mean_t([v for _, v in valued], labels, bounds=facts(metric).bounds)
-
-
-def _levels(metric: str, valued: list[tuple[Record, float]]) -> dict[str, Any] | None:
-    by_level: dict[str, list[tuple[Record, float]]] = {}
-    for record, value in valued:
-        if record.trial.prompt.level is not None:
-            by_level.setdefault(record.trial.prompt.level, []).append((record, value))
-    if not by_level:
-        return None
-    return {level: _entry(_mean(metric, part)) for level, part in sorted(by_level.items())}
+def _levels(metric: str, records: Some, values: Floats) -> dict[str, Any] | None:
+    levels = prompt_refs(records, "level")
+    found = {}
+    for level in sorted({level for level in levels if level is not None}):
+        mine = levels == level
+        found[level] = _entry(_mean(metric, pick(records, mine), values[mine]))
+    return found if found else None
 
 
 def _set_metric(study: Any, found: list[tuple[Record, ScoreLike]]) -> dict[str, Any]:

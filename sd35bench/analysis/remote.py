@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.quality import cluster_labels
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.settings import cluster_labels, setting_key
 from sd35bench.analysis.speed import by_start
 from sd35bench.analysis.table import BESIDE, RESUMED, Row, Table
+from sd35bench.columns import has, pick
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.latency import latency_interval, mean_latency
 from sd35bench.types import Record, RemoteCall, Status
@@ -74,7 +74,7 @@ def usd_per_image(row: Row) -> dict[str, Any] | None:
     """
     paid = [
         (r, r.remote.cost_usd, r.remote.cost_reported)
-        for r in row.records
+        for r in pick(row.records, has(row.records, "remote"))
         if r.status is Status.OK and r.remote is not None and r.remote.cost_usd is not None
     ]
     if not paid:
@@ -192,7 +192,7 @@ def concurrent_phases(table: Table) -> dict[str, list[Phase]]:
     """Session → the stretches in which its calls ran beside others, over all of its settings."""
     sessions: dict[str, list[Record]] = defaultdict(list)
     for row in table.rows:
-        for record in row.records:
+        for record in pick(row.records, has(row.records, "remote")):
             if record.remote is not None and not record.remote.resumed:
                 sessions[record.session_id].append(record)
     found: dict[str, list[Phase]] = {}

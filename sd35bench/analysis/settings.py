@@ -5,6 +5,7 @@ is what two trials must share to be compared image by image. Both are computed f
 a study, so they build plain tuples and hash a setting only once.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.fields import asked_fields, pair_identity, setting_identity
+from sd35bench.columns import Columns, Records, Some
+from sd35bench.fields import PAIR, asked_fields, pair_identity, setting_identity
 from sd35bench.prompts import same_prompt
 from sd35bench.types import Load, Record, Trial, content_hash, to_json
 
@@ -30,6 +32,59 @@ def setting_key(trial: Trial) -> str:
 def pair_key(trial: Trial) -> PairKey:
     """Prompt, negative prompt, seed, width, height and init image of a trial."""
     return pair_identity(trial.request)
+
+
+def setting_keys(records: Some) -> NDArray[np.object_]:
+    """The setting of each record: [n]."""
+    if isinstance(records, Records):
+        columns = records.columns
+        return columns.kept("settings", lambda: _settings(columns))[records.places]
+    return np.array([setting_key(r.trial) for r in records], object)
+
+
+def pair_keys(records: Some) -> list[PairKey]:
+    """The pair of each record."""
+    if isinstance(records, Records):
+        codes, keys, _ = _pairs(records.columns)
+        return [keys[code] for code in codes[records.places].tolist()]
+    return [pair_key(r.trial) for r in records]
+
+
+def cluster_labels(records: Some) -> NDArray[np.int64]:
+    """Give each record its prompt's number (with its init image), in order of appearance: [n]."""
+    if isinstance(records, Records):
+        codes, _, prompts = _pairs(records.columns)
+        found = prompts[codes[records.places]].tolist()
+    else:
+        found = [cluster_key(r.trial) for r in records]
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(k, len(numbers)) for k in found], np.int64)
+
+
+def _settings(columns: Columns) -> NDArray[np.object_]:
+    """The setting of every record of a view; one record of each load and request is looked at."""
+    init = columns.codes("init_image")[0] >= 0
+    codes, firsts = columns.grouped(columns.codes("load")[0], columns.codes("asked")[0], init)
+    return np.array([setting_key(columns.record(i).trial) for i in firsts.tolist()], object)[codes]
+
+
+def _pairs(columns: Columns) -> tuple[NDArray[np.int64], list[PairKey], NDArray[np.int64]]:
+    """A number for the pair of every record of a view, each pair, and the number of its prompt."""
+
+    def make() -> tuple[NDArray[np.int64], list[PairKey], NDArray[np.int64]]:
+        asked, texts = columns.codes("asked")
+        numbers: dict[str, int] = {}
+        of_asked = [json.loads(text) for text in texts]
+        parts = [repr([a.get(name) for name in PAIR]) for a in of_asked]
+        part = np.array([numbers.setdefault(p, len(numbers)) for p in parts], np.int64)[asked]
+        free = (columns.codes(n)[0] for n in ("prompt", "negative_prompt", "init_image"))
+        codes, firsts = columns.grouped(*free, columns.whole("seed"), part)
+        trials = [columns.record(i).trial for i in firsts.tolist()]
+        prompts: dict[Any, int] = {}
+        labels = [prompts.setdefault(cluster_key(t), len(prompts)) for t in trials]
+        return codes, [pair_key(t) for t in trials], np.array(labels, np.int64)
+
+    return columns.kept("pairs", make)
 
 
 def known_digest(load: Load) -> str | None:

@@ -15,10 +15,21 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sd35bench.analysis.settings import PairKey, pair_key
+from sd35bench.analysis.settings import PairKey, pair_keys
 from sd35bench.analysis.table import Row, Table
+from sd35bench.columns import (
+    Floats,
+    Some,
+    by_text,
+    flops,
+    has,
+    in_time,
+    numbers,
+    pick,
+    seconds,
+    texts,
+)
 from sd35bench.contention import unlike
 from sd35bench.measure import RATE_FIELDS, device_of
 from sd35bench.stats.intervals import Interval
@@ -46,7 +57,6 @@ _OF_THIS_MACHINE = (
     *("flops", "achieved_tflops", "limit_tflops", "limit_precision", "limit_fraction", "gpu"),
     *("cold_compile_s", "cold_first_call_s", "warm_compile_s", "warm_first_call_s"),
 )
-Floats = NDArray[np.float64]
 LEAST_PER_START = 2
 """Lone images that a process start must have made to count for the spread between starts."""
 
@@ -70,12 +80,11 @@ class Latency:
     starts: int = 0
 
 
-def latency_summary(timed: list[Record]) -> Latency:
+def latency_summary(timed: Some) -> Latency:
     """Latency of trials that ran alone."""
-    known = [r for r in timed if r.timings is not None]
-    if not known:
+    starts = seconds_by_start(timed)
+    if not starts:
         return Latency()
-    starts = by_start((r, _latency_s(r)) for r in known)
     p50, mean = latency_interval(starts), mean_latency(starts)
     return Latency(
         p50=p50.value,
@@ -87,6 +96,18 @@ def latency_summary(timed: list[Record]) -> Latency:
         n=p50.n,
         starts=p50.clusters,
     )
+
+
+def seconds_by_start(timed: Some) -> list[Floats]:
+    """Latencies by process start, in the order of time."""
+    return list(named_seconds(timed).values())
+
+
+def named_seconds(timed: Some) -> dict[str, Floats]:
+    """Latencies by the process start's name, in the order of time."""
+    known = in_time(pick(timed, ~np.isnan(seconds(timed))))
+    values = seconds(known)
+    return {name: values[places] for name, places in by_text(known, "session_id").items()}
 
 
 def by_start(timed: Iterable[tuple[Record, float]]) -> list[Floats]:
@@ -116,12 +137,12 @@ def speed_summary(
         gone = dict.fromkeys((*_OF_THIS_MACHINE, "device_spread", "host_spread"))
         return gone | {"throughput": []} | _starts(row)
     sessions = _sessions(table, row)
-    flops = _mean_flops(row.timed if row.timed else row.usable)
+    counted = _mean_flops(row.timed if row.timed else row.usable)
     achieved = _achieved_tflops(row.timed)
     rates = _rates(sessions, machine)
     limit = rates.get(_precision(sessions))
     return {
-        "flops": flops,
+        "flops": counted,
         "achieved_tflops": achieved,
         "limit_tflops": limit,
         "limit_precision": _precision(sessions) if limit is not None else None,
@@ -242,11 +263,10 @@ class LoneImage:
 
 def lone_images(row: Row) -> dict[PairKey, LoneImage]:
     """A row's timed images by pair."""
-    return {
-        pair_key(r.trial): LoneImage(r.timings.latency_s, r.session_id, r.started_at)
-        for r in row.timed
-        if r.timings is not None
-    }
+    known = pick(row.timed, ~np.isnan(seconds(row.timed)))
+    fields = (texts(known, name).tolist() for name in ("session_id", "started_at"))
+    images = map(LoneImage, seconds(known).tolist(), *fields)
+    return dict(zip(pair_keys(known), images, strict=True))
 
 
 def log_ratio(
@@ -337,9 +357,9 @@ def throughput(row: Row, latency: Latency) -> list[dict[str, Any]]:
     if latency.p50 is not None:
         found.append(_per_second(1, latency.p50, latency.ci95, latency.n))
     batches: dict[int, dict[Any, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in row.records:
+    for record in pick(row.records, numbers(row.records, "batch_size") > 1):
         size = record.trial.batch_size
-        if record.status is Status.OK and size > 1 and record.batch_actual == size:
+        if record.status is Status.OK and record.batch_actual == size:
             # One batch's records share its start and its times.
             batches[size][record.session_id, record.started_at, record.timings].append(record)
     for size in sorted(batches):
@@ -362,7 +382,7 @@ def _latency_s(record: Record) -> float:
 
 def _starts(row: Row) -> dict[str, Any]:
     return {
-        "starts": len({r.session_id for r in row.timed}),
+        "starts": len(by_text(row.timed, "session_id")),
         "start_spread": _start_spread(row.timed),
     }
 
@@ -376,10 +396,10 @@ def spreads(row: Row, sessions: Mapping[str, Session]) -> dict[str, Any]:
     found = {}
     for name, fact in (("device_spread", "device_uuid"), ("host_spread", "hostname")):
         latencies: dict[Any, list[float]] = defaultdict(list)
-        for record in row.timed:
-            place = where.get(record.session_id, {}).get(fact)
+        for session_id, taken in named_seconds(row.timed).items():
+            place = where.get(session_id, {}).get(fact)
             if place is not None:
-                latencies[place].append(_latency_s(record))
+                latencies[place] += taken.tolist()
         middles = [median(x) for x in latencies.values() if len(x) >= LEAST_PER_START]
         several = len(middles) >= 2
         found[name] = max(middles) / min(middles) if several else None
@@ -397,12 +417,10 @@ def spread_texts(row: Row, sessions: Sequence[Session]) -> list[str]:
     ]
 
 
-def _start_spread(timed: Sequence[Record]) -> float | None:
+def _start_spread(timed: Some) -> float | None:
     """Slowest over fastest process start, by the median latency of each."""
-    by_start: dict[str, list[float]] = defaultdict(list)
-    for record in timed:
-        by_start[record.session_id].append(_latency_s(record))
-    medians = [median(x) for x in by_start.values() if len(x) >= LEAST_PER_START]
+    starts = seconds_by_start(timed)
+    medians = [median(x.tolist()) for x in starts if len(x) >= LEAST_PER_START]
     return max(medians) / min(medians) if len(medians) >= 2 else None
 
 
@@ -431,27 +449,28 @@ def compile_seconds(table: Table, row: Row) -> dict[str, float | None]:
 
 
 def _sessions(table: Table, row: Row) -> list[Session]:
-    ids = dict.fromkeys(r.session_id for r in row.timed or row.records)
+    ids = by_text(row.timed if row.timed else row.records, "session_id")
     return [table.sessions[i] for i in ids if i in table.sessions]
 
 
-def _mean_flops(records: Sequence[Record]) -> dict[str, float] | None:
+def _mean_flops(records: Some) -> dict[str, float] | None:
     """Operations of one image by stage; alike in all records of a setting but for rare cases."""
-    known = [r.flops for r in records if r.flops is not None]
+    known = [f for f in flops(records) if f is not None]
     if not known:
         return None
     stages = ("text", "encode", "denoise", "decode", "total")
     return {name: float(np.mean([getattr(f, name) for f in known])) for name in stages}
 
 
-def _achieved_tflops(timed: Sequence[Record]) -> float | None:
-    pairs = [(r.flops, r.timings) for r in timed if r.flops is not None and r.timings is not None]
-    rates = [_tflops(flops) / timings.generate_s for flops, timings in pairs]
+def _achieved_tflops(timed: Some) -> float | None:
+    times = numbers(timed, "generate_s").tolist()
+    pairs = [(f, t) for f, t in zip(flops(timed), times, strict=True) if f is not None and t == t]
+    rates = [_tflops(counted) / generate_s for counted, generate_s in pairs]
     return median(rates) if rates else None
 
 
-def _tflops(flops: Flops) -> float:
-    return flops.total / 1e12
+def _tflops(counted: Flops) -> float:
+    return counted.total / 1e12
 
 
 def _precision(sessions: Sequence[Session]) -> str:
@@ -477,9 +496,9 @@ def _rates(sessions: Sequence[Session], machine: Sequence[Mapping[str, Any]]) ->
     return {}
 
 
-def _gpu(timed: Sequence[Record], sessions: Sequence[Session]) -> dict[str, Any] | None:
+def _gpu(timed: Some, sessions: Sequence[Session]) -> dict[str, Any] | None:
     """Clocks, power and throttling over lone images; ``None`` where no GPU made them."""
-    states = [r.gpu for r in timed if r.gpu is not None]
+    states = [r.gpu for r in pick(timed, has(timed, "gpu")) if r.gpu is not None]
     if not states or not sessions or device_of(sessions[-1].in_force) != "cuda":
         return None
     clocks = [s.sm_clock_mhz for s in states if s.sm_clock_mhz is not None]

@@ -34,8 +34,18 @@ from sd35bench.analysis.table import (
     part_held_out,
     read_table,
 )
+from sd35bench.columns import (
+    Floats,
+    Some,
+    by_text,
+    numbers,
+    pick,
+    seconds,
+    step_seconds,
+    texts,
+)
 from sd35bench.contention import DISTURBED, unlike
-from sd35bench.types import Record, Session, Status, to_json
+from sd35bench.types import Session, Status, to_json
 
 
 def show_document(
@@ -102,22 +112,19 @@ def _order(row: Row) -> tuple[Any, ...]:
 def _row(
     study: Any, table: Table, row: Row, metrics: list[str], latency: Latency
 ) -> dict[str, Any]:
-    ok = [r for r in row.records if r.status is Status.OK]
-    sessions = [
-        table.sessions[i]
-        for i in dict.fromkeys(r.session_id for r in ok or row.records)
-        if i in table.sessions
-    ]
+    ok = pick(row.records, texts(row.records, "status") == Status.OK)
+    named = by_text(ok if ok else row.records, "session_id")
+    sessions = [table.sessions[i] for i in named if i in table.sessions]
     target = row.records[0].trial.load.model.target_latency_s
     p50 = latency.p50
     # What this process took to talk to a service says nothing of the model's memory.
-    memories = [r.memory for r in row.records if r.memory is not None and not row.hosted]
+    measured: Some = [] if row.hosted else row.records
     return row.setting | {
         "id": row.id,
         "environment_id": row.environment_id,
         "environment": sessions[-1].environment if sessions else None,
-        "effective_steps": _common(r.effective_steps for r in ok),
-        "evaluations": _common(r.evaluations for r in ok),
+        "effective_steps": _common(numbers(ok, "effective_steps")),
+        "evaluations": _common(numbers(ok, "evaluations")),
         "n": len(row.records) - row.failed,
         "failed": row.failed,
         "ambiguous": row.ambiguous,
@@ -130,36 +137,30 @@ def _row(
         "stage_s": _stages([] if row.hosted else row.timed),
         "load_s": None if row.hosted else _median(s.load_s for s in sessions),
         "first_call_s": None if row.hosted else _median(s.first_call_s for s in sessions),
-        "peak_vram_bytes": _peak(m.peak_vram_bytes for m in memories),
-        "peak_allocator_bytes": _peak(m.peak_allocator_bytes for m in memories),
-        "peak_rss_bytes": _peak(m.peak_rss_bytes for m in memories),
-        "image_bytes": _median(r.image_bytes for r in row.usable),
-        "truncated_prompts": sum(bool(r.truncated_tokens) for r in row.usable),
+        "peak_vram_bytes": _peak(numbers(measured, "peak_vram_bytes")),
+        "peak_allocator_bytes": _peak(numbers(measured, "peak_allocator_bytes")),
+        "peak_rss_bytes": _peak(numbers(measured, "peak_rss_bytes")),
+        "image_bytes": _median(numbers(row.usable, "image_bytes").tolist()),
+        "truncated_prompts": int((numbers(row.usable, "truncated_tokens") > 0).sum()),
         "in_force": sessions[-1].in_force if sessions else None,
         "metrics": {name: row_metric(study, table, row, name) for name in metrics},
         "warnings": _warnings(row, sessions),
     }
 
 
-def _stages(timed: list[Record]) -> dict[str, float | None]:
+def _stages(timed: Some) -> dict[str, float | None]:
     """Mean seconds by stage; with `other_s`, what no stage explains, they add up to the latency.
 
     `step_s` is the mean of one step, a part of `denoise_s`.
     """
-    timings = [r.timings for r in timed if r.timings is not None]
-    steps = [s for t in timings for s in t.step_s]
-    stages = {
-        "text_s": _mean(t.text_s for t in timings),
-        "denoise_s": _mean(t.denoise_s for t in timings),
-        "decode_s": _mean(t.decode_s for t in timings),
-        "encode_s": _mean(t.encode_s for t in timings),
-    }
-    mean = _mean(t.latency_s for t in timings)
+    names = ("text_s", "denoise_s", "decode_s", "encode_s")
+    stages = {name: _mean(numbers(timed, name)) for name in names}
+    mean = _mean(seconds(timed))
     explained = sum(s for s in stages.values() if s is not None)
     return {
         **stages,
         "other_s": None if mean is None else mean - explained,
-        "step_s": _mean(steps),
+        "step_s": _mean(step_seconds(timed)),
     }
 
 
@@ -181,31 +182,31 @@ def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
         alone = "call of this setting ran alone"
         lone = alone if row.hosted else "trial of this setting ran at batch size 1"
         found.append(f"no latency: no {lone}")
-    timed = {r.session_id for r in row.timed}
+    timed = by_text(row.timed, "session_id")
     runs = Counter(s.start for s in sessions if s.id in timed)
     if max(runs.values(), default=0) > 1:  # the starts of one run are asked for, and shown
         found.append(f"figures from {max(runs.values())} separate runs in one environment")
     return found
 
 
-def _common(values: Iterable[float | None]) -> float | None:
+def _common(values: Floats) -> float | None:
     """Return the value that all known ones share, else their mean."""
-    known = {v for v in values if v is not None}
+    known = {int(v) for v in values[~np.isnan(values)].tolist()}
     if not known:
         return None
     return known.pop() if len(known) == 1 else float(np.mean(list(known)))
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
+def _mean(values: Floats) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(np.mean(known)) if len(known) else None
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+    known = [v for v in values if v is not None and v == v]
     return float(median(known)) if known else None
 
 
-def _peak(values: Iterable[int | None]) -> int | None:
-    known = [v for v in values if v is not None]
-    return max(known) if known else None
+def _peak(values: Floats) -> int | None:
+    known = values[~np.isnan(values)]
+    return int(known.max()) if len(known) else None

@@ -10,9 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_key
+import numpy as np
+from numpy.typing import NDArray
+
+from sd35bench.analysis.scores import ScoreIndex, ScoreLike
+from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_keys
+from sd35bench.columns import Some, has, numbers, pick, prompt_refs, texts
 from sd35bench.contention import Timed, choose, clock_text, read_contention, sentences
 from sd35bench.measure import environment_id
 from sd35bench.types import CUT, Record, Session, Status, content_hash
@@ -30,16 +35,6 @@ BESIDE = "ran beside others"
 _BATCHED = "did not run at batch size 1"
 
 
-class ScoreLike(Protocol):
-    """One metric's value for one trial's image, as the store keeps it."""
-
-    metric: str
-    key: str
-    image: str
-    value: float | None
-    detail: dict[str, Any]
-
-
 @dataclass(slots=True)
 class Row:
     """One setting in one environment.
@@ -52,9 +47,9 @@ class Row:
 
     setting: dict[str, Any]
     environment_id: str | None
-    records: list[Record] = field(default_factory=list)
-    timed: list[Record] = field(default_factory=list)
-    usable: list[Record] = field(default_factory=list)
+    records: Some = field(default_factory=list)
+    timed: Some = field(default_factory=list)
+    usable: Some = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
     untimed: Counter[str] = field(default_factory=Counter)
     clock: Timed = field(default_factory=Timed)
@@ -72,7 +67,7 @@ class Row:
     @property
     def failed(self) -> int:
         """How many trials did not end OK."""
-        return sum(r.status is not Status.OK for r in self.records)
+        return int((texts(self.records, "status") != Status.OK).sum())
 
     @property
     def hosted(self) -> bool:
@@ -82,18 +77,19 @@ class Row:
     @property
     def ambiguous(self) -> int:
         """How many of the failed may have been made, and billed, all the same."""
-        return sum(r.status is Status.AMBIGUOUS for r in self.records)
+        return int((texts(self.records, "status") == Status.AMBIGUOUS).sum())
 
     @property
     def quality_batch_size(self) -> int | None:
         """The batch size that made most usable images; on a tie, the larger."""
-        sizes = Counter(r.trial.batch_size for r in self.usable)
+        sizes = Counter(map(int, numbers(self.usable, "batch_size").tolist()))
         return max(sizes, key=lambda size: (sizes[size], size)) if sizes else None
 
-    def quality_records(self) -> list[Record]:
+    def quality_records(self) -> Some:
         """Usable records of the batch size that quality figures come from."""
-        size = self.quality_batch_size
-        return [r for r in self.usable if r.trial.batch_size == size]
+        if not self.usable:
+            return []
+        return pick(self.usable, numbers(self.usable, "batch_size") == self.quality_batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +102,7 @@ class Table:
 
     rows: list[Row]
     sessions: dict[str, Session]
-    scores: dict[str, dict[tuple[str, str], ScoreLike]]
+    scores: ScoreIndex
     warnings: list[str]
     busy: list[str] = field(default_factory=list)
     clock: str | None = None
@@ -123,24 +119,23 @@ def read_table(study: Any, pool_hosts: bool = False) -> Table:
     `pool_hosts`: unlike hosts and devices with the same software share rows.
     """
     sessions = by_host(study.sessions(), pool_hosts)
-    scores: dict[str, dict[tuple[str, str], ScoreLike]] = defaultdict(dict)
-    for score in study.scores():
-        scores[score.metric][score.key, score.image] = score
-    refused = {where: str(s.detail.get("reason")) for where, s in _guarded(scores) if not s.value}
+    scores = ScoreIndex(study.scores())
+    records = study.records()
+    refused = _refused(scores, records)
     images = study.images()
     damaged = {path.name.partition(".")[0]: path for path in images.damaged}
-    rows = _rows(study.records(), sessions)
+    rows = _rows(records, sessions)
     found = read_contention(study.all_records(), sessions)
     for row in rows:
         _sort_out(row, refused, images.whole, damaged)
         row.clock = choose(row.timed, found)
         row.timed = row.clock.kept
-    named = {r.image for row in rows for r in row.records}
+    named = {image for row in rows for image in texts(row.records, "image")} if damaged else set()
     paths = [p.relative_to(study.path) for digest, p in damaged.items() if digest in named]
     warnings = [*damaged_text(paths), *_warnings(rows)]
     clocks = [row.clock for row in rows]
     busy, clock = sentences(clocks, found.speed), clock_text(clocks, found.speed)
-    return Table(rows, sessions, dict(scores), warnings, busy, clock, found.speed)
+    return Table(rows, sessions, scores, warnings, busy, clock, found.speed)
 
 
 def by_host(sessions: Mapping[str, Session], pool: bool = False) -> dict[str, Session]:
@@ -177,16 +172,15 @@ def damaged_text(paths: Iterable[Path]) -> list[str]:
     ]
 
 
-def keep_records(rows: Iterable[Row], keep: Callable[[Record], bool]) -> list[Row]:
+def keep_records(rows: Iterable[Row], keep: Callable[[Some], NDArray[np.bool_]]) -> list[Row]:
     """Rows with the records that are kept; rows without any are gone."""
     found = []
     for row in rows:
-        records = [r for r in row.records if keep(r)]
+        records = pick(row.records, keep(row.records))
         if records:
             part = Row(row.setting, row.environment_id, records)
-            part.timed = [r for r in row.timed if keep(r)]
+            part.timed, part.usable = (pick(x, keep(x)) for x in (row.timed, row.usable))
             part.clock = row.clock
-            part.usable = [r for r in row.usable if keep(r)]
             found.append(part)
     return found
 
@@ -200,17 +194,14 @@ def part_held_out(rows: Iterable[Row]) -> tuple[list[Row], int]:
     rows = list(rows)
     splits: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        splits[row.setting["task"]].update(r.trial.prompt.split for r in row.records)
+        splits[row.setting["task"]].update(prompt_refs(row.records, "split"))
     mixed = {task for task, found in splits.items() if HELD_OUT in found and len(found) > 1}
     if not mixed:
         return rows, 0
 
-    def keep(record: Record) -> bool:
-        held = record.trial.prompt.split == HELD_OUT
-        return not held or record.trial.request.task.value not in mixed
-
     whole = [row for row in rows if row.setting["task"] not in mixed]
-    parts = keep_records((row for row in rows if row.setting["task"] in mixed), keep)
+    of_mixed = (row for row in rows if row.setting["task"] in mixed)
+    parts = keep_records(of_mixed, lambda x: prompt_refs(x, "split") != HELD_OUT)
     left = sum(len(r.records) for r in rows) - sum(len(r.records) for r in (*whole, *parts))
     return [*whole, *parts], left
 
@@ -243,31 +234,36 @@ def repeated_seeds(records: Iterable[Record]) -> set[str]:
     return {digest for digest, found in seeds.items() if len(found) > 1}
 
 
-def _guarded(scores: Mapping[str, dict[tuple[str, str], ScoreLike]]):
-    return scores.get(GUARD, {}).items()
+def _refused(scores: ScoreIndex, records: Some) -> dict[tuple[str, str], str]:
+    """Trials whose images the guards refused, and why."""
+    found = scores.found(GUARD, records)
+    places = np.flatnonzero(found.there & ~(found.values > 0.0))
+    refused = pick(records, places)
+    where = zip(texts(refused, "key"), texts(refused, "image"), strict=True)
+    return {w: str(found.detail(i).get("reason")) for w, i in zip(where, places, strict=True)}
 
 
-def _rows(records: Iterable[Record], sessions: Mapping[str, Session]) -> list[Row]:
-    rows: dict[tuple[str, str | None], Row] = {}
-    homeless: list[tuple[str, Record]] = []
-    first: dict[str, Row] = {}
-    for record in records:
-        setting = setting_key(record.trial)
-        session = sessions.get(record.session_id)
-        if session is None and record.status is not Status.OK:
-            homeless.append((setting, record))  # the worker died before it could describe itself
-            continue
-        environment = None if session is None else session.environment_id
-        row = rows.get((setting, environment))
-        if row is None:
-            row = rows[setting, environment] = Row(setting_fields(record), environment)
-            first.setdefault(setting, row)
-        row.records.append(record)
-    for setting, record in homeless:
-        if setting not in first:
-            first[setting] = rows[setting, None] = Row(setting_fields(record), None)
-        first[setting].records.append(record)
-    return list(rows.values())
+def _rows(records: Some, sessions: Mapping[str, Session]) -> list[Row]:
+    """Group records; those whose worker died before it described itself go to the first row."""
+    environments = {name: s.environment_id for name, s in sessions.items()}
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    homeless: dict[str, list[int]] = {}
+    ok = (texts(records, "status") == Status.OK).tolist()
+    settings, ids = setting_keys(records).tolist(), texts(records, "session_id").tolist()
+    for number, (setting, name) in enumerate(zip(settings, ids, strict=True)):
+        if name not in environments and not ok[number]:
+            homeless.setdefault(setting, []).append(number)
+        else:
+            groups.setdefault((setting, environments.get(name)), []).append(number)
+    first: dict[str, tuple[str, str | None]] = {}
+    for key in groups:
+        first.setdefault(key[0], key)
+    for setting, members in homeless.items():
+        groups.setdefault(first.get(setting, (setting, None)), []).extend(members)
+    return [
+        Row(setting_fields(records[members[0]]), environment, pick(records, np.array(members)))
+        for (_, environment), members in groups.items()
+    ]
 
 
 def _sort_out(
@@ -277,25 +273,41 @@ def _sort_out(
     damaged: Container[str],
 ) -> None:
     """Fill in which of a row's records are timed, usable or excluded."""
-    ok = [r for r in row.records if r.status is Status.OK and r.image is not None]
-    repeated = repeated_seeds(ok)
-    for record in ok:
-        assert record.image is not None
-        reason = refused.get((record.trial.key, record.image))
-        if reason is None and record.image in repeated:
+    image = texts(row.records, "image")
+    ok = pick(row.records, (texts(row.records, "status") == Status.OK) & (image != None))  # noqa: E711
+    images = texts(ok, "image").tolist()
+    repeated = set() if len(set(images)) == len(images) else repeated_seeds(ok)
+    remote = has(ok, "remote")
+    whys = _why_untimed(ok, remote)
+    usable, timed = np.zeros(len(ok), bool), np.zeros(len(ok), bool)
+    named = zip(texts(ok, "key").tolist(), images, strict=True)
+    for number, where in enumerate(named):
+        reason = refused.get(where) if refused else None
+        if reason is None and where[1] in repeated:
             reason = REPEATED
-        if record.image not in whole and (reason is None or record.image in damaged):
-            reason = DAMAGED if record.image in damaged else MISSING
+        if where[1] not in whole and (reason is None or where[1] in damaged):
+            reason = DAMAGED if where[1] in damaged else MISSING
         if reason is None:
-            row.usable.append(record)
+            usable[number] = True
         else:
             row.excluded[reason] += 1
-        why = why_untimed(record)
+        why = whys[number]
         # A file that is gone and an ignored seed say nothing against the time that was measured.
         if why is None and reason in (None, MISSING, DAMAGED, REPEATED):
-            row.timed.append(record)
-        elif why is not None and record.remote is not None:
+            timed[number] = True
+        elif why is not None and remote[number]:
             row.untimed[why] += 1
+    row.usable, row.timed = pick(ok, usable), pick(ok, timed)
+
+
+def _why_untimed(records: Some, remote: NDArray[np.bool_]) -> list[str | None]:
+    """The same of every record; only the hosted ones are looked at as a whole."""
+    alone = (numbers(records, "batch_size") == 1) & (numbers(records, "batch_actual") == 1)
+    alone &= ~np.isnan(numbers(records, "generate_s"))
+    found: list[str | None] = [None if each else _BATCHED for each in alone.tolist()]
+    for number in np.flatnonzero(remote).tolist():
+        found[number] = why_untimed(records[number])
+    return found
 
 
 def _warnings(rows: Iterable[Row]) -> list[str]:
@@ -308,8 +320,8 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
         found.append(f"{count} trials failed; they count in `failed` and nowhere else")
     if ambiguous:
         found.append(ambiguous_text(ambiguous))
-    asked = {r.trial.request.prompt for row in rows for r in row.records}
-    cut = {r.trial.request.prompt for row in rows for r in row.records if r.truncated_tokens}
+    asked = {prompt for row in rows for prompt in texts(row.records, "prompt")}
+    cut = {prompt for row in rows for prompt in texts(_cut(row.records), "prompt")}
     if cut:
         found.append(f"{len(cut)} of {len(asked)} prompts {CUT}")
     for task, sets in _prompt_sets(rows).items():
@@ -329,11 +341,15 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
     return found
 
 
+def _cut(records: Some) -> Some:
+    return pick(records, numbers(records, "truncated_tokens") > 0)
+
+
 def _prompt_sets(rows: Iterable[Row]) -> dict[str, Counter[tuple[str, ...]]]:
     """By task, on which prompt sets settings were judged, and how many settings on each."""
     found: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for row in rows:
         if row.usable:
-            sets = tuple(sorted({r.trial.prompt.set for r in row.usable}))
+            sets = tuple(sorted(set(prompt_refs(row.usable, "set"))))
             found[row.setting["task"]][sets] += 1
     return found

@@ -19,9 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
 from sd35bench.analysis.settings import HELD_OUT, shared_negatives
 from sd35bench.analysis.table import Row, Table, keep_records
+from sd35bench.columns import Some, pick, prompt_refs, texts
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import FEWEST_TO_SPLIT, PromptSpec, load_prompts, same_prompt
 from sd35bench.stats.intervals import Interval
@@ -105,18 +109,17 @@ class HeldOut:
 def part_rows(rows: Iterable[Row]) -> Parted:
     """Part rows into what a choice may look at and what only its confirmation may."""
     rows = list(rows)
-    splits = {r.trial.prompt.split for row in rows for r in row.usable}
+    splits = {split for row in rows for split in prompt_refs(row.usable, "split")}
     if splits <= {HELD_OUT}:
         return Parted(rows, None, [], "the choice was made on the held-out split itself")
-    shown = (r.trial for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT)
-    seen = {same_prompt(trial.request.prompt) for trial in shown}
-    negatives = _negatives(rows)
+    shown = [_split_off(row.records, held_out=False) for row in rows]
+    seen = {same_prompt(text) for text in {t for x in shown for t in texts(x, "prompt")}}
+    are_there = any((prompt_refs(row.records, "split") == HELD_OUT).any() for row in rows)
+    negatives = _negatives(rows) if are_there else {}
     leaked: Counter[str] = Counter()
     strange: Counter[str] = Counter()
 
     def held(record: Record) -> bool:
-        if record.trial.prompt.split != HELD_OUT:
-            return False
         if same_prompt(record.trial.request.prompt) in seen:
             leaked[record.trial.key] += 1
             return False
@@ -127,8 +130,13 @@ def part_rows(rows: Iterable[Row]) -> Parted:
             return False
         return True
 
-    for_choice = keep_records(rows, lambda r: r.trial.prompt.split != HELD_OUT)
-    held_out = keep_records(rows, held)
+    def are_held(records: Some) -> NDArray[np.bool_]:
+        found = prompt_refs(records, "split") == HELD_OUT
+        found[found] = [held(r) for r in pick(records, found)]
+        return found
+
+    for_choice = keep_records(rows, lambda x: prompt_refs(x, "split") != HELD_OUT)
+    held_out = keep_records(rows, are_held)
     notes = []
     if leaked:
         notes.append(
@@ -155,6 +163,10 @@ def _remedy(rows: Iterable[Row]) -> str:
     if (few and not sets & _SET_SIZES.keys()) or "given" in sets:
         return f"half of {FEWEST_TO_SPLIT} or more in a file (prompts.path=FILE) is held out"
     return "choose on prompts.split=tune"
+
+
+def _split_off(records: Some, held_out: bool) -> Some:
+    return pick(records, (prompt_refs(records, "split") == HELD_OUT) == held_out)
 
 
 def read_held_out(table: Table, rows: Sequence[Row], task: Task, metric: str) -> HeldOut:
@@ -231,7 +243,7 @@ def _set_size(prompt_set: str) -> int | None:
 
 def _negatives(rows: Iterable[Row]) -> dict[Task, tuple[str, ...] | None]:
     """Each task's negative prompts in the choice; ``None`` where prompts bring their own."""
-    records = [r for row in rows for r in row.records if r.trial.prompt.split != HELD_OUT]
+    records = [r for row in rows for r in _split_off(row.records, held_out=False)]
     by_task = {task: [r for r in records if r.trial.request.task is task] for task in Task}
     return {task: shared_negatives(found) for task, found in by_task.items()}
 
