@@ -27,6 +27,10 @@ _PART = {
 _ASKED = frozenset(("prompt", "negative_prompt", "init_image"))
 
 
+_FEW, _MOST_MADE = 8192, 65536
+"""Records of a part that is remembered once it was looked at, and of all such parts: 150 MB."""
+
+
 class Columns:
     """All records of a view; a column is read when it is first asked for."""
 
@@ -112,7 +116,10 @@ class Columns:
         return self._made[place]
 
     def records(self, places: Places) -> Iterator[Record]:
-        """Whole records, which are not remembered. Raises: StoreError."""
+        """Whole records; those of small parts are remembered. Raises: StoreError."""
+        if len(places) <= _FEW and len(self._made) < _MOST_MADE:
+            yield from map(self.record, places.tolist())
+            return
         shards, names = self.codes("shard")
         offsets, lengths = self.whole("offset"), self.whole("length")
         for start, end in _runs(shards[places]):
@@ -294,6 +301,23 @@ def _runs(codes: Places) -> Iterator[tuple[int, int]]:
 # Scores ----------------------------------------------------------------------------------------
 
 
+def unlike(records: Some) -> Sequence[Record]:
+    """One record for each unlike load, batch size, seed and request without its prompt."""
+    if not isinstance(records, Records):
+        return records
+    columns = records.columns
+    parts = [columns.codes(name)[0] for name in ("load", "asked")]
+    parts += [columns.codes("init_image")[0] >= 0, columns.whole("batch_size")]
+    code = columns.kept("unlike", lambda: columns.grouped(*parts, columns.whole("seed"))[0])
+    _, firsts = np.unique(code[records.places], return_index=True)
+    return list(pick(records, np.sort(firsts)))
+
+
+def prompts(records: Some) -> set[tuple[str, str | None]]:
+    """Every prompt with its init image."""
+    return set(zip(texts(records, "prompt"), texts(records, "init_image"), strict=True))
+
+
 class Scores(Iterable[Score]):
     """The last score of every metric, trial and image, as a view has them."""
 
@@ -316,9 +340,22 @@ class Scores(Iterable[Score]):
         _, known = self.columns.codes("detail")
         return self.columns.kept("details", lambda: [json.loads(text) for text in known])
 
+    def of_keys(self, keys: Iterable[str]) -> Iterator[Score]:
+        """The scores of some trials."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found = pc.is_in(pa.array(self.columns.texts("key")), pa.array([*keys], pa.string()))
+        some = self._places[found.to_numpy(zero_copy_only=False)[self._places]]
+        for metric in self.metrics():
+            yield from self._made(metric, some)
+
     def of(self, metric: str) -> Iterator[Score]:
         """One metric's scores."""
-        places = self._of(metric)
+        return self._made(metric, self._places)
+
+    def _made(self, metric: str, places: Places) -> Iterator[Score]:
+        places = self._of(metric, places)
         details = self.details()
         found: dict[tuple[str, str], Score] = {}
         parts = (self.columns.texts(n)[places].tolist() for n in ("key", "image"))
@@ -336,10 +373,8 @@ class Scores(Iterable[Score]):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        places, where = (
-            self._of(metric),
-            columns.kept("keys", lambda: pa.array(columns.texts("key"))),
-        )
+        places = self._of(metric, self._places)
+        where = columns.kept("keys", lambda: pa.array(columns.texts("key")))
         keys = pa.array(self.columns.texts("key")[places])
         # Trials that were made again have several records: the last score's image tells which.
         images, known = self.columns.codes("image")
@@ -364,9 +399,9 @@ class Scores(Iterable[Score]):
                 codes[number], values[number] = own[at], scores[at]
         return codes, values
 
-    def _of(self, metric: str) -> Places:
+    def _of(self, metric: str, places: Places) -> Places:
         codes, names = self.columns.codes("metric")
-        return self._places[codes[self._places] == names.index(metric)]
+        return places[codes[places] == names.index(metric)]
 
 
 # All of a journal ------------------------------------------------------------------------------

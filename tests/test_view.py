@@ -10,15 +10,25 @@ import numpy as np
 import pytest
 
 from sd35bench import columns, view
+from sd35bench.analysis.summary import show_document
+from sd35bench.analysis.table import read_table
 from sd35bench.columns import Records
 from sd35bench.errors import StoreError
-from sd35bench.store import Study
+from sd35bench.recommend.advice import recommend_document
+from sd35bench.report.page import build_document, render_report
+from sd35bench.scored import keep_scored, read_scored
+from sd35bench.store import Score, Study
 from sd35bench.types import Record, Status, to_json
 from sd35bench.verify import verify_study
 from tests.scale import make_study
 from tests.studies.memory import record, session
 
 RECORDS = 800
+PROFILES = {
+    "best": {"margins": {"clip_score": 0.5}},
+    "fast": {"latency_limit_s": 0.5, "latency_p95_limit_s": 0.6, "margins": {"clip_score": 0.5}},
+}
+WHY = {"reason": "black image"}
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +241,41 @@ def test_a_small_study_has_no_view(made):
     opened(made).records()
     assert not (made / "view").exists()
     assert to_json(session())["id"] == "s"
+
+
+def documents(path: Path) -> list[str]:
+    """What `show`, `recommend` and the report say of a study."""
+    s = opened(path)
+    table = read_table(s)
+    show = show_document(s, table)
+    advice = recommend_document(s, PROFILES, table)
+    page = render_report(build_document(s, show, advice))
+    return [json.dumps(show), json.dumps(advice), page]
+
+
+def test_documents_are_the_same_to_the_digit_with_and_without_a_view(study, monkeypatch):
+    failing = [r for r in by_line(study) if r.status is Status.OK][::97]
+    append(study, *(replace(r, image_bytes=1) for r in failing))
+    append(study, *(replace(record(n), session_id="nobody", status=Status.ERROR) for n in (1, 2)))
+    guard = [Score(metric="guard", key=r.trial.key, image=str(r.image), value=0.0, detail=WHY)
+             for r in failing[:2]]  # fmt: skip
+    opened(study).append_scores("guard", guard)
+    found = documents(study)
+    monkeypatch.setattr(view, "LEAST_BYTES", 1 << 60)
+    for one, other in zip(found, documents(study), strict=True):
+        assert one == other
+
+
+def test_nothing_to_score_is_remembered_until_something_changes(study):
+    s = opened(study)
+    s.records()
+    said = {"total": 0, "refused": {}}
+    keep_scored(s, said)
+    assert read_scored(opened(study)) == said
+    opened(study).append_scores("m", [Score(metric="m", key="k", image="i", value=1.0)])
+    assert read_scored(opened(study)) is None
+    keep_scored(s, said)
+    append(study, record(1))
+    assert read_scored(opened(study)) is None
+    keep_scored(opened(study), {"total": 3, "refused": {}})
+    assert read_scored(opened(study)) is None

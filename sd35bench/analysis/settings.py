@@ -42,6 +42,21 @@ def setting_keys(records: Some) -> NDArray[np.object_]:
     return np.array([setting_key(r.trial) for r in records], object)
 
 
+def tasks(records: Some) -> list[str]:
+    """The task of each record, by its name."""
+    if not isinstance(records, Records):
+        return [r.trial.request.task.value for r in records]
+    columns = records.columns
+
+    def make() -> NDArray[np.object_]:
+        init = columns.codes("init_image")[0] >= 0
+        codes, firsts = columns.grouped(columns.codes("asked")[0], init)
+        found = [columns.record(i).trial.request.task.value for i in firsts.tolist()]
+        return np.array(found, object)[codes]
+
+    return columns.kept("tasks", make)[records.places].tolist()
+
+
 def pair_keys(records: Some) -> list[PairKey]:
     """The pair of each record."""
     if isinstance(records, Records):

@@ -433,8 +433,10 @@ def compile_seconds(table: Table, row: Row) -> dict[str, float | None]:
     starts: dict[str, list[Session]] = defaultdict(list)
     for session in table.sessions.values():
         compiled = session.in_force.get("compile")
-        alike = session.environment_id == row.environment_id and session.load.key == key
-        if alike and isinstance(compiled, Mapping) and compiled.get("compile_s") is not None:
+        timed = isinstance(compiled, Mapping) and compiled.get("compile_s") is not None
+        if not timed or session.environment_id != row.environment_id:
+            continue
+        if session.load.key == key:
             starts[str(compiled.get("cache"))].append(session)
     found: dict[str, float | None] = {}
     for cache in ("cold", "warm"):

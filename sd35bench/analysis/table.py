@@ -220,6 +220,16 @@ def why_untimed(record: Record) -> str | None:
     return None if alone and record.timings is not None else _BATCHED
 
 
+def whys_untimed(records: Some) -> list[str | None]:
+    """The same of every record; only the hosted ones are looked at as a whole."""
+    alone = (numbers(records, "batch_size") == 1) & (numbers(records, "batch_actual") == 1)
+    alone &= ~np.isnan(numbers(records, "generate_s"))
+    found: list[str | None] = [None if each else _BATCHED for each in alone.tolist()]
+    for number in np.flatnonzero(has(records, "remote")).tolist():
+        found[number] = why_untimed(records[number])
+    return found
+
+
 def ambiguous_text(count: int) -> str:
     """What ambiguous trials are, and what to do about them."""
     return f"{count} ambiguous: may have been billed; run again to look for them"
@@ -278,7 +288,7 @@ def _sort_out(
     images = texts(ok, "image").tolist()
     repeated = set() if len(set(images)) == len(images) else repeated_seeds(ok)
     remote = has(ok, "remote")
-    whys = _why_untimed(ok, remote)
+    whys = whys_untimed(ok)
     usable, timed = np.zeros(len(ok), bool), np.zeros(len(ok), bool)
     named = zip(texts(ok, "key").tolist(), images, strict=True)
     for number, where in enumerate(named):
@@ -298,16 +308,6 @@ def _sort_out(
         elif why is not None and remote[number]:
             row.untimed[why] += 1
     row.usable, row.timed = pick(ok, usable), pick(ok, timed)
-
-
-def _why_untimed(records: Some, remote: NDArray[np.bool_]) -> list[str | None]:
-    """The same of every record; only the hosted ones are looked at as a whole."""
-    alone = (numbers(records, "batch_size") == 1) & (numbers(records, "batch_actual") == 1)
-    alone &= ~np.isnan(numbers(records, "generate_s"))
-    found: list[str | None] = [None if each else _BATCHED for each in alone.tolist()]
-    for number in np.flatnonzero(remote).tolist():
-        found[number] = why_untimed(records[number])
-    return found
 
 
 def _warnings(rows: Iterable[Row]) -> list[str]:

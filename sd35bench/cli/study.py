@@ -25,7 +25,7 @@ def score(given: Given) -> Answer:
     study = _open(given)
     metrics = given.text("--metric")
     names = None if metrics is None else [n for n in metrics.split(",") if n]
-    counts = score_missing(study, names, given.settings)
+    counts = score_missing(study, names, given.settings, anew=True)
     out = console(given.as_json)
     for name, count in counts["scored"].items():
         out.print(f"{name}: {count} new scores", markup=False)
@@ -259,25 +259,39 @@ def _open(given: Given) -> Study:
 
 
 def score_missing(
-    study: Study, names: Sequence[str] | None = None, overrides: Sequence[str] = ()
+    study: Study,
+    names: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    anew: bool = False,
 ) -> dict[str, Any]:
     """Score what is missing, the model's default metrics where no `names` are given.
+
+    That nothing was missing is remembered of a large study; `anew` looks all the same.
 
     Returns: what `score_study` does; at least ``{"refused": {metric: why}}``.
     """
     from sd35bench.config.overrides import metric_options
-    from sd35bench.score import score_study
+    from sd35bench.scored import keep_scored, read_scored
 
+    options = metric_options(overrides)
+    defaults = names is None and not options
+    known = read_scored(study) if defaults and not anew else None
+    if known is not None:
+        return known
     if not study.done_keys():
         return {"refused": {}, "damaged": []}
-    options = metric_options(overrides)
+    from sd35bench.score import score_study
+
     with show_progress() as bar:
         task = bar.add_task(f"scoring {study.name}", total=None)
 
         def moved(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return score_study(study, names, moved, options)
+        found = score_study(study, names, moved, options)
+    if defaults:
+        keep_scored(study, found)
+    return found
 
 
 def _score_more(study: Study, names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
 from sd35bench.analysis.settings import HELD_OUT, is_hosted
 from sd35bench.analysis.table import Row, Table, read_table
+from sd35bench.columns import prompt_refs
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
 from sd35bench.recommend.choice import Choice, choose
@@ -221,7 +222,6 @@ class _Task:
         self.held_out = read_held_out(table, held, task, metric)
         self.runs: dict[str, Any] = {}
         self.look: Look = read_look(study, int(self.comparison.clusters.max()) + 1)
-        self.records = [r for c in self.comparison.candidates for r in c.row.quality_records()]
 
     def entries(self, profiles: Sequence[Profile]) -> dict[str, dict[str, Any]]:
         """Choose for each profile and say why.
@@ -322,7 +322,12 @@ def _confirmation(found: Mapping[str, Mapping[str, Any]], parted: Parted) -> tup
 def _prompts(tasks: Mapping[str, _Task]) -> list[dict[str, Any]]:
     """The prompt sets and splits that the choices were made on."""
     refs = {
-        (t, r.trial.prompt.set, r.trial.prompt.split) for t, k in tasks.items() for r in k.records
+        (task, *names)
+        for task, each in tasks.items()
+        for c in each.comparison.candidates
+        for names in zip(
+            *(prompt_refs(c.row.quality_records(), n) for n in ("set", "split")), strict=True
+        )
     }
     return [{"task": t, "set": name, "split": split} for t, name, split in sorted(refs)]
 

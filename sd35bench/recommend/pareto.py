@@ -30,14 +30,14 @@ from numpy.typing import NDArray
 from sd35bench.analysis.pairs import Candidate, Comparison
 from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.settings import cluster_labels
-from sd35bench.analysis.speed import latency_summary
+from sd35bench.analysis.speed import latency_summary, named_seconds
+from sd35bench.columns import Floats, numbers, pick, seconds
 from sd35bench.fields import describe
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.clustered import quantile_t, student
 from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import weight_chunks
 from sd35bench.stats.latency import centres, counted_starts
-from sd35bench.types import Record
 
 LEAST_FOR_P95 = 20
 """Timed images below which one of them decides where the 95th percentile is."""
@@ -98,10 +98,10 @@ class _Figure:
 def speeds(comparison: Comparison) -> Speeds:
     """How fast each candidate is."""
     found = [latency_summary(c.row.timed) for c in comparison.candidates]
-    seconds = [f.p50 for f in found if f.p50 is not None]
-    if len(seconds) == len(found):
+    middles = [f.p50 for f in found if f.p50 is not None]
+    if len(middles) == len(found):
         highs = [None if f.ci95 is None else f.ci95[1] for f in found]
-        return Speeds("latency_s", seconds, highs)
+        return Speeds("latency_s", middles, highs)
     work = [c.work for c in comparison.candidates]
     return Speeds("evaluations", work, [None] * len(work))
 
@@ -155,18 +155,26 @@ def contradiction(comparison: Comparison, chosen: int, others: Iterable[int]) ->
 
 def tails(candidate: Candidate) -> dict[str, float]:
     """Mean and 95th percentile of the latency in seconds; of few images the mean alone."""
-    x = [r.timings.latency_s for r in candidate.row.timed if r.timings is not None]
-    found = {"the mean": float(np.mean(x))} if x else {}
+    x = _seconds(candidate)
+    found = {"the mean": float(np.mean(x))} if len(x) else {}
     return found | ({"p95": float(np.quantile(x, _TAIL))} if len(x) >= LEAST_FOR_P95 else {})
+
+
+def _seconds(candidate: Candidate) -> Floats:
+    found = seconds(candidate.row.timed)
+    return found[~np.isnan(found)]
 
 
 def peak_bytes(candidate: Candidate) -> int | None:
     """Peak memory of what made the images: the GPU's where there is one, else the process's."""
     if candidate.row.hosted:
         return None  # the service's memory is none of ours
-    found = [r.memory for r in candidate.row.records if r.memory is not None]
-    vram = [m.peak_vram_bytes for m in found if m.peak_vram_bytes is not None]
-    return max(vram) if vram else max((m.peak_rss_bytes for m in found), default=None)
+    for name in ("peak_vram_bytes", "peak_rss_bytes"):
+        peaks = numbers(candidate.row.records, name)
+        known = peaks[~np.isnan(peaks)]
+        if len(known):
+            return int(known.max())
+    return None
 
 
 def usd(candidate: Candidate, latency_s: float | None, profile: Profile) -> float | None:
@@ -203,14 +211,14 @@ def _figures(candidate: Candidate, speed: Speeds, i: int, profile: Profile) -> l
     found = []
     if profile.latency_limit_s is not None:
         found.append(_Figure("", speed.values[i], speed.highs[i], profile.latency_limit_s))
-    tail, records = tails(candidate), [r for r in candidate.row.timed if r.timings is not None]
+    tail = tails(candidate)
     if profile.latency_mean_limit_s is not None and tail:
-        ends = latency_summary(records).mean_ci95
+        ends = latency_summary(candidate.row.timed).mean_ci95
         high = None if ends is None else ends[1]
         found.append(_Figure("mean ", tail["the mean"], high, profile.latency_mean_limit_s))
     if profile.latency_p95_limit_s is not None and "p95" in tail:
-        seconds = [r.timings.latency_s for r in records if r.timings is not None]
-        high = quantile_t(seconds, cluster_labels(records), _TAIL).high
+        records = pick(candidate.row.timed, ~np.isnan(seconds(candidate.row.timed)))
+        high = quantile_t(seconds(records), cluster_labels(records), _TAIL).high
         found.append(_Figure("p95 ", tail["p95"], high, profile.latency_p95_limit_s))
     return found
 
@@ -271,8 +279,6 @@ _CHUNK_ELEMENTS = 4_000_000
 _FARTHEST = 20.0
 """Of a drawn log cost; one degree of freedom draws numbers of any size."""
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True)
 class CostErrors:
@@ -297,7 +303,7 @@ def front_of(comparison: Comparison, speed: Speeds) -> Front:
     """Find the front of candidates in mean quality and in p50 latency (or evaluations)."""
     errors = None
     if speed.basis == "latency_s":
-        errors = cost_errors([_timed(c.row.timed) for c in comparison.candidates])
+        errors = cost_errors([named_seconds(c.row.timed) for c in comparison.candidates])
     cost = np.array(speed.values)
     return resampled_front(comparison.quality, comparison.clusters, cost, errors)
 
@@ -382,15 +388,6 @@ def _require_shapes(
         )
     if given != len(quality):
         raise ValueError(f"front: {given} settings were timed, {len(quality)} have a quality")
-
-
-def _timed(records: Iterable[Record]) -> dict[str, Floats]:
-    """Seconds of images made alone by process start, in the order of time."""
-    found: dict[str, list[float]] = {}
-    for record in sorted(records, key=lambda r: r.started_at):
-        if record.timings is not None:
-            found.setdefault(record.session_id, []).append(record.timings.latency_s)
-    return {start: np.array(seconds) for start, seconds in found.items()}
 
 
 def _drawn_cost(

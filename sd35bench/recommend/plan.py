@@ -6,18 +6,19 @@ worse than the best by more than the margin get no more images. The others, the 
 planned for as if they were truly equal (`stats.samples`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_family
 from sd35bench.analysis.remote import usd_per_image
+from sd35bench.analysis.speed import seconds_by_start
 from sd35bench.analysis.table import Row, Table, read_table
+from sd35bench.columns import by_text
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.confirm import part_rows
 from sd35bench.recommend.entry import setting_of
@@ -215,13 +216,13 @@ def timed_plan(
     """
     if not all(row.timed for row in rows):
         return None
-    runs = [_by_start(row.timed) for row in rows]
+    runs = [seconds_by_start(row.timed) for row in rows]
     timing = read_timing([[np.log(x) for x in each] for each in runs])
     if timing is None:
         return None
     if any(row.hosted for row in rows):  # a service is not started: calls are all of one kind
         timing = replace(timing, between_sd=None)
-    ids = {r.session_id for row in rows for r in row.timed}
+    ids = {i for row in rows for i in by_text(row.timed, "session_id")}
     loads = [s.load_s + s.warmup_s for i in ids if (s := sessions.get(i)) is not None]
     image_s = median(float(np.median(x)) for each in runs for x in each)
     start_images = median(loads) / image_s if loads else 0.0
@@ -238,15 +239,6 @@ def set_size(prompt_set: str) -> int | None:
     from sd35bench.nano.prompts import MAX_ITEMS
 
     return MAX_ITEMS
-
-
-def _by_start(timed: Iterable[Record]) -> list[NDArray[np.float64]]:
-    """Latencies of each start in the order of time."""
-    starts: dict[str, list[float]] = {}
-    for record in sorted(timed, key=lambda r: r.started_at):
-        if record.timings is not None:
-            starts.setdefault(record.session_id, []).append(record.timings.latency_s)
-    return [np.array(values) for values in starts.values()]
 
 
 def _contender(study: Any, row: Row, entry: Mapping[str, Any]) -> dict[str, Any]:

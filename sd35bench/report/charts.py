@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from sd35bench import words
 from sd35bench.analysis.quality import facts
-from sd35bench.analysis.table import why_untimed
+from sd35bench.analysis.table import whys_untimed
+from sd35bench.columns import Some, seconds, texts
 from sd35bench.report.leaderboard import front_ids
 from sd35bench.report.plots import (
     STAGES,
@@ -31,7 +34,7 @@ from sd35bench.report.rows import (
     varying_fields,
 )
 from sd35bench.report.svg import MARKERS, ramp
-from sd35bench.types import Record, Status
+from sd35bench.types import Status
 from sd35bench.words import Estimate
 
 _MAX_SPEED_ROWS = 40
@@ -246,7 +249,7 @@ def _over_strength(
 
 def speed_figures(
     rows: Sequence[Row],
-    matched: Mapping[str, Sequence[Record]],
+    matched: Mapping[str, Some],
     badges: Mapping[str, tuple[str, ...]],
     extra: Sequence[str],
 ) -> tuple[list[Figure], str]:
@@ -304,12 +307,11 @@ def throughput_figures(rows: Sequence[Row]) -> list[Figure]:
     return [replace(figure, title="Throughput over batch size", note=note)]
 
 
-def _latencies(records: Sequence[Record]) -> tuple[float, ...]:
-    return tuple(
-        r.timings.latency_s
-        for r in records
-        if r.status is Status.OK and r.timings is not None and why_untimed(r) is None
-    )
+def _latencies(records: Some) -> tuple[float, ...]:
+    why = np.array([text is None for text in whys_untimed(records)], bool)
+    taken = seconds(records)
+    known = why & (texts(records, "status") == Status.OK) & ~np.isnan(taken)
+    return tuple(taken[known].tolist())
 
 
 def _stages(row: Row) -> dict[str, float]:

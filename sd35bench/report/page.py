@@ -23,6 +23,7 @@ from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Table as StudyTable
 from sd35bench.analysis.table import by_host, read_table
 from sd35bench.claims.verdicts import claims_document, is_claims_study
+from sd35bench.columns import prompts, texts, unlike
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
@@ -145,23 +146,23 @@ def _facts(
     rows: Sequence[Row], records: Sequence[Record], sessions: Mapping[str, Session]
 ) -> list[tuple[str, str]]:
     """The line under the title."""
-    ok = [r for r in records if r.status is Status.OK]
-    requests = [r.trial.request for r in records]
-    loads = [r.trial.load for r in records]
-    started = sorted(r.started_at for r in records)
+    ok = int((texts(records, "status") == Status.OK).sum())
+    kinds = unlike(records)
+    requests, loads = [r.trial.request for r in kinds], [r.trial.load for r in kinds]
+    started = min(texts(records, "started_at"), default=None)
     facts = [
         ("model", _listed(load.model.name for load in loads)),
         ("backend", _listed(load.backend.name for load in loads)),
         ("size", _listed(f"{r.width}×{r.height}" for r in requests)),
         ("device", _listed(_device(s) for s in sessions.values())),
         ("settings", str(len(rows))),
-        ("images", words.count(len(ok))),
-        ("prompts", words.count(len({(r.prompt, r.init_image) for r in requests}))),
+        ("images", words.count(ok)),
+        ("prompts", words.count(len(prompts(records)))),
         ("seeds", str(len({r.seed for r in requests}))),
     ]
-    failed = len(records) - len(ok)
+    failed = len(records) - ok
     facts += [("failed", words.count(failed))] if failed else []
-    facts += [("run", started[0][:16].replace("T", " "))] if started else []
+    facts += [("run", started[:16].replace("T", " "))] if started else []
     return [(name, value) for name, value in facts if value]
 
 
@@ -184,7 +185,7 @@ def _listed(values: Any) -> str:
 
 
 def _target(records: Sequence[Record]) -> float | None:
-    found = {r.trial.load.model.target_latency_s for r in records}
+    found = {r.trial.load.model.target_latency_s for r in unlike(records)}
     return found.pop() if len(found) == 1 else None
 
 

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from sd35bench import words
-from sd35bench.analysis.settings import is_hosted
+from sd35bench.analysis.settings import is_hosted, tasks
+from sd35bench.columns import Some, by_text, numbers, pick, prompt_refs, prompts, texts, unlike
 from sd35bench.errors import count_error
 from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
 from sd35bench.recommend.reproduce import remote_overrides
 from sd35bench.report.rows import Row
-from sd35bench.types import Record, Request, Session, Status
+from sd35bench.types import Request, Session, Status
 
 _FACTS = (
     *("sd35bench", "commit", "dirty", "torch", "diffusers", "cpu_model", "gpu_name", "threads"),
@@ -51,23 +54,20 @@ def environment_lines(environments: Mapping[str, Mapping[str, Any]]) -> list[str
     return [f"Environment: {text}." for text in dict.fromkeys(facts)]
 
 
-def list_loads(sessions: Mapping[str, Session], records: Sequence[Record]) -> list[dict[str, Any]]:
+def list_loads(sessions: Mapping[str, Session], records: Some) -> list[dict[str, Any]]:
     """Each model on a backend: process starts, load, first call, peaks, what is in force."""
-    peaks: dict[str, list[Any]] = defaultdict(list)
-    for record in records:
-        if record.memory is not None:
-            peaks[record.session_id].append(record.memory)
+    places = by_text(records, "session_id")
+    peaks = {name: pick(records, found) for name, found in places.items()}
     groups: dict[str, list[Session]] = defaultdict(list)
     for session in sessions.values():
         groups[session.load.key].append(session)
     return [_load(members, peaks) for members in groups.values()]
 
 
-def _load(sessions: Sequence[Session], peaks: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+def _load(sessions: Sequence[Session], peaks: Mapping[str, Some]) -> dict[str, Any]:
     load = sessions[0].load
-    memories = [m for s in sessions for m in peaks.get(s.id, ())]
-    vram = [m.peak_vram_bytes for m in memories if m.peak_vram_bytes is not None]
-    rss = max((m.peak_rss_bytes for m in memories), default=None)
+    parts = [peaks[s.id] for s in sessions if s.id in peaks]
+    vram, rss = (_highest(parts, f"peak_{kind}_bytes") for kind in ("vram", "rss"))
     hosted = is_hosted(load)  # what it loads and takes, nobody told us
     options = {**load.backend.options, "threads": "n/a" if hosted else load.threads}
 
@@ -84,9 +84,14 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Sequence[Any]]) -> di
         "first_call": middle(s.first_call_s for s in sessions),
         "warmup": middle(s.warmup_s for s in sessions),
         "rss": words.size(None if hosted else rss),
-        "vram": words.size(max(vram, default=None)),
+        "vram": words.size(vram),
         "in_force": [(k, _plain(v)) for k, v in sessions[-1].in_force.items()],
     }
+
+
+def _highest(parts: Sequence[Some], name: str) -> int | None:
+    known = [v for part in parts for v in numbers(part, name).tolist() if v == v]
+    return int(max(known)) if known else None
 
 
 def _plain(value: object) -> str:
@@ -97,10 +102,10 @@ def _plain(value: object) -> str:
     return words.plain(value)
 
 
-def list_failures(records: Sequence[Record]) -> list[dict[str, Any]]:
+def list_failures(records: Some) -> list[dict[str, Any]]:
     """Failures grouped by status, phase and kind of message, the most frequent first."""
     groups: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    for record in (r for r in records if r.status is not Status.OK):
+    for record in pick(records, texts(records, "status") != Status.OK):
         status = _STATUS.get(record.status, record.status.value)
         count_error(groups[status, record.phase or ""], record.error or "")
     found = [
@@ -119,11 +124,11 @@ def list_warnings(
 ) -> list[str]:
     """The study's warnings, then those of single settings, each said once with its settings."""
     found = [str(w) for w in document.get("warnings") or ()]
-    by_text: dict[str, list[str]] = defaultdict(list)
+    by_warning: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         for warning in row.warnings:
-            by_text[warning].append(row.name(extra))
-    for text, names in by_text.items():
+            by_warning[warning].append(row.name(extra))
+    for text, names in by_warning.items():
         if len(names) == len(rows):
             found.append(f"{text} (all settings)")
         elif len(names) > 3:
@@ -133,19 +138,20 @@ def list_warnings(
     return found
 
 
-def rerun_commands(study: str, records: Sequence[Record]) -> list[dict[str, str]]:
+def rerun_commands(study: str, records: Some) -> list[dict[str, str]]:
     """Per task and prompt set, the sweep as a command line, from the axes that were recorded."""
-    groups: dict[Any, list[Record]] = defaultdict(list)
-    for record in records:
-        ref, request = record.trial.prompt, record.trial.request
-        groups[request.task.value, ref.set, ref.split].append(record)
-    return [_rerun(study, key, members) for key, members in sorted(groups.items(), reverse=True)]
+    groups: dict[Any, list[int]] = defaultdict(list)
+    parts = (prompt_refs(records, name).tolist() for name in ("set", "split"))
+    for number, key in enumerate(zip(tasks(records), *parts, strict=True)):
+        groups[key].append(number)
+    found = {key: pick(records, np.array(members)) for key, members in groups.items()}
+    return [_rerun(study, key, found[key]) for key in sorted(found, reverse=True)]
 
 
-def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> dict[str, str]:
-    task, prompts, split = key
-    loads = [r.trial.load for r in records]
-    requests = [r.trial.request for r in records]
+def _rerun(study: str, key: tuple[str, str, str], records: Some) -> dict[str, str]:
+    task, prompt_set, split = key
+    kinds = unlike(records)
+    loads, requests = [r.trial.load for r in kinds], [r.trial.request for r in kinds]
     axes = {
         "model": _axis(load.model.name for load in loads),
         "backend": _axis(load.backend.name for load in loads),
@@ -156,10 +162,10 @@ def _rerun(study: str, key: tuple[str, str, str], records: Sequence[Record]) -> 
         ),
         "seed": _axis(r.seed for r in requests),
         **{name: _rare_axis(name, requests) for name in _RARE},
-        **_prompts_of(prompts, records[0].trial.prompt.source),
+        **_prompts_of(prompt_set, records[0].trial.prompt.source),
         "prompts.split": split,
-        "prompts.task": "edit" if prompts == "nano" and task == "image-to-image" else "",
-        "prompts.limit": str(len({(r.prompt, r.init_image) for r in requests})),
+        "prompts.task": "edit" if prompt_set == "nano" and task == "image-to-image" else "",
+        "prompts.limit": str(len(prompts(records))),
         **remote_overrides(loads),
         **_batches(records),
         "study": study,
@@ -192,16 +198,16 @@ def _rare_axis(name: str, requests: Sequence[Request]) -> str:
     return ",".join(sorted(none if value is None else value_text(value) for value in values))
 
 
-def _batches(records: Sequence[Record]) -> dict[str, str]:
+def _batches(records: Some) -> dict[str, str]:
     """Batch sizes, and how many prompts were timed one at a time besides."""
-    images = Counter(r.trial.batch_size for r in records)
+    sizes = numbers(records, "batch_size")
+    images = Counter(map(int, sizes.tolist()))
     larger = sorted(size for size in images if size > 1)
     if not larger:
         return {}
     if images[1] == images[larger[-1]]:  # batch 1 was swept too: as many images as the others
         return {"batch_size": _axis(images)}
-    alone = [r.trial.request for r in records if r.trial.batch_size == 1]
-    timed = len({(r.prompt, r.init_image) for r in alone})
+    timed = len(prompts(pick(records, sizes == 1)))
     return {"batch_size": _axis(larger), "timed_limit": str(timed)}
 
 

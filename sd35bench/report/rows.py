@@ -9,11 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from sd35bench import words
 from sd35bench.analysis.quality import facts
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.settings import setting_keys
+from sd35bench.columns import Some, pick, texts
 from sd35bench.fields import SETTING, value_text
-from sd35bench.types import Record, Session, to_json
+from sd35bench.types import Session, to_json
 from sd35bench.words import MISSING, Estimate
 
 # The fields of a setting, in the order in which a person would name them.
@@ -323,18 +326,17 @@ def lower_is_better(name: str) -> bool:
 
 
 def match_records(
-    rows: Sequence[Row], records: Iterable[Record], sessions: Mapping[str, Session]
-) -> dict[str, list[Record]]:
+    rows: Sequence[Row], records: Some, sessions: Mapping[str, Session]
+) -> dict[str, Some]:
     """Row id → its records. Rows of one setting in unlike environments keep theirs apart."""
     index = {(r.setting_id, r.setting.get("environment_id")): r.id for r in rows}
     # A record without a session (its worker died at once) belongs to the setting's first row.
     fallback = {r.setting_id: r.id for r in reversed(rows)}
-    found: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        setting = setting_key(record.trial)
-        session = sessions.get(record.session_id)
-        environment = None if session is None else session.environment_id
-        row_id = index.get((setting, environment), fallback.get(setting))
+    environments = {name: s.environment_id for name, s in sessions.items()}
+    found: dict[str, list[int]] = defaultdict(list)
+    where = zip(setting_keys(records).tolist(), texts(records, "session_id").tolist(), strict=True)
+    for number, (setting, name) in enumerate(where):
+        row_id = index.get((setting, environments.get(name)), fallback.get(setting))
         if row_id is not None:
-            found[row_id].append(record)
-    return dict(found)
+            found[row_id].append(number)
+    return {row_id: pick(records, np.array(numbers)) for row_id, numbers in found.items()}

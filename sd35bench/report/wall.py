@@ -8,15 +8,16 @@ import base64
 import io
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from sd35bench import words
-from sd35bench.analysis.settings import PairKey, pair_key
+from sd35bench.analysis.settings import PairKey, pair_keys
 from sd35bench.analysis.table import GUARD
+from sd35bench.columns import Scores, Some, numbers, texts
 from sd35bench.errors import StoreError
 from sd35bench.prompts import encoder_fields
 from sd35bench.report.rows import Row, metric_label, metric_rank
@@ -35,7 +36,7 @@ _MIN_PAIRS = 4
 def build_wall(
     study: Study,
     rows: Sequence[Row],
-    matched: Mapping[str, Sequence[Record]],
+    matched: Mapping[str, Some],
     preferred: Sequence[str],
     extra: Sequence[str],
 ) -> dict[str, Any]:
@@ -45,11 +46,14 @@ def build_wall(
     """
     shown = _choose_rows(rows, preferred)
     cells = _cells(shown, matched)
-    wall = _Wall(study, _scores_by_key(study))
-    pairs = choose_pairs(cells)
+    wall = _Wall(study)
+    firsts = {pair: dict([next(iter(_whole(by_row, matched)))]) for pair, by_row in cells.items()}
+    pairs = choose_pairs(firsts)
     for count, pair in enumerate(pairs):
-        if not wall.add_pair(count, pair, cells[pair]):
+        if count and wall.is_full(len(cells[pair])):
             break
+        wall.add_pair(dict(_whole(cells[pair], matched)))
+    wall.add_scores()
     return {
         "settings": [_setting(r, extra) for r in shown],
         "prompts": wall.prompts,
@@ -94,19 +98,25 @@ def _choose_rows(rows: Sequence[Row], preferred: Sequence[str]) -> list[Row]:
     return [r for r in rows if r.id in keep]
 
 
-def _cells(
-    rows: Sequence[Row], matched: Mapping[str, Sequence[Record]]
-) -> dict[PairKey, dict[str, Record]]:
-    """Pair → row id → record: of several batch sizes, the one that quality was read from."""
-    cells: dict[PairKey, dict[str, Record]] = defaultdict(dict)
+def _cells(rows: Sequence[Row], matched: Mapping[str, Some]) -> dict[PairKey, dict[str, int]]:
+    """Pair → row id → which of its records: the one that quality was read from, of several."""
+    cells: dict[PairKey, dict[str, int]] = defaultdict(dict)
     for row in rows:
-        for record in matched.get(row.id, ()):
-            pair = pair_key(record.trial)
-            known = cells[pair].get(row.id)
-            is_scored = record.trial.batch_size == row.quality_batch_size
-            if known is None or (is_scored and record.status is Status.OK):
-                cells[pair][row.id] = record
+        records = matched.get(row.id, [])
+        scored = texts(records, "status") == Status.OK
+        if row.quality_batch_size is not None:
+            scored &= numbers(records, "batch_size") == row.quality_batch_size
+        else:
+            scored[:] = False
+        found = zip(pair_keys(records), scored.tolist(), strict=True)
+        for number, (pair, is_scored) in enumerate(found):
+            if is_scored or row.id not in cells[pair]:
+                cells[pair][row.id] = number
     return dict(cells)
+
+
+def _whole(by_row: Mapping[str, int], matched: Mapping[str, Some]) -> Iterator[tuple[str, Record]]:
+    return ((row_id, matched[row_id][number]) for row_id, number in by_row.items())
 
 
 @dataclass
@@ -114,7 +124,6 @@ class _Wall:
     """What has been put up so far."""
 
     study: Study
-    scores: Mapping[str, dict[str, Any]]
     tiles: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[dict[str, Any]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
@@ -123,18 +132,24 @@ class _Wall:
     _prompt_ids: dict[Any, int] = field(default_factory=dict)
     _image_ids: dict[str, int] = field(default_factory=dict)
 
-    def add_pair(self, count: int, pair: PairKey, by_row: Mapping[str, Record]) -> bool:
-        """Add a pair in all its settings; False once the wall is full."""
-        if count and (len(self.tiles) + len(by_row) > MAX_TILES or self.size > MAX_BYTES):
-            return False
+    def is_full(self, more: int) -> bool:
+        """Whether so many tiles more are too many."""
+        return len(self.tiles) + more > MAX_TILES or self.size > MAX_BYTES
+
+    def add_pair(self, by_row: Mapping[str, Record]) -> None:
+        """Add a pair in all its settings."""
         self.pairs += 1
         for row_id, record in by_row.items():
             self.tiles.append(self._tile(row_id, record))
-        return True
+
+    def add_scores(self) -> None:
+        """Give every tile its scores."""
+        known = _scores_by_key(self.study, {tile["key"] for tile in self.tiles})
+        for tile in self.tiles:
+            tile |= known.get(tile["key"], {"scores": [], "parts": []})
 
     def _tile(self, row_id: str, record: Record) -> dict[str, Any]:
         request = record.trial.request
-        known = self.scores.get(record.trial.key, {})
         tile = {
             "setting": row_id,
             "prompt": self._prompt(record),
@@ -143,8 +158,8 @@ class _Wall:
             "height": request.height,
             "image": self._image(record.image, is_init=False),
             "key": record.trial.key,
-            "scores": known.get("scores", []),
-            "parts": known.get("parts", []),
+            "scores": [],
+            "parts": [],
         }
         if record.status is not Status.OK:
             tile["error"] = f"{record.status.value}: {record.error or 'no message'}"[:300]
@@ -200,11 +215,13 @@ def encode_thumbnail(data: bytes) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _scores_by_key(study: Study) -> dict[str, dict[str, Any]]:
+def _scores_by_key(study: Study, keys: set[str]) -> dict[str, dict[str, Any]]:
     """Trial key → per-image scores [(label, value)] and what the verifier saw [(part, holds)]."""
     found: dict[str, dict[str, Any]] = defaultdict(lambda: {"scores": [], "parts": []})
-    for score in sorted(study.scores(), key=lambda s: metric_rank(s.metric)):
-        if score.metric == GUARD:
+    scores = study.scores()
+    some = scores.of_keys(keys) if isinstance(scores, Scores) else scores
+    for score in sorted(some, key=lambda s: metric_rank(s.metric)):
+        if score.metric == GUARD or score.key not in keys:
             continue
         if score.value is not None:
             found[score.key]["scores"].append([metric_label(score.metric), round(score.value, 3)])
@@ -235,7 +252,7 @@ def _note(
     wall: _Wall,
     rows: Sequence[Row],
     shown: Sequence[Row],
-    cells: Mapping[PairKey, Mapping[str, Record]],
+    cells: Mapping[PairKey, Mapping[str, int]],
     pairs: Sequence[PairKey],
 ) -> str:
     """What is on the wall and what was left out."""
