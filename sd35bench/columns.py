@@ -5,6 +5,7 @@ by looking at each; `Records`, a part of a view, gives it without making a singl
 makes one only for who asks for it. Numbers that are not known are NaN.
 """
 
+import importlib
 import itertools
 import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -343,7 +344,8 @@ class Scores(Iterable[Score]):
     def of_keys(self, keys: Iterable[str]) -> Iterator[Score]:
         """The scores of some trials."""
         import pyarrow as pa
-        import pyarrow.compute as pc
+
+        pc: Any = importlib.import_module("pyarrow.compute")
 
         found = pc.is_in(pa.array(self.columns.texts("key")), pa.array([*keys], pa.string()))
         some = self._places[found.to_numpy(zero_copy_only=False)[self._places]]
@@ -371,7 +373,8 @@ class Scores(Iterable[Score]):
     def aligned(self, metric: str, columns: Columns) -> tuple[Places, Floats]:
         """The number of each record's detail, -1 without a score, and its value: [all records]."""
         import pyarrow as pa
-        import pyarrow.compute as pc
+
+        pc: Any = importlib.import_module("pyarrow.compute")
 
         places = self._of(metric, self._places)
         where = columns.kept("keys", lambda: pa.array(columns.texts("key")))

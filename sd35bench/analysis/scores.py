@@ -59,7 +59,7 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
         if metric not in self._names:
             raise KeyError(metric)
         if metric not in self._made and self._view is not None:
-            self._made[metric] = {(s.key, s.image): s for s in self._view.of(metric)}
+            self._made[metric].update(((s.key, s.image), s) for s in self._view.of(metric))
         return self._made[metric]
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +92,8 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
         assert self._view is not None
         if metric not in self._aligned:
             self._aligned[metric] = self._view.aligned(metric, records.columns)
-        codes, values = (x[records.places] for x in self._aligned[metric])
+        every, all_values = self._aligned[metric]
+        codes, values = every[records.places], all_values[records.places]
         details = self._view.details()
 
         def detail(number: int) -> dict[str, Any]:

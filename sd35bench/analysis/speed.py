@@ -433,8 +433,9 @@ def compile_seconds(table: Table, row: Row) -> dict[str, float | None]:
     starts: dict[str, list[Session]] = defaultdict(list)
     for session in table.sessions.values():
         compiled = session.in_force.get("compile")
-        timed = isinstance(compiled, Mapping) and compiled.get("compile_s") is not None
-        if not timed or session.environment_id != row.environment_id:
+        if not isinstance(compiled, Mapping) or compiled.get("compile_s") is None:
+            continue
+        if session.environment_id != row.environment_id:
             continue
         if session.load.key == key:
             starts[str(compiled.get("cache"))].append(session)

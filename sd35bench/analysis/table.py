@@ -250,7 +250,9 @@ def _refused(scores: ScoreIndex, records: Some) -> dict[tuple[str, str], str]:
     places = np.flatnonzero(found.there & ~(found.values > 0.0))
     refused = pick(records, places)
     where = zip(texts(refused, "key"), texts(refused, "image"), strict=True)
-    return {w: str(found.detail(i).get("reason")) for w, i in zip(where, places, strict=True)}
+    return {
+        w: str(found.detail(i).get("reason")) for w, i in zip(where, places.tolist(), strict=True)
+    }
 
 
 def _rows(records: Some, sessions: Mapping[str, Session]) -> list[Row]:

@@ -46,7 +46,7 @@ class Run:
     there: int
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> Sequence[Record]:
         """The records of the choice that the held-out ones are to be like."""
         return self.candidate.row.quality_records()
 

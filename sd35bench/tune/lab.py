@@ -211,7 +211,7 @@ class StudyLab:
         def is_early(prompt: str, init: str | None) -> bool:
             return self._numbers.get((prompt, init), prompts) < prompts
 
-        def early(records: list[Record]) -> list[Record]:
+        def early(records: Sequence[Record]) -> list[Record]:
             asked = [r.trial.request for r in records]
             kept = [is_early(request.prompt, request.init_image) for request in asked]
             return [r for r, keep in zip(records, kept, strict=True) if keep]
