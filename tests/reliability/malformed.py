@@ -7,7 +7,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.reliability.experiment import Experiment, Figure
-from tests.remote.test_faults import MALFORMED, PROVIDERS, ROUTES, Loop, meet
+from tests.remote.test_faults import ASKED, MALFORMED, Loop, meet
 
 __all__ = ["MALFORMED_REPLIES"]
 
@@ -24,9 +24,9 @@ def run(scale: float, folder: Path) -> tuple[Sequence[Figure], Sequence[str]]:
 
     # Nothing is shrunk: that would meet one reply a thousand times, and count it.
     @settings(MALFORMED, max_examples=round(wanted * SPARE), phases=[Phase.generate])
-    @given(route=ROUTES, provider=PROVIDERS, data=st.data())
-    def all_of_them(route, provider, data):
-        meet(loop, route, provider, data)
+    @given(asked=ASKED, data=st.data())
+    def all_of_them(asked, data):
+        meet(loop, asked, data)
 
     seen = []
     try:
