@@ -1,6 +1,7 @@
 """`experiment=page`: every model of the vendor's page in one study, against servers of our own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,27 +60,25 @@ def test_every_model_is_called_in_its_own_words_in_one_study(capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_alone")
-def test_a_model_that_stands_in_makes_scores_and_shows_the_whole_page(tmp_path, capsys):
-    """A minute: nano behind `serve`, its images scored, and a report with them side by side."""
+def test_a_model_that_stands_in_makes_and_shows_the_whole_page(tmp_path, capsys):
+    """A minute: nano behind `serve`, latencies, dollars, and a report with the images."""
     from sd35bench.config import compose, freeze
 
     load = freeze(compose(["backend=eager"])).sweep.load
     settings = make_settings(
         tmp_path / "served",
         load=load,
-        model=served("nano", "page", "eager"),
+        model=replace(served("nano", "page", "eager"), steps=4),
         requests_per_minute=None,
         concurrency=100,
         usd_per_image=0.02,
         allow_loopback=True,
     )
     with live(settings) as server:
-        assert main([*called(server.url, 2), "remote.usd_per_image=0.02", *FACES]) == 0
+        assert main([*called(server.url, 2), "remote.usd_per_image=0.02", "steps=4", *FACES]) == 0
     assert json.loads(capsys.readouterr().out)["cost_usd"] == pytest.approx(10 * 0.02)
     study = Study.open(Path("results"), "page")
     assert [r.status for r in study.records()] == [Status.OK] * 10
-    assert main(["score", "page", "--metric", "clip_score_nano", "--json"]) == 0
-    capsys.readouterr()
     assert main(["show", "page", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["settings"]
     assert len(rows) == 5
@@ -87,7 +86,6 @@ def test_a_model_that_stands_in_makes_scores_and_shows_the_whole_page(tmp_path, 
         assert row["n"] == 2
         assert row["latency_s"]["p50"] > 0
         assert row["usd_per_image"]["value"] == pytest.approx(0.02)
-        assert row["metrics"]["clip_score_nano"]["n"] == 2
     assert main(["report", "page", "--json"]) == 0
     page = Path(json.loads(capsys.readouterr().out)["paths"]["html"]).read_text()
     assert all(name in page for name in OWN)
