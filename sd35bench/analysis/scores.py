@@ -59,7 +59,9 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
         if metric not in self._names:
             raise KeyError(metric)
         if metric not in self._made and self._view is not None:
-            self._made[metric].update(((s.key, s.image), s) for s in self._view.of(metric))
+            made = self._made[metric]
+            for score in self._view.of(metric):
+                made[score.key, score.image] = score
         return self._made[metric]
 
     def __iter__(self) -> Iterator[str]:
