@@ -10,16 +10,16 @@ machines need neither locks nor a shared disk.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from sd35bench.lane import Crew
+from sd35bench.workers.lane import Crew
 from sd35bench.limits import Limits
 from sd35bench.plan import Plan
-from sd35bench.process import LocalProcesses, run_plans
+from sd35bench.workers.process import LocalProcesses, run_plans
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
 
 if TYPE_CHECKING:
-    from sd35bench.cluster import RaySettings
+    from sd35bench.workers.cluster import RaySettings
 
 
 class Engine(Protocol):
@@ -62,7 +62,7 @@ def ray_engine(
     limits: Limits, usd_per_image: float, workers: int | str, settings: "RaySettings"
 ) -> Engine:
     """Actors of a Ray cluster."""
-    from sd35bench.cluster import RayCluster
+    from sd35bench.workers.cluster import RayCluster
 
     price = Price(usd_per_image=usd_per_image)
     return RayCluster(limits=limits, price=price, workers=workers, settings=settings)

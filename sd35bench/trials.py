@@ -2,7 +2,7 @@
 
 `open_run` holds the load's lock and hands out a `Run`: the missing trials, the open journal shard
 and the counts. An engine makes the images and gives each record to it: local worker processes
-(`sd35bench.process`) or a hosted service (`sd35bench.remote.drive`).
+(`sd35bench.workers.process`) or a hosted service (`sd35bench.remote.drive`).
 
 The process that called the engine alone writes. Order for one batch: images (content-addressed,
 atomic), then one journal line per trial with fsync. A kill between the two leaves an image without

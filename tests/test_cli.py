@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import sd35bench.process
+import sd35bench.workers.process
 from sd35bench.cli import VERBS, main
 from sd35bench.cli.run import RunTask
 from sd35bench.config import compose
@@ -94,7 +94,7 @@ def test_run_loads_once_and_measures_the_machine_before_its_images(call, monkeyp
     def measured(study, load):
         seen.append((study.name, load.threads, len(study.records())))
 
-    monkeypatch.setattr("sd35bench.process.measure_once", measured)
+    monkeypatch.setattr("sd35bench.workers.process.measure_once", measured)
     _, document = call("run", *GRID, "threads=1,2")
     assert seen == [("t", 1, 0), ("t", 2, 16)]
     assert [document[n] for n in ("planned", "done", "loads")] == [32, 32, 2]
@@ -250,7 +250,7 @@ def test_what_goes_wrong_while_running_has_its_exit_code(call, monkeypatch, erro
     def broken(*_):
         raise error
 
-    monkeypatch.setattr(sd35bench.process, "run_plan", broken)
+    monkeypatch.setattr(sd35bench.workers.process, "run_plan", broken)
     found, document = call("run", *FAKE)
     assert found == code
     assert document["error"]["type"] == type(error).__name__
@@ -319,14 +319,14 @@ def test_a_real_lock_is_exit_code_3(call):
 
 
 def test_one_load_that_cannot_run_does_not_stop_the_others(call, monkeypatch):
-    real = sd35bench.process.run_plan
+    real = sd35bench.workers.process.run_plan
 
     def sometimes(plan, *rest):
         if plan.load.threads == 1:
             raise WorkerDied("died")
         return real(plan, *rest)
 
-    monkeypatch.setattr(sd35bench.process, "run_plan", sometimes)
+    monkeypatch.setattr(sd35bench.workers.process, "run_plan", sometimes)
     code, _ = call("run", "-m", *FAKE, "threads=1,2")
     assert code == 4
     assert len(Study.open(Path("results"), "t").records()) == 2

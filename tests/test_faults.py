@@ -16,10 +16,10 @@ from sd35bench.backends.fake import _number
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
 from sd35bench.limits import Limits
 from sd35bench.plan import Plan
-from sd35bench.process import WorkerProcess, run_plan
+from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.store import Study
 from sd35bench.types import Record, Status
-from sd35bench.worker import Failed, Ready
+from sd35bench.workers.worker import Failed, Ready
 from tests.studies.fakes import fake_load, fake_plan
 
 MEMORY_LIMIT_BYTES = 400_000_000  # a worker with the fake backend holds about 100 MB
@@ -84,7 +84,7 @@ def children() -> list[psutil.Process]:
     """Our workers that still run; other tests leave compile pools and trackers behind."""
     found = psutil.Process().children(recursive=True)
     alive = [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in alive if "sd35bench.worker" in p.cmdline()]
+    return [p for p in alive if "sd35bench.workers.worker" in p.cmdline()]
 
 
 # In generation -----------------------------------------------------------------------------------
@@ -317,11 +317,11 @@ def test_ctrl_c_while_a_worker_hangs_keeps_what_is_done_and_exits_3(tmp_path):
     plan, index = faulty_plan(6, fault="none")
     every = one_victim(plan)[0]
     code = (
-        "import sys; import sd35bench.process; from sd35bench.cli import main\n"
+        "import sys; import sd35bench.workers.process; from sd35bench.cli import main\n"
         "from tests.studies.fakes import fake_load, fake_plan\n"
         f"plan = fake_plan(fake_load(fault='hang', fault_every={every}), 6)\n"
-        "real = sd35bench.process.run_plan\n"
-        "sd35bench.process.run_plan = lambda _, study, *rest: real(plan, study, *rest)\n"
+        "real = sd35bench.workers.process.run_plan\n"
+        "sd35bench.workers.process.run_plan = lambda _, study, *rest: real(plan, study, *rest)\n"
         "sys.exit(main(['run', 'backend=fake', 'study=s', f'results_dir={sys.argv[1]}', '--json']))"
     )
     process = subprocess.Popen(

@@ -7,7 +7,7 @@ import pytest
 from sd35bench.config import compose, freeze
 from sd35bench.config.weights import NO_WEIGHTS
 from sd35bench.errors import ConfigError
-from sd35bench.process import LocalProcesses
+from sd35bench.workers.process import LocalProcesses
 from sd35bench.remote.drive import HostedService
 
 HOSTED = ("model=sd35-medium", "backend=eachlabs")

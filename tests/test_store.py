@@ -30,7 +30,7 @@ from sd35bench.types import (
     from_json,
     to_json,
 )
-from sd35bench.worker import encode_image
+from sd35bench.workers.worker import encode_image
 from tests.studies.fakes import fake_load
 
 finite = st.floats(min_value=0, max_value=1e6, allow_nan=False)

@@ -14,7 +14,7 @@ import sd35bench.remote.prediction as prediction
 from sd35bench import disk, stored
 from sd35bench.cli import main
 from sd35bench.errors import StoreError
-from sd35bench.process import run_plan
+from sd35bench.workers.process import run_plan
 from sd35bench.store import Study, decode_rgb
 from sd35bench.types import Status
 from tests.golden.studies import make_sets

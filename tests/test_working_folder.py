@@ -64,7 +64,7 @@ def test_a_run_imports_nothing_from_where_it_is_started(hostile):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("module", ["sd35bench.worker", "sd35bench.machine"])
+@pytest.mark.parametrize("module", ["sd35bench.workers.worker", "sd35bench.machine"])
 def test_mutant_without_the_flag_imports_what_lies_there(hostile, module):
     run(hostile, "-m", module, "--help")
     assert (hostile / MARKER).exists()

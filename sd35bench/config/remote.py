@@ -98,7 +98,7 @@ def _engine(conf: RunConf, limits: Limits) -> Engine:
     price = conf.backend.usd_per_image
     if conf.engine == "processes":
         return local_engine(limits, price, 1 if conf.workers is None else conf.workers)
-    from sd35bench.cluster import RaySettings
+    from sd35bench.workers.cluster import RaySettings
 
     ray = conf.ray
     settings = RaySettings(address=ray.address, init=ray.init, actor=ray.actor)

@@ -57,7 +57,7 @@ from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed
 from sd35bench.remote.uploads import Uploads
 from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
-from sd35bench.worker import check_image
+from sd35bench.workers.worker import check_image
 
 BAD_REQUEST = (400, 422)
 

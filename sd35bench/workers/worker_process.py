@@ -25,12 +25,12 @@ from typing import Any
 import psutil
 
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
-from sd35bench.leases import Lease
+from sd35bench.workers.leases import Lease
 from sd35bench.limits import Limits
 from sd35bench.measure import BESIDE
-from sd35bench.seats import Seat, occupies, resources
+from sd35bench.workers.seats import Seat, occupies, resources
 from sd35bench.types import Load, Scalar
-from sd35bench.worker import Answer, Failed, Job, Ready, Settle, Settled
+from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settle, Settled
 
 WATCH_S = 0.05
 EXIT_WAIT_S = 10.0
@@ -61,7 +61,7 @@ class WorkerProcess:
         with theirs, open(dump, "wb"):
             handle = theirs.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sd35bench.worker", str(handle), str(dump)],
+                [sys.executable, "-P", "-m", "sd35bench.workers.worker", str(handle), str(dump)],
                 pass_fds=[handle, dump],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench import leases
+from sd35bench.workers import leases
 from sd35bench.contention import OVERLAPPED, choose, read_contention
-from sd35bench.leases import VARIABLE, Lease, lease_folder
-from sd35bench.process import run_plan
+from sd35bench.workers.leases import VARIABLE, Lease, lease_folder
+from sd35bench.workers.process import run_plan
 from sd35bench.store import Study
 from sd35bench.types import Session, Status, Timings
 from tests.studies.fakes import fake_load, fake_plan
@@ -61,7 +61,7 @@ def test_a_stream_of_sharers_does_not_keep_a_timed_trial_waiting():
 
 def test_a_killed_holder_leaves_nothing_behind(folder):
     code = (
-        "import sys, time; from sd35bench.leases import Lease\n"
+        "import sys, time; from sd35bench.workers.leases import Lease\n"
         "with Lease(['core-9']).hold(alone=True):\n    print('held', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

@@ -1,6 +1,6 @@
 """The process that holds one loaded backend and answers batches, timed between synchronisations.
 
-Started as ``python -m sd35bench.worker FD`` by `process.py`, which talks to it over a socket pair
+Started as ``python -m sd35bench.workers.worker FD`` by `process.py`, which talks to it over a socket pair
 and alone writes to the store. The worker dies with its parent. Messages to it are a
 `Load`, then `Job`s with one `Settle` after those that warm up, and ``None`` to end; it answers with
 `Ready`, an `Answer` per job, `Settled`, or `Failed` where the backend cannot be used. Every time is
@@ -343,7 +343,7 @@ def _watch_parent(parent: int) -> None:
 
 if __name__ == "__main__":
     # Pickled messages name classes of the module, not of __main__.
-    from sd35bench.worker import main as serve
+    from sd35bench.workers.worker import main as serve
 
     serve(int(sys.argv[1]), int(sys.argv[2]))
     # The backend is closed and nothing is left to write: taking torch apart module by module would

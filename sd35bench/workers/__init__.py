@@ -1,0 +1,1 @@
+"""Where local trials run: worker processes, and who shares a plan out to them."""
