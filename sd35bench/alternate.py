@@ -13,9 +13,9 @@ from pathlib import Path
 from sd35bench.errors import ConfigError
 from sd35bench.fields import setting_identity
 from sd35bench.plan import Batch, Plan
-from sd35bench.workers.process import run_plan
 from sd35bench.store import Study
 from sd35bench.types import Record, Status
+from sd35bench.workers.process import run_plan
 
 IMAGES_PER_START = 48
 """At least 40 are needed for a p95; a round should stay short, so that both sides share it."""

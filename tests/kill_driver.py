@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from sd35bench.workers.process import run_plan
 from sd35bench.store import Study
+from sd35bench.workers.process import run_plan
 from tests.studies.fakes import fake_load, fake_plan
 
 

@@ -16,9 +16,9 @@ from sd35bench.backends.fake import _number
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
 from sd35bench.limits import Limits
 from sd35bench.plan import Plan
-from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.store import Study
 from sd35bench.types import Record, Status
+from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.workers.worker import Failed, Ready
 from tests.studies.fakes import fake_load, fake_plan
 

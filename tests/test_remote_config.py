@@ -7,8 +7,8 @@ import pytest
 from sd35bench.config import compose, freeze
 from sd35bench.config.weights import NO_WEIGHTS
 from sd35bench.errors import ConfigError
-from sd35bench.workers.process import LocalProcesses
 from sd35bench.remote.drive import HostedService
+from sd35bench.workers.process import LocalProcesses
 
 HOSTED = ("model=sd35-medium", "backend=eachlabs")
 LOCAL = (

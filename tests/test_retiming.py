@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from sd35bench import machine
-
-from sd35bench.workers import process
 from sd35bench.engine import local_engine
 from sd35bench.errors import WorkerDied
 from sd35bench.estimate import estimate
 from sd35bench.limits import Limits
-from sd35bench.workers.process import run_plan
 from sd35bench.store import Study
 from sd35bench.types import Status, Surroundings, Timings
+from sd35bench.workers import process
+from sd35bench.workers.process import run_plan
 from sd35bench.workers.worker import Answer, Job, Made, Ready, Settled
 from tests.studies.fakes import fake_load, fake_plan
 

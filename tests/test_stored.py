@@ -14,9 +14,9 @@ import sd35bench.remote.prediction as prediction
 from sd35bench import disk, stored
 from sd35bench.cli import main
 from sd35bench.errors import StoreError
-from sd35bench.workers.process import run_plan
 from sd35bench.store import Study, decode_rgb
 from sd35bench.types import Status
+from sd35bench.workers.process import run_plan
 from tests.golden.studies import make_sets
 from tests.remote.fault_server import serving
 from tests.remote.hosted import hosted_plan, run

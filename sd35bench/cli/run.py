@@ -30,13 +30,13 @@ from sd35bench.contention import REGIME
 from sd35bench.engine import crew_of, run_together
 from sd35bench.errors import ConfigError, JobsLost, SD35BenchError, StudyLocked, count_error
 from sd35bench.estimate import Estimate, estimate
-from sd35bench.workers.lane import Crew
 from sd35bench.plan import Plan, expand
 from sd35bench.store import Study
 from sd35bench.stored import DAMAGED
 from sd35bench.sweeper import sweep
 from sd35bench.trials import RunSummary, shares
 from sd35bench.types import CUT, Status, content_hash
+from sd35bench.workers.lane import Crew
 
 if TYPE_CHECKING:
     from sd35bench.cli.auto_limit import Planned

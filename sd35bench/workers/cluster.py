@@ -1,7 +1,7 @@
 """Many machines through Ray: the same chunks on actors, each of which keeps one worker process.
 
 An actor is a worker's host and nothing more: on its node it starts the very process that a local
-run starts (`sd35bench.workers.worker_process`), so deadlines, the memory limit, leases and the canary are
+run starts (`worker_process`), so deadlines, the memory limit, leases and the canary are
 those of a local worker. The driver asks it batch by batch and alone writes; init images go out and
 image files come back as bytes, so that nodes share no disk. A batch costs one call, 1 to 3 ms.
 
@@ -24,16 +24,16 @@ from typing import Any
 
 from sd35bench.checkpoint import whole_digest
 from sd35bench.errors import ConfigError, StoreError, WorkerDied, WorkerLost, nearest
-from sd35bench.workers.lane import Worker
-from sd35bench.workers.leases import claim_cores
 from sd35bench.limits import Limits
 from sd35bench.measure import asked_device
 from sd35bench.plan import Plan
-from sd35bench.workers.process import run_plan
-from sd35bench.workers.seats import AUTO, Seat, occupies
 from sd35bench.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
 from sd35bench.types import Load, ModelSpec
+from sd35bench.workers.lane import Worker
+from sd35bench.workers.leases import claim_cores
+from sd35bench.workers.process import run_plan
+from sd35bench.workers.seats import AUTO, Seat, occupies
 from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settled
 from sd35bench.workers.worker_process import WorkerProcess
 

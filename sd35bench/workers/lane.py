@@ -24,9 +24,9 @@ from sd35bench.fields import work_identity
 from sd35bench.limits import Limits, work_of
 from sd35bench.machine import canary_facts, keep_best
 from sd35bench.plan import Batch
-from sd35bench.workers.sharing import Failure, Kind, Work
 from sd35bench.store import Study
 from sd35bench.types import CanaryFacts, Load, Record, Session, Status, Trial
+from sd35bench.workers.sharing import Failure, Kind, Work
 from sd35bench.workers.worker import Answer, Failed, Job, Made, Ready, Settled
 
 

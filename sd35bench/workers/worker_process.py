@@ -25,11 +25,11 @@ from typing import Any
 import psutil
 
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
-from sd35bench.workers.leases import Lease
 from sd35bench.limits import Limits
 from sd35bench.measure import BESIDE
-from sd35bench.workers.seats import Seat, occupies, resources
 from sd35bench.types import Load, Scalar
+from sd35bench.workers.leases import Lease
+from sd35bench.workers.seats import Seat, occupies, resources
 from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settle, Settled
 
 WATCH_S = 0.05

@@ -7,8 +7,8 @@ from sd35bench.config import compose, freeze
 from sd35bench.config.serve import compose_serve, freeze_serve
 from sd35bench.limits import Limits
 from sd35bench.plan import expand
-from sd35bench.workers.process import run_plan
 from sd35bench.store import Study, decode_rgb
+from sd35bench.workers.process import run_plan
 from tests.server.live import live
 
 SEED = 11

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench.workers import leases
 from sd35bench.contention import OVERLAPPED, choose, read_contention
-from sd35bench.workers.leases import VARIABLE, Lease, lease_folder
-from sd35bench.workers.process import run_plan
 from sd35bench.store import Study
 from sd35bench.types import Session, Status, Timings
+from sd35bench.workers import leases
+from sd35bench.workers.leases import VARIABLE, Lease, lease_folder
+from sd35bench.workers.process import run_plan
 from tests.studies.fakes import fake_load, fake_plan
 from tests.studies.memory import record, session
 

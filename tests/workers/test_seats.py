@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench.workers import seats
 from sd35bench.errors import ConfigError
-from sd35bench.workers.seats import AUTO, Seat, seats_of
 from sd35bench.types import NO_WEIGHTS
+from sd35bench.workers import seats
+from sd35bench.workers.seats import AUTO, Seat, seats_of
 from tests.studies.fakes import MODEL, fake_load
 
 
