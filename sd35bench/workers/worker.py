@@ -3,9 +3,10 @@
 Started as ``python -m sd35bench.workers.worker FD`` by `worker_process.py`; its parent talks to it
 over a socket pair and alone writes to the store. The worker dies with its parent. Messages to it
 are a `Load`, then `Job`s with one `Settle` after those that warm up, and ``None`` to end; it
-answers with `Ready`, an `Answer` per job, `Settled`, or `Failed` where the backend cannot be used. Every time is
-wall time with the device synchronised before and after; reading init images, encoding files,
-counting FLOPs and the canary's readings lie outside `generate_s`, and encoding is timed by itself.
+answers with `Ready`, an `Answer` per job, `Settled`, or `Failed` where the backend cannot be used.
+Every time is wall time with the device synchronised before and after; reading init images, encoding
+files, counting FLOPs and the canary's readings lie outside `generate_s`, and encoding is timed by
+itself.
 """
 
 import contextlib
