@@ -97,6 +97,15 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores in sight, as in the shell: `pytest_configure` leaves a parallel worker one.
+
+    More threads than cores in sight are refused.
+    """
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+
+
+@pytest.fixture
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run in an empty folder, so that what is left behind shows."""
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ SCRIPTS = [*SHELL, *(step["run"] for step in STEPS.values()), *GITLAB["script"]]
 COMMANDS = [list(c) for c in dict.fromkeys(tuple(c) for s in SCRIPTS for c, _ in commands(s))]
 INSTEAD = [
     found
-    for row in re.findall(r"^\| .* \| `(?:model|prompts)=.*$", TEXT, re.MULTILINE)
+    for row in re.findall(r"^\| .* \| `(?:model|prompts)[.=].*$", TEXT, re.MULTILINE)
     for found in re.findall(r"`((?:\S+=\S+ ?)+)`", row)
 ]
 

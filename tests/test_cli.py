@@ -88,10 +88,11 @@ def test_run_takes_m_anywhere_on_the_line(call, place):
     assert document["trials"] == 8
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_run_loads_once_and_measures_the_machine_before_its_images(call, monkeypatch):
     seen = []
 
-    def measured(study, load):
+    def measured(study, load, cores=None):
         seen.append((study.name, load.threads, len(study.records())))
 
     monkeypatch.setattr("sd35bench.workers.process.measure_once", measured)
@@ -128,6 +129,7 @@ def test_run_writes_for_people_on_stdout_without_json(capsys):
     assert "note: cfg 0.5 and 1 are the same image" in out
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_run_experiment_carries_axes_without_m(call, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     body = "# @package _global_\naxes: {steps: [2, 4], threads: [1, 2]}\nprompts: {limit: 3}\n"
@@ -141,6 +143,7 @@ def test_run_experiment_carries_axes_without_m(call, tmp_path):
 # --dry-run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_dry_run_counts_and_writes_nothing(call):
     code, document = call("run", *GRID, "threads=1,2", "--dry-run")
     assert code == 0
@@ -318,6 +321,7 @@ def test_a_real_lock_is_exit_code_3(call):
     assert (code, document["error"]["type"]) == (3, "StudyLocked")
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_one_load_that_cannot_run_does_not_stop_the_others(call, monkeypatch):
     real = sd35bench.workers.process.run_plan
 

@@ -201,6 +201,7 @@ def test_settings_that_differ_in_shift_alone_are_two_in_reruns_and_titles(tmp_pa
         assert made == {1.0: 48, 3.0: 48}
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_settings_that_differ_in_size_or_threads_alone_have_two_titles(tmp_path, capsys):
     for more in (["width=32,64"], ["width=32", "threads=1"]):
         assert _run(tmp_path, "sizes", *more, "prompts.limit=2", "-m") == 0

@@ -9,6 +9,8 @@ import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pytest
+
 from sd35bench.cli import main
 from sd35bench.fields import completed, make_trial
 from sd35bench.store import Study
@@ -128,6 +130,7 @@ def test_known_loads_keep_their_keys():
     assert {EAGER.key: "eager", HOSTED.key: "hosted"} == LOAD_KEYS
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_a_journal_of_the_old_code_is_read_and_gone_on_with(tmp_path, monkeypatch, capsys):
     """Six trials: five done, one failed; the run that asks for them makes that one only."""
     monkeypatch.chdir(tmp_path)

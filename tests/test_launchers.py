@@ -27,6 +27,7 @@ class FailedJobError(Exception):
     __module__ = "submitit.core.utils"
 
 
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.usefixtures("empty_folder")
 def test_a_job_that_the_launcher_loses_gives_the_summary_and_exit_code_3(call, monkeypatch):
     """The first job is made, the second is killed before it writes anything."""

@@ -79,6 +79,8 @@ def any_of(kind) -> st.SearchStrategy:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return st.one_of([st.none() if a is type(None) else any_of(a) for a in inner])
+    if origin is tuple and inner[-1] is not ...:
+        return st.tuples(*map(any_of, inner))
     if origin is tuple:
         return st.lists(any_of(inner[0]), max_size=2).map(tuple)
     if origin is dict:
@@ -102,7 +104,11 @@ def read_as_before(cls, data):
         inner = [a for a in typing.get_args(cls) if a is not type(None)]
         return read_as_before(inner[0], data) if len(inner) == 1 else data
     if origin is tuple:
-        return tuple(read_as_before(typing.get_args(cls)[0], v) for v in data)
+        inner = typing.get_args(cls)
+        kinds = inner if inner[-1] is not ... else inner[:1] * len(data)
+        return tuple(read_as_before(kind, v) for kind, v in zip(kinds, data, strict=True))
+    if origin is dict:
+        return {k: read_as_before(typing.get_args(cls)[1], v) for k, v in data.items()}
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return cls(**{k: read_as_before(hints[k], v) for k, v in data.items() if k in hints})

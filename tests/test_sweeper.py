@@ -63,6 +63,7 @@ def test_job_overrides_one_way_of_saying_the_size_replaces_the_other(argument, r
     assert reset in job
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_noise_overrides_run_the_reference_with_other_threads_and_in_batches():
     jobs = [["backend=eager", "steps=4"], ["backend=compile", "steps=4"]]
     other_threads, in_batches = noise_overrides(jobs, "eager")
@@ -72,6 +73,7 @@ def test_noise_overrides_run_the_reference_with_other_threads_and_in_batches():
     assert other_threads[-1] == in_batches[-1] == "steps=4"
 
 
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("asked", ["batch_size=4", "axes.batch_size=[1,4]", "timed_limit=9"])
 def test_noise_overrides_keep_their_own_batch_size(asked):
     _, in_batches = noise_overrides([["backend=eager", asked]], "eager")
@@ -79,6 +81,7 @@ def test_noise_overrides_keep_their_own_batch_size(asked):
     assert "timed_limit=0" in in_batches
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_noise_overrides_cover_every_model_once():
     jobs = [[f"model={m}", f"backend={b}"] for m in ("nano", "big") for b in ("eager", "compile")]
     models = [job[-1] for job in noise_overrides(jobs, "eager")]

@@ -167,6 +167,7 @@ def _another(name: str) -> Any:
     return {bool: True, int: 3, float: 0.75, str: "other"}[base]
 
 
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("run", RUNS)
 def test_every_field_acts_or_is_refused(run, bases, monkeypatch):
     """The job differs, or freezing refuses the value, or nothing reads it, and that is refused."""

@@ -345,7 +345,7 @@ def _section(profile: str, task: str, entry: Mapping[str, Any]) -> Iterator[Part
         yield _others(entry, MARKDOWN)
         yield paragraph((f"{words.first_upper(front_note(evidence))}.", "raw"))
     if others > SHOWN[MARKDOWN]:
-        yield paragraph(f"{others - SHOWN[MARKDOWN]} more are in the JSON document (`--json`).")
+        yield paragraph(f"{others - SHOWN[MARKDOWN]} more are in the JSON document (--json).")
     adding = [
         f"# adds the default of {d['name']} to the study\n{d['command']}"
         for d in entry["named_defaults"]

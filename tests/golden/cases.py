@@ -153,6 +153,7 @@ CASES = (
     Case(name="claims", words="claims claims", forms=_three()),
     Case(name="claims-none", words="claims fake", forms=_once()),
     Case(name="recommend-grid", words="recommend grid", forms=_three()),
+    Case(name="recommend-grid-why", words="recommend grid --why", forms=_once()),
     Case(name="recommend-grid-confirm", words="recommend grid --confirm", forms=_once()),
     Case(
         name="recommend-mine",

@@ -89,6 +89,7 @@ def test_no_key_for_the_hosted_service_is_said_before_anything(capsys, tmp_path)
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_threads_make_no_second_bill(server, capsys):
     """Two jobs that differ in what acts on this machine only plan the very same images."""
     sweep = ("-m", "backend=fake,eachlabs", "threads=1,2")

@@ -147,7 +147,7 @@ def main() -> None:
     names = ("steps", "batch", "rank", "seed", "background")
     how = FineTune(**{name: getattr(args, name) for name in names})
     losses = train(how, args.file)
-    print(f"{args.file}: {how.steps} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    print(f"{args.file}: {how.steps} steps, loss {losses[0]:.3f}, at the end {losses[-1]:.3f}")
 
 
 if __name__ == "__main__":
