@@ -17,11 +17,16 @@ Where = tuple[str, str]
 class ScoreLike(Protocol):
     """One metric's value for one trial's image, as the store keeps it."""
 
-    metric: str
-    key: str
-    image: str
-    value: float | None
-    detail: dict[str, Any]
+    @property
+    def metric(self) -> str: ...  # noqa: D102
+    @property
+    def key(self) -> str: ...  # noqa: D102
+    @property
+    def image(self) -> str: ...  # noqa: D102
+    @property
+    def value(self) -> float | None: ...  # noqa: D102
+    @property
+    def detail(self) -> dict[str, Any]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
