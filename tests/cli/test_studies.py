@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,18 @@ from sd35bench.types import Status
 from tests.studies.drawn import make_study
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    make_study(folder, "one")
+    return folder / "one"
+
+
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
-        make_study(Path("results"), name)
+        shutil.copytree(made, Path("results") / name)
     return Path("results")
 
 
