@@ -36,7 +36,7 @@ POINTS = "backend=fake study=tuned steps=1,2,8 cfg=1,2 prompts.limit=8"
 SEARCH = f"{POINTS} first=4"
 GRID = "backend=fake study=fake steps=4,16 cfg=1,4 seed=0,1 prompts.limit=2"
 SECONDS = {
-    r'("?\w*(?:wall|load|warmup)_s"?): [\d.e-]+': r"\1: <seconds>",
+    r'("?\w*(?:wall|load|warmup|elapsed)_s"?): [\d.e-]+': r"\1: <seconds>",
     r'("overhead_frac"): [\d.e-]+': r"\1: <share>",
     r"\d+\.\d s after loading": "<seconds> after loading",
     r"free_bytes\": \d+": 'free_bytes": <bytes>',
