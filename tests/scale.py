@@ -22,8 +22,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sd35bench.journal import new_shard_id
 from sd35bench.scored import keep_scored
-from sd35bench.store import Score, Study, new_shard_id
+from sd35bench.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
     CanaryFacts,

@@ -22,7 +22,7 @@ from sd35bench.store import Study
 ROOT = Path(__file__).parent.parent
 FAKE = ["backend=fake", "prompts.limit=2", "study=t"]
 GRID = ["-m", *FAKE, "steps=4,16", "cfg=1,4", "seed=0,1"]
-REFUSED_QUICKLY_S = 3.0
+REFUSED_QUICKLY = 7
 
 BAD_INPUTS = {
     "unknown verb": ["runn"],
@@ -179,9 +179,7 @@ def test_dry_run_of_good_inputs_on_the_real_backend(call, arguments):
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_refused_in_one_line_with_exit_code_2(capsys, case):
-    started = time.process_time()
     assert main(BAD_INPUTS[case]) == 2
-    assert time.process_time() - started < REFUSED_QUICKLY_S
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("sd35bench: ")
@@ -189,10 +187,10 @@ def test_bad_input_is_refused_in_one_line_with_exit_code_2(capsys, case):
     assert list(Path().iterdir()) == []
 
 
-def _cpu_s(command: list[str]) -> float:
-    """CPU seconds of a command that refuses its input."""
+def _cpu_s(*arguments: str, code: int = 0) -> float:
+    """CPU seconds of a Python process that ends with `code`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert subprocess.run(command, capture_output=True).returncode == 2
+    assert subprocess.run([sys.executable, *arguments], capture_output=True).returncode == code
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -203,10 +201,11 @@ def test_bad_input_costs_no_torch_and_little_time_from_a_cold_start():
         "codes = [main(a) for a in json.loads(sys.argv[1])]\n"
         "print(json.dumps([codes, 'torch' in sys.modules]))"
     )
-    one = [sys.executable, "-m", "sd35bench", "run", "prompt_strength=0.5"]
-    # CPU seconds: wall time says more about the machine's other work than about ours. The best of
-    # three: the first compiles what no process has imported yet (3.9 s in a new clone).
-    assert any(_cpu_s(one) < REFUSED_QUICKLY_S for _ in range(3))
+    # CPU time against that of a fixed process beside it, since hosts differ by three: seconds alone
+    # failed on a slow one. 3 here; with torch 9. The first run compiles what none has imported yet.
+    refusal = ("-m", "sd35bench", "run", "prompt_strength=0.5")
+    fixed = ("-c", "import hydra, numpy, pydantic")
+    assert any(_cpu_s(*refusal, code=2) < REFUSED_QUICKLY * _cpu_s(*fixed) for _ in range(3))
     several = [BAD_INPUTS[name] for name in ("typo", "strength", "no weights", "no such study")]
     every = [sys.executable, "-c", code, json.dumps(several)]
     done = subprocess.run(every, capture_output=True, text=True, check=True)

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd35bench import store
+from sd35bench import journal, store
 from sd35bench.disk import _processes
 from sd35bench.errors import DiskFull, StoreError, StudyGone, StudyLocked
 from sd35bench.fields import make_trial
-from sd35bench.store import Score, Study, new_shard_id
+from sd35bench.journal import new_shard_id
+from sd35bench.store import Score, Study
 from sd35bench.types import (
     Memory,
     PromptRef,
@@ -434,7 +435,7 @@ def test_order_by_name_would_let_the_clock_decide(tmp_path, monkeypatch):
     """The mutant: shards by the time in their names, as before; one run had its clock ahead."""
     real = store.new_shard_id
     monkeypatch.setattr(store, "new_shard_id", lambda *_: real().partition("-")[2])
-    monkeypatch.setattr(store, "shard_order", by_name)
+    monkeypatch.setattr(journal, "shard_order", by_name)
     ahead = [(2_000_000_000, False, [False] * 3), (1_900_000_000, False, [False] * 3)]
     assert not newest_survives(tmp_path, monkeypatch, ahead)
 
@@ -507,7 +508,7 @@ def test_a_newer_measurement_of_a_known_setting_is_read_and_kept(tmp_path):
 
 
 def test_mutant_that_ignores_fields_of_a_newer_version_pools_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("sd35bench.store._refuse_unknown", lambda *_: None)
+    monkeypatch.setattr("sd35bench.journal._refuse_unknown", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         test_a_setting_with_a_field_of_a_newer_version_is_refused_and_not_pooled(
             tmp_path, "request"

@@ -61,7 +61,7 @@ def test_a_wait_for_the_rate_ends_within_two_windows_or_the_timeout_and_is_said(
     began = time.monotonic()
     with pytest.raises(Paused, match=r"remote\.requests_per_minute=1"):
         asyncio.run(limited(tmp_path, []).request(bounds))
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 60
     assert len(said) == 1
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.fields import make_trial
-from sd35bench.store import Score, Shard, Study
+from sd35bench.journal import Shard
+from sd35bench.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
     Load,
