@@ -86,7 +86,10 @@ def kill_until_done(root: Path, kills: int, count: int, batch_size: int, seed: i
     assert not list(study.path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("batch_size", "kills"), [(1, 4), (4, 2)], ids=["single", "batched"])
+@pytest.mark.parametrize(
+    ("batch_size", "kills"),
+    [pytest.param(1, 4, marks=pytest.mark.slow, id="single"), pytest.param(4, 2, id="batched")],
+)
 def test_kill_at_random_points_loses_and_repeats_nothing(tmp_path, batch_size, kills):
     kill_until_done(tmp_path, kills, count=300, batch_size=batch_size, seed=batch_size)
 

@@ -169,8 +169,14 @@ def _another(name: str) -> Any:
     return {bool: True, int: 3, float: 0.75, str: "other"}[base]
 
 
+# 3.6 s of CPU each: in the default suite those that read unlike fields.
+OFTEN = ("edits on a local backend", "webp, in batches", "eachlabs")
+
+
 @pytest.mark.usefixtures("two_cores")
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [r if r in OFTEN else pytest.param(r, marks=pytest.mark.slow) for r in RUNS]
+)
 def test_every_field_acts_or_is_refused(run, bases, monkeypatch):
     """The job differs, or freezing refuses the value, or nothing reads it, and that is refused."""
     config = bases[run]
