@@ -162,9 +162,9 @@ def test_from_json_refuses_a_missing_field_and_ignores_an_unknown_one():
 
 def test_study_parses_a_shard_once_and_again_when_it_has_grown(tmp_path, monkeypatch):
     read = []
-    real = store.read_lines
+    real = journal.read_lines
     monkeypatch.setattr(
-        store, "read_lines", lambda path, parse: read.append(path.name) or real(path, parse)
+        journal, "read_lines", lambda path, parse: read.append(path.name) or real(path, parse)
     )
     study = Study.open(tmp_path, "s", create=True)
     first, second = study.shard("1"), study.shard("2")

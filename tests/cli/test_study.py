@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from sd35bench import store
+from sd35bench import journal
 from sd35bench.analysis import table
 from sd35bench.cli import answer
 from tests.studies import drawn
@@ -36,7 +36,7 @@ def results(tmp_path_factory):
 )
 def test_verb_parses_each_journal_and_score_file_once(results, monkeypatch, verb, words):
     parsed, sorted_out = Counter(), Counter()
-    read_lines, sort_rows = store.read_lines, table._rows
+    read_lines, sort_rows = journal.read_lines, table._rows
 
     def counted(path, parse):
         parsed[path.relative_to(results)] += 1
@@ -46,7 +46,7 @@ def test_verb_parses_each_journal_and_score_file_once(results, monkeypatch, verb
         sorted_out["rows"] += 1
         return sort_rows(records, sessions)
 
-    monkeypatch.setattr(store, "read_lines", counted)
+    monkeypatch.setattr(journal, "read_lines", counted)
     monkeypatch.setattr(table, "_rows", counted_rows)
     answer(verb, [*words, f"--results-dir={results}"])
     journals = {path for path in parsed if path.parent.name == "journal"}

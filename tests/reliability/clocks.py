@@ -60,7 +60,7 @@ def _hosted(folder: Path, draw: random.Random) -> tuple[int, int]:
         for _ in range(HOSTED_RUNS):
             jump_s = draw.choice((-1, 1)) * draw.choice(JUMPS_S)
             moment_ns = (EPOCH_S + jump_s) * 10**9
-            patch.setattr("sd35bench.store.time.time_ns", lambda now=moment_ns: now)
+            patch.setattr("sd35bench.journal.time.time_ns", lambda now=moment_ns: now)
             run_hosted(study, hosted_plan(server.url, 4), server.url, timeout_s=5.0)
         return sum(server.creates.values()), max(server.creates.values())
 
