@@ -1,18 +1,24 @@
 """Picture files of any kind → uint8 RGB, the way a person sees them; torch-free.
 
-One decoder for init images, reference folders and stored images. Orientation tags are applied,
-16-bit and floating-point values scaled, transparency laid on white, colour profiles converted to
-sRGB. A plain ``convert("RGB")`` does none of these: a turned photo stays turned, 16 bits become
-white, and transparent parts show colours that nobody was meant to see.
+One way for init images, reference folders, stored images, the server, and the child process that
+decodes strangers' files (which holds no numpy, so `shown` is Pillow alone). Orientation tags are
+applied, 16-bit and floating-point values scaled, transparency laid on white, colour profiles
+converted to sRGB. A plain ``convert("RGB")`` does none of these: a turned photo stays turned, 16
+bits become white, and transparent parts show colours that nobody was meant to see.
 """
 
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+WHITE = "white"
+LAID = "transparent parts laid on {}"
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ORIENTATION = 0x0112
 
@@ -21,11 +27,11 @@ _ORIENTATION = 0x0112
 class Picture:
     """Pixels [H, W, 3], and what was done to the file's own values, in words."""
 
-    pixels: NDArray[np.uint8]
+    pixels: "NDArray[np.uint8]"
     done: tuple[str, ...] = ()
 
 
-def decode_rgb(data: bytes) -> NDArray[np.uint8]:
+def decode_rgb(data: bytes) -> "NDArray[np.uint8]":
     """Decode an image file's bytes to uint8 RGB [H, W, 3]; of an animation, the first frame.
 
     Raises: OSError, ValueError where it is no picture.
@@ -33,22 +39,32 @@ def decode_rgb(data: bytes) -> NDArray[np.uint8]:
     return read_picture(data).pixels
 
 
-def read_picture(data: bytes, formats: tuple[str, ...] | None = None) -> Picture:
-    """Decode, and say what was done.
+def read_picture(
+    data: bytes, formats: tuple[str, ...] | None = None, background: str = WHITE
+) -> Picture:
+    """Decode, and say what was done; `background` is a colour that Pillow knows.
 
     Raises: OSError, SyntaxError, ValueError where it is no picture; DecompressionBombError.
     """
+    import numpy as np
+
     done: list[str] = []
     with Image.open(io.BytesIO(data), formats=formats) as opened:
         if is_animated(opened):
             done.append("only the first frame is taken")
-        image: Image.Image = opened
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-            done.append("turned as its orientation tag says")
-        image = _eight_bit(image, done)
-        image = _opaque(image, done)
-        return Picture(pixels=np.asarray(_srgb(image, done)), done=tuple(done))
+        pixels = np.asarray(shown(opened, done, background))
+        return Picture(pixels=pixels, done=tuple(done))
+
+
+def shown(image: Image.Image, done: list[str], background: str = WHITE) -> Image.Image:
+    """The 8-bit RGB image that a person sees; what was done is added to `done`.
+
+    Raises: ValueError for floating-point values outside of [0, 1].
+    """
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+        done.append("turned as its orientation tag says")
+    return _srgb(_opaque(_eight_bit(image, done), done, background), done)
 
 
 def is_animated(image: Image.Image) -> bool:
@@ -66,20 +82,21 @@ def _eight_bit(image: Image.Image, done: list[str]) -> Image.Image:
     """Scale wide greys to 8 bits; Pillow itself cuts them at 255."""
     if image.mode in WIDE_MODES:
         done.append("16 bits scaled to 8")
-        wide = np.asarray(image).astype(np.float64) / 257.0
-    elif image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all() or values.min() < 0.0 or values.max() > 1.0:
-            raise ValueError("floating-point values must lie between 0 and 1")
-        done.append("values from 0 to 1 scaled to 8 bits")
-        wide = values * 255.0
-    else:
+        # Half a level more, as the conversion to whole numbers cuts.
+        return image.convert("I").point(lambda v: v * (1 / 257) + 0.5).convert("L")
+    if image.mode != "F":
         return image
-    return Image.fromarray(np.rint(wide).clip(0, 255).astype(np.uint8))
+    import numpy as np
+
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0.0 or values.max() > 1.0:
+        raise ValueError("floating-point values must lie between 0 and 1")
+    done.append("values from 0 to 1 scaled to 8 bits")
+    return Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
 
 
-def _opaque(image: Image.Image, done: list[str]) -> Image.Image:
-    """Lay what is transparent on white."""
+def _opaque(image: Image.Image, done: list[str], background: str) -> Image.Image:
+    """Lay what is transparent on a colour."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
         return image
     profile = image.info.get("icc_profile")
@@ -87,8 +104,9 @@ def _opaque(image: Image.Image, done: list[str]) -> Image.Image:
     if layer.getchannel("A").getextrema() == (255, 255):
         flat = layer.convert("RGB")
     else:
-        done.append("transparent parts laid on white")
-        flat = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        done.append(LAID.format(background))
+        flat = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
+        flat = flat.convert("RGB")
     if profile is not None:
         flat.info["icc_profile"] = profile
     return flat

@@ -55,7 +55,7 @@ def read_file(spec: PromptSpec) -> list[PromptItem]:
     items = []
     for number, (where, row) in enumerate(rows):
         known = {name: row.get(column) for name, column in columns.items()}
-        item = _item(path, number, where, known, spec.first_frame)
+        item = _item(path, number, where, known, spec)
         own = {str(n): value for n, value in row.items() if n not in columns.values()}
         ignored = tuple(name for name in own if name.casefold() in RUN_FIELDS)
         tags = {
@@ -89,9 +89,7 @@ def read_coco(spec: PromptSpec) -> list[PromptItem]:
     return items
 
 
-def _item(
-    path: Path, number: int, where: str, row: dict[str, Any], first_frame: bool
-) -> PromptItem:
+def _item(path: Path, number: int, where: str, row: dict[str, Any], spec: PromptSpec) -> PromptItem:
     for name, value in row.items():
         kinds = str | int if name == "id" else str
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
@@ -104,17 +102,17 @@ def _item(
         )
     init, done = None, ()
     if row["init_image"] not in (None, ""):
-        init, done = read_init_image(path.parent / str(row["init_image"]), where, first_frame)
+        file = path.parent / str(row["init_image"])
+        init, done = read_init_image(file, where, spec.first_frame, spec.init_background)
     own_id = row["id"]
     item_id = f"{number:05d}" if own_id in (None, "") else str(own_id)
     negative = row["negative_prompt"]
     return PromptItem(
-        ref=PromptRef(id=item_id, set=path.name),
+        ref=PromptRef(id=item_id, set=path.name, init_done=done),
         prompt=prompt.strip(),
         **_for_encoders(path, where, row),
         negative_prompt=None if negative in (None, "") else str(negative).strip(),
         init_image=init,
-        init_done=done,
     )
 
 

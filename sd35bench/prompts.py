@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sd35bench.errors import ConfigError
-from sd35bench.pictures import is_animated, oriented_size, read_picture
+from sd35bench.pictures import LAID, WHITE, is_animated, oriented_size, read_picture
 from sd35bench.types import PromptRef, Request
 
 SPLITS = ("all", "tune", "heldout")
@@ -40,7 +40,6 @@ INIT_PIXEL_LIMIT = 64_000_000
 class PromptItem:
     """One prompt; `init_image` is the bytes of a PNG, JPEG or WEBP file.
 
-    `init_done` says what was done to the file's own values to show it, as `pictures.Picture` does.
     `ignored` are columns of its file that are named as fields of a run are.
     """
 
@@ -51,7 +50,6 @@ class PromptItem:
     prompt_3: str | None = None
     prompt_weights: str | None = None
     init_image: bytes | None = None
-    init_done: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -62,7 +60,8 @@ class PromptSpec:
     `columns` maps prompt, negative_prompt, init_image and id to a file's own column names.
     `limit` keeps the first so many. `task` and `seed` are for generated sets, `texts` are the
     prompts of the kind `given`; `skip_empty` leaves out a file's rows without a prompt,
-    `first_frame` takes animations as init images. `split` ``None`` is for the set to choose:
+    `first_frame` takes animations as init images, `init_background` is the colour behind
+    transparent ones. `split` ``None`` is for the set to choose:
     `tune` of a file of one's own with `FEWEST_TO_SPLIT` prompts. `source`: see `PromptRef`.
     """
 
@@ -75,6 +74,7 @@ class PromptSpec:
     texts: tuple[str, ...] = ()
     skip_empty: bool = False
     first_frame: bool = False
+    init_background: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
 
@@ -225,11 +225,12 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def read_init_image(
-    path: Path, where: str, first_frame: bool = False
+    path: Path, where: str, first_frame: bool = False, background: str | None = None
 ) -> tuple[bytes, tuple[str, ...]]:
     """Read an init image's file after looking at its header; `where` opens the error message.
 
-    Returns: the file's bytes, and what was done to its values to show them.
+    Returns: the file's bytes (of a transparent one on a `background` of one's own, those of a PNG
+    without transparency), and what is done to its values to show them.
 
     Raises: ConfigError if it is missing, not PNG, JPEG or WEBP, larger than 64 megapixels, or an
     animation whose first frame was not asked for.
@@ -247,10 +248,12 @@ def read_init_image(
                     f"{where}: {path} is an animation; take its first frame with"
                     " prompts.first_frame=true"
                 )
-        done = read_picture(data, INIT_FORMATS).done
+        seen = read_picture(data, INIT_FORMATS, WHITE if background is None else background)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
         raise ConfigError(f"{where}: {path} is not a readable PNG, JPEG or WEBP image") from exc
-    return data, done
+    if background is not None and LAID.format(background) in seen.done:
+        data = encode_png(seen.pixels)
+    return data, seen.done
 
 
 def init_size(data: bytes) -> tuple[int, int]:
@@ -260,7 +263,10 @@ def init_size(data: bytes) -> tuple[int, int]:
 
 
 def with_init_image(
-    items: tuple[PromptItem, ...], path: Path, first_frame: bool = False
+    items: tuple[PromptItem, ...],
+    path: Path,
+    first_frame: bool = False,
+    background: str | None = None,
 ) -> tuple[PromptItem, ...]:
     """Give every prompt the same init image.
 
@@ -268,8 +274,10 @@ def with_init_image(
     """
     if any(item.init_image is not None for item in items):
         raise ConfigError(f"init_image={path}: this prompt set has init images of its own")
-    data, done = read_init_image(path, "init_image", first_frame)
-    return tuple(replace(item, init_image=data, init_done=done) for item in items)
+    data, done = read_init_image(path, "init_image", first_frame, background)
+    return tuple(
+        replace(item, init_image=data, ref=replace(item.ref, init_done=done)) for item in items
+    )
 
 
 def _check(spec: PromptSpec) -> None:

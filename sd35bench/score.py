@@ -7,11 +7,12 @@ image that names its features' extractor and its reference; the distance is comp
 Drift holds an image against another one of the study, which is remembered from just before.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +37,9 @@ from sd35bench.metrics.selection import select_metrics
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Status
 
+if TYPE_CHECKING:
+    from sd35bench.workers.features import Spread
+
 Progress = Callable[[int, int], None]
 """Called with images done and images to do."""
 
@@ -57,6 +61,7 @@ def score_study(
     metrics: Sequence[str | Metric] | None = None,
     progress: Progress | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    spread: "Spread | None" = None,
 ) -> dict[str, Any]:
     """Add the scores that are missing; ``metrics=None`` means each model's and task's defaults.
 
@@ -65,6 +70,7 @@ def score_study(
         metrics: names (`fid`, `clip_score_nano` …) or loaded metrics.
         progress: called after each batch of images.
         options: by metric family, what its module's `load` takes (``{"fid": {"reference": …}}``).
+        spread: workers that embed images; ``None`` embeds them here. This process alone writes.
 
     Returns: ``{"study", "images", "scored": {metric: new}, "embedded": {extractor: new},
     "excluded": {reason: count}, "damaged": [files], "refused": {metric: why}, "notes": {metric:
@@ -74,7 +80,7 @@ def score_study(
     Raises: MetricError where a metric that was asked for by name cannot be had, or is one of
     quality and all there is was made with random weights; a default like that is in `refused`.
     """
-    job = _Job(study, by_name=metrics is not None)
+    job = _Job(study, metrics is not None, spread)
     selection = select_metrics(metrics, job.records, {} if options is None else options)
     job.refused = selection.refused
     for metric in selection.metrics:
@@ -105,8 +111,9 @@ def guard_image(image: Image, record: Record) -> str | None:
 class _Job:
     """What is there, what is missing, and what was made."""
 
-    def __init__(self, study: Study, by_name: bool) -> None:
-        self.study, self.by_name = study, by_name
+    def __init__(self, study: Study, by_name: bool, spread: "Spread | None") -> None:
+        self.study, self.by_name, self.spread = study, by_name, spread
+        self.out: deque[tuple[str, list[str], Future[np.ndarray]]] = deque()
         self.ok = [r for r in study.records() if r.status is Status.OK and r.image is not None]
         self.done: dict[str, dict[Where, Score]] = defaultdict(dict)
         for score in study.scores():
@@ -136,6 +143,8 @@ class _Job:
     def add(self, metric: Metric) -> None:
         """Take a metric in, with the features that are kept for it."""
         self.metrics[metric.name] = metric
+        if isinstance(metric, FeatureMetric | SetMetric):
+            metric.extractor.spread = self.spread
         if isinstance(metric, PairMetric):
             self.pairings[metric.name] = metric.pairing(self.records)
         if isinstance(metric, SetMetric) or (
@@ -206,6 +215,7 @@ class _Job:
                 self.flush()
             if progress is not None:
                 progress(seen, len(ordered))
+        self._take_rows(0)
         self.flush()
 
     def _unseen(self, metric: Metric) -> list[Record]:
@@ -284,15 +294,30 @@ class _Job:
             return None  # they are a side of drift, not what it stands on
 
     def _embed(self, extractor: Extractor, part: list[tuple[Record, Image]]) -> None:
-        kept = self.features[extractor.name]
-        new = {r.image: i for r, i in part if r.image is not None and r.image not in kept}
+        name = extractor.name
+        kept, out = self.features[name], {d for n, ds, _ in self.out if n == name for d in ds}
+        images = {r.image: i for r, i in part if r.image is not None}
+        new = {d: i for d, i in images.items() if d not in kept and d not in out}
         if not new:
             return
-        rows = extractor.embed(list(new.values()))
-        for digest, row in zip(new, rows, strict=True):
-            kept[digest] = row
-            self.fresh[extractor.name].append((digest, row))
-        self.embedded[extractor.name] += len(new)
+        self.embedded[name] += len(new)
+        if self.spread is None:
+            self._keep_rows(name, list(new), extractor.embed(list(new.values())))
+            return
+        files = [self.study.read_image_file(digest) for digest in new]
+        self.out.append((name, list(new), self.spread.ask(extractor, files)))
+        self._take_rows(self.spread.most_out)
+
+    def _take_rows(self, most: int) -> None:
+        """Wait, in the order of asking, until at most `most` batches are with workers."""
+        while len(self.out) > most:
+            name, digests, rows = self.out.popleft()
+            self._keep_rows(name, digests, rows.result())
+
+    def _keep_rows(self, name: str, digests: list[str], rows: np.ndarray) -> None:
+        for digest, row in zip(digests, rows, strict=True):
+            self.features[name][digest] = row
+            self.fresh[name].append((digest, row))
 
     # From features -----------------------------------------------------------------------------
 

@@ -191,7 +191,8 @@ class PromptRef:
     ("tune", "heldout", "all"), `level` a difficulty where the set knows one. `init_prompt` is the
     caption of the init image where the set knows it. `held_out` is how many prompts its file kept
     for a confirmation; `source` has the settings below `prompts.` that read the file again, where
-    its name alone does not. `tags` are the file's own columns: name → its values.
+    its name alone does not. `tags` are the file's own columns: name → its values. `init_done` says
+    what was done to the init image's own values to show it, as `pictures.Picture` does.
     """
 
     id: str
@@ -202,6 +203,7 @@ class PromptRef:
     held_out: int | None = None
     source: dict[str, str] = field(default_factory=dict)
     tags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    init_done: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +323,9 @@ class RemoteCall:
     `in_flight` is the most predictions that the run had open meanwhile (1: single-stream).
     `resumed` ones were found again after a crash or a lost answer: their times are no measurements.
     `cost_reported`: by the service; else it is the listed price. `unsent` names request fields that
-    the protocol cannot carry; `attempts` counts creates, refused ones included.
+    the protocol cannot carry; `attempts` counts creates, refused ones included. `made_by` is the
+    model that made the image, where the server names it: another one may stand in for what was
+    asked for (`serve stand_in_for=`).
     """
 
     provider: str
@@ -339,6 +343,7 @@ class RemoteCall:
     cost_reported: bool
     unsent: tuple[str, ...] = ()
     resumed: bool = False
+    made_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sd35bench.checkpoint import NANO_WEIGHTS, path_digest
-from sd35bench.cli import compare
+from sd35bench.cli import compare, main
 from sd35bench.cli.parser import parse
 from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.overrides import written
@@ -21,6 +21,7 @@ from sd35bench.loading.sources import load_model
 from sd35bench.nano.train.lora import FineTune, adapt, train
 from sd35bench.nano.train.measure import load_pipeline
 from sd35bench.types import Change, ModelSpec
+from tests.studies.in_process import compute_here
 
 TEXT = (Path(__file__).parents[1] / "docs" / "fine-tunes.md").read_text()
 LINES = [
@@ -98,6 +99,23 @@ def test_every_command_of_the_page_is_one_that_there_is(tuned: Path, monkeypatch
     assert len(digests) == len(runs)
     for verb, *rest in compares:
         parse(verb, compare.COMMANDS[verb], rest, as_json=False)
+
+
+def test_did_my_fine_tune_regress_is_one_command(tuned: Path, monkeypatch: Any) -> None:
+    """The page's runs and comparisons with 4 steps of 24 prompts, and a fine-tune of 4 steps.
+
+    Such a fine-tune changes little, so that it is taken 40 times over: nothing is right with it.
+    """
+    monkeypatch.chdir(tuned.parent)
+    compute_here(monkeypatch)
+    fewer = {"steps=8": "steps=4", "prompts.limit=64": "prompts.limit=24"}
+    fewer |= {"model.lora=dark.safetensors": "model.lora=dark.safetensors:40"}
+    fewer |= {"model.lora=dark.safetensors:0.2": "model.lora=dark.safetensors:0.001"}
+    for words in commands("sd35bench"):
+        if words[0] == "run":
+            assert main([fewer.get(word, word) for word in [*words, "threads=1"]]) == 0
+    codes = {words[2]: main(words) for words in commands("sd35bench") if words[0] == "compare"}
+    assert codes == {"tuned": 1, "gentle": 0}
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import MetricError
 from sd35bench.metrics import selection
-from sd35bench.metrics.base import Extractor, FeatureMetric, ImageMetric, Value
+from sd35bench.metrics.base import ImageMetric, Value
 from sd35bench.metrics.clip_score import ClipScore
 from sd35bench.metrics.extractors import NanoEvaluator
 from sd35bench.metrics.fid import Fid
@@ -18,7 +18,7 @@ from sd35bench.metrics.init_kept import InitKept
 from sd35bench.metrics.prompt_accuracy import PromptAccuracy
 from sd35bench.score import guard_image, score_study
 from sd35bench.store import Study
-from tests.metrics.doubles import pictures, save_random_evaluator
+from tests.metrics.doubles import Colours, Redness, pictures, save_random_evaluator
 from tests.studies.memory import LOAD, record, session
 
 PROMPT = "a red circle on white"
@@ -35,7 +35,7 @@ def _encode(image: np.ndarray, kind: str = "png") -> bytes:
     return out.getvalue()
 
 
-def _put(study: Study, images, kind: str = "png", **fields) -> list:
+def put(study: Study, images, kind: str = "png", **fields) -> list:
     """Store images with one record each, as a run leaves them."""
     shard = study.shard(f"shard-{len(study.records())}")
     if not study.sessions():
@@ -67,28 +67,17 @@ class Seen(ImageMetric):
         ]
 
 
-class Counting(Extractor):
-    """Mean colours as features, counting how often it was asked."""
+class Counting(Colours):
+    """Counts how often it was asked."""
 
     name = "counting"
-    min_images = 8
 
     def __init__(self):
         self.embedded = 0
 
     def embed(self, images):
         self.embedded += len(images)
-        return np.array([i.reshape(-1, 3).mean(0) for i in images], np.float32)
-
-
-class Redness(FeatureMetric):
-    name = "redness"
-
-    def __init__(self, extractor):
-        self.extractor = extractor
-
-    def score_features(self, features, records):
-        return [Value(float(f[0])) for f in features]
+        return super().embed(images)
 
 
 def _values(study, metric):
@@ -96,7 +85,7 @@ def _values(study, metric):
 
 
 def test_score_adds_what_is_missing_once(study):
-    rows = _put(study, pictures(5))
+    rows = put(study, pictures(5))
     extractor = Counting()
     first = score_study(study, [Seen(), Redness(extractor)])
     assert first["scored"] == {"seen": 5, "redness": 5}
@@ -106,14 +95,14 @@ def test_score_adds_what_is_missing_once(study):
     second = score_study(study, [again, Redness(extractor)])
     assert (second["total"], second["scored"], again.images) == (0, {}, [])
     assert extractor.embedded == 5
-    _put(study, pictures(2, seed=9), steps=99)
+    put(study, pictures(2, seed=9), steps=99)
     third = score_study(study, [Seen(), Redness(extractor)])
     assert third["scored"] == {"seen": 2, "redness": 2}
     assert set(_values(study, "seen")) >= {r.trial.key for r in rows}
 
 
 def test_score_adding_a_metric_never_embeds_again(study):
-    _put(study, pictures(4))
+    put(study, pictures(4))
     extractor = Counting()
     score_study(study, [Redness(extractor)])
     other = Redness(extractor)
@@ -123,7 +112,7 @@ def test_score_adding_a_metric_never_embeds_again(study):
 
 
 def test_score_of_other_weights_is_made_again_under_the_same_name(study):
-    _put(study, pictures(2))
+    put(study, pictures(2))
     old, new = Counting(), Counting()
     new.name = "counting-retrained"
     score_study(study, [Redness(old)])
@@ -133,8 +122,8 @@ def test_score_of_other_weights_is_made_again_under_the_same_name(study):
 
 
 def test_score_embeds_one_file_of_two_trials_once(study):
-    _put(study, pictures(3))
-    _put(study, pictures(3), batch_size=8)
+    put(study, pictures(3))
+    put(study, pictures(3), batch_size=8)
     extractor = Counting()
     counts = score_study(study, [Redness(extractor)])
     assert (extractor.embedded, counts["scored"]) == (3, {"redness": 6})
@@ -143,7 +132,7 @@ def test_score_embeds_one_file_of_two_trials_once(study):
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 def test_score_shows_metrics_what_was_written_as_uint8(study, kind):
     image = pictures(1, 40, 48)[0]
-    (row,) = _put(study, [image], kind)
+    (row,) = put(study, [image], kind)
     seen = Seen()
     score_study(study, [seen])
     written = np.asarray(Image.open(study.image_path(row.image)).convert("RGB"))
@@ -154,7 +143,7 @@ def test_score_shows_metrics_what_was_written_as_uint8(study, kind):
 
 def test_score_batches_by_size_and_keeps_values_with_their_records(study, monkeypatch):
     monkeypatch.setattr(score_module, "_BATCH", 3)
-    rows = _put(study, pictures(4)) + _put(study, pictures(5, 48, 72, seed=4))
+    rows = put(study, pictures(4)) + put(study, pictures(5, 48, 72, seed=4))
     calls = []
     score_study(study, [Seen()], lambda done, total: calls.append((done, total)))
     values = _values(study, "seen")
@@ -173,8 +162,8 @@ BAD = {
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 @pytest.mark.parametrize("name", BAD)
 def test_guards_come_before_any_metric(study, name, kind):
-    (good,) = _put(study, pictures(1))
-    (bad,) = _put(study, [BAD[name]], kind, steps=9)
+    (good,) = put(study, pictures(1))
+    (bad,) = put(study, [BAD[name]], kind, steps=9)
     seen = Seen()
     counts = score_study(study, [seen])
     assert len(seen.images) == 1
@@ -192,7 +181,7 @@ def test_guard_refuses_a_wrong_size_and_passes_a_picture():
 
 
 def test_missing_file_is_counted_and_scored_when_it_is_back(study):
-    rows = _put(study, pictures(2))
+    rows = put(study, pictures(2))
     path = study.image_path(rows[0].image)
     data = path.read_bytes()
     path.unlink()
@@ -206,7 +195,7 @@ def test_missing_file_is_counted_and_scored_when_it_is_back(study):
 def test_killed_scoring_keeps_what_was_flushed(study, monkeypatch):
     monkeypatch.setattr(score_module, "_BATCH", 2)
     monkeypatch.setattr(score_module, "_FLUSH", 3)
-    _put(study, pictures(8))
+    put(study, pictures(8))
 
     class Killed(Seen):
         def score_images(self, images, records, inits):
@@ -228,7 +217,7 @@ def _fid(tmp_path) -> Fid:
 
 
 def test_fid_below_its_minimum_has_no_reference_and_says_what_it_needs(study, tmp_path):
-    _put(study, pictures(5))
+    put(study, pictures(5))
     assert score_study(study, [_fid(tmp_path)])["scored"] == {"fid_nano": 5}
     assert not (study.path / "references").exists()
     entry = show_document(study)["settings"][0]["metrics"]["fid_nano"]
@@ -236,7 +225,7 @@ def test_fid_below_its_minimum_has_no_reference_and_says_what_it_needs(study, tm
 
 
 def test_fid_reference_is_made_once_and_again_when_prompts_are_added(study, tmp_path):
-    _put(study, pictures(60))
+    put(study, pictures(60))
     metric = _fid(tmp_path)
     score_study(study, [metric])
     assert score_study(study, [_fid(tmp_path)])["total"] == 0
@@ -246,17 +235,17 @@ def test_fid_reference_is_made_once_and_again_when_prompts_are_added(study, tmp_
     assert entry["value"] > 0
     assert entry["reference"] == first[0].stem
     assert entry["reference_n"] >= 120
-    _put(study, pictures(2, seed=5), prompt="two blue squares on black")
+    put(study, pictures(2, seed=5), prompt="two blue squares on black")
     assert score_study(study, [_fid(tmp_path)])["scored"] == {"fid_nano": 62}
     assert len(list(study.path.glob("references/*.npz"))) == 2
     assert show_document(study)["settings"][0]["metrics"]["fid_nano"]["n"] == 62
 
 
 def test_held_out_prompts_do_not_move_the_reference_of_the_others(study, tmp_path):
-    _put(study, pictures(60))
+    put(study, pictures(60))
     score_study(study, [_fid(tmp_path)])
     before = show_document(study)["settings"][0]["metrics"]["fid_nano"]
-    _put(study, pictures(2, seed=5), prompt="two blue squares on black", split="heldout")
+    put(study, pictures(2, seed=5), prompt="two blue squares on black", split="heldout")
     assert score_study(study, [_fid(tmp_path)])["scored"] == {"fid_nano": 2}
     assert show_document(study)["settings"][0]["metrics"]["fid_nano"] == before
 
@@ -267,8 +256,8 @@ def test_edits_get_init_kept_and_text_to_image_does_not(study):
     init = next(true_renders("a large red circle on white", (64, 64), 1))
     digest = study.put_init(_encode(init))
     fields = {"prompt": "a large blue circle on white"}
-    (edit,) = _put(study, [init], init_image=digest, prompt_strength=0.1, **fields)
-    (plain,) = _put(study, [next(true_renders(fields["prompt"], (64, 64), 1))], **fields)
+    (edit,) = put(study, [init], init_image=digest, prompt_strength=0.1, **fields)
+    (plain,) = put(study, [next(true_renders(fields["prompt"], (64, 64), 1))], **fields)
     counts = score_study(study, [PromptAccuracy(), InitKept()])
     assert counts["scored"] == {"prompt_accuracy": 2, "init_kept": 1}
     assert _values(study, "init_kept") == {edit.trial.key: pytest.approx(1.0)}
@@ -281,7 +270,7 @@ def test_edits_get_init_kept_and_text_to_image_does_not(study):
 
 def test_default_that_cannot_be_had_is_noted_and_the_rest_is_scored(study, monkeypatch, tmp_path):
     monkeypatch.setattr(NanoEvaluator, "__init__", lambda self: setattr(self, "folder", tmp_path))
-    _put(study, pictures(2))
+    put(study, pictures(2))
     counts = score_study(study)
     assert counts["scored"] == {"prompt_accuracy": 2}
     assert counts["refused"].keys() == {"clip_score_nano", "fid_nano"}
@@ -296,7 +285,7 @@ def test_default_whose_reference_cannot_be_made_is_refused_and_the_rest_is_score
     metrics = {"seen": Seen(), "fid_nano": Fid(Counting(), "nano")}
     monkeypatch.setattr(selection, "default_metrics", lambda model, task: tuple(metrics))
     monkeypatch.setattr(selection, "load_metric", lambda name, **options: metrics[name])
-    _put(study, pictures(8), prompt="a cat in a hat")
+    put(study, pictures(8), prompt="a cat in a hat")
     for new in (8, 0):
         counts = score_study(study)
         assert counts["scored"] == ({"seen": new} if new else {})
@@ -310,7 +299,7 @@ def test_metric_that_gives_no_number_leaves_a_reason(study):
         def score_images(self, images, records, inits):
             return [Value(float("nan")) for _ in images]
 
-    _put(study, pictures(1))
+    put(study, pictures(1))
     score_study(study, [Broken()])
     (score,) = [s for s in study.scores() if s.metric == "seen"]
     assert (score.value, score.detail) == (None, {"reason": "the metric gave nan"})
@@ -318,7 +307,7 @@ def test_metric_that_gives_no_number_leaves_a_reason(study):
 
 def test_metric_that_applies_to_nothing_says_what_to_do(study):
     real = replace(LOAD, model=replace(LOAD.model, name="sd35-medium"))
-    _put(study, pictures(2), load=real)
+    put(study, pictures(2), load=real)
     counts = score_study(study, ["fid", "prompt_accuracy"])
     assert "metric.fid.reference" in counts["refused"]["fid_inception"]
     assert "prompt_accuracy" in counts["refused"]
@@ -328,7 +317,7 @@ def test_metric_that_applies_to_nothing_says_what_to_do(study):
 def test_family_name_means_nanos_evaluator_on_a_study_of_nano(study, monkeypatch, tmp_path):
     folder = save_random_evaluator(tmp_path / "evaluator")
     monkeypatch.setattr(NanoEvaluator, "__init__", lambda self: setattr(self, "folder", folder))
-    _put(study, pictures(3))
+    put(study, pictures(3))
     counts = score_study(study, ["clip_score", "fid"])
     assert counts["scored"] == {"clip_score_nano": 3, "fid_nano": 3}
     assert len(counts["embedded"]) == 1  # one extractor served both
@@ -338,7 +327,7 @@ def test_family_name_means_nanos_evaluator_on_a_study_of_nano(study, monkeypatch
 def test_options_reach_the_metric(study, tmp_path, monkeypatch):
     folder = save_random_evaluator(tmp_path / "evaluator")
     monkeypatch.setattr(NanoEvaluator, "__init__", lambda self: setattr(self, "folder", folder))
-    _put(study, pictures(2))
+    put(study, pictures(2))
     np.savez(tmp_path / "r.npz", mean=np.zeros(48), cov=np.eye(48), n=5000)
     options = {"fid": {"reference": str(tmp_path / "r.npz")}}
     made = {}
@@ -360,7 +349,7 @@ def test_scored_study_is_shown_without_torch(study, tmp_path, monkeypatch):
     import subprocess
     import sys
 
-    _put(study, pictures(2))
+    put(study, pictures(2))
     folder = save_random_evaluator(tmp_path / "evaluator")
     code = (
         "import sys\nfrom pathlib import Path\nfrom sd35bench.metrics.extractors import *\n"

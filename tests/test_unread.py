@@ -46,6 +46,7 @@ VALUES = {
     "prompts.columns.": ("prompts.columns.prompt=x", "prompts.kind=coco", "prompts.kind=file"),
     "prompts.skip_empty": ("prompts.skip_empty=true", LOCAL, "prompts.kind=file"),
     "prompts.first_frame": ("prompts.first_frame=true", LOCAL, "init_image=x.png"),
+    "prompts.init_background": ("prompts.init_background=red", LOCAL, "init_image=x.png"),
     "prompts.task": ("prompts.task=edit", "prompts.kind=file", LOCAL),
     "prompts.seed": ("prompts.seed=1", "prompts.kind=file", LOCAL),
     "steps": ("steps=4", OF_ITS_OWN, LOCAL),
@@ -108,6 +109,7 @@ ELSEWHERE = {
     "prompts.path": "another file needs to be there",
     "init_image": "a file of its own; `prompt_strength` and the rest follow",
     "prompts.first_frame": "it acts on animations only",
+    "prompts.init_background": "it acts on transparent images only",
 }
 """Fields whose effect is not in a job of these small runs, and why."""
 FEW = "prompts.limit=4"

@@ -84,6 +84,14 @@ def usd_per_image(row: Row) -> dict[str, Any] | None:
     return {"value": mean.value, "ci95": mean.ci95, "n": mean.n, "reported": reported}
 
 
+def made_by_others(row: Row) -> str:
+    """Models that made a row's images in place of the one that was asked for, between commas."""
+    if not row.hosted:
+        return ""
+    named = {call.made_by for call in _ok_calls(row) if call.made_by is not None}
+    return ", ".join(sorted(named - {row.setting["model"]}))
+
+
 def _ok_calls(row: Row) -> list[RemoteCall]:
     return [r.remote for r in row.records if r.status is Status.OK and r.remote is not None]
 

@@ -15,7 +15,12 @@ import numpy as np
 
 from sd35bench.analysis.drift import drift_document
 from sd35bench.analysis.quality import row_metric
-from sd35bench.analysis.remote import concurrent_phases, remote_summary, usd_per_image
+from sd35bench.analysis.remote import (
+    concurrent_phases,
+    made_by_others,
+    remote_summary,
+    usd_per_image,
+)
 from sd35bench.analysis.speed import (
     Latency,
     latency_summary,
@@ -177,6 +182,9 @@ def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
         )
     for why, n in row.untimed.most_common():
         found.append(f"{n} call{'s' * (n > 1)} {why}: no latency from {'them' if n > 1 else 'it'}")
+    stand_ins = made_by_others(row)
+    if stand_ins:
+        found.append(f"images made by {stand_ins}, which stood in: no figure is of this model")
     found += spread_texts(row, sessions)
     if not row.timed:
         alone = "call of this setting ran alone"

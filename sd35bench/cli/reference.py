@@ -8,7 +8,7 @@ from typing import Any
 from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.errors import ConfigError, StoreError, nearest
-from sd35bench.metrics.base import Extractor, is_nano
+from sd35bench.metrics.base import Extractor, is_nano, maker
 from sd35bench.metrics.dinov2 import FAMILY
 from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.make_reference import Choice, from_folder, from_study
@@ -129,7 +129,7 @@ def _extractor(asked: _Asked, study: Study | None) -> tuple[Extractor, str]:
     given = asked.options
     name = given.get("extractor")
     if name is None and study is not None:
-        models = {r.trial.load.model.name for r in study.records()}
+        models = {maker(r) for r in study.records()}
         name = "nano" if models and all(map(is_nano, models)) else None
     name = "inception" if name is None else name
     if name not in ("inception", "nano", "clip", FAMILY):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from sd35bench.store import Study
 
 if TYPE_CHECKING:
     from sd35bench.recommend.profiles import Profile
+    from sd35bench.workers.features import Spread
 
 
 def score(given: Given) -> Answer:
@@ -288,10 +290,20 @@ def score_missing(
         def moved(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        found = score_study(study, names, moved, options)
+        with _workers(overrides) as workers:
+            found = score_study(study, names, moved, options, workers)
     if defaults:
         keep_scored(study, found)
     return found
+
+
+def _workers(overrides: Sequence[str]) -> AbstractContextManager["Spread | None"]:
+    """Who embeds the images: this process, unless workers are asked for."""
+    if not overrides:
+        return nullcontext()
+    from sd35bench.config.scoring import spread_of
+
+    return spread_of(overrides)
 
 
 def _score_more(study: Study, names: Sequence[str]) -> None:
@@ -325,15 +337,20 @@ COMMANDS = {
     "score": Command(
         call=score,
         words=("[STUDY]",),
-        settings="[metric.NAME.OPTION=VALUE ...]",
+        settings="[metric.NAME.OPTION=VALUE ...] [workers=N] [threads=N] [engine=ray]",
         about="""What is there already is not made again. Quality where there are trained weights,
-drift from eager where several backends ran.""",
+drift from eager where several backends ran. Features of images are extracted by `workers`
+processes, each on `threads` cores of its own, as `run` has them: the number of workers changes no
+bit of any score.""",
         examples="""
 sd35bench score grid                        the model's default metrics
 sd35bench score grid --metric fid_nano      one metric
 sd35bench score photos --metric fid metric.fid.reference=coco_stats.npz
 sd35bench score backends --metric drift metric.drift.reference=eager-bf16
                                             how far each backend's images are from that one's
+sd35bench score photos --metric clip_score workers=8 threads=4
+sd35bench score photos --metric clip_score engine=ray threads=8 ray.address=auto
+                                            on the actors of a Ray cluster
 """,
         flags=(
             Flag(

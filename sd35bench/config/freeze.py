@@ -230,7 +230,8 @@ def _prompts(conf: RunConf) -> tuple[PromptItem, ...]:
     init_image = vars(conf)["init_image"]
     if init_image is None:
         return items
-    return with_init_image(items, Path(init_image).expanduser(), spec.first_frame)
+    path = Path(init_image).expanduser()
+    return with_init_image(items, path, spec.first_frame, spec.init_background)
 
 
 def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
@@ -249,6 +250,7 @@ def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
         texts=tuple(prompts.texts),
         skip_empty=prompts.skip_empty,
         first_frame=prompts.first_frame,
+        init_background=prompts.init_background,
         columns={**vars(prompts.columns)},
     )
 
@@ -258,6 +260,9 @@ def _source(prompts: PromptsConf) -> dict[str, str]:
     columns = {f"columns.{name}": column for name, column in vars(prompts.columns).items()}
     found = {name: column for name, column in columns.items() if name != f"columns.{column}"}
     found |= {"skip_empty": "true"} if prompts.skip_empty else {}
+    found |= {"first_frame": "true"} if prompts.first_frame else {}
+    if prompts.init_background is not None:
+        found["init_background"] = prompts.init_background
     is_elsewhere = prompts.path is not None and Path(prompts.path).name != prompts.path
     return {"path": f"{prompts.path}", **found} if is_elsewhere else found
 
@@ -359,7 +364,7 @@ _TO_CONFIRM = f"give {FEWEST_TO_SPLIT} or more in a file, prompts.path=FILE"
 
 def _picture_notes(prompts: tuple[PromptItem, ...]) -> tuple[str, ...]:
     """Say what was done to init images that are not plain 8-bit RGB."""
-    files = {item.init_image: item.init_done for item in prompts if item.init_image is not None}
+    files = {item.init_image: item.ref.init_done for item in prompts if item.init_image is not None}
     counts = Counter(done for each in files.values() for done in each)
     return tuple(f"init images: {done} ({counts[done]} of {len(files)})" for done in sorted(counts))
 

@@ -168,7 +168,9 @@ def _product(
 
 def _file(where: str, path: str, conf: RunConf, files: dict[str, bytes], notes: list[str]) -> str:
     """The digest of an input image's file, kept in `files`. Raises: ConfigError."""
-    data, _ = read_init_image(Path(path).expanduser(), where, conf.prompts.first_frame)
+    given = conf.prompts
+    file = Path(path).expanduser()
+    data, _ = read_init_image(file, where, given.first_frame, given.init_background)
     digest = hashlib.sha256(data).hexdigest()
     files[digest] = data
     notes.append(f"{where}: {digest[:8]} is {Path(path).name}")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from annotated_types import Interval, doc
 from omegaconf import DictConfig, OmegaConf
+from PIL import ImageColor
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -64,6 +65,11 @@ def _plain_text(value: str) -> str:
 def _some_text(value: str) -> str:
     if not value:
         raise ValueError("empty")
+    return value
+
+
+def _colour(value: str) -> str:
+    ImageColor.getrgb(value)
     return value
 
 
@@ -256,6 +262,9 @@ class PromptsConf(Conf):
         False, "leave out a file's rows without a prompt, in place of refusing"
     )
     first_frame: bool = known(False, "take an animation's first frame for an init image")
+    init_background: (
+        Annotated[Text, AfterValidator(_colour), doc("a colour: grey or '#808080'")] | None
+    ) = known(None, "what is behind a transparent init image", "white")
     columns: ColumnsConf = ColumnsConf()
 
 

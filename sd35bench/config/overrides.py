@@ -45,6 +45,8 @@ OTHER_NAMES = {
     "generator": "seed",
 }
 """What other tools call our fields."""
+WORKERS = ("workers=", "threads=", "engine=", "ray.")
+"""What begins so says on which workers images are scored."""
 GROUP_NAMES = ("model", "backend", "prompts", "experiment")
 OWN_INPUTS = (EXTRA, IMAGE)
 """What names begin with that only a model's YAML knows (`inputs`)."""
@@ -280,7 +282,7 @@ def metric_options(overrides: Sequence[str]) -> dict[str, dict[str, Scalar]]:
     for name in choices("metric"):
         conf: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "metric" / f"{name}.yaml"))
         found[conf["family"]] = _metric(name, conf, overrides)
-    known = [f"metric.{name}." for name in found]
+    known = [*(f"metric.{name}." for name in found), *WORKERS]
     for text in overrides:
         if not text.startswith(tuple(known)):
             raise ConfigError(

@@ -64,6 +64,7 @@ _HERE = (_runs_here, "it acts on backends that run here")
 _WEIGHTS = (_reads_weights, "no backend of this run reads weights")
 _FILE = (_kind("file"), "only prompts=file reads it")
 _NANO = (_kind("nano"), "it is of generated sets; only prompts=nano reads it")
+_INITS = (_may_have_inits, "it is of init images; give init_image=FILE")
 READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "remote.": (_is_hosted, "it acts on hosted services; add a backend such as backend=eachlabs"),
     "remote.auth": (_is_eachlabs, "only backend=eachlabs has two headers for a key"),
@@ -88,7 +89,8 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "prompts.path": (_kind(*_FILES), f"these prompts are no file; add prompts={_FILES[0]}"),
     "prompts.columns.": _FILE,
     "prompts.skip_empty": _FILE,
-    "prompts.first_frame": (_may_have_inits, "it is of init images; give init_image=FILE"),
+    "prompts.first_frame": _INITS,
+    "prompts.init_background": _INITS,
     "prompts.task": _NANO,
     "prompts.seed": _NANO,
     "steps": (_takes("steps"), _NO_INPUT),

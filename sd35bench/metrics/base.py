@@ -14,15 +14,19 @@ else is refused. Modules are imported when a metric is loaded, torch when it fir
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.types import Record, Task
+
+if TYPE_CHECKING:
+    from sd35bench.workers.features import Spread
 
 Image = NDArray[np.uint8]
 
@@ -72,16 +76,32 @@ class Extractor(ABC):
     """Turns images into feature vectors; `name` is safe in a path and tells weights apart.
 
     `min_images` is the least number of images for which a Gaussian fitted to the features is
-    worth comparing; `resize` says how images come to the network's size.
+    worth comparing; `resize` says how images come to the network's size. `spread`: workers that
+    embed in its place. Pickled, it is what it was made from, without anything loaded.
     """
 
     name: str
     min_images: int
     resize: str = "not recorded"
+    spread: "Spread | None" = None
 
     @abstractmethod
     def embed(self, images: Sequence[Image]) -> NDArray[np.float32]:
         """Features [n, d] of uint8 RGB images, which may differ in size."""
+
+    def embed_all(self, batches: Iterable[Sequence[Image]]) -> Iterable[NDArray[np.float32]]:
+        """Features of each batch, in order."""
+        if self.spread is None:
+            return map(self.embed, batches)
+        return self.spread.embed_all(self, batches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = type(self)
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name != "spread" and not isinstance(getattr(own, name, None), cached_property)
+        }
 
 
 class Metric(ABC):
@@ -227,6 +247,12 @@ def default_metrics(model: str, task: Task) -> tuple[str, ...]:
     if task is Task.IMAGE_TO_IMAGE:
         return ("prompt_accuracy", "init_kept", "clip_score_nano")
     return ("prompt_accuracy", "clip_score_nano", "fid_nano")
+
+
+def maker(record: Record) -> str:
+    """The model that made a record's image: the one asked for, or what a server says stood in."""
+    said = None if record.remote is None else record.remote.made_by
+    return record.trial.load.model.name if said is None else said
 
 
 def is_nano(model: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.metrics.base import FeatureMetric, Value, is_nano
+from sd35bench.metrics.base import FeatureMetric, Value, is_nano, maker
 from sd35bench.metrics.extractors import ClipExtractor, NanoEvaluator, clip_extractor
 from sd35bench.types import Record
 
@@ -30,9 +30,7 @@ class ClipScore(FeatureMetric):
 
     def applies(self, record: Record) -> bool:
         """Nano's evaluator knows nano's world only."""
-        return not isinstance(self.extractor, NanoEvaluator) or is_nano(
-            record.trial.load.model.name
-        )
+        return not isinstance(self.extractor, NanoEvaluator) or is_nano(maker(record))
 
     def score_features(
         self, features: NDArray[np.float32], records: Sequence[Record]

@@ -6,7 +6,7 @@ in nano's world; elsewhere ``None``.
 
 from collections.abc import Sequence
 
-from sd35bench.metrics.base import Image, ImageMetric, Value, is_nano
+from sd35bench.metrics.base import Image, ImageMetric, Value, is_nano, maker
 from sd35bench.types import Record, Task
 
 
@@ -19,7 +19,7 @@ class InitKept(ImageMetric):
 
     def applies(self, record: Record) -> bool:
         """Image-to-image in nano's world."""
-        return super().applies(record) and is_nano(record.trial.load.model.name)
+        return super().applies(record) and is_nano(maker(record))
 
     def score_images(
         self, images: Sequence[Image], records: Sequence[Record], inits: Sequence[Image | None]

@@ -6,7 +6,7 @@ Only for nano's world, whose analytic verifier can read its pictures.
 
 from collections.abc import Sequence
 
-from sd35bench.metrics.base import Image, ImageMetric, Value, is_nano
+from sd35bench.metrics.base import Image, ImageMetric, Value, is_nano, maker
 from sd35bench.types import Record
 
 
@@ -17,7 +17,7 @@ class PromptAccuracy(ImageMetric):
 
     def applies(self, record: Record) -> bool:
         """Nano's world only."""
-        return is_nano(record.trial.load.model.name)
+        return is_nano(maker(record))
 
     def score_images(
         self, images: Sequence[Image], records: Sequence[Record], inits: Sequence[Image | None]

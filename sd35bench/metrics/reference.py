@@ -24,7 +24,7 @@ from sd35bench.analysis.reference import (
     write_reference,
 )
 from sd35bench.errors import ConfigError, MetricError
-from sd35bench.metrics.base import Extractor, Image, ReferenceData, SetMetric, is_nano
+from sd35bench.metrics.base import Extractor, Image, ReferenceData, SetMetric, is_nano, maker
 from sd35bench.metrics.extractors import Backbone, NanoEvaluator, choose_extractor
 from sd35bench.pictures import decode_rgb
 from sd35bench.stats.frechet import Gaussian
@@ -124,7 +124,7 @@ class ReferencedMetric(SetMetric):
 
     def applies(self, record: Record) -> bool:
         """Text-to-image; nano's evaluator and true renders know nano's world only."""
-        nano = is_nano(record.trial.load.model.name)
+        nano = is_nano(maker(record))
         drawn = self.reference == PROMPTS or isinstance(self.extractor, NanoEvaluator)
         return super().applies(record) and (nano or not drawn)
 
@@ -244,7 +244,7 @@ def reduce_images(
 
     Raises: MetricError for fewer than 2 images.
     """
-    parts = [extractor.embed(part) for part in batched_images(images)]
+    parts = list(extractor.embed_all(batched_images(images)))
     return reduce_features(parts, source, prompts, keep=keep, seed=seed)
 
 

@@ -20,6 +20,7 @@ from sd35bench.metrics.base import (
     is_nano,
     judges,
     load_metric,
+    maker,
 )
 from sd35bench.metrics.drift import STANDARD_REFERENCE
 from sd35bench.types import Load, Record
@@ -54,7 +55,7 @@ def select_metrics(
     if asked is None:
         chosen, refused = _defaults(records, options)
     else:
-        only_nano = bool(records) and all(is_nano(r.trial.load.model.name) for r in records)
+        only_nano = bool(records) and all(is_nano(maker(r)) for r in records)
         chosen = [m if isinstance(m, Metric) else _load(m, options, only_nano) for m in asked]
         refused = {}
     selection = Selection(refused=refused)
@@ -90,9 +91,7 @@ def _defaults(records: Sequence[Record], options: Options) -> tuple[list[Metric]
     refused: dict[str, str] = {}
     names: dict[str, None] = {}
     pairs = {
-        (m.name, r.trial.request.task, m.weights == "random")
-        for r in records
-        for m in [r.trial.load.model]
+        (maker(r), r.trial.request.task, r.trial.load.model.weights == "random") for r in records
     }
     for model, task, random in sorted(pairs):
         for name in default_metrics(model, task):

@@ -2,8 +2,8 @@
 
 Run as ``python -P -m sd35bench.remote.image_decoder pixels|facts MAX_PIXELS MEMORY CPU_S``: the
 file on stdin; on stdout one line of JSON, the facts or ``{"error": …}``, and after the facts, if
-asked, the pixels as H * W * 3 bytes. It holds neither numpy nor anything of ours, so that it is
-there in a tenth of a second and its address space is nearly all for the image.
+asked, the pixels as H * W * 3 bytes. It holds no numpy and nothing of ours but `pictures`, so that
+it is there in a tenth of a second and its address space is nearly all for the image.
 """
 
 import io
@@ -16,6 +16,8 @@ from typing import Any
 
 from PIL import Image
 
+from sd35bench.pictures import shown
+
 _NAMES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
@@ -24,7 +26,7 @@ class _Refused(Exception):
 
 
 def read_picture(data: bytes, max_pixels: int) -> tuple[dict[str, Any], Image.Image]:
-    """Decode the only picture in a file to 8-bit RGB; orientation tags and profiles are ignored.
+    """Decode the only picture in a file to 8-bit RGB, as a person sees it; so is its size.
 
     Raises: `_Refused`, `Image.DecompressionBombWarning` or `…Error` from the header of a file with
     more pixels, and whatever Pillow raises for one that is broken.
@@ -35,25 +37,15 @@ def read_picture(data: bytes, max_pixels: int) -> tuple[dict[str, Any], Image.Im
         _refuse_truncated(data)
         with _open(data) as image:
             _refuse_frames(image)
-            facts = {
-                "format": _NAMES[str(image.format)],
-                "width": image.width,
-                "height": image.height,
-            }
             if image.format == "PNG":
                 with _open(data) as whole:  # every chunk to the end, checksums included
                     whole.verify()
-            return facts, _rgb(image)
+            seen, name = shown(image, []), _NAMES[str(image.format)]
+            return {"format": name, "width": seen.width, "height": seen.height}, seen
 
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=tuple(_NAMES))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I;16":  # Pillow's own conversion clips at 255
-        image = image.point(lambda value: value / 256).convert("L")
-    return image.convert("RGB")
 
 
 def _refuse_frames(image: Image.Image) -> None:

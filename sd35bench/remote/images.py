@@ -68,7 +68,7 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image file to uint8 RGB [H, W, 3]; transparency is dropped, as the store does.
+    """Decode an image file to uint8 RGB [H, W, 3], as the store does.
 
     Raises: BadImage, as `check_image`.
     """

@@ -524,6 +524,7 @@ class HostedTrial:
             cost_reported=reported is not None,
             unsent=client.provider.not_sent(),
             resumed=self.resumed,
+            made_by=None if ended is None else ended.made_by,
         )
 
 

@@ -41,7 +41,7 @@ CREATE INDEX IF NOT EXISTS by_status ON predictions (status, place);
 _OPEN = "status IN ('created', 'starting', 'processing')"
 _RUNNING = "status IN ('starting', 'processing')"
 _COLUMNS = (
-    "id, owner, model, input, status, price, created_at, started_at, completed_at, output,"
+    "id, owner, model, load, input, status, price, created_at, started_at, completed_at, output,"
     " error_code, error, predict_s"
 )
 
@@ -64,7 +64,10 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """One row as a client may see it; times are seconds since the epoch."""
+    """One row as a client may see it; times are seconds since the epoch.
+
+    `load` names the model and backend that it was accepted for; the store fills it in.
+    """
 
     id: str
     owner: str
@@ -73,6 +76,7 @@ class Prediction:
     status: Phase
     price: float
     created_at: float
+    load: str = ""
     started_at: float | None = None
     completed_at: float | None = None
     output: str | None = None
@@ -132,7 +136,7 @@ class PredictionStore:
 
     def __init__(self, path: Path, load_key: str, now: Callable[[], float] = time.time) -> None:
         """Open or make the file; `load_key` names the model and backend that images come from."""
-        self._load_key, self._now = load_key, now
+        self.load_key, self._now = load_key, now
         self._lock = threading.Lock()
         with self._errors():
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -157,7 +161,7 @@ class PredictionStore:
             other = "the server was started again with another model or backend; create it again"
             db.execute(
                 f"{failed} WHERE {_OPEN} AND load != ?",
-                ("not-served", other, self._now(), self._load_key),
+                ("not-served", other, self._now(), self.load_key),
             )
             deadly = f"the server ended {MOST_STARTS} times while it was making this image"
             db.execute(
@@ -186,7 +190,7 @@ class PredictionStore:
                 "INSERT INTO predictions (id, owner, model, load, input, request, status, price,"
                 " created_at) VALUES (?, ?, ?, ?, ?, ?, 'created', ?, ?)",
                 (
-                    *(p.id, p.owner, p.model, self._load_key),
+                    *(p.id, p.owner, p.model, self.load_key),
                     *(json.dumps(p.input), json.dumps(to_json(request)), p.price, p.created_at),
                 ),
             )

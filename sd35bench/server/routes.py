@@ -168,14 +168,18 @@ class _Routes:
                 f" poll GET /v1/prediction/{prediction_id}",
             ) from exc
         word = "failed" if found.status is Phase.ERROR else found.status.value
-        view = _view(found, _base(request)).model_dump()
+        view = self._view(found, _base(request)).model_dump()
         return Ended.model_validate({**view, "predictionID": found.id, "status": word})
 
     async def poll(self, request: Request, prediction_id: str) -> PredictionView:
         found = await asyncio.to_thread(self.store.get, _caller(request).id, prediction_id)
         if found is None:
             raise Refusal(404, "Prediction not found")
-        return _view(found, _base(request))
+        return self._view(found, _base(request))
+
+    def _view(self, found: Prediction, base: str) -> PredictionView:
+        ours = found.load == self.store.load_key  # the folder may hold another model's, too
+        return _view(found, base, self.settings.model.name if ours else None)
 
     async def cancel(self, request: Request, prediction_id: str) -> Accepted:
         found = await asyncio.to_thread(self.store.cancel, _caller(request).id, prediction_id)
@@ -308,13 +312,14 @@ def _base(request: Request) -> str:
     return f"{request.url.scheme}://{request.url.netloc}"
 
 
-def _view(prediction: Prediction, base: str) -> PredictionView:
+def _view(prediction: Prediction, base: str, made_by: str | None = None) -> PredictionView:
     """What a poll answers."""
     p = prediction
     own = f"{base}/v1/prediction/{p.id}"
     return PredictionView(
         id=p.id,
         model=p.model,
+        made_by=made_by,
         input=p.input,
         status=p.status,
         output=_output(p, base),
@@ -331,7 +336,7 @@ def _row(prediction: Prediction, base: str) -> Execution:
     """What a listing says of one prediction."""
     view = _view(prediction, base)
     return Execution(
-        **view.model_dump(exclude={"output", "logs", "metrics", "urls"}),
+        **view.model_dump(exclude={"output", "logs", "metrics", "urls", "made_by"}),
         output=view.output,
         execution_cost=view.metrics.cost,
         run_time=view.metrics.predict_time,

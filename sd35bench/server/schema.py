@@ -394,6 +394,9 @@ class PredictionView(BaseModel):
 
     id: str
     model: str
+    made_by: str | None = Field(
+        description="The model that makes the image; null where another one was served by then."
+    )
     input: dict[str, JsonValue] = Field(description="Every field, with its seed drawn.")
     status: Phase
     output: Output

@@ -17,19 +17,29 @@ import os
 import platform
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sd35bench.checkpoint import whole_digest
-from sd35bench.errors import ConfigError, StoreError, WorkerDied, WorkerLost, nearest
+from sd35bench.errors import (
+    ConfigError,
+    MetricError,
+    StoreError,
+    WorkerDied,
+    WorkerLost,
+    nearest,
+)
 from sd35bench.limits import Limits
 from sd35bench.measure import asked_device
 from sd35bench.plan import Plan
 from sd35bench.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
 from sd35bench.types import Load, ModelSpec
+from sd35bench.workers.features import FeatureProcess, Spread
 from sd35bench.workers.lane import Worker
 from sd35bench.workers.leases import claim_cores
 from sd35bench.workers.process import run_plan
@@ -178,15 +188,11 @@ class RayWorker:
         return answer
 
     def _get(self, promised: Any, timeout_s: float | None) -> Any:
-        ray = _ray()
         try:
-            return ray.get(promised, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError as exc:
+            return _answer(promised, timeout_s)
+        except TimeoutError as exc:
             self.stop()
             raise WorkerLost(f"no node had room for an actor in {PLACE_S:g} s") from exc
-        except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as exc:
-            first = str(exc).strip().splitlines()[0]
-            raise WorkerLost(f"the actor's process or its node ended: {first}") from exc
 
 
 class NodeWorker:
@@ -222,6 +228,68 @@ class NodeWorker:
         return answer
 
 
+class RayFeatures:
+    """The driver's end of an actor that embeds images; see `sd35bench.workers.features.Host`."""
+
+    def __init__(self, threads: int, options: Mapping[str, Any]) -> None:
+        """Ask for an actor; a node starts it while the first batch is on its way."""
+        self._actor = _ray().remote(NodeFeatures).options(**options).remote(threads)
+
+    def embed(self, key: bytes, name: str, images: Sequence[Any]) -> np.ndarray:
+        """Rows [n, d] of one batch. Raises: WorkerDied, MetricError."""
+        answer = _answer(self._actor.embed.remote(key, name, images), None)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        """End the actor now, and its process with it; safe to call twice."""
+        with contextlib.suppress(Exception):  # Ray may be gone before it
+            _ray().kill(self._actor)
+
+
+class NodeFeatures:
+    """What such an actor is: on its node, the host of one process that embeds."""
+
+    def __init__(self, threads: int) -> None:
+        """Take free cores and start the process."""
+        self._claim = contextlib.ExitStack()
+        self._process = FeatureProcess(threads, self._claim.enter_context(claim_cores(threads)))
+
+    def embed(self, key: bytes, name: str, images: Sequence[Any]) -> Any:
+        """Rows of one batch; what stands in their way is an answer, which keeps its type."""
+        try:
+            return self._process.embed(key, name, images)
+        except (WorkerDied, MetricError) as exc:
+            return exc
+
+
+@contextlib.contextmanager
+def ray_spread(workers: int | str, threads: int | None, settings: RaySettings) -> Iterator[Spread]:
+    """Actors that embed images, each on `threads` cores of its own; connected meanwhile.
+
+    Raises: ConfigError as `RayCluster.prepare`.
+    """
+    _require_ray()
+    _check_options(settings)
+    _connect(settings)
+    each = len(os.sched_getaffinity(0)) if threads is None else threads
+    needs = {"num_cpus": float(each)}
+    most = _room(needs)
+    count = most if workers == AUTO else int(workers)
+    try:
+        if not 0 < count <= most:
+            raise ConfigError(
+                f"workers={workers}: scoring needs num_cpus={each} an actor, and this cluster holds"
+                f" {most}; give fewer workers or threads"
+            )
+        options = {**_actor_defaults(needs), **settings.actor}
+        with contextlib.closing(Spread(lambda _: RayFeatures(each, options), count)) as spread:
+            yield spread
+    finally:
+        _ray().shutdown()
+
+
 def model_problem(model: ModelSpec) -> str | None:
     """Say why a model is not on this machine as it is on the driver's; ``None`` where it is."""
     if not model.path or model.weights == "random":
@@ -250,6 +318,18 @@ def model_problem(model: ModelSpec) -> str | None:
 
 def _ray() -> Any:
     return importlib.import_module("ray")
+
+
+def _answer(promised: Any, timeout_s: float | None) -> Any:
+    """What an actor answers. Raises: WorkerLost where it is gone, TimeoutError."""
+    ray = _ray()
+    try:
+        return ray.get(promised, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as exc:
+        raise TimeoutError from exc
+    except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as exc:
+        first = str(exc).strip().splitlines()[0]
+        raise WorkerLost(f"the actor's process or its node ended: {first}") from exc
 
 
 def _require_ray() -> None:

@@ -151,7 +151,7 @@ class Answer:
 
 def main(handle: int, dump: int) -> None:
     """Serve one parent until it says stop or goes away; a fatal signal's stack goes to `dump`."""
-    _die_with_parent()
+    die_with_parent()
     faulthandler.enable(dump)
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
@@ -325,7 +325,7 @@ def _status_of(exc: BaseException) -> Status:
     return next((status for kind, status in kinds.items() if isinstance(exc, kind)), Status.ERROR)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     if sys.platform == "linux":
         parent = int(os.environ["SD35BENCH_PARENT"])

@@ -1,9 +1,11 @@
-"""Small real networks with random weights: nano's evaluator and an open_clip model folder."""
+"""Small real networks with random weights, an extractor without a network, and a metric of it."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+
+from sd35bench.metrics.base import Extractor, FeatureMetric, Value
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -58,3 +60,25 @@ def pictures(count: int, height: int = 64, width: int = 64, seed: int = 0) -> li
         scale = np.array([120, 70, 30])
         found.append((np.stack(waves, -1) * scale + scale + 10).astype(np.uint8))
     return found
+
+
+class Colours(Extractor):
+    """Mean colours as features."""
+
+    name = "colours"
+    min_images = 8
+
+    def embed(self, images):
+        return np.array([i.reshape(-1, 3).mean(0) for i in images], np.float32)
+
+
+class Redness(FeatureMetric):
+    """The first feature."""
+
+    name = "redness"
+
+    def __init__(self, extractor):
+        self.extractor = extractor
+
+    def score_features(self, features, records):
+        return [Value(float(f[0])) for f in features]

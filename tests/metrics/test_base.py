@@ -2,6 +2,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from sd35bench.metrics.base import (
 from sd35bench.metrics.reference import ReferencedMetric
 from sd35bench.metrics.selection import ON_FEATURES
 from sd35bench.types import Task
+from tests.studies.hosted_calls import HOSTED, call
 from tests.studies.memory import LOAD, record
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "metric"
@@ -93,10 +95,18 @@ def test_metric_applies_by_task(name, fields, expected):
 
 @pytest.mark.parametrize("name", ["prompt_accuracy", "clip_score_nano", "fid_nano"])
 def test_metric_of_nanos_world_does_not_apply_to_other_models(name):
-    from dataclasses import replace
-
     other = replace(LOAD, model=replace(LOAD.model, name="sd35-medium"))
     assert not load_metric(name).applies(record(0, load=other))
+
+
+@pytest.mark.parametrize("name", ["prompt_accuracy", "clip_score_nano", "fid_nano"])
+@pytest.mark.parametrize(("made_by", "expected"), [("nano", True), ("sana", False), (None, False)])
+def test_metric_of_nanos_world_applies_to_what_nano_made_in_anothers_name(name, made_by, expected):
+    load = replace(HOSTED, model=replace(HOSTED.model, name="sd35-medium"))
+    asked = call(0, made_by=made_by)
+    assert asked.remote is not None
+    of_other = replace(record(0, load=load), remote=asked.remote)
+    assert load_metric(name).applies(of_other) is expected
 
 
 @pytest.mark.parametrize(

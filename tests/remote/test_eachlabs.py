@@ -86,6 +86,15 @@ def test_every_status_word_is_known(word, phase):
     assert read(status=word).phase is phase
 
 
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [("nano", "nano"), (None, None), ("", None), (7, None), ("a b", None), ("x" * 81, None)],
+)
+def test_the_model_that_stood_in_is_read_where_it_can_be_one(said, found):
+    assert read(made_by=said).made_by == found
+    assert read().made_by is None  # the vendor's own answer
+
+
 @pytest.mark.parametrize("status", ["reticulating", "", None, 200, ["success"]])
 def test_an_unknown_status_is_named(status):
     with pytest.raises(RemoteError, match=r"status .*(reticulating|''|None|200|success)"):

@@ -1,15 +1,20 @@
-"""`experiment=page`: every model of the vendor's page in one study, against servers of our own."""
+"""`experiment=page`: every model of the vendor's page in one study, against our own server."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sd35bench.cli import main
+from sd35bench.server.predictions import Query
 from sd35bench.store import Study
 from sd35bench.types import Status
-from tests.remote.fault_server import serving
 from tests.remote.faults import picture
 from tests.server.live import live, make_settings
 from tests.server.test_own_inputs import served
@@ -32,60 +37,92 @@ def called(url: str, limit: int) -> list[str]:
     ]
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "providers.md"
 FACES = ["images.identity_1=one.png", "images.identity_2=two.png"]
 
 
+def standing_in(folder: Path, backend: str, steps: int = 4):
+    """Settings of a server whose nano answers to every name of the page."""
+    return make_settings(
+        folder,
+        model=replace(served("nano", "page", backend), steps=steps),
+        requests_per_minute=None,
+        concurrency=100,
+        usd_per_image=0.02,
+        allow_loopback=True,
+    )
+
+
+def scored(capsys) -> dict[str, dict]:
+    """What `score` and `show` say of the study, by model."""
+    assert main(["score", "page", "--metric", "clip_score"]) == 0
+    capsys.readouterr()
+    assert main(["show", "page", "--json"]) == 0
+    return {row["model"]: row for row in json.loads(capsys.readouterr().out)["settings"]}
+
+
 @pytest.mark.usefixtures("_alone")
-def test_every_model_is_called_in_its_own_words_in_one_study(capsys):
-    """The smallest form: one prompt, the fault server, nothing loaded."""
-    with serving() as server:
-        assert main([*called(server.url, 1), "remote.usd_per_image=0.035", *FACES]) == 0
-        asked = {s.json["model"]: s.json["input"] for s in server.seen if s.route == "create"}
+def test_every_model_is_called_in_its_own_words_and_gets_a_clip_score(tmp_path, capsys):
+    """The smallest form: one prompt, patterns instead of a model."""
+    with live(standing_in(tmp_path / "served", "fake")) as server:
+        assert main([*called(server.url, 1), "remote.usd_per_image=0.02", *FACES]) == 0
+        made = server.state.store.listing("", Query()).predictions
     document = json.loads(capsys.readouterr().out)
     assert (document["planned"], document["done"], document["failed"]) == (5, 5, 0)
-    assert document["cost_usd"] == pytest.approx(5 * 0.035)
-    assert set(asked) == {"sd35-medium", *OWN}
+    assert document["cost_usd"] == pytest.approx(5 * 0.02)
+    asked = {one.model: one.input for one in made}
+    assert len(asked) == 5
+    assert asked.keys() > set(OWN)
     assert len({inputs["prompt"] for inputs in asked.values()}) == 1
     assert asked["ideogram-v2-turbo"]["magic_prompt_option"] == "Off"
     assert asked["omni-zero-couples"]["identity_image_1"].startswith(server.url)
-    study = Study.open(Path("results"), "page")
-    assert {r.trial.load.model.name for r in study.records()} == set(asked)
-    assert main(["show", "page", "--json"]) == 0
-    rows = {r["model"]: r for r in json.loads(capsys.readouterr().out)["settings"]}
+    rows = scored(capsys)
+    assert rows.keys() == {"sd35-medium", *OWN}
+    for row in rows.values():
+        assert row["metrics"]["clip_score_nano"]["n"] == 1
+        assert -100 < row["metrics"]["clip_score_nano"]["value"] < 100
+        assert any("made by nano, which stood in" in text for text in row["warnings"])
     assert rows["omni-zero-couples"]["images"].keys() == {"identity_1", "identity_2"}
     assert main(["show", "page"]) == 0
     (line,) = [t for t in capsys.readouterr().out.splitlines() if t.strip().startswith("–     –")]
     assert "ideogram-v2-turbo" in line  # it has neither steps nor cfg
 
 
+def of_docs() -> dict[str, list[str]]:
+    """The offline commands of docs/providers.md, by verb."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [text for text in blocks if "stand_in_for=page" in text]
+    lines = [shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]
+    return {words[0]: words for words in lines}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_alone")
-def test_a_model_that_stands_in_makes_and_shows_the_whole_page(tmp_path, capsys):
-    """A minute: nano behind `serve`, latencies, dollars, and a report with the images."""
-    from sd35bench.config import compose, freeze
-
-    load = freeze(compose(["backend=eager"])).sweep.load
-    settings = make_settings(
-        tmp_path / "served",
-        load=load,
-        model=replace(served("nano", "page", "eager"), steps=4),
-        requests_per_minute=None,
-        concurrency=100,
-        usd_per_image=0.02,
-        allow_loopback=True,
-    )
-    with live(settings) as server:
-        assert main([*called(server.url, 2), "remote.usd_per_image=0.02", "steps=4", *FACES]) == 0
-    assert json.loads(capsys.readouterr().out)["cost_usd"] == pytest.approx(10 * 0.02)
+def test_a_model_that_stands_in_makes_scores_and_shows_the_whole_page(capsys):
+    """The commands of docs/providers.md, on another port, with the two pictures: 60 images."""
+    commands = of_docs()
+    asked = [sys.executable, "-m", "sd35bench", *commands["serve"], "port=0", "--json"]
+    started = time.monotonic()
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = json.loads(server.stdout.readline())["url"]
+            words = [word.replace("http://127.0.0.1:8000", url) for word in commands["run"]]
+            assert main([*words, *FACES, "--json"]) == 0
+        finally:
+            server.terminate()
+    assert json.loads(capsys.readouterr().out)["done"] == 60
     study = Study.open(Path("results"), "page")
-    assert [r.status for r in study.records()] == [Status.OK] * 10
-    assert main(["show", "page", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["settings"]
+    assert [r.status for r in study.records()] == [Status.OK] * 60
+    rows = scored(capsys)
     assert len(rows) == 5
-    for row in rows:
-        assert row["n"] == 2
+    for row in rows.values():
+        assert row["n"] == 12
         assert row["latency_s"]["p50"] > 0
-        assert row["usd_per_image"]["value"] == pytest.approx(0.02)
+        assert row["metrics"]["clip_score_nano"]["n"] == 12
+        assert row["metrics"]["clip_score_nano"]["value"] > 80  # nano's own: 84 to 92
     assert main(["report", "page", "--json"]) == 0
     page = Path(json.loads(capsys.readouterr().out)["paths"]["html"]).read_text()
     assert all(name in page for name in OWN)
+    assert "CLIP-score" in page
+    print(f"{time.monotonic() - started:.0f} s")

@@ -54,6 +54,7 @@ def test_vendor_page_flow(server):
     assert found["status"] == "success"
     assert found["metrics"]["predict_time"] > 0
     assert found["metrics"]["cost"] == 0.035
+    assert (found["model"], found["made_by"]) == ("stable-diffusion-3.5-medium", "nano")
     assert isinstance(found["input"]["seed"], int)
     image = opened_image(server, found)
     assert (image.format, image.size) == ("WEBP", (88, 48))

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from sd35bench.errors import RemoteError, UnsafeAddress
+from sd35bench.pictures import decode_rgb
 from sd35bench.server import routes
 from sd35bench.server.file_store import FileStore
 from sd35bench.server.routes import init_image
@@ -131,6 +132,21 @@ def test_what_hides_in_a_file_does_not_reach_the_backend(store, no_network):
 def test_every_kind_of_image_becomes_rgb(store, no_network, kind, mode, content_type):
     path = upload(store, picture(kind, mode), content_type)
     assert get(store, f"http://{HOST}{path}").shape == (12, 20, 3)
+
+
+def test_a_phone_photo_is_upright_and_a_clear_pixel_white(store, no_network):
+    """The pixels that `run init_image=` has of the same files."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = picture("JPEG", exif=exif)
+    path = upload(store, photo, "image/jpeg")
+    pixels = get(store, f"http://{HOST}{path}")
+    assert pixels.shape == (20, 12, 3)
+    assert np.array_equal(pixels, decode_rgb(photo))
+    buffer = io.BytesIO()
+    Image.new("RGBA", (1, 1), (200, 0, 0, 0)).save(buffer, "PNG")
+    path = upload(store, buffer.getvalue())
+    assert get(store, f"http://{HOST}{path}").tolist() == [[[255, 255, 255]]]
 
 
 def test_other_hosts_are_fetched_where_that_is_allowed(store, elsewhere):

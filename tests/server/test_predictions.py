@@ -228,6 +228,7 @@ def test_what_was_accepted_for_another_model_is_reported(tmp_path):
     store = open_store(tmp_path, "another")
     assert store.recover() == []
     assert store.get("me", "a").error_code == "not-served"
+    assert (store.get("me", "a").load, store.load_key) == ("nano", "another")
     store.close()
 
 

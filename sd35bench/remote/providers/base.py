@@ -54,7 +54,8 @@ class Prediction:
     """What a service says of a prediction; ``None`` is what it did not say.
 
     `outputs` are URLs of images. `queue_s` is only set where the service tells when it started.
-    `input` is what it was created with, `created_at` (aware) when, `seed` what it says it used.
+    `input` is what it was created with, `created_at` (aware) when, `seed` what it says it used,
+    `made_by` the model that it names as the one at work.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Prediction:
     input: Mapping[str, Any] | None = None
     created_at: datetime | None = None
     seed: int | None = None
+    made_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from sd35bench.remote.providers.wire import (
     id_of,
     image_urls,
     measured,
+    model_name,
     moment,
     phase_of,
     queue_seconds,
@@ -211,6 +212,7 @@ def _prediction(answer: Mapping[str, Any], phase: Phase) -> Prediction:
         queue_s=queue_seconds(answer.get("created_at"), answer.get("started_at")),
         input=inputs if isinstance(inputs, Mapping) else None,
         created_at=moment(answer.get("created_at")),
+        made_by=model_name(answer.get("made_by")),
     )
 
 

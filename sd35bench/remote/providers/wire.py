@@ -37,6 +37,7 @@ DEEPEST = 4
 """Levels of an output to look through: `{"output": {"images": [{"url": …}]}}` has as many."""
 PREDICTION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}")
 """It becomes a part of a path: no slash, no dot in front, nothing to be escaped."""
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 HEADER_TEXT = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,2000}[\x21-\x7e])?")
 REASONS = ("error_code", "code", "error_message", "message", "error", "detail", "details")
@@ -90,6 +91,11 @@ def measured(value: Any, most: float) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number + 0.0 if 0 <= number <= most else None  # not a number is neither
+
+
+def model_name(value: Any) -> str | None:
+    """A model's name as ours are; anything else is not known."""
+    return value if isinstance(value, str) and MODEL_NAME.fullmatch(value) else None
 
 
 def moment(value: Any) -> datetime | None:
