@@ -168,7 +168,7 @@ def test_an_empty_row_is_refused_by_line_or_left_out(kind, tmp_path):
 def test_a_parquet_null_is_an_empty_row_like_any_other(tmp_path):
     path = tmp_path / "mine.parquet"
     parquet.write_table(pa.table({"prompt": ["a", None, ""]}), path)
-    with pytest.raises(ConfigError, match=r"mine\.parquet.*1.*skip_empty=true"):
+    with pytest.raises(ConfigError, match=r"mine\.parquet row 2: .*skip_empty=true"):
         load_prompts(PromptSpec(kind="file", path=str(path)))
     kept = load_prompts(PromptSpec(kind="file", path=str(path), skip_empty=True))
     assert [item.prompt for item in kept] == ["a"]
