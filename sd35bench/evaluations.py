@@ -12,23 +12,46 @@ the same call, and outside the guidance interval there is none.
 """
 
 import re
+from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from sd35bench import plugins
 from sd35bench.core import guidance
 from sd35bench.core.guidance import Call, Guidance, Kind, SkipLayers
 from sd35bench.types import Request, SkipLayerGuidance, Task
 
 EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}
-SAMPLERS = tuple(EVALUATIONS_PER_STEP)
+SAMPLERS = (*EVALUATIONS_PER_STEP, *plugins.entry_points("samplers"))
+"""The package's own, then those that installed packages add."""
 _NUMBER = r"(\d+(?:\.\d*)?(?:e[-+]?\d+)?)"
 _INTERVAL = re.compile(r"(\d+(?:\.\d*)?)-(\d+(?:\.\d*)?)")
 WRITTEN = re.compile(rf"(\d+(?:-\d+)*)@{_NUMBER}:{_NUMBER}-{_NUMBER}")
 
 
 def sampler_order(sampler: str) -> int:
-    """Evaluations of one step: 2 for Heun, else 1."""
-    return EVALUATIONS_PER_STEP[sampler]
+    """Evaluations of one step: 2 for Heun, else 1, for every plug-in too."""
+    return EVALUATIONS_PER_STEP.get(sampler, 1)
+
+
+class Sampler(ABC):
+    """A plug-in's solver for flow models on diffusers' pipelines: one evaluation a step.
+
+    Its module imports torch and diffusers inside `scheduler`: the class is looked at in processes
+    that load neither.
+    """
+
+    @abstractmethod
+    def scheduler(self, own: Any, shift: float) -> Any:
+        """Build diffusers' scheduler. `own`: the one that the checkpoint came with.
+
+        For image-to-image it needs `scale_noise` and `set_begin_index`.
+        """
+
+
+def plugin_sampler(name: str) -> type[Sampler]:
+    """A plug-in's class. Raises: ConfigError where it cannot be had."""
+    return plugins.load_class("samplers", name, Sampler, list(EVALUATIONS_PER_STEP))
 
 
 def acting_steps(skipping: SkipLayerGuidance, steps: int) -> tuple[int, ...]:

@@ -13,13 +13,16 @@ import hashlib
 import importlib
 import io
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
+from sd35bench import plugins
 from sd35bench.errors import ConfigError
 from sd35bench.pictures import LAID, WHITE, is_animated, oriented_size, read_picture
 from sd35bench.types import PromptRef, Request
@@ -77,6 +80,19 @@ class PromptSpec:
     init_background: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
+
+
+class PromptSet(ABC):
+    """A plug-in's prompt set. `reads` names what of path and seed it takes from the command line.
+
+    It is split and limited as files are, whatever `read` does with `spec.split` and `spec.limit`.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def read(self, spec: PromptSpec) -> list[PromptItem]:
+        """The set's prompts, with ids that are unique. Raises: ConfigError."""
 
 
 READERS: dict[str, str] = {
@@ -295,9 +311,14 @@ def _check(spec: PromptSpec) -> None:
 
 def _reader(kind: str) -> Callable[[PromptSpec], list[PromptItem]]:
     if kind not in READERS:
-        raise ConfigError(f"prompts.kind={kind}: must be one of {', '.join(READERS)}")
+        return prompt_set(kind)().read
     module, _, name = READERS[kind].partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def prompt_set(kind: str) -> type[PromptSet]:
+    """A plug-in's class. Raises: ConfigError for an unknown kind, or where it cannot be had."""
+    return plugins.load_class("prompts", kind, PromptSet, list(READERS))
 
 
 def _refuse_repeated_ids(items: list[PromptItem]) -> None:

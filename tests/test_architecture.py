@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 TORCH_FREE = [
     "sd35bench.types",
     "sd35bench.errors",
+    "sd35bench.plugins",
     "sd35bench.config",
     "sd35bench.plan",
     "sd35bench.prompts",
@@ -23,6 +24,7 @@ TORCH_FREE = [
     "sd35bench.analysis.summary",
     "sd35bench.recommend.advice",
     "sd35bench.cli",
+    "sd35bench.api",
     "sd35bench.nano.prompts",
     "sd35bench.nano.verifier",
 ]

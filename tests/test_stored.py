@@ -142,14 +142,14 @@ def test_score_show_and_report_name_what_is_damaged(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("how", ["swapped", "pipe"])
 def test_a_damaged_image_of_a_baseline_counts_as_gone(study, how):
-    from sd35bench.cli.compare import _Source
+    from sd35bench.cli.compare import Source
 
     kept, other = images_of(study)[:2]
     folder = study.path.parent / "base.images"
     folder.mkdir()
     path = folder / kept.name
     path.write_bytes(kept.read_bytes())
-    source = _Source.__new__(_Source)
+    source = Source.__new__(Source)
     source.study, source.images = None, folder
     assert source.find_image(kept.stem) == path
     DAMAGES[how](path, other)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.errors import ConfigError
+from sd35bench import plugins
 from sd35bench.types import Flops, Load, Request, Scalar
 
 KINDS = {
@@ -117,13 +117,13 @@ class Backend(ABC):
 
 
 def backend_class(kind: str) -> type[Backend]:
-    """Import a kind's module and return its backend class.
+    """Import a kind's module, a plug-in's too, and return its backend class.
 
-    Raises: ConfigError for an unknown kind, ImportError where the module cannot be imported.
+    Raises: ConfigError for an unknown kind and for a plug-in that cannot be had, ImportError where
+    a module of ours cannot be imported.
     """
     if kind not in KINDS:
-        known = ", ".join(sorted(KINDS))
-        raise ConfigError(f"backend.kind={kind!r} is unknown; known: {known}")
+        return plugins.load_class("backends", kind, Backend, list(KINDS))
     module_name, class_name = KINDS[kind].split(":")
     return getattr(importlib.import_module(module_name), class_name)
 

@@ -29,6 +29,7 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import (
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from sd35bench.errors import BackendError, UnsupportedRequest
+from sd35bench.evaluations import EVALUATIONS_PER_STEP, plugin_sampler
 
 
 class _Multistep(Protocol):
@@ -108,6 +109,8 @@ def flow_scheduler(own: Any, sampler: str, shift: float | None) -> Any:
             f"sampler={sampler}, shift={shift}: this checkpoint's {name} has no fixed shift to"
             " build it from; use its own: leave sampler and shift out"
         )
+    if sampler not in EVALUATIONS_PER_STEP:
+        return plugin_sampler(sampler)().scheduler(own, chosen)
     steps = own.config.num_train_timesteps
     if sampler == "euler":
         if isinstance(own, FlowMatchEulerDiscreteScheduler):

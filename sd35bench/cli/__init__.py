@@ -15,6 +15,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
+from sd35bench import __version__, plugins
 from sd35bench.cli.output import Answer, console, write_line, write_plainly
 from sd35bench.cli.parser import Command, help_text, parse
 from sd35bench.errors import (
@@ -48,6 +49,7 @@ VERBS = {
     "merge": ("merge", "unite studies of several machines in one"),
     "clean": ("clean", "files of a study that no record names: list them, or move them away"),
     "verify": ("verify", "whether a study's files are there and whole; exit code 1 if not"),
+    "contract": ("contract", "what every backend must do, checked on somebody else's package"),
     "doctor": ("doctor", "what works on this machine, and what to install"),
 }
 """All verbs: the module of this package that has its `Command` in `COMMANDS`, and its meaning."""
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_line(USAGE.format(verbs="\n".join(f"  {v:<11} {m}" for v, (_, m) in VERBS.items())))
         return DONE if arguments else WRONG_INPUT
     if arguments[0] == "--version":
-        write_line(_version())
+        write_line(f"sd35bench {__version__}")
         return DONE
     try:
         quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
@@ -125,8 +127,10 @@ def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:
     """
     command = _command(verb)
     given = parse(verb, command, arguments, as_json)
+    plugins.use_folder(given.text("--plugin-dir"))
+    extra = given.config_dir
     if given.has("--help"):
-        text = help_text(verb, VERBS[verb][1], command, given.config_dir)
+        text = help_text(verb, VERBS[verb][1], command, extra)
         console().print(text, markup=False, soft_wrap=True)
         return Answer()
     return command.call(given)
@@ -158,12 +162,3 @@ def _failed(exc: BaseException, code: int, as_json: bool) -> int:
         document: dict[str, Any] = {"error": {"type": type(exc).__name__, "message": message}}
         write_line(json.dumps(document))
     return code
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"sd35bench {version('sd35bench')}"
-    except PackageNotFoundError:
-        return "sd35bench (not installed)"

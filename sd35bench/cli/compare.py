@@ -22,10 +22,7 @@ def compare(given: Given) -> Answer:
 
     Raises: ConfigError where nothing can be compared.
     """
-    from sd35bench.config import config_dir
-    from sd35bench.gate.distances import ImageDistances
-    from sd35bench.gate.judge import compare_sides, gate_fails
-    from sd35bench.gate.policy import load_policy
+    from sd35bench.gate.judge import gate_fails
     from sd35bench.report.gate import print_comparison
 
     if given.has("--plan"):
@@ -35,22 +32,45 @@ def compare(given: Given) -> Answer:
             f"expected `sd35bench compare BASELINE CANDIDATE`, not {' '.join(given.words)!r}; see"
             " compare --help (only --plan takes a baseline alone)"
         )
-    policy = load_policy(given.flags.get("--policy", "all"), config_dir() / "policy")
-    before, after = (_Source(name, given.results_dir) for name in given.words)
+    policy = read_policy(given.flags.get("--policy", "all"), given.config_dir)
+    before, after = (Source(name, given.results_dir) for name in given.words)
     rounds = given.whole("--rerun")
     if rounds is not None:
         _rerun(before, after, rounds)
-    sides = before.sides(_needs_scores(policy)), after.sides(_needs_scores(policy))
-    distances = ImageDistances(before.find_image, after.find_image)
-    document = compare_sides(*sides, policy, distances)
-    unscored = dict.fromkeys((*before.unscored, *after.unscored))
-    document["warnings"] += list(unscored)
+    document = judge(before, after, policy)
     out = console(given.as_json)
     if not given.as_json:
         print_comparison(document, out)
     for path in _write(given, document, before, after):
         out.print(f"written: {path}", markup=False, soft_wrap=True)
     return Answer(document=document, exit_code=REGRESSION if gate_fails(document) else 0)
+
+
+def judge(before: "Source", after: "Source", policy: "Policy") -> dict[str, Any]:
+    """Hold a candidate (`after`) against a baseline, scoring first what has no score.
+
+    Raises: ConfigError where nothing can be compared.
+    """
+    from sd35bench.gate.distances import ImageDistances
+    from sd35bench.gate.judge import compare_sides
+
+    sides = before.sides(_needs_scores(policy)), after.sides(_needs_scores(policy))
+    distances = ImageDistances(before.find_image, after.find_image)
+    document = compare_sides(*sides, policy, distances)
+    document["warnings"] += list(dict.fromkeys((*before.unscored, *after.unscored)))
+    return document
+
+
+def read_policy(name: str, extra: Path | None = None) -> "Policy":
+    """A policy by its name, also in the user's own folder `extra`, or its file.
+
+    Raises: ConfigError.
+    """
+    from sd35bench.config import config_dir
+    from sd35bench.config.files import own_file
+    from sd35bench.gate.policy import load_policy
+
+    return load_policy(own_file("policy", name, extra), config_dir() / "policy")
 
 
 def _needs_scores(policy: "Policy") -> bool:
@@ -74,7 +94,7 @@ def _plan(given: Given) -> Answer:
     named = given.text("--policy")
     names = sorted(p.stem for p in folder.glob("*.yaml")) if named is None else [named]
     policies = [load_policy(name, folder) for name in names]
-    sources = [_Source(name, given.results_dir) for name in given.words]
+    sources = [Source(name, given.results_dir) for name in given.words]
     scored = any(map(_needs_scores, policies))
     sides = [source.sides(scored) for source in sources]
     pairs = match_sides(*sides)[0] if len(sides) == 2 else [(sides[0][0], None)]
@@ -92,7 +112,7 @@ def _plan(given: Given) -> Answer:
     return Answer(document=document)
 
 
-class _Source:
+class Source:
     """A study or a baseline file, by the name that the user gave."""
 
     def __init__(self, name: str, results_dir: Path) -> None:
@@ -152,7 +172,7 @@ def refusals(study: Study, scored: dict[str, Any]) -> list[str]:
     return [f"{study.name}: {m} was not scored: {why}" for m, why in scored["refused"].items()]
 
 
-def _rerun(before: _Source, after: _Source, rounds: int) -> None:
+def _rerun(before: Source, after: Source, rounds: int) -> None:
     from sd35bench.alternate import rerun
 
     if before.study is None or after.study is None:
@@ -167,7 +187,7 @@ def _rerun(before: _Source, after: _Source, rounds: int) -> None:
         rerun(before.study, after.study, rounds, show)
 
 
-def _write(given: Given, document: dict[str, Any], before: _Source, after: _Source) -> list[Path]:
+def _write(given: Given, document: dict[str, Any], before: Source, after: Source) -> list[Path]:
     """Write the files that were asked for and return their paths."""
     from sd35bench.disk import append_whole, write_atomic
     from sd35bench.report.gate import compare_markdown, compare_page, junit_xml

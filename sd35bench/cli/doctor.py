@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sd35bench import plugins
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import Command, Given
 from sd35bench.errors import ConfigError, SD35BenchError
@@ -68,9 +69,10 @@ def doctor(given: Given) -> Answer:
     Raises: ConfigError for an argument that names nothing.
     """
     wanted = given.words[0] if given.words else ""
-    _refuse_unknown(wanted)
-    tried = [*_machine(), *_packages(), *_devices(), *_backends(wanted), *_models(wanted)]
-    tried += _metrics(wanted)
+    extra = given.config_dir
+    _refuse_unknown(wanted, extra)
+    tried = [*_machine(), *_packages(), *_devices(), *_plugins(wanted)]
+    tried += [*_backends(wanted, extra), *_models(wanted, extra), *_metrics(wanted)]
     checks = [c for c in (*tried, _browser()) if wanted in c.name]
     if not given.as_json:
         _print(console(), checks, in_full=bool(wanted))
@@ -79,12 +81,13 @@ def doctor(given: Given) -> Answer:
     return Answer(document=document)
 
 
-def _refuse_unknown(wanted: str) -> None:
+def _refuse_unknown(wanted: str, extra: Path | None) -> None:
     """Refuse a name that no check can have, before torch is loaded. Raises: ConfigError."""
     from sd35bench.config import choices
 
     devices = ("cpu", "cuda", *(f"cuda:{index}" for index in range(MOST_GPUS)))
-    named = [f"{group} {name}" for group in ("backend", "model") for name in choices(group)]
+    named = [f"{group} {name}" for group in ("backend", "model") for name in choices(group, extra)]
+    named += [f"plug-in {package}" for package in plugins.packages()]
     named += [f"metric {name}" for name in METRICS]
     names = ("machine", "disk", *PACKAGES, *devices, "chromium", *named)
     if not any(wanted in name for name in names):
@@ -138,24 +141,71 @@ def _devices() -> Iterator[Check]:
         yield Check(group="devices", name=f"cuda:{index}", ok=True, detail=detail)
 
 
-def _backends(wanted: str) -> Iterator[Check]:
+def _plugins(wanted: str) -> Iterator[Check]:
+    """What installed packages add; each is imported, and held against the base class of its kind.
+
+    A name of the package's own is the package's own: a plug-in of that name is never used.
+    """
+    for package, added in plugins.packages().items():
+        if wanted not in f"plug-in {package}":
+            continue
+        try:
+            for said in added:
+                _check_plugin(*said.split(" ", 1))
+        except ConfigError as exc:
+            yield Check(
+                group="plug-ins",
+                name=f"plug-in {package}",
+                ok=False,
+                detail=str(exc),
+                remedy=f"update {package}, or pip uninstall {package}",
+            )
+        else:
+            detail = ", ".join(added)
+            yield Check(group="plug-ins", name=f"plug-in {package}", ok=True, detail=detail)
+
+
+def _check_plugin(group: str, name: str) -> None:
+    """Import one plug-in. Raises: ConfigError."""
+    from sd35bench.backends.base import KINDS, Backend
+    from sd35bench.evaluations import EVALUATIONS_PER_STEP, Sampler
+    from sd35bench.metrics.base import METRICS as OWN_METRICS
+    from sd35bench.metrics.base import Metric
+    from sd35bench.prompts import READERS, PromptSet
+    from sd35bench.remote.providers import PROVIDERS
+    from sd35bench.remote.providers.base import Provider
+
+    own: dict[str, tuple[Any, type]] = {
+        "backends": (KINDS, Backend),
+        "metrics": (OWN_METRICS, Metric),
+        "prompts": (READERS, PromptSet),
+        "providers": (PROVIDERS, Provider),
+        "samplers": (EVALUATIONS_PER_STEP, Sampler),
+    }
+    known, base = own.get(group, ((), object))
+    if name in known:
+        raise ConfigError(f"{group} {name}: this name is sd35bench's own; choose another")
+    plugins.load_class(group, name, base)
+
+
+def _backends(wanted: str, extra: Path | None) -> Iterator[Check]:
     """Ask the variants' classes, with the variants' options, whether they could run here."""
     from omegaconf import OmegaConf
 
     from sd35bench.backends.base import Probe, backend_class
     from sd35bench.config import choices, compose
-    from sd35bench.remote.providers import PROVIDERS
+    from sd35bench.remote.providers import is_provider
 
-    for name in (n for n in choices("backend") if wanted in f"backend {n}"):
-        conf: Any = OmegaConf.to_container(compose([f"backend={name}"]).backend)
+    for name in (n for n in choices("backend", extra) if wanted in f"backend {n}"):
+        conf: Any = OmegaConf.to_container(compose([f"backend={name}"], extra).backend)
         try:
             found = (
                 _service(conf["kind"])
-                if conf["kind"] in PROVIDERS
+                if is_provider(conf["kind"])
                 else backend_class(conf["kind"]).probe(conf["options"])
             )
         except ConfigError as exc:
-            remedy = f"fix configs/backend/{name}.yaml"
+            remedy = f"fix configs/backend/{name}.yaml, or what its kind names"
             found = Probe(ok=False, detail=str(exc), remedy=remedy)
         except Exception as exc:  # whatever a library does when it is half installed
             detail = f"{type(exc).__name__}: {exc}"
@@ -189,13 +239,13 @@ def _service(name: str) -> "Probe":
     return Probe(ok=True, detail=detail)
 
 
-def _models(wanted: str) -> Iterator[Check]:
+def _models(wanted: str, extra: Path | None) -> Iterator[Check]:
     from sd35bench.architectures import architecture_names
     from sd35bench.config import choices, compose
 
     shapes = architecture_names()
-    for name in (n for n in choices("model") if wanted in f"model {n}"):
-        ok, detail, remedy = _weights(compose([f"model={name}"]).model)
+    for name in (n for n in choices("model", extra) if wanted in f"model {n}"):
+        ok, detail, remedy = _weights(compose([f"model={name}"], extra).model)
         if name in shapes and ok is not True:
             detail += "; model.weights=random needs none"
         yield Check(group="models", name=f"model {name}", ok=ok, detail=detail, remedy=remedy)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
-from sd35bench.cli.parser import CONFIG_DIR, Command, Given
+from sd35bench.cli.parser import Command, Given
 from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.overrides import written
 from sd35bench.disk import copy_atomic, is_full
@@ -141,6 +141,5 @@ sd35bench export model=sd35-medium model.path=models/sd35-medium backend=openvin
     a real checkpoint; fp32 takes 9 GB of disk
 sd35bench export --json | jq .parity
 """,
-        flags=(CONFIG_DIR,),
     )
 }

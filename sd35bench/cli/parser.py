@@ -39,9 +39,16 @@ CONFIG_DIR = Flag(
     value="DIR",
     means="a folder with YAML files of your own (DIR/model/mine.yaml ...)",
 )
+PLUGIN_DIR = Flag(
+    name="--plugin-dir",
+    value="DIR",
+    means="a folder with Python code of your own, which a YAML's `kind` may name",
+)
 DRY_RUN = Flag(name="--dry-run", means="print what it would do and take; write and load nothing")
 YES = Flag(name="--yes", means="agree to spend money, where a backend costs any")
 _ALWAYS = (
+    CONFIG_DIR,
+    PLUGIN_DIR,
     Flag(name="--json", means="one JSON document on stdout, everything else on stderr"),
     Flag(name="--help", means="this text", others=("-h",)),
 )

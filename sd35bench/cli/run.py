@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from sd35bench import plugins
 from sd35bench.analysis.settings import setting_key
 from sd35bench.cli.hydra_flags import FLAGS as HYDRA_FLAGS
 from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
 from sd35bench.cli.output import Answer, RunProgress, console, show_progress
-from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, YES, Command, Flag, Given, in_columns, parse
+from sd35bench.cli.parser import DRY_RUN, YES, Command, Flag, Given, in_columns, parse
 from sd35bench.cli.recommended import with_recommended
 from sd35bench.config import Job, check_overrides, choices, freeze
 from sd35bench.config.files import GROUPS
@@ -78,7 +79,15 @@ class RunTask:
             "before": set(),
             "damaged": 0,
         }
-        return {"dry_run": self.dry_run, "yes": self.yes, **gone}
+        code = None if plugins.folder() is None else f"{plugins.folder()}"
+        return {"dry_run": self.dry_run, "yes": self.yes, "plugin_dir": code, **gone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take plug-ins from the same folder over there."""
+        code = state.pop("plugin_dir")
+        if code is not None:
+            plugins.use_folder(code)
+        self.__dict__.update(state)
 
     @property
     def is_pooled(self) -> bool:
@@ -487,7 +496,6 @@ sd35bench run experiment=demo --cfg job --package model
                 means="sweep: comma lists become a grid (anywhere on the line)",
             ),
             DRY_RUN,
-            CONFIG_DIR,
             YES,
             *HYDRA_FLAGS,
         ),

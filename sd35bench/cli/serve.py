@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
-from sd35bench.cli.parser import CONFIG_DIR, Command, Given, in_columns
+from sd35bench.cli.parser import Command, Given, in_columns
 from sd35bench.config.files import choices
 from sd35bench.config.serve import SERVE_FIELDS, compose_serve, freeze_serve
 from sd35bench.errors import ConfigError
@@ -87,7 +87,6 @@ sd35bench serve model=sd35-medium backend=compile-bf16 host=0.0.0.0 key_file=key
 sd35bench serve no_auth=true port=0 --json
     a free port; one JSON line with its url once it is ready
 """,
-        flags=(CONFIG_DIR,),
         details=_details,
     )
 }

@@ -27,7 +27,7 @@ def score(given: Given) -> Answer:
     study = _open(given)
     metrics = given.text("--metric")
     names = None if metrics is None else [n for n in metrics.split(",") if n]
-    counts = score_missing(study, names, given.settings, anew=True)
+    counts = score_missing(study, names, given.settings, True, given.config_dir)
     out = console(given.as_json)
     for name, count in counts["scored"].items():
         out.print(f"{name}: {count} new scores", markup=False)
@@ -71,7 +71,7 @@ def recommend(given: Given) -> Answer:
     from sd35bench.report.recommend import write_recommended
 
     _check_together(given)
-    profiles = _profiles(given.text("--profile"))
+    profiles = profiles_of(given.text("--profile"), given.config_dir)
     study = _open(given)
     counts = score_missing(study)
     if asks_part(given):  # nothing is written: the study's own advice is on all prompts
@@ -118,12 +118,15 @@ def _plan(study: Study, profiles: dict[str, "Profile"], given: Given) -> Answer:
     return Answer(document=document)
 
 
-def _profiles(names: str | None) -> dict[str, "Profile"]:
+def profiles_of(names: str | None, extra: Path | None = None) -> dict[str, "Profile"]:
     """Read the profiles that `--profile` names, all of the package's by default.
+
+    `extra` is a folder of the user's own YAML files.
 
     Raises: ConfigError for a name or a file that is none, or for two of one name.
     """
     from sd35bench.config import config_dir
+    from sd35bench.config.files import own_file
     from sd35bench.recommend.profiles import load_profile, load_profiles
 
     folder = config_dir() / "profile"
@@ -131,7 +134,7 @@ def _profiles(names: str | None) -> dict[str, "Profile"]:
         return load_profiles(folder)
     found: dict[str, Profile] = {}
     for word in dict.fromkeys(names.split(",")):
-        profile = load_profile(word, folder)
+        profile = load_profile(own_file("profile", word, extra), folder)
         if profile.name in found:
             raise ConfigError(
                 f"--profile={names}: two profiles are called {profile.name!r}; give one of them"
@@ -265,17 +268,19 @@ def score_missing(
     names: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
     anew: bool = False,
+    extra: Path | None = None,
 ) -> dict[str, Any]:
     """Score what is missing, the model's default metrics where no `names` are given.
 
-    That nothing was missing is remembered of a large study; `anew` looks all the same.
+    That nothing was missing is remembered of a large study; `anew` looks all the same. `extra` is
+    a folder of the user's own YAML files.
 
     Returns: what `score_study` does; at least ``{"refused": {metric: why}}``.
     """
     from sd35bench.config.overrides import metric_options
     from sd35bench.scored import keep_scored, read_scored
 
-    options = metric_options(overrides)
+    options = metric_options(overrides, extra)
     defaults = names is None and not options
     known = read_scored(study) if defaults and not anew else None
     if known is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.cli.output import Answer, RunProgress, console, show_progress
-from sd35bench.cli.parser import CONFIG_DIR, DRY_RUN, MARKDOWN, YES, Command, Flag, Given
+from sd35bench.cli.parser import DRY_RUN, MARKDOWN, YES, Command, Flag, Given
 from sd35bench.cli.run import run_confirming
 from sd35bench.config import Job
 from sd35bench.config.tune import Tuning, read_tuning
@@ -307,7 +307,6 @@ sd35bench tune study=slg skip_layer_guidance=none,stability skip_layer_scale=1:4
             ),
             MARKDOWN,
             DRY_RUN,
-            CONFIG_DIR,
             YES,
         ),
     )

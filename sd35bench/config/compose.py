@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sd35bench.config.files import config_dir
+from sd35bench.config.files import PLUGIN_GROUPS, config_dir, folders, unwritten
 from sd35bench.config.group_files import check_group_file
 from sd35bench.config.models import (
     FIELDS,
@@ -84,19 +84,25 @@ def _register() -> None:
     for group, model in (("model", ModelConf), ("backend", BackendConf), ("prompts", PromptsConf)):
         store.store(group=group, name="schema", node=defaults_of(model))
     node = {"_target_": f"{SWEEPER_MODULE}.GroupingSweeper"}
+    for group in PLUGIN_GROUPS:
+        for name in unwritten(group):
+            own = {"kind": name} if group == "prompts" else {"kind": name, "name": name}
+            base = PromptsConf if group == "prompts" else BackendConf
+            store.store(group=group, name=name, node={**defaults_of(base), **own})
     store.store(group="hydra/sweeper", name="grouping", node=node, provider="sd35bench")
 
 
 def search_path(extra: Path | None) -> list[str]:
-    """The override that adds the user's own YAML folder, once it was looked at.
+    """The override that adds plug-in packages' and the user's own YAML, once they were looked at.
 
     Raises: ConfigError, naming file and line, for what a group may not carry.
     """
-    if extra is None:
-        return []
-    for path in sorted(extra.rglob("*.yaml")):
-        check_group_file(path, extra)
-    return [f'hydra.searchpath=["file://{extra.resolve()}"]']
+    added = folders(extra)[1:]
+    for folder in added:
+        for path in sorted(folder.rglob("*.yaml")):
+            check_group_file(path, folder)
+    places = ",".join(f'"file://{folder.resolve()}"' for folder in added)
+    return [f"hydra.searchpath=[{places}]"] if added else []
 
 
 def _one_line(exc: BaseException) -> str:

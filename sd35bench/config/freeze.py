@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from sd35bench.backends.base import KINDS, backend_class
 from sd35bench.config.changes import notes_of
 from sd35bench.config.files import config_dir
 from sd35bench.config.inputs import inputs_in_force, own_axes, refuse_elsewhere, settle_axes
@@ -23,7 +24,12 @@ from sd35bench.config.remote import place_of
 from sd35bench.config.weights import model_notes, model_spec
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
-from sd35bench.evaluations import parse_skip_layers
+from sd35bench.evaluations import (
+    EVALUATIONS_PER_STEP,
+    SAMPLERS,
+    parse_skip_layers,
+    plugin_sampler,
+)
 from sd35bench.fields import GUIDES, value_text
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import (
@@ -36,7 +42,7 @@ from sd35bench.prompts import (
     with_init_image,
 )
 from sd35bench.remote.inputs import Schema
-from sd35bench.remote.providers import PROVIDERS
+from sd35bench.remote.providers import is_provider, provider_class
 from sd35bench.types import BackendSpec, Load, SkipLayerGuidance, Task
 
 DEFAULT_TIMED_LIMIT = 8
@@ -71,13 +77,14 @@ def freeze(config: DictConfig) -> Job:
 def frozen(conf: RunConf) -> Job:
     """The job of a checked configuration. Raises: ConfigError as `freeze` does."""
     refuse_elsewhere(conf.model, conf.backend)
+    check_backend(conf.backend)
     check_family(conf.model, conf.backend)
     schema = inputs_in_force(conf.model, conf.backend)
     axes = _axes(conf, schema)
     own, files, own_notes = own_axes(conf, schema)
     axes |= own
     settled = settle_axes(conf, schema, axes)
-    if conf.backend.kind not in PROVIDERS:
+    if not is_provider(conf.backend.kind):
         _refuse_same_noise(axes)
     sizes = _sizes(conf)
     _check_guidance(axes)
@@ -290,7 +297,7 @@ def _refuse_encoder_fields(conf: RunConf, prompts: tuple[PromptItem, ...]) -> No
     asked = dict.fromkeys(name for item in prompts for name in encoder_fields(item))
     for name in asked:
         why = None
-        if backend.kind in PROVIDERS:
+        if is_provider(backend.kind):
             why = f"backend={backend.name} sends one prompt, without weights"
         elif model.family != "sd3":
             why = f"{model.name} has one text encoder, and weights are not read there"
@@ -385,6 +392,15 @@ def _resize_notes(
 # What a model on a backend can do ---------------------------------------------------------------
 
 
+def check_backend(backend: BackendConf) -> None:
+    """Import a plug-in's class before anything is loaded or asked for.
+
+    Raises: ConfigError for an unknown kind, and for a class that is no backend or provider.
+    """
+    if backend.kind not in KINDS:
+        provider_class(backend.kind) if is_provider(backend.kind) else backend_class(backend.kind)
+
+
 def check_family(model: ModelConf, backend: BackendConf) -> None:
     """Refuse a model that the backend cannot run.
 
@@ -420,7 +436,7 @@ def check_guides(
 
     Raises: ConfigError.
     """
-    hosted = backend.kind in PROVIDERS
+    hosted = is_provider(backend.kind)
     if not hosted and model.family == "sd3":
         return
     who = f"backend {backend.name}" if hosted else f"{model.name} (family {model.family})"
@@ -442,6 +458,9 @@ def sampler_axis(
     """
     values = tuple(model.samplers[0] if name is None else name for name in asked)
     values = values if values else (model.samplers[0],)
+    for name in values:
+        if name in SAMPLERS and name not in EVALUATIONS_PER_STEP:
+            plugin_sampler(name)
     named = [name for item in schema if item.source == "sampler" for name in item.words]
     there = (named if named else model.samplers[:1]) if schema else backend.samplers
     for name in values:

@@ -18,7 +18,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.plan import AxisValue
 from sd35bench.prompts import read_init_image
 from sd35bench.remote.inputs import EXTRA, IMAGE, Input, Schema, takes
-from sd35bench.remote.providers import PROVIDERS
+from sd35bench.remote.providers import is_provider
 from sd35bench.types import Scalar
 
 Pairs = tuple[tuple[str, Any], ...]
@@ -59,7 +59,7 @@ def declared(model: ModelConf) -> Schema:
 
 def inputs_in_force(model: ModelConf, backend: BackendConf) -> Schema:
     """The schema where a hosted service makes the images; empty where they are made here."""
-    return declared(model) if backend.kind in PROVIDERS else ()
+    return declared(model) if is_provider(backend.kind) else ()
 
 
 def refuse_elsewhere(model: ModelConf | DictConfig, backend: BackendConf | DictConfig) -> None:
@@ -183,14 +183,14 @@ def has_input(name: str, model: DictConfig, backend: DictConfig) -> bool:
     What runs here, and what takes Stable Diffusion 3.5's input, reads every field of a request.
     """
     own = name.startswith((EXTRA, IMAGE))
-    if backend.kind not in PROVIDERS or not model.inputs:
+    if not is_provider(backend.kind) or not model.inputs:
         return not own
     return name in known_inputs(model, backend)
 
 
 def known_inputs(model: DictConfig, backend: DictConfig) -> set[str]:
     """Our names of everything that a composed model on a backend has an input for."""
-    declared = model.inputs if backend.kind in PROVIDERS else {}
+    declared = model.inputs if is_provider(backend.kind) else {}
     return {
         EXTRA + str(wire) if item.get("field") is None else item.field
         for wire, item in declared.items()

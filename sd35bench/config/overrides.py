@@ -17,7 +17,9 @@ from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from sd35bench.config.files import choices, config_dir
+from sd35bench import plugins
+from sd35bench.config.files import choices, config_dir, group_file
+from sd35bench.config.group_files import check_group_file
 from sd35bench.config.models import FIELDS, BackendConf, check_field
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.remote.inputs import EXTRA, IMAGE
@@ -273,14 +275,19 @@ def checked_options(
     }
 
 
-def metric_options(overrides: Sequence[str]) -> dict[str, dict[str, Scalar]]:
+def metric_options(
+    overrides: Sequence[str], extra: Path | None = None
+) -> dict[str, dict[str, Scalar]]:
     """Read ``metric.fid.reference=…`` and the like: family -> its options, without nulls.
+
+    A YAML of the user's own folder `extra` may have `kind`, the place of a plug-in's class, which
+    its family stands for from here on.
 
     Raises: ConfigError for an unknown metric or option, or a wrong value.
     """
     found: dict[str, dict[str, Scalar]] = {}
-    for name in choices("metric"):
-        conf: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "metric" / f"{name}.yaml"))
+    for name in choices("metric", extra):
+        conf = _metric_file(name, extra)
         found[conf["family"]] = _metric(name, conf, overrides)
     known = [*(f"metric.{name}." for name in found), *WORKERS]
     for text in overrides:
@@ -289,6 +296,23 @@ def metric_options(overrides: Sequence[str]) -> dict[str, dict[str, Scalar]]:
                 f"{text}: expected metric.NAME.OPTION=VALUE with NAME one of {', '.join(found)}"
             )
     return {family: options for family, options in found.items() if options}
+
+
+def _metric_file(name: str, extra: Path | None) -> Mapping[str, Any]:
+    """Read one metric's YAML. Raises: ConfigError for what it may not carry."""
+    path = group_file("metric", name, extra)
+    assert path is not None
+    if not path.is_relative_to(config_dir()):
+        check_group_file(path, path.parents[1])
+    conf: Any = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(conf, dict) or not isinstance(conf.get("family"), str):
+        raise ConfigError(f"{path}: `family`, the metric's name, is missing")
+    unknown = sorted(conf.keys() - {"family", "kind", "options", "allowed"})
+    if unknown:
+        raise ConfigError(f"{path}: {unknown[0]}: unknown field; there are kind, options, allowed")
+    if "kind" in conf:
+        plugins.name_place("metrics", conf["family"], f"{conf['kind']}")
+    return conf
 
 
 def _metric(name: str, conf: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Scalar]:

@@ -16,7 +16,7 @@ from sd35bench.engine import Engine, hosted_engine, local_engine, ray_engine
 from sd35bench.errors import ConfigError
 from sd35bench.limits import Limits
 from sd35bench.remote.inputs import Schema, takes, takes_size
-from sd35bench.remote.providers import PROVIDERS, provider_class
+from sd35bench.remote.providers import is_provider, provider_class
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import Scalar
 
@@ -49,7 +49,7 @@ def place_of(
     `schema`: the hosted model's own input; `timed_limit`: how many trials of each setting are timed
     alone. Raises: ConfigError, one line, naming field, value and remedy.
     """
-    if conf.backend.kind not in PROVIDERS:
+    if not is_provider(conf.backend.kind):
         return _local(conf, batch_sizes)
     settings = _remote_settings(conf, schema, sizes, batch_sizes, timed_limit)
     return Place(

@@ -12,10 +12,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sd35bench.backends.base import KINDS
 from sd35bench.config.compose import explained, hydra_session, search_path
 from sd35bench.config.files import choices, config_dir
-from sd35bench.config.freeze import check_family, sampler_axis
+from sd35bench.config.freeze import check_backend, check_family, sampler_axis
 from sd35bench.config.inputs import declared, refuse_elsewhere
 from sd35bench.config.models import (
     LoadConf,
@@ -31,6 +30,7 @@ from sd35bench.config.weights import model_spec
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.limits import Limits
 from sd35bench.remote.inputs import Schema
+from sd35bench.remote.providers import is_provider
 from sd35bench.server.settings import ServedModel, ServerSettings
 from sd35bench.types import BackendSpec, Load, Task
 
@@ -120,7 +120,8 @@ def freeze_serve(config: DictConfig) -> ServerSettings:
     """
     refuse_elsewhere(config.model, config.backend)
     conf = read(ServeConf, config)
-    if conf.backend.kind not in KINDS:
+    check_backend(conf.backend)
+    if is_provider(conf.backend.kind):
         raise ConfigError(
             f"backend={conf.backend.name}: it calls a hosted service; serve needs a backend that"
             " runs here, such as backend=eager"

@@ -12,15 +12,15 @@ from omegaconf import DictConfig
 from sd35bench.config.inputs import has_input, known_inputs
 from sd35bench.config.weights import ON_TOP
 from sd35bench.errors import ConfigError, nearest
-from sd35bench.prompts import READERS
+from sd35bench.prompts import READERS, prompt_set
 from sd35bench.remote.inputs import EXTRA, IMAGE
-from sd35bench.remote.providers import PROVIDERS
+from sd35bench.remote.providers import is_provider
 
 _FILES = tuple(kind for kind in READERS if kind not in ("nano", "given"))
 
 
 def _is_hosted(conf: DictConfig) -> bool:
-    return conf.backend.kind in PROVIDERS
+    return is_provider(conf.backend.kind)
 
 
 def _runs_here(conf: DictConfig) -> bool:
@@ -59,6 +59,16 @@ def _takes(name: str) -> Callable[[DictConfig], bool]:
     return lambda conf: has_input(name, conf.model, conf.backend)
 
 
+def _reads(name: str, *kinds: str) -> Callable[[DictConfig], bool]:
+    """Whether prompts of these kinds, or of a plug-in that says so, read a field."""
+
+    def reads(conf: DictConfig) -> bool:
+        kind = conf.prompts.kind
+        return kind in kinds or (kind not in READERS and name in prompt_set(kind).reads)
+
+    return reads
+
+
 _NO_INPUT = "the hosted model has no input for it"
 _HERE = (_runs_here, "it acts on backends that run here")
 _WEIGHTS = (_reads_weights, "no backend of this run reads weights")
@@ -86,13 +96,16 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "keep_latents": _HERE,
     "contention": _HERE,
     "noise_floor": _HERE,
-    "prompts.path": (_kind(*_FILES), f"these prompts are no file; add prompts={_FILES[0]}"),
+    "prompts.path": (
+        _reads("path", *_FILES),
+        f"these prompts are no file; add prompts={_FILES[0]}",
+    ),
     "prompts.columns.": _FILE,
     "prompts.skip_empty": _FILE,
     "prompts.first_frame": _INITS,
     "prompts.init_background": _INITS,
     "prompts.task": _NANO,
-    "prompts.seed": _NANO,
+    "prompts.seed": (_reads("seed", "nano"), _NANO[1]),
     "steps": (_takes("steps"), _NO_INPUT),
     "cfg": (_takes("cfg"), _NO_INPUT),
     "output_format": (_takes("output_format"), _NO_INPUT),

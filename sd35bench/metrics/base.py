@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench import plugins
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.types import Record, Task
 
@@ -232,12 +233,22 @@ def load_metric(name: str, **options: Any) -> Metric:
 
     Raises: ConfigError for an unknown name or option, MetricError where weights are missing.
     """
-    known = [family for family in METRICS if name == family or name.startswith(f"{family}_")]
+    families = known_families()
+    known = [family for family in families if name == family or name.startswith(f"{family}_")]
     if not known:
-        raise ConfigError(f"metric={name!r} is unknown; known: {', '.join(sorted(METRICS))}")
-    module, function = METRICS[max(known, key=len)].split(":")
+        raise ConfigError(f"metric={name!r} is unknown; known: {', '.join(families)}")
+    family = max(known, key=len)
+    if family not in METRICS:
+        make: Callable[..., Metric] = plugins.load_class("metrics", family, Metric)
+        return make(name, **options)
+    module, function = METRICS[family].split(":")
     load: Callable[..., Metric] = getattr(importlib.import_module(module), function)
     return load(name, **options)
+
+
+def known_families() -> list[str]:
+    """Names of all metric families, plug-ins' too, in the order of the alphabet."""
+    return sorted({*METRICS, *plugins.added_names("metrics")})
 
 
 def default_metrics(model: str, task: Task) -> tuple[str, ...]:

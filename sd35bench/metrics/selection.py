@@ -11,7 +11,6 @@ from typing import Any
 from sd35bench.analysis.settings import known_digest
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import (
-    METRICS,
     FeatureMetric,
     Metric,
     PairMetric,
@@ -19,6 +18,7 @@ from sd35bench.metrics.base import (
     default_metrics,
     is_nano,
     judges,
+    known_families,
     load_metric,
     maker,
 )
@@ -136,7 +136,7 @@ def _same_model(a: Load, b: Load) -> bool:
 
 def _load(name: str, options: Options, only_nano: bool) -> Metric:
     """Load one metric; the bare family name means nano's evaluator on a study of nano alone."""
-    family = max((f for f in METRICS if name.startswith(f)), key=len, default=name)
+    family = max((f for f in known_families() if name.startswith(f)), key=len, default=name)
     chosen = dict(options.get(family, {}))
     if name in ON_FEATURES and only_nano and not {"model", "extractor"} & chosen.keys():
         name = f"{name}_nano"

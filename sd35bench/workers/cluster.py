@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench import plugins
 from sd35bench.checkpoint import whole_digest
 from sd35bench.errors import (
     ConfigError,
@@ -151,7 +152,8 @@ class RayWorker:
         """Ask for an actor and wait until a node has started it. Raises: WorkerLost."""
         ray = _ray()
         kind, on_cores = ray.remote(NodeWorker), not options.get("num_gpus")
-        self._actor = kind.options(**options).remote(load, limits, on_cores, beside)
+        code = None if plugins.folder() is None else f"{plugins.folder()}"
+        self._actor = kind.options(**options).remote(load, limits, on_cores, beside, code)
         self.node = self._get(self._actor.place.remote(), PLACE_S)
 
     def load(self) -> Ready | Failed:
@@ -198,8 +200,20 @@ class RayWorker:
 class NodeWorker:
     """What an actor is: on its node, the host of one worker process."""
 
-    def __init__(self, load: Load, limits: Limits, on_cores: bool, beside: int) -> None:
-        """Take free cores where the backend runs on cores, and start the process."""
+    def __init__(
+        self,
+        load: Load,
+        limits: Limits,
+        on_cores: bool,
+        beside: int,
+        plugin_dir: str | None = None,
+    ) -> None:
+        """Take free cores where the backend runs on cores, and start the process.
+
+        `plugin_dir` must be at the same path on the node.
+        """
+        if plugin_dir is not None:
+            plugins.use_folder(plugin_dir)
         self._load, self._claim = load, contextlib.ExitStack()
         seat = Seat()
         if on_cores and occupies(load):

@@ -28,9 +28,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sd35bench import plugins
 from sd35bench.backends.base import Backend, Generation, load_backend
 from sd35bench.canary import Lookout, start_lookout
-from sd35bench.errors import BackendError, InvalidImage, OutOfMemory, UnsupportedRequest
+from sd35bench.errors import (
+    BackendError,
+    ConfigError,
+    InvalidImage,
+    OutOfMemory,
+    UnsupportedRequest,
+)
 from sd35bench.measure import (
     Stopwatch,
     device_of,
@@ -149,9 +156,13 @@ class Answer:
     started_at: str | None = None
 
 
-def main(handle: int, dump: int) -> None:
-    """Serve one parent until it says stop or goes away; a fatal signal's stack goes to `dump`."""
+def main(handle: int, dump: int, plugin_dir: str | None = None) -> None:
+    """Serve one parent until it says stop or goes away; a fatal signal's stack goes to `dump`.
+
+    `plugin_dir`: the folder of the command's `--plugin-dir`.
+    """
     die_with_parent()
+    plugins.use_folder(plugin_dir)
     faulthandler.enable(dump)
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
@@ -164,7 +175,7 @@ def _serve(connection: Connection) -> None:
     started = time.perf_counter()
     try:
         backend = load_backend(load)
-    except (BackendError, MemoryError) as exc:
+    except (BackendError, MemoryError, ConfigError) as exc:  # a plug-in that this node lacks
         connection.send(_failed(exc))
         return
     backend.synchronize()
@@ -346,7 +357,7 @@ if __name__ == "__main__":
     # Pickled messages name classes of the module, not of __main__.
     from sd35bench.workers.worker import main as serve
 
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
     # The backend is closed and nothing is left to write: taking torch apart module by module would
     # hold the next worker up for another two seconds.
     sys.stdout.flush()

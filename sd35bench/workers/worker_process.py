@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from sd35bench import plugins
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
 from sd35bench.limits import Limits
 from sd35bench.measure import BESIDE
@@ -35,6 +36,11 @@ from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settle, Settled
 WATCH_S = 0.05
 EXIT_WAIT_S = 10.0
 ANYWHERE = Seat()
+
+
+def _plugin_words() -> list[str]:
+    folder = plugins.folder()
+    return [] if folder is None else [str(folder)]
 
 
 class WorkerProcess:
@@ -60,8 +66,9 @@ class WorkerProcess:
         self._dump = Path(path)
         with theirs, open(dump, "wb"):
             handle = theirs.fileno()
+            words = [str(handle), str(dump), *_plugin_words()]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sd35bench.workers.worker", str(handle), str(dump)],
+                [sys.executable, "-P", "-m", "sd35bench.workers.worker", *words],
                 pass_fds=[handle, dump],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,

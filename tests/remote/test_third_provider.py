@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import sd35bench.remote.providers as providers
+from sd35bench import plugins
 from sd35bench.config import compose, freeze
+from sd35bench.errors import ConfigError
 from sd35bench.plan import expand
 from sd35bench.remote.drive import HostedService
 from sd35bench.store import Study
@@ -93,6 +95,21 @@ def test_a_whole_run_needs_nothing_more(tmp_path):
         assert {record.status for record in records} == {Status.OK}
         assert {record.remote.provider for record in records if record.remote} == {"jobs"}
         assert max(server.creates.values()) == 1
+
+
+def test_a_place_in_the_plugin_folder_is_a_provider_too(tmp_path, monkeypatch):
+    """`kind: module:Class` instead of the line."""
+    monkeypatch.delitem(providers.PROVIDERS, "jobs")
+    yaml = tmp_path / "backend" / "jobs.yaml"
+    yaml.write_text(yaml.read_text().replace("kind: jobs", "kind: jobs_example:Jobs"))
+    words = ["model=nano", "backend=jobs", "prompts.limit=1", "remote.base_url=http://127.0.0.1:9"]
+    words += ["remote.allow_loopback=true"]
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path)])
+    with pytest.raises(ConfigError, match="no installed package has a module 'jobs_example'"):
+        freeze(compose(words, extra=tmp_path))
+    plugins.use_folder(str(tmp_path))
+    assert isinstance(freeze(compose(words, extra=tmp_path)).engine, HostedService)
+    plugins.use_folder(None)
 
 
 def test_the_steps_name_files_that_exist():

@@ -6,10 +6,9 @@ transport, limits, polling, retries, downloads and accounting are the same for a
 
 import importlib
 
-from sd35bench.errors import ConfigError
+from sd35bench import plugins
+from sd35bench.backends.base import KINDS
 from sd35bench.remote.providers.base import Provider
-
-__all__ = ["PROVIDERS", "provider_class"]
 
 PROVIDERS = {
     "deepinfra": "sd35bench.remote.providers.deepinfra:DeepInfra",
@@ -21,12 +20,24 @@ PROVIDERS = {
 """Also the `kind` of the backends that call them."""
 
 
-def provider_class(name: str) -> type[Provider]:
-    """Import a provider's module and return its class.
+def is_provider(kind: str) -> bool:
+    """Whether a backend of this kind calls a hosted service.
 
-    Raises: ConfigError for an unknown name.
+    Raises: ConfigError where only the class could tell, and cannot be had.
+    """
+    if kind in PROVIDERS or kind in KINDS:
+        return kind in PROVIDERS
+    if plugins.is_place(kind):
+        return issubclass(plugins.load_class("backends", kind, object), Provider)
+    return kind in plugins.entry_points("providers")
+
+
+def provider_class(name: str) -> type[Provider]:
+    """Import a provider's module, a plug-in's too, and return its class.
+
+    Raises: ConfigError for an unknown name, and for a plug-in that cannot be had.
     """
     if name not in PROVIDERS:
-        raise ConfigError(f"provider {name!r} is unknown; known: {', '.join(sorted(PROVIDERS))}")
+        return plugins.load_class("providers", name, Provider, list(PROVIDERS))
     module_name, class_name = PROVIDERS[name].split(":")
     return getattr(importlib.import_module(module_name), class_name)

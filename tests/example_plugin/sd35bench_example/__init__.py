@@ -1,0 +1,1 @@
+"""A package that adds a backend, a metric and a prompt set."""
