@@ -379,17 +379,21 @@ class Study:
     # Derived views -----------------------------------------------------------------------------
 
     def export_parquet(self) -> dict[str, Path]:
-        """Write records.parquet and scores.parquet beside the journal and return their paths."""
+        """Write records.parquet and scores.parquet beside the journal and return their paths.
+
+        Raises: StoreError where there is no record: a file needs a column.
+        """
         import pyarrow.parquet as pq
 
-        rows = {
-            "records": [_flat(to_json(r)) for r in self.records()],
-            "scores": [{**to_json(s), "detail": json.dumps(s.detail)} for s in self.scores()],
-        }
+        records = [_flat(to_json(r)) for r in self.records()]
+        if not records:
+            raise StoreError(f"study {self.name!r} has no record yet; run it first")
+        scores = [{**to_json(s), "detail": json.dumps(s.detail)} for s in self.scores()]
+        tables = {"records": _table(records), "scores": _score_table(scores)}
         paths = {}
-        for name, table_rows in rows.items():
+        for name, table in tables.items():
             buffer = io.BytesIO()
-            pq.write_table(_table(table_rows), buffer)
+            pq.write_table(table, buffer)
             paths[name] = self.path / f"{name}.parquet"
             write_atomic(paths[name], buffer.getvalue())
         return paths
@@ -419,6 +423,15 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         return table
     seeds = pa.array([row[_SEED] for row in rows], pa.uint64())
     return table.set_column(table.column_names.index(_SEED), _SEED, seeds)
+
+
+def _score_table(rows: list[dict[str, Any]]) -> Any:
+    """Scores as an Arrow table, whose columns are there without any score, too."""
+    import pyarrow as pa
+
+    kinds = {"metric": pa.string(), "key": pa.string(), "image": pa.string()}
+    kinds |= {"value": pa.float64(), "detail": pa.string()}
+    return pa.Table.from_pylist(rows, schema=pa.schema(kinds))
 
 
 def load_features(path: Path) -> dict[str, np.ndarray]:

@@ -467,6 +467,17 @@ def test_sql_sees_flat_columns(tmp_path):
     assert table.to_pylist() == [{"request_steps": 4, "s": 0.5, "n": 3}]
 
 
+def test_sql_of_a_study_without_scores_or_records(tmp_path):
+    study = Study.open(tmp_path, "s", create=True)
+    with pytest.raises(StoreError, match="'s' has no record yet; run it first"):
+        study.sql("SELECT 1")
+    study.shard("1").append_record(make_record(request(1)))
+    found = study.sql(
+        "SELECT count(*) AS n, avg(value) AS mean FROM records LEFT JOIN scores USING (key)"
+    )
+    assert found.to_pylist() == [{"n": 1, "mean": None}]
+
+
 def test_shard_ids_sort_by_time():
     ids = [new_shard_id() for _ in range(50)]
     assert ids == sorted(ids)
