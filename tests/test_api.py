@@ -1,6 +1,8 @@
 """The public API: its signatures, its torch-free import, and that it says what the verbs say."""
 
+import ast
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -212,3 +214,14 @@ def test_run_says_what_the_verb_is_told(monkeypatch, results):
         sb.run("--dry-run")
     with pytest.raises(sb.ConfigError, match="study 'gone' is not in"):
         sb.open("gone", results)
+
+
+def test_page_names_what_there_is():
+    text = (ROOT / "docs" / "python.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    called = {ast.unparse(n.func) for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)}
+    names = {line.partition("(")[0].replace("Plots.", "Study.plot.") for line in signatures()}
+    known = {f"sb.{name}".replace("sb.Study.", "study.") for name in names}
+    assert called == known - {"sb.Study", "sb.Plots", "sb.ConfigError", "sb.SD35BenchError"} - {
+        *("study.name", "study.path", "study.show")
+    }

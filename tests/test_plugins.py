@@ -169,6 +169,8 @@ def test_installed_package_is_seen_and_used(site, tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert "squares" in said
     assert "counted" in said
+    cli.main(["score", "--help"])
+    assert "brightness" in capsys.readouterr().out
 
 
 def test_contract_says_what_a_backend_breaks(site, capsys):

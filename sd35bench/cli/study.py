@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd35bench.cli.output import Answer, console, show_progress, write_line
-from sd35bench.cli.parser import MARKDOWN, RESULTS_DIR, Command, Flag, Given
+from sd35bench.cli.parser import MARKDOWN, RESULTS_DIR, Command, Flag, Given, in_columns
 from sd35bench.cli.slices import FLAGS as SLICES
 from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
 from sd35bench.errors import ConfigError, StoreError
@@ -338,6 +338,15 @@ def _refused(counts: dict[str, Any]) -> list[str]:
     return [f"not scored: {name}: {why}" for name, why in counts["refused"].items()]
 
 
+def _metric_names(extra: Path | None) -> str:
+    """All metrics, those of packages and of the user's own folder too."""
+    from sd35bench.config.files import choices
+    from sd35bench.plugins import entry_points
+
+    names = sorted({*choices("metric", extra), *entry_points("metrics")})
+    return "Metrics:\n" + in_columns("--metric", ", ".join(names))
+
+
 COMMANDS = {
     "score": Command(
         call=score,
@@ -365,6 +374,7 @@ sd35bench score photos --metric clip_score engine=ray threads=8 ray.address=auto
             ),
             RESULTS_DIR,
         ),
+        details=_metric_names,
     ),
     "show": Command(
         call=show,
