@@ -91,7 +91,7 @@ def recommend(given: Given) -> Answer:
     document = recommend_document(study, profiles)
     exit_code = 0
     if given.has("--run"):
-        exit_code = run_confirming(document["confirm"]["commands"])
+        exit_code = run_confirming(document["confirm"]["commands"], given.config_dir)
         counts = score_missing(study)
         document = recommend_document(study, profiles)
     document["warnings"] += _refused(counts)
