@@ -195,7 +195,7 @@ def test_a_metric_of_a_config_folder_is_scored(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["score", "s", "--metric=level", "--config-dir=conf", f"--plugin-dir={folder}"]
     assert cli.answer("score", [*words[1:], "metric.level.of=3"]).document["scored"] == {
-        "level": 16
+        "level": 12
     }
     scores = [s for s in Study.open(Path("results"), "s").scores() if s.metric == "level"]
     assert {s.detail["of"] for s in scores} == {3}
