@@ -15,7 +15,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-from sd35bench import __version__, plugins
+from sd35bench import plugins
 from sd35bench.cli.output import Answer, console, write_line, write_plainly
 from sd35bench.cli.parser import Command, help_text, parse
 from sd35bench.errors import (
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_line(USAGE.format(verbs="\n".join(f"  {v:<11} {m}" for v, (_, m) in VERBS.items())))
         return DONE if arguments else WRONG_INPUT
     if arguments[0] == "--version":
-        write_line(f"sd35bench {__version__}")
+        write_line(_version())
         return DONE
     try:
         quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
@@ -162,3 +162,12 @@ def _failed(exc: BaseException, code: int, as_json: bool) -> int:
         document: dict[str, Any] = {"error": {"type": type(exc).__name__, "message": message}}
         write_line(json.dumps(document))
     return code
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"sd35bench {version('sd35bench')}"
+    except PackageNotFoundError:
+        return "sd35bench (not installed)"
