@@ -159,7 +159,7 @@ class Records(Sequence[Record]):
 
 
 Some = Sequence[Record]
-_REF = {"split": "all", "level": None, "init_prompt": None}
+_REF = {"split": "all", "level": None, "init_prompt": None, "tags": {}}
 
 
 def pick(records: Some, which: NDArray[Any]) -> Some:

@@ -417,6 +417,13 @@ def pair_identity(request: Request) -> tuple[Any, ...]:
     return (*(getattr(request, name) for name in _FIRST_PAIR), *later)
 
 
+def pair_fields(identity: tuple[Any, ...]) -> dict[str, Any]:
+    """The fields (`PAIR`) that made a `pair_identity`; later fields with their neutral value."""
+    later = {name: FIELDS[name].neutral for name in _LATER_PAIR}
+    first = len(_FIRST_PAIR)
+    return {**dict(zip(_FIRST_PAIR, identity, strict=False)), **later, **dict(identity[first:])}
+
+
 def work_identity(request: Request) -> tuple[Any, ...]:
     """What decides the work of a call: requests alike in this need one warm-up."""
     return tuple(field.work(request) for field in _FIELDS if field.work is not None)

@@ -111,7 +111,7 @@ _TEXTS = (
 )
 CODED = tuple(n for n in _TEXTS if n not in ("key", "started_at"))
 """Texts of which many records have the same: kept and read as numbers into a list of them."""
-_WHOLE = (
+WHOLE = (
     *("offset", "length", "batch_size", "batch_actual", "image_bytes", "effective_steps"),
     *("evaluations", "truncated_tokens", "peak_rss_bytes", "peak_vram_bytes"),
     *("peak_allocator_bytes", "switches", "seed"),
@@ -121,9 +121,9 @@ _FLOATS = (
     *("canary_before", "canary_after", "cpu_share"),
 )
 _FLAGS = ("has_gpu", "has_remote", "has_surroundings")
-OF_TIMINGS, OF_MEMORY = _FLOATS[:5], tuple(n for n in _WHOLE if n.startswith("peak_"))
+OF_TIMINGS, OF_MEMORY = _FLOATS[:5], tuple(n for n in WHOLE if n.startswith("peak_"))
 OF_SURROUNDINGS = (*_FLOATS[5:], "switches")
-_OWN = (
+OWN = (
     *("status", "session_id", "started_at", "error", "image", "latents", "batch_actual"),
     *("image_bytes", "effective_steps", "evaluations", "truncated_tokens"),
 )
@@ -456,7 +456,7 @@ class JournalView(ParquetView):
         return pa.schema(
             [
                 *((n, coded if n in CODED else pa.string()) for n in _TEXTS),
-                *((n, pa.uint64() if n == "seed" else pa.int64()) for n in _WHOLE),
+                *((n, pa.uint64() if n == "seed" else pa.int64()) for n in WHOLE),
                 *((n, pa.float64()) for n in _FLOATS),
                 *((n, pa.bool_()) for n in _FLAGS),
                 ("step_s", pa.list_(pa.float64())),
@@ -477,7 +477,7 @@ class JournalView(ParquetView):
 
     def columns(self, shard: str, places: list[tuple[int, int]], rows: list[Any]) -> dict[str, Any]:
         """Columns of one shard's records."""
-        found: dict[str, Any] = {n: [getattr(r, n) for r in rows] for n in _OWN}
+        found: dict[str, Any] = {n: [getattr(r, n) for r in rows] for n in OWN}
         found |= {"shard": [shard] * len(rows)}
         found |= {"offset": [p for p, _ in places], "length": [n for _, n in places]}
         for names, part in (

@@ -41,6 +41,7 @@ VERBS = {
     "compare": ("compare", "a candidate against a baseline: the gate"),
     "baseline": ("compare", "the small file that a gate is held against"),
     "report": ("study", "one self-contained HTML file"),
+    "data": ("data", "settings, images and pairs as CSV, Parquet, or a folder of images"),
     "reference": ("reference", "what set metrics are held against, computed once"),
     "serve": ("serve", "the hosted prediction protocol over a local backend"),
     "export": ("export", "the denoiser as an ONNX graph, kept for the onnx and openvino backends"),

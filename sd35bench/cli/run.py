@@ -22,6 +22,7 @@ from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
 from sd35bench.cli.output import Answer, RunProgress, console, show_progress
 from sd35bench.cli.parser import DRY_RUN, YES, Command, Flag, Given, in_columns, parse
 from sd35bench.cli.recommended import with_recommended
+from sd35bench.cli.sinks import SINK, sending
 from sd35bench.config import Job, check_overrides, choices, freeze
 from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
@@ -461,7 +462,7 @@ def _field_lines(field: Known) -> str:
 
 COMMANDS = {
     "run": Command(
-        call=run,
+        call=sending(run),
         settings="NAME=VALUE ...",
         about="The same command again makes only what is missing; failed images are tried again.",
         examples="""
@@ -497,6 +498,7 @@ sd35bench run experiment=demo --cfg job --package model
             ),
             DRY_RUN,
             YES,
+            SINK,
             *HYDRA_FLAGS,
         ),
         details=_details,

@@ -8,12 +8,13 @@ from sd35bench.cli.parser import Flag, Given
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.store import Study
 
+WHERE = Flag(
+    name="--where",
+    value="NAME=VALUE",
+    means="only prompts whose own columns say so; several between commas: all of them",
+)
 FLAGS = (
-    Flag(
-        name="--where",
-        value="NAME=VALUE",
-        means="only prompts whose own columns say so; several between commas: all of them",
-    ),
+    WHERE,
     Flag(
         name="--slice",
         value="NAME",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd35bench.cli.output import Answer, console, show_progress, write_line
 from sd35bench.cli.parser import MARKDOWN, RESULTS_DIR, Command, Flag, Given, in_columns
+from sd35bench.cli.sinks import SINK, sending
 from sd35bench.cli.slices import FLAGS as SLICES
 from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
 from sd35bench.errors import ConfigError, StoreError
@@ -349,7 +350,7 @@ def _metric_names(extra: Path | None) -> str:
 
 COMMANDS = {
     "score": Command(
-        call=score,
+        call=sending(score),
         words=("[STUDY]",),
         settings="[metric.NAME.OPTION=VALUE ...] [workers=N] [threads=N] [engine=ray]",
         about="""What is there already is not made again. Quality where there are trained weights,
@@ -372,6 +373,7 @@ sd35bench score photos --metric clip_score engine=ray threads=8 ray.address=auto
                 value="NAMES",
                 means="names, comma-separated; default: the model's own",
             ),
+            SINK,
             RESULTS_DIR,
         ),
         details=_metric_names,
@@ -397,7 +399,7 @@ sd35bench show grid --json | jq '.settings[].latency_s.p50'
         ),
     ),
     "recommend": Command(
-        call=recommend,
+        call=sending(recommend),
         words=("[STUDY]",),
         examples="""
 sd35bench recommend grid                    preview, balanced and final
@@ -442,6 +444,7 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
                 means="plan to look again and again, up to N prompts; fixed in the study once",
             ),
             *SLICES,
+            SINK,
             RESULTS_DIR,
         ),
     ),
@@ -455,10 +458,10 @@ sd35bench claims claims --markdown > claims.md
         flags=(MARKDOWN, RESULTS_DIR),
     ),
     "report": Command(
-        call=report,
+        call=sending(report),
         words=("[STUDY]",),
         about="The file opens offline.",
         examples="sd35bench report grid                       writes results/grid/report.html",
-        flags=(*SLICES, RESULTS_DIR),
+        flags=(*SLICES, SINK, RESULTS_DIR),
     ),
 }
