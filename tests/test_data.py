@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import duckdb
 import pyarrow.csv as csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -24,6 +23,10 @@ LARGEST = 2**64 - 1
 METRICS = ["init_kept", "prompt_accuracy"]
 
 
+def made_image(study: Study) -> str:
+    return study.put_image(drawn.draw("blue", 0.5, 77), ".png")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Study:
     """Four settings, a failure in each six trials; a prompt with columns of its own; a huge seed.
@@ -41,7 +44,7 @@ def made(tmp_path_factory) -> Study:
     request = replace(old.trial.request, seed=LARGEST, prompt='=1+1, "quoted"\nline')
     trial = make_trial(load=old.trial.load, request=request, batch_size=1, prompt=prompt)
     shard = study.shard("shard-2")
-    shard.append_record(replace(old, trial=trial))
+    shard.append_record(replace(old, trial=trial, image=made_image(study)))
     shard.close()
     return study
 
@@ -125,11 +128,13 @@ def test_pairs_are_of_one_prompt_seed_and_size(images):
 
 
 def test_files_keep_seeds_exact(made, images, tmp_path):
+    import duckdb
+
     tables = {"images": images}
     (plain,), (parquet,) = data.write_csv(tmp_path, tables), data.write_parquet(tmp_path, tables)
     assert LARGEST in pq.read_table(parquet)["seed"].to_pylist()
     query = f"select count(*) from '{plain}' where seed = 18446744073709551615"
-    assert duckdb.sql(query).fetchone() == (1,)
+    assert duckdb.sql(query).fetchall() == [(1,)]
     options = csv.ParseOptions(newlines_in_values=True)
     assert csv.read_csv(plain, parse_options=options).num_rows == images.num_rows
 
@@ -167,6 +172,7 @@ def test_an_interrupted_dataset_leaves_nothing(made, images, tmp_path, monkeypat
 
 def test_the_verb_writes_what_is_asked_for(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sd35bench.cli.data.score_missing", lambda _: {})  # imports torch
     root = f"--results-dir={made.path.parent}"
     assert main(["data", "s", root, "--csv", "t", "--parquet", "t", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -13,6 +13,8 @@ from sd35bench.cli import answer
 from tests.studies import drawn
 
 pytest_plugins = ["pytester"]
+QUIET = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+"""The module was imported by the outer pytest."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def gate(root, pytester, monkeypatch):
     def run(call: str, *arguments: str):
         pytester.makepyfile(f"def test_model(sd35gate):\n    sd35gate({call})\n")
         found = pytester.runpytest_inprocess(
-            "-p", "sd35bench.pytest_plugin", "--junitxml=j.xml", *arguments
+            "-p", "sd35bench.pytest_plugin", "--junitxml=j.xml", *QUIET, *arguments
         )
         tree = ElementTree.parse(pytester.path / "j.xml")
         return found, {p.get("name"): p.get("value") for p in tree.iter("property")}
