@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd35bench import plugins
-from sd35bench.analysis.frames import Form, as_table, convert, image_rows, require_form
-from sd35bench.analysis.frames import settings_rows as _settings_rows
+from sd35bench.analysis.frames import Form, convert, require_form
 from sd35bench.errors import ConfigError, SD35BenchError
 from sd35bench.store import Study as _Store
 
@@ -138,16 +137,22 @@ class Study:
         Raises: ConfigError where there is no image, or the library of `as_` is not installed.
         """
         require_form(as_)
-        return as_table(_settings_rows(self.show()), as_)
+        from sd35bench.data import settings_table
+
+        return convert(settings_table(self.show()), as_)
 
     def images(self, as_: Form = "arrow") -> Any:
         """One row a trial, failures too: what was asked, what it took, scores, the file's `path`.
 
         Raises: ConfigError where the library of `as_` is not installed.
         """
+        from sd35bench.analysis.table import read_table
+        from sd35bench.data import images_table, with_paths
+
         require_form(as_)
         self._score()
-        return as_table(image_rows(self._store), as_)
+        images = images_table(self._store, read_table(self._store))
+        return convert(with_paths(images, self._store), as_)
 
     def sql(self, query: str, as_: Form = "arrow") -> Any:
         """Run SQL (DuckDB) over the views `records` and `scores`.

@@ -104,6 +104,14 @@ def images_table(study: Study, table: Table) -> pa.Table:
     return pa.table(found)
 
 
+def with_paths(images: pa.Table, study: Study) -> pa.Table:
+    """Images with `path`, where each file is and whole, in place of `file`."""
+    whole = study.images().whole
+    pairs = zip(images["file"].to_pylist(), images["image"].to_pylist(), strict=True)
+    paths = _texts([str(study.path / file) if image in whole else None for file, image in pairs])
+    return images.set_column(images.column_names.index("file"), "path", paths)
+
+
 def metric_names(table: Table) -> list[str]:
     """Metrics that have a score, in the order of the alphabet."""
     return sorted(set(table.scores) - {GUARD})

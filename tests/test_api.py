@@ -13,7 +13,6 @@ import pytest
 
 import sd35bench as sb
 from sd35bench import api, cli
-from sd35bench.analysis import frames
 from tests.studies.drawn import make_study
 
 ROOT = Path(__file__).parent.parent
@@ -158,11 +157,6 @@ def test_a_missing_library_and_an_unknown_form_are_said(study, monkeypatch):
         study.settings(as_="polars")
     with pytest.raises(sb.ConfigError, match="as_='excel': must be one of arrow, pandas, polars"):
         study.images(as_="excel")
-
-
-def test_long_seeds_are_whole_numbers_in_a_table():
-    rows = [{"seed": 2**64 - 1, "note": None}, {"seed": 1, "note": "x"}]
-    assert frames.as_table(rows, "arrow").to_pylist() == rows
 
 
 def test_front_and_grid_are_drawn(study):

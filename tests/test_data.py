@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow.csv as csv
 import pyarrow.json
@@ -96,6 +97,14 @@ def test_every_trial_is_a_row_of_images(made, images):
         if record.image is not None:
             assert (made.path / row["file"]).stem == record.image
     assert sum(row["status"] != "ok" for row in rows.values()) > 0
+
+
+def test_paths_are_of_files_that_are_whole(made, images):
+    found = data.with_paths(images, made)
+    assert "file" not in found.column_names
+    for path, image in zip(found["path"].to_pylist(), found["image"].to_pylist(), strict=True):
+        assert (path is None) == (image is None)
+        assert path is None or Path(path).is_file()
 
 
 def test_a_large_study_gives_the_same_table(made, images, monkeypatch):

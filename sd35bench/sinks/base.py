@@ -11,9 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from sd35bench.errors import ConfigError, nearest
+from sd35bench.plugins import load_class
 from sd35bench.types import Scalar
 
 SINKS = {
@@ -54,9 +53,6 @@ class Entry:
 class Sink(ABC):
     """One tracker, made for one call of one verb, and closed after it."""
 
-    modules: ClassVar[tuple[str, ...]] = ()
-    """What must be installed for it."""
-
     def __init__(self, study: str, folder: Path) -> None:
         """`study` is its name; `folder` is the sink's own inside the study, for what stays here."""
         self.study, self.folder = study, folder
@@ -79,17 +75,18 @@ class Sink(ABC):
 
 
 def sink_names(text: str | None) -> list[str]:
-    """Names between commas. Raises: ConfigError for one that is no sink."""
+    """Names between commas, ours and plug-ins'. Raises: ConfigError for one that is no sink."""
     names = [name for name in dict.fromkeys((text or "").split(",")) if name]
     for name in names:
         if name not in SINKS:
-            known = ", ".join(SINKS)
-            raise ConfigError(f"--sink={name}: is none; there are {known}{nearest(name, SINKS)}")
+            load_sink(name)
     return names
 
 
 def load_sink(name: str) -> type[Sink]:
-    """The class of a sink; its tracker is not imported yet."""
+    """The class of a sink. Raises: ConfigError for a name that is none, as `plugins.load_class`."""
+    if name not in SINKS:
+        return load_class("sinks", name, Sink, [*SINKS])
     module, _, cls = SINKS[name].partition(":")
     return getattr(importlib.import_module(module), cls)
 

@@ -117,7 +117,7 @@ def _send_one(name: str, study: Study, entries: Sequence[Entry], report: Path | 
     front = [entry for entry in entries if entry.on_front]
     front.sort(key=lambda entry: entry.figures.get("latency_s_p50", float("inf")))
     try:
-        sink = load_sink(name)(study.name, study.path / FOLDER / name)
+        sink = load_sink(name)(study.name, study.path / FOLDER / name.replace(":", "-"))
         try:
             for entry in entries:
                 sink.put_setting(entry)

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from sd35bench import plugins
 from sd35bench.analysis.summary import show_document
 from sd35bench.cli import main
 from sd35bench.cli.output import Answer
 from sd35bench.cli.parser import Given
 from sd35bench.cli.sinks import sending
+from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.sinks import base
 from sd35bench.sinks.send import PICTURES, entries_of, send
@@ -151,3 +153,18 @@ def test_a_report_is_sent_with_its_file(study, sinks, capsys):
     assert ("file", study.path / "report.html") in sinks
     assert any(call[0] == "front" for call in sinks)
     assert Path(study.path / "report.html").is_file()
+
+
+def test_a_sink_of_the_plug_in_folder_is_used(study, sinks, tmp_path):
+    (tmp_path / "own_tracker.py").write_text(
+        "from tests.sinks.recorder import Recorder\nclass Mine(Recorder): pass\nclass No: pass\n"
+    )
+    plugins.use_folder(str(tmp_path))
+    try:
+        assert base.sink_names("own_tracker:Mine,mlflow") == ["own_tracker:Mine", "mlflow"]
+        assert send(["own_tracker:Mine"], study) == {"own_tracker:Mine": None}
+        assert sinks[0] == ("open", study.name, study.path / "sinks" / "own_tracker-Mine")
+        with pytest.raises(ConfigError, match=r"does not derive from sd35bench.sinks.base.Sink"):
+            base.sink_names("own_tracker:No")
+    finally:
+        plugins.use_folder(None)
