@@ -5,10 +5,12 @@ stays in the study's folder. Of a server that is away MLflow asks seven times ov
 here twice.
 """
 
+import importlib
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sd35bench.sinks.base import Entry, Sink, front_markdown
 
@@ -29,9 +31,8 @@ class MlflowSink(Sink):
             folder.mkdir(parents=True, exist_ok=True)
             place = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
             artifacts = (folder.resolve() / "artifacts").as_uri()
-        from mlflow import MlflowClient
-
-        self._client = MlflowClient(tracking_uri=place)
+        mlflow: Any = importlib.import_module("mlflow")
+        self._client = mlflow.MlflowClient(tracking_uri=place)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", f"sd35bench {study}")
         found = self._client.get_experiment_by_name(name)
         self._experiment = (
@@ -42,16 +43,15 @@ class MlflowSink(Sink):
 
     def put_setting(self, entry: Entry) -> None:
         """A run with its params, metrics, tags and images."""
-        from mlflow.entities import Metric, Param, RunTag
-
+        made: Any = importlib.import_module("mlflow.entities")
         run = self._run(entry.id, entry.name)
         now = int(time.time() * 1000)
         tags = {"chosen_for": ", ".join(entry.chosen_for), "on_front": str(entry.on_front)}
         self._client.log_batch(
             run,
-            metrics=[Metric(name, value, now, 0) for name, value in entry.figures.items()],
-            params=[Param(name, str(value)) for name, value in entry.asked.items()],
-            tags=[RunTag(name, value) for name, value in tags.items()],
+            metrics=[made.Metric(name, value, now, 0) for name, value in entry.figures.items()],
+            params=[made.Param(name, str(value)) for name, value in entry.asked.items()],
+            tags=[made.RunTag(name, value) for name, value in tags.items()],
         )
         for picture in entry.pictures:
             self._client.log_artifact(run, str(picture.path), "images")

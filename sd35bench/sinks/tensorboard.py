@@ -4,6 +4,7 @@ Its HParams page shows settings and figures side by side. Files of an earlier ca
 that no figure is there twice.
 """
 
+import importlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,13 @@ class TensorboardSink(Sink):
     def __init__(self, study: str, folder: Path) -> None:
         """Remove what an earlier call wrote."""
         super().__init__(study, folder)
-        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
-        from tensorboard.plugins.hparams import summary_v2
-        from tensorboard.plugins.text import metadata
-        from tensorboard.summary.writer import event_file_writer
-
-        self._event, self._summary, self._tensor = event_pb2.Event, summary_pb2.Summary, tensor_pb2
-        self._hparams, self._text = summary_v2, metadata
-        self._writer = event_file_writer.EventFileWriter
+        proto = "tensorboard.compat.proto"
+        self._event = _imported(f"{proto}.event_pb2").Event
+        self._summary = _imported(f"{proto}.summary_pb2").Summary
+        self._tensor = _imported(f"{proto}.tensor_pb2").TensorProto
+        self._hparams = _imported("tensorboard.plugins.hparams.summary_v2").hparams_pb
+        self._text = _imported("tensorboard.plugins.text.metadata").create_summary_metadata
+        self._writer = _imported("tensorboard.summary.writer.event_file_writer").EventFileWriter
         shutil.rmtree(folder, ignore_errors=True)
 
     def put_setting(self, entry: Entry) -> None:
@@ -37,7 +37,7 @@ class TensorboardSink(Sink):
         with self._run(entry.id) as put:
             asked = {k: v for k, v in entry.asked.items() if isinstance(v, str | int | float)}
             chosen = {"chosen for": ", ".join(entry.chosen_for), "on front": str(entry.on_front)}
-            put(self._hparams.hparams_pb({**asked, **chosen}, trial_id=entry.id))
+            put(self._hparams({**asked, **chosen}, trial_id=entry.id))
             value = self._summary.Value
             put(
                 self._summary(
@@ -50,13 +50,11 @@ class TensorboardSink(Sink):
     def put_front(self, front: Sequence[Entry]) -> None:
         """A text in a run of the study as a whole, and which figures the HParams page shows."""
         with self._run("the whole study") as put:
-            tensor = self._tensor.TensorProto(
-                dtype="DT_STRING", string_val=[front_markdown(front).encode()]
-            )
+            tensor = self._tensor(dtype="DT_STRING", string_val=[front_markdown(front).encode()])
             value = self._summary.Value(
                 tag="front",
                 tensor=tensor,
-                metadata=self._text.create_summary_metadata("front", "fastest first"),
+                metadata=self._text("front", "fastest first"),
             )
             put(self._summary(value=[value]))
 
@@ -77,3 +75,7 @@ class TensorboardSink(Sink):
             )
         finally:
             writer.close()
+
+
+def _imported(name: str) -> Any:
+    return importlib.import_module(name)

@@ -3,6 +3,7 @@
 It is kept where `trackio show` looks, which `TRACKIO_DIR` and `TRACKIO_SPACE_ID` change.
 """
 
+import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,7 @@ class TrackioSink(Sink):
     def __init__(self, study: str, folder: Path) -> None:
         """Name the project, in letters that are allowed in one."""
         super().__init__(study, folder)
-        import trackio
-
-        self._trackio: Any = trackio
+        self._trackio: Any = importlib.import_module("trackio")
         self._project = f"sd35bench-{re.sub('[^A-Za-z0-9_-]', '-', study)}"
 
     def put_setting(self, entry: Entry) -> None:

@@ -4,6 +4,7 @@ Nothing leaves the machine unless `WANDB_MODE=online` says so; `WANDB_PROJECT` a
 W&B's own. A setting's run has the same id every time, so that what is synced later replaces it.
 """
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,8 @@ class WandbSink(Sink):
     def __init__(self, study: str, folder: Path) -> None:
         """Make the folder, without which W&B writes to the working folder."""
         super().__init__(study, folder)
-        import wandb
-
         folder.mkdir(parents=True, exist_ok=True)
-        self._wandb: Any = wandb
+        self._wandb: Any = importlib.import_module("wandb")
 
     def put_setting(self, entry: Entry) -> None:
         """A run with its config, summary and images."""
