@@ -11,6 +11,7 @@ still below a full-size model on two CPU cores (about 240 s): there `deadline_s`
 
 from dataclasses import dataclass
 
+from sd35bench.evaluations import work
 from sd35bench.types import Request
 
 BATCH_FACTOR = 20
@@ -54,10 +55,11 @@ class Limits:
 
 
 def work_of(request: Request, images: int) -> float:
-    """Megapixels times denoiser evaluations of a batch, guidance's second half counted."""
-    per_step = 2 if request.cfg > 1 else 1
-    evaluations = request.effective_steps * per_step
-    return images * evaluations * request.width * request.height / 1e6
+    """Megapixels times the sequences that a batch puts through the denoiser.
+
+    Guidance's second half counts, Heun's second evaluation, and calls with layers left out.
+    """
+    return images * max(1, work(request).sequences) * request.width * request.height / 1e6
 
 
 def _bounded(seconds: float) -> float:

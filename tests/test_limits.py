@@ -49,8 +49,10 @@ def test_longest_wait_is_one_that_poll_can_count():
         ({"width": 500}, 1, 28),
         ({}, 4, 224),
         ({"init_image": "x", "prompt_strength": 0.5}, 1, 28),
+        ({"sampler": "heun"}, 1, 2 * (2 * 28 - 1)),
+        ({"sampler": "heun", "cfg": 1}, 1, 2 * 28 - 1),
     ],
-    ids=["guided", "unguided", "half-size", "batch", "half-the-steps"],
+    ids=["guided", "unguided", "half-size", "batch", "half-the-steps", "heun", "heun-unguided"],
 )
 def test_work_counts_evaluations_and_pixels(fields, images, work):
     assert work_of(request(**fields), images) == pytest.approx(work)

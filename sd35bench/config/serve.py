@@ -1,7 +1,6 @@
 """What `sd35bench serve` takes: its fields, its schema, and the frozen settings that come out."""
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from sd35bench.config.models import (
     read,
 )
 from sd35bench.config.overrides import checked_options, parse, written
+from sd35bench.config.remote import threads_of
 from sd35bench.config.weights import model_spec
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.limits import Limits
@@ -64,8 +64,9 @@ class ServeConf(LoadConf):
     concurrency: Annotated[int, Interval(ge=1, le=1_000_000)] | None = known(
         10, "predictions that a key may have open; null: no limit"
     )
+    results_dir: Text = known("results", "the folder of state_dir, where that is not given")
     state_dir: Text | None = known(
-        None, "where predictions and files are kept", "results/serve-MODEL-BACKEND"
+        None, "where predictions and files are kept", "RESULTS_DIR/serve-MODEL-BACKEND"
     )
     output_lifetime_s: Annotated[float, Interval(gt=0)] = known(
         3600.0, "seconds until an output is removed", "3600"
@@ -209,14 +210,14 @@ def _load(conf: ServeConf) -> Load:
     return Load(
         model=model_spec(conf.model, conf.backend.needs_weights),
         backend=BackendSpec(name=conf.backend.name, kind=conf.backend.kind, options=options),
-        threads=conf.threads if conf.threads is not None else len(os.sched_getaffinity(0)),
+        threads=threads_of(conf.threads),
     )
 
 
 def _state_dir(conf: ServeConf) -> Path:
     if conf.state_dir is not None:
         return Path(conf.state_dir).expanduser()
-    return Path("results") / f"serve-{conf.model.name}-{conf.backend.name}"
+    return Path(conf.results_dir).expanduser() / f"serve-{conf.model.name}-{conf.backend.name}"
 
 
 def _served_model(conf: ServeConf) -> ServedModel:

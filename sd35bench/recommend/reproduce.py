@@ -68,7 +68,7 @@ def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | No
     parts += [f"images.{role}={role.upper()}_FILE" for role, _ in request.images]
     parts += _prompts(records, asked)
     negatives = _negatives(records)
-    parts += [f"negative_prompt={','.join(map(_quoted, negatives))}"] if negatives else []
+    parts += [f"negative_prompt={','.join(map(quoted, negatives))}"] if negatives else []
     parts += [f"seed={','.join(map(str, seeds))}", f"batch_size={records[0].trial.batch_size}"]
     many = ["-m"] if len(seeds) > 1 or len(negatives) > 1 else []
     where = [f"results_dir={asked.results_dir}"] if asked.results_dir is not None else []
@@ -242,8 +242,8 @@ def _weights(model: ModelSpec) -> list[str]:
             return on_top
         components = [] if model.components is None else [model.components]
         return [
-            f"model.path={_quoted(model.path)}",
-            *(f"model.components={_quoted(path)}" for path in components),
+            f"model.path={quoted(model.path)}",
+            *(f"model.components={quoted(path)}" for path in components),
             *on_top,
         ]
     layers = [] if model.layers is None else [f"model.layers={model.layers}"]
@@ -255,10 +255,10 @@ def _on_top(model: ModelSpec) -> Iterator[str]:
     """Overrides that say what changes the weights."""
     for change in model.changes:
         if change.kind != "lora":
-            yield f"model.{change.kind}={_quoted(change.path)}"
+            yield f"model.{change.kind}={quoted(change.path)}"
     loras = [f"{c.path}:{c.weight!r}" for c in model.changes if c.kind == "lora"]
     if loras:
-        yield f"model.lora={_quoted(','.join(loras))}"
+        yield f"model.lora={quoted(','.join(loras))}"
     if model.variant is not None:
         yield f"model.variant={model.variant}"
 
@@ -275,7 +275,7 @@ def _negatives(records: Sequence[Record]) -> tuple[str, ...]:
     return () if found is None or found == ("",) else found
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A text as an override's value: as it is where it is plain, else in Hydra's quotes."""
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
         return text
@@ -285,7 +285,7 @@ def _quoted(text: str) -> str:
 
 
 def _own_value(value: Any) -> str:
-    return _quoted(value) if isinstance(value, str) else _text(value)
+    return quoted(value) if isinstance(value, str) else _text(value)
 
 
 def _quality(request: Request) -> str:
@@ -309,13 +309,13 @@ def _prompts(records: Sequence[Record], asked: Elsewhere) -> list[str]:
     part = [f"prompts.split={split}"]
     if first.set == "given":
         texts = {r.trial.prompt.id: r.trial.request.prompt for r in records}
-        return [f"prompt={_quoted(texts[number])}" for number in sorted(texts)]
+        return [f"prompt={quoted(texts[number])}" for number in sorted(texts)]
     if first.set in ("geneval", "coco"):
         path = first.source.get("path", f"{first.set.upper()}_FILE")
         part = [] if split == "all" else part
-        return [f"prompts={first.set}", f"prompts.path={_quoted(path)}", *part, *limit]
+        return [f"prompts={first.set}", f"prompts.path={quoted(path)}", *part, *limit]
     source = {"path": first.set, **first.source}
-    file = [f"prompts.{name}={_quoted(value)}" for name, value in source.items()]
+    file = [f"prompts.{name}={quoted(value)}" for name, value in source.items()]
     return ["prompts=file", *file, *part, *limit]
 
 

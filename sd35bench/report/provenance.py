@@ -14,7 +14,7 @@ from sd35bench.analysis.settings import is_hosted, tasks
 from sd35bench.columns import Some, by_text, numbers, pick, prompt_refs, prompts, texts, unlike
 from sd35bench.errors import count_error
 from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
-from sd35bench.recommend.reproduce import remote_overrides
+from sd35bench.recommend.reproduce import quoted, remote_overrides
 from sd35bench.report.rows import Row
 from sd35bench.types import Request, Session, Status
 
@@ -183,10 +183,11 @@ def _prompts_of(name: str, source: Mapping[str, str]) -> dict[str, str]:
     if name in ("nano", "given"):
         return {"prompts": name}
     if name in ("geneval", "coco"):
-        return {"prompts": name, "prompts.path": source.get("path", f"{name.upper()}_FILE")}
+        path = source.get("path", f"{name.upper()}_FILE")
+        return {"prompts": name, "prompts.path": quoted(path)}
     if name == "starter.txt":
         return {"prompts": "starter"}
-    return {f"prompts.{key}": value for key, value in {"path": name, **source}.items()}
+    return {f"prompts.{key}": quoted(text) for key, text in {"path": name, **source}.items()}
 
 
 def _rare_axis(name: str, requests: Sequence[Request]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from sd35bench.config.overrides import parse
 from sd35bench.report.provenance import rerun_commands
 from tests.studies.memory import record
 
@@ -55,3 +56,14 @@ def test_command_reads_the_same_prompts(name, source, wanted):
     words = dict(w.split("=", 1) for w in shlex.split(found["command"]) if "=" in w)
     own = {n: v for n, v in words.items() if n.partition(".")[0] == "prompts"}
     assert {n: v for n, v in own.items() if n not in ("prompts.split", "prompts.limit")} == wanted
+
+
+@pytest.mark.parametrize("path", ["my prompts.csv", "a, b.csv", "it's {1}.csv", 'say "no".csv'])
+def test_a_path_reaches_hydra_as_it_is(path):
+    """Mutant: the shell's quotes alone; Hydra then refuses the space, or reads the comma."""
+    row = record(0, prompt_set="mine.csv")
+    ref = replace(row.trial.prompt, source={"path": path})
+    (found,) = rerun_commands("s", [replace(row, trial=replace(row.trial, prompt=ref))])
+    (word,) = (w for w in shlex.split(found["command"]) if w.startswith("prompts.path="))
+    value = parse(word).value()
+    assert getattr(value, "text", value) == path

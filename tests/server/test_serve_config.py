@@ -41,6 +41,16 @@ def test_load_is_what_run_would_load():
     assert served.key == point.sweep.load.key
 
 
+def test_threads_are_checked_as_by_run():
+    with pytest.raises(ConfigError, match="threads=1024: this process sees"):
+        frozen("threads=1024")
+
+
+def test_the_results_folder_holds_the_state_unless_that_is_given():
+    assert frozen("results_dir=/data").state_dir.as_posix() == "/data/serve-nano-fake"
+    assert frozen("results_dir=/data", "state_dir=/s").state_dir.as_posix() == "/s"
+
+
 def test_values_arrive(tmp_path):
     settings = frozen(
         "port=0",

@@ -19,9 +19,9 @@ from sd35bench.remote.providers.wire import (
     NINE_RATIOS,
     Offer,
     answered_images,
-    check_image_url,
     fields_of,
     measured,
+    named_input,
     refusal_of,
     request_id,
     seed_of,
@@ -63,16 +63,8 @@ class DeepInfra(Provider):
 
     def input(self, request: Request, image_url: str | None) -> dict[str, Any]:
         """Every field of the input schema, typed."""
-        check_image_url(request, image_url)
-        return {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "aspect_ratio": self.settings.aspect_ratios[request.width, request.height],
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.cfg,
-            "seed": request.seed,
-            "num_images": 1,
-        }
+        ratio = self.settings.aspect_ratios[request.width, request.height]
+        return named_input(request, image_url, {"aspect_ratio": ratio})
 
     def create(self, inputs: Mapping[str, Any]) -> Call:
         """The one call, which lasts until the image is there."""

@@ -18,11 +18,11 @@ from sd35bench.remote.providers.base import Call, Phase, Prediction, Provider
 from sd35bench.remote.providers.wire import (
     MOST_SECONDS,
     Offer,
-    check_image_url,
     fields_of,
     id_of,
     image_urls,
     measured,
+    named_input,
     phase_of,
     refusal_of,
     seed_of,
@@ -61,17 +61,9 @@ class Fal(Provider):
 
     def input(self, request: Request, image_url: str | None) -> dict[str, Any]:
         """Every field of the input schema that says what to make; the size in px."""
-        check_image_url(request, image_url)
-        return {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "image_size": {"width": request.width, "height": request.height},
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.cfg,
-            "seed": request.seed,
-            "num_images": 1,
-            "output_format": {"jpg": "jpeg"}.get(request.output_format, request.output_format),
-        }
+        size = {"width": request.width, "height": request.height}
+        word = {"jpg": "jpeg"}.get(request.output_format, request.output_format)
+        return {**named_input(request, image_url, {"image_size": size}), "output_format": word}
 
     def create(self, inputs: Mapping[str, Any]) -> Call:
         """Put it into the queue, to be tried once."""

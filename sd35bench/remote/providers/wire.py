@@ -293,6 +293,20 @@ def check_image_url(request: Request, image_url: str | None) -> None:
         raise ValueError("an init image needs its URL, and a URL an init image")
 
 
+def named_input(request: Request, image_url: str | None, size: Mapping[str, Any]) -> dict[str, Any]:
+    """The input of services that name it as diffusers does; `size` is in the service's words."""
+    check_image_url(request, image_url)
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        **size,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.cfg,
+        "seed": request.seed,
+        "num_images": 1,
+    }
+
+
 def answered_images(images: Any) -> tuple[str, ...]:
     """The images inside an answer, as data URIs; a bare base64 text is one of a file's bytes."""
     found = images if isinstance(images, list) else [images]
