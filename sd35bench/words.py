@@ -151,6 +151,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def plural(n: int, noun: str) -> str:
+    """A number with its noun: ``1 setting``, ``2,400 images``."""
+    return f"{count(n)} {noun}{'' if n == 1 else 's'}"
+
+
 def digits(value: float, digits: int = 3, sign: str = "") -> str:
     """Significant digits, with an exponent where that is shorter."""
     return format(value, f"{sign}.{digits}g")

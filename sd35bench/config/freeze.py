@@ -334,6 +334,11 @@ def _notes(conf: RunConf, axes: dict[str, tuple[AxisValue, ...]]) -> tuple[str, 
         notes.append("output_quality has no effect on png")
     if conf.prompts.kind == "geneval":
         notes.append(GENEVAL_DRIFT)
+    if conf.prompts.kind == "nano" and (conf.model.hub_id is not None or conf.model.hosted):
+        notes.append(
+            f"prompts=nano: coloured shapes, for the embedded model; {conf.model.name} has a set of"
+            " its own, which it gets where prompts= is left out"
+        )
     notes.extend(model_notes(conf.model, conf.backend.needs_weights))
     return tuple(notes)
 
