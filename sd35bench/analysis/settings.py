@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,29 @@ def known_digest(load: Load) -> str | None:
 def known_threads(load: Load) -> int | None:
     """The threads that made the images; ``None`` of a hosted service, which does not tell them."""
     return None if is_hosted(load) else load.threads
+
+
+def weights_text(load: Load) -> str | None:
+    """Name the weights by their files: ``base.safetensors + team.safetensors × 0.8``.
+
+    What came with the model's name has that name; ``None`` for a hosted service.
+    """
+    model = load.model
+    if is_hosted(load):
+        return None
+    path = Path(model.path)
+    base = model.name if path.name in ("", "weights") else path.name
+    if model.weights != "checkpoint":
+        base = f"{model.name}, {model.weights} weights"
+    elif model.revision is not None:
+        base = f"{model.name}@{model.revision[:8]}"
+    added = (
+        f"{Path(c.path).name} × {c.weight:g}"
+        if c.kind == "lora"
+        else f"{c.kind} {Path(c.path).name}"
+        for c in model.changes
+    )
+    return " + ".join((base, *added))
 
 
 def is_hosted(load: Load) -> bool:

@@ -21,6 +21,7 @@ from sd35bench.analysis.remote import (
     remote_summary,
     usd_per_image,
 )
+from sd35bench.analysis.settings import weights_text
 from sd35bench.analysis.speed import (
     Latency,
     latency_summary,
@@ -51,6 +52,7 @@ from sd35bench.columns import (
 )
 from sd35bench.contention import DISTURBED, unlike
 from sd35bench.types import Session, Status, to_json
+from sd35bench.words import plural
 
 
 def show_document(
@@ -126,6 +128,7 @@ def _row(
     measured: Some = [] if row.hosted else row.records
     return row.setting | {
         "id": row.id,
+        "weights": weights_text(row.records[0].trial.load),
         "environment_id": row.environment_id,
         "environment": sessions[-1].environment if sessions else None,
         "effective_steps": _common(numbers(ok, "effective_steps")),
@@ -170,9 +173,9 @@ def _stages(timed: Some) -> dict[str, float | None]:
 
 
 def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
-    found = [f"{n} images left out: {why}" for why, n in row.excluded.most_common()]
+    found = [f"{plural(n, 'image')} left out: {why}" for why, n in row.excluded.most_common()]
     if row.failed > row.ambiguous:
-        found.append(f"{row.failed - row.ambiguous} trials failed")
+        found.append(f"{plural(row.failed - row.ambiguous, 'trial')} failed")
     if row.ambiguous:
         found.append(ambiguous_text(row.ambiguous))
     found += [f"{n} timed images in no latency: {why}" for why, n in row.clock.left.most_common()]

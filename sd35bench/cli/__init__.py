@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from sd35bench import plugins
-from sd35bench.cli.output import Answer, console, write_line, write_plainly
+from sd35bench.cli.output import Answer, console, loudness, write_line, write_plainly
 from sd35bench.cli.parser import Command, help_text, parse
 from sd35bench.errors import (
     ConfigError,
@@ -32,26 +32,27 @@ from sd35bench.errors import (
 DONE, WRONG_INPUT, RESUMABLE, OTHER = 0, 2, 3, 4
 
 VERBS = {
-    "run": ("run", "make images: one point, a grid (-m), or a stored experiment"),
-    "score": ("study", "compute metrics for a study's images"),
-    "show": ("study", "a study's settings as a table"),
-    "recommend": ("study", "steps, cfg and prompt_strength per profile, with the evidence"),
-    "tune": ("tune", "adaptive search instead of a grid"),
-    "claims": ("study", "what the vendor's page says, each with a verdict on a study"),
-    "compare": ("compare", "a candidate against a baseline: the gate"),
-    "baseline": ("compare", "the small file that a gate is held against"),
-    "report": ("study", "one self-contained HTML file"),
-    "data": ("data", "settings, images and pairs as CSV, Parquet, or a folder of images"),
-    "reference": ("reference", "what set metrics are held against, computed once"),
-    "serve": ("serve", "the hosted prediction protocol over a local backend"),
-    "export": ("export", "the denoiser as an ONNX graph, kept for the onnx and openvino backends"),
-    "list": ("studies", "the studies of a results folder: images, failures, size, cost"),
+    "run": ("run", "make images: one setting, a grid (-m), or a stored experiment"),
+    "score": ("study", "compute the metrics of a study's images"),
+    "show": ("study", "print a study's settings: latency, quality, memory"),
+    "recommend": ("study", "name the setting to use, for previews, every day and finals"),
+    "tune": ("tune", "search for a setting with fewer images than a grid takes"),
+    "claims": ("study", "test what the vendor's page says of its model on a study"),
+    "compare": ("compare", "hold a study against a baseline: did anything get worse?"),
+    "baseline": ("compare", "write the small file that compare takes as its baseline"),
+    "report": ("study", "write a study as one HTML file: charts, images, the choice"),
+    "data": ("data", "write settings, images and pairs as CSV, Parquet or a folder of images"),
+    "reference": ("reference", "compute once what FID, KID and CMMD compare images with"),
+    "serve": ("serve", "serve a local model over the hosted prediction API"),
+    "export": ("export", "export the denoiser for the onnx and openvino backends"),
+    "list": ("studies", "list the studies of a results folder: images, failures, size, cost"),
     "rm": ("studies", "remove studies with all their files"),
     "merge": ("merge", "unite studies of several machines in one"),
-    "clean": ("clean", "files of a study that no record names: list them, or move them away"),
-    "verify": ("verify", "whether a study's files are there and whole; exit code 1 if not"),
-    "contract": ("contract", "what every backend must do, checked on somebody else's package"),
-    "doctor": ("doctor", "what works on this machine, and what to install"),
+    "clean": ("clean", "find image files that no record names, or move them away"),
+    "verify": ("verify", "check that a study's files are there and whole; exit code 1 if not"),
+    "contract": ("contract", "check on your own backend what every backend must do"),
+    "completion": ("completion", "print the script with which bash, zsh or fish complete"),
+    "doctor": ("doctor", "say what works on this machine, and what to install"),
 }
 """All verbs: the module of this package that has its `Command` in `COMMANDS`, and its meaning."""
 
@@ -61,11 +62,16 @@ Usage: sd35bench VERB ...
 
 {verbs}
 
+A study is a named folder of images and what was measured, results/NAME: `run study=NAME` fills it,
+the other verbs read it. A setting is steps, cfg, backend and all else that a request asks for.
+
 `sd35bench VERB --help` explains each with examples. Every verb takes --json.
 
 To start:
   sd35bench run -m steps=4,16,28 cfg=1,4 prompts.limit=8 study=first
   sd35bench show first
+  sd35bench recommend first
+  sd35bench report first
 """
 
 
@@ -134,7 +140,8 @@ def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:
         text = help_text(verb, VERBS[verb][1], command, extra)
         console().print(text, markup=False, soft_wrap=True)
         return Answer()
-    return command.call(given)
+    with loudness(given):
+        return command.call(given)
 
 
 def _command(verb: str) -> Command:

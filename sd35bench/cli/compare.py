@@ -10,6 +10,7 @@ from sd35bench.errors import ConfigError, StoreError
 from sd35bench.gate.sides import Side
 from sd35bench.store import Study
 from sd35bench.stored import read_named
+from sd35bench.words import plural
 
 if TYPE_CHECKING:
     from sd35bench.gate.policy import Policy
@@ -240,7 +241,10 @@ def baseline(given: Given) -> Answer:
             copy_atomic(source, images_folder(path) / source.name)
     trials = sum(len(side.pairs) for side in sides)
     out = console(given.as_json)
-    for text in (f"written: {path} ({len(sides)} settings, {trials} trials)", *warnings):
+    for text in (
+        f"written: {path} ({plural(len(sides), 'setting')}, {plural(trials, 'trial')})",
+        *warnings,
+    ):
         out.print(text, markup=False, soft_wrap=True)
     return Answer(
         document={
@@ -258,10 +262,10 @@ def baseline(given: Given) -> Answer:
 _COMPARE = Command(
     call=compare,
     words=("BASELINE", "[CANDIDATE]"),
-    about="""Each is a study; the baseline may be a file of `sd35bench baseline make`, too. Held
-against each other are latency, memory, failures, quality and drift: each passes, fails, or stays
-undecided, with effect, interval, margin and n. Images that are the same files on both sides pass
-at any n for all that is read off them.
+    about="""Both are studies; the baseline may also be a file of `sd35bench baseline make`.
+Compared are latency, memory, failures, quality and drift (how far the images are from each other):
+each passes, fails, or stays undecided, with effect, interval, margin and n. What is read off images
+that are the same file on both sides passes at any n.
 
 The candidate must have recorded everything that the baseline did; what failed or was given up
 counts as failed. For a candidate that is smaller on purpose copy the policy into a file of your
@@ -291,10 +295,10 @@ sd35bench compare main branch --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY"
             means="judge nothing; say which harm each policy would see at which n, from a pilot"
             " (BASELINE CANDIDATE) or, with assumed spreads, from BASELINE alone",
         ),
-        Flag(name="--rerun", value="K", means="make K more process starts of both, in turn"),
+        Flag(name="--rerun", value="K", means="first run both again, K process starts in turn"),
         Flag(name="--junit", value="FILE", means="write JUnit XML"),
-        Flag(name="--markdown", value="FILE", means="append Markdown (a step summary)"),
-        Flag(name="--html", value="FILE", means="write a page with the worst pairs"),
+        Flag(name="--markdown", value="FILE", means="append Markdown, as a CI step summary takes"),
+        Flag(name="--html", value="FILE", means="write a page with the pairs that lost most"),
         RESULTS_DIR,
     ),
 )

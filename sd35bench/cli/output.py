@@ -9,13 +9,22 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as ProgressBar
 
+from sd35bench.cli.parser import QUIET, VERBOSE, Given
 from sd35bench.trials import Progress
 
 
@@ -25,6 +34,31 @@ class Answer:
 
     document: Any = None
     exit_code: int = 0
+
+
+_loudness: ContextVar[str] = ContextVar("loudness", default="")
+
+
+@contextmanager
+def loudness(given: Given) -> Iterator[None]:
+    """Say as much of the work as ``--quiet`` or ``--verbose`` ask for."""
+    asked = (flag.name for flag in (QUIET, VERBOSE) if given.has(flag.name))
+    token = _loudness.set(next(asked, ""))
+    try:
+        yield
+    finally:
+        _loudness.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether only failures and the answer are to be printed."""
+    return _loudness.get() == QUIET.name
+
+
+def remark(text: str, as_json: bool = False) -> None:
+    """Print a line that a person can do without."""
+    if not is_quiet():
+        console(as_json).print(text, markup=False, soft_wrap=True)
 
 
 class _Terminal(Console):
@@ -90,6 +124,8 @@ class RunProgress:
         self._bar = bar
         self._task = bar.add_task(title, total=None)
         self._title = title
+        self._began = time.monotonic()
+        self._told = 0
 
     def __call__(self, now: Progress) -> None:
         """Move the bar; of what is billed, say how fast it goes and what it has cost.
@@ -110,6 +146,17 @@ class RunProgress:
         lines = [f"  worker {number}: {what}" for number, what in enumerate(now.doing)]
         said = "\n".join([", ".join(parts), *lines])
         self._bar.update(self._task, completed=finished, total=now.total, description=said)
+        if finished != self._told:
+            self._told = finished
+            tell(self._bar, self._task, self._began)
+
+
+def tell(bar: ProgressBar, task_id: TaskID, began: float) -> None:
+    """With ``--verbose``, print where a task stands that began then (`time.monotonic`)."""
+    if _loudness.get() == VERBOSE.name:
+        task = next(task for task in bar.tasks if task.id == task_id)
+        line = progress_line(task, (time.monotonic() - began) / 60)
+        bar.console.print(line, markup=False, soft_wrap=True)
 
 
 LINE_S = 30.0
@@ -119,15 +166,16 @@ LINE_S = 30.0
 @contextmanager
 def show_progress() -> Iterator[ProgressBar]:
     """A progress display on stderr; where that is no terminal, a line every `LINE_S`."""
-    target = Console(stderr=True)
+    target = Console(stderr=True, quiet=is_quiet())
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    bar = ProgressBar(*columns, console=target, disable=not target.is_terminal)
-    with bar, contextlib.nullcontext() if target.is_terminal else _lines(bar, target):
+    bar = ProgressBar(*columns, console=target, disable=is_quiet() or not target.is_terminal)
+    has_lines = not target.is_terminal and _loudness.get() == ""
+    with bar, _lines(bar, target) if has_lines else contextlib.nullcontext():
         yield bar
 
 

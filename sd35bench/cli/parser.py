@@ -46,6 +46,8 @@ PLUGIN_DIR = Flag(
 )
 DRY_RUN = Flag(name="--dry-run", means="print what it would do and take; write and load nothing")
 YES = Flag(name="--yes", means="agree to spend money, where a backend costs any")
+QUIET = Flag(name="--quiet", means="no progress and no remarks: failures and the answer alone")
+VERBOSE = Flag(name="--verbose", means="a line of progress at every change, not every 30 s")
 _ALWAYS = (
     CONFIG_DIR,
     PLUGIN_DIR,
@@ -125,13 +127,18 @@ class Command:
     details: Callable[[Path | None], str] = lambda _: ""
 
 
+def flags_of(command: Command) -> tuple[Flag, ...]:
+    """Every flag that a verb takes."""
+    return (*command.flags, *_ALWAYS)
+
+
 def parse(verb: str, command: Command, arguments: Sequence[str], as_json: bool) -> Given:
     """Read the arguments of a verb.
 
     Raises: ConfigError, one line, for an unknown flag, a flag without its value, or words that the
     verb does not take.
     """
-    flags = {name: f for f in (*command.flags, *_ALWAYS) for name in (f.name, *f.others)}
+    flags = {name: f for f in flags_of(command) for name in (f.name, *f.others)}
     words: list[str] = []
     settings: list[str] = []
     found: dict[str, str] = {}
@@ -156,6 +163,8 @@ def parse(verb: str, command: Command, arguments: Sequence[str], as_json: bool) 
     given = Given(verb=verb, words=words, settings=settings, flags=found, as_json=as_json)
     if not given.has("--help"):
         _check_words(given, command)
+    if given.has(QUIET.name) and given.has(VERBOSE.name):
+        raise ConfigError("--quiet and --verbose contradict each other; give one")
     return given
 
 
@@ -172,7 +181,7 @@ def _results_dir(text: str, rest: Iterator[str], is_flag: bool) -> str:
 def help_text(verb: str, means: str, command: Command, config_dir: Path | None = None) -> str:
     """The help of one verb; `means` is its line in the list of verbs."""
     usage = " ".join(filter(None, (verb, *command.words, command.settings, "[FLAGS]")))
-    flags = [_flag_line(flag) for flag in (*command.flags, *_ALWAYS)]
+    flags = [_flag_line(flag) for flag in flags_of(command)]
     parts = (
         f"sd35bench {verb}: {means}",
         f"Usage: sd35bench {usage}",

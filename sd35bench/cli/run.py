@@ -15,15 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from sd35bench import plugins
+from sd35bench import plugins, words
 from sd35bench.analysis.settings import setting_key
 from sd35bench.cli.hydra_flags import FLAGS as HYDRA_FLAGS
 from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
-from sd35bench.cli.output import Answer, RunProgress, console, show_progress
-from sd35bench.cli.parser import DRY_RUN, YES, Command, Flag, Given, in_columns, parse
+from sd35bench.cli.output import Answer, RunProgress, console, is_quiet, remark, show_progress
+from sd35bench.cli.parser import (
+    DRY_RUN,
+    QUIET,
+    VERBOSE,
+    YES,
+    Command,
+    Flag,
+    Given,
+    in_columns,
+    parse,
+)
 from sd35bench.cli.recommended import with_recommended
 from sd35bench.cli.sinks import SINK, sending
 from sd35bench.config import Job, check_overrides, choices, freeze
+from sd35bench.config.experiments import with_models_own
 from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
 from sd35bench.config.overrides import written
@@ -201,10 +212,11 @@ def run(given: Given) -> Answer:
         if auto is not None:
             return run_planned(given, auto, run, _look)
     check_overrides(given.settings, given.has("-m"), given.config_dir)
+    out = console(given.as_json)
+    say = partial(remark, as_json=given.as_json)
+    given = _with_models_own(given, say)
     if asks_hydra(given):
         return answer_hydra(given)
-    out = console(given.as_json)
-    say = partial(out.print, markup=False, soft_wrap=True)
     task = RunTask(given.has("--dry-run"), given.has("--yes"), given.settings, say)
     began = time.perf_counter()
     try:
@@ -223,23 +235,31 @@ def run(given: Given) -> Answer:
             raise result
     made = [result for result in results if isinstance(result, dict)]
     document = _document(job, made) | {"elapsed_s": elapsed_s}
-    if task.damaged:
-        out.print(
-            f"{task.damaged} stored images were damaged, so their trials were tried again; where"
-            f" a new file took the name of one, the old one is kept as NAME{DAMAGED}",
-            markup=False,
-            soft_wrap=True,
-        )
-    _print_summary(out, document)
-    _print_unnamed(out, job)
     incomplete = document["failed"] or document["paused"] is not None
+    if task.damaged:
+        say(
+            f"{task.damaged} stored images were damaged, so their trials were tried again; where"
+            f" a new file took the name of one, the old one is kept as NAME{DAMAGED}"
+        )
+    if incomplete or not is_quiet():
+        _print_summary(out, document)
+    _print_unnamed(say, job)
     return Answer(document=document, exit_code=RESUMABLE if incomplete else 0)
+
+
+def _with_models_own(given: Given, say: Callable[[str], None]) -> Given:
+    """An experiment with another model: that one's prompts and batch size, and a line on it."""
+    settings, notes = with_models_own(given.settings, given.config_dir)
+    for note in notes:
+        say(f"note: {note}")
+    return dataclasses.replace(given, settings=settings)
 
 
 def _look(given: Given) -> "Planned":
     """What a command would run; nothing is made."""
     from sd35bench.cli.auto_limit import Planned
 
+    given = _with_models_own(given, lambda _: None)
     check_overrides(given.settings, given.has("-m"), given.config_dir)
     task = RunTask(dry_run=True)
     sweep(task, written(given.settings), given.config_dir, root_of(given))
@@ -359,14 +379,13 @@ def _damaged(job: Job) -> int:
     return len(Study.open(job.results_dir, job.study).images().damaged) if there else 0
 
 
-def _print_unnamed(out: Any, job: Job) -> None:
+def _print_unnamed(say: Callable[[str], None], job: Job) -> None:
     count = len(Study.open(job.results_dir, job.study).unnamed())
     if count:
-        out.print(
-            f"{count} files of images that no record names are kept; `sd35bench clean {job.study}`"
-            " lists them",
-            markup=False,
-            soft_wrap=True,
+        files = words.plural(count, "file")
+        say(
+            f"{files} of images that no record names are kept; `sd35bench clean {job.study}` lists"
+            " them"
         )
 
 
@@ -381,7 +400,7 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
         wall_s, elapsed_s = document["wall_s"], document["elapsed_s"]
         beside = f" of workers beside each other, {elapsed_s:.1f} s in all"
         said = beside if wall_s > elapsed_s else ""
-        out.print(f"{document['loads']} load(s), {wall_s:.1f} s after loading{said}")
+        out.print(f"{words.plural(document['loads'], 'load')}, {wall_s:.1f} s after loading{said}")
     if document["disturbed"] or document["retimed"]:
         out.print(
             f"{document['disturbed']} of {document['timed']} timed images were disturbed by other"
@@ -395,7 +414,7 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
         counts = (f"{count} {status}" for status, count in document["statuses"].items())
         out.print(f"failed: {', '.join(counts)}", markup=False)
     for text, count in list(document["errors"].items())[:5]:
-        out.print(f"failed {count} times: {text}", markup=False, soft_wrap=True)
+        out.print(f"failed {words.plural(count, 'time')}: {text}", markup=False, soft_wrap=True)
     if document["cost_usd"] is not None:
         out.print(f"cost: {document['cost_usd']:.4g} USD")
     if document["paused"] is not None:
@@ -423,8 +442,9 @@ def _print_estimate(out: Any, job: Job, found: Estimate) -> None:
     else:
         time_text = f"about {found.seconds / 60:.1f} min"
     lines = (
-        f"study {job.study}: {found.trials} trials, {found.done} done, {found.to_do} to do",
-        f"{found.settings} settings, {found.loads} loads",
+        f"study {job.study}: {words.plural(found.trials, 'trial')}, {found.done} done,"
+        f" {found.to_do} to do",
+        f"{words.plural(found.settings, 'setting')}, {words.plural(found.loads, 'load')}",
         f"time: {time_text}",
         f"disk: about {found.disk_bytes / 1e6:.1f} MB",
         f"money: {found.usd:.2f} USD{_already(found)}",
@@ -499,6 +519,8 @@ sd35bench run experiment=demo --cfg job --package model
             DRY_RUN,
             YES,
             SINK,
+            QUIET,
+            VERBOSE,
             *HYDRA_FLAGS,
         ),
         details=_details,

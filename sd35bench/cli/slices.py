@@ -3,22 +3,23 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sd35bench.cli.output import Answer, console
+from sd35bench.cli.output import Answer, console, write_line
 from sd35bench.cli.parser import Flag, Given
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.store import Study
+from sd35bench.words import plural
 
 WHERE = Flag(
     name="--where",
     value="NAME=VALUE",
-    means="only prompts whose own columns say so; several between commas: all of them",
+    means="only prompts with this value in a column of your prompt file; more after commas",
 )
 FLAGS = (
     WHERE,
     Flag(
         name="--slice",
         value="NAME",
-        means="each value of one of the prompts' own columns by itself",
+        means="each value of a column of your prompt file by itself",
     ),
 )
 MOST_SLICES = 50
@@ -72,9 +73,9 @@ def answer_parts(
         records = part.records()
         prompts = len({(r.trial.request.prompt, r.trial.request.init_image) for r in records})
         head = {"where": where, "prompts": prompts}
-        title = f"{said(where)}: {prompts} prompts"
+        title = f"{said(where)}: {plural(prompts, 'prompt')}"
         if not given.as_json:
-            print(f"\n## {title}\n" if given.has("--markdown") else f"\n{title}")
+            write_line(f"\n## {title}\n" if given.has("--markdown") else f"\n{title}")
         try:
             document = make(part)
         except ConfigError as exc:

@@ -17,6 +17,7 @@ from typing import Any
 
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
+from sd35bench.cli.study import written_at
 from sd35bench.columns import texts
 from sd35bench.disk import disk_errors, open_lock, try_flock
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
@@ -54,7 +55,8 @@ def _row(root: Path, name: str) -> dict[str, Any]:
         row["images"] = counts.pop(Status.OK, 0)
         row["failed"] = sum(counts.values())
         row["cost_usd"] = _cost(study)
-        row["written_at"] = _written_at(study)
+        if at := written_at(study):
+            row["written_at"] = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
     except SD35BenchError as exc:
         row |= {"state": "unreadable", "error": str(exc)}
     return row
@@ -74,12 +76,6 @@ def _cost(study: Study) -> float | None:
         return None
     calls = [record.remote for record in study.all_records()]
     return math.fsum(c.cost_usd for c in calls if c is not None and c.cost_usd is not None)
-
-
-def _written_at(study: Study) -> str | None:
-    """When the journal was last written, UTC; ``None`` before the first record."""
-    times = [path.stat().st_mtime for path in study.shards()]
-    return datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds") if times else None
 
 
 def _bytes(folder: Path) -> int:

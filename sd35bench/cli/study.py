@@ -1,6 +1,8 @@
 """The verbs that read a study: score, show, recommend, claims, report: a call and a print."""
 
+import contextlib
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -8,17 +10,29 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd35bench.cli.output import Answer, console, show_progress, write_line
-from sd35bench.cli.parser import MARKDOWN, RESULTS_DIR, Command, Flag, Given, in_columns
+from sd35bench.cli.output import Answer, console, remark, show_progress, tell, write_line
+from sd35bench.cli.parser import (
+    MARKDOWN,
+    QUIET,
+    RESULTS_DIR,
+    VERBOSE,
+    Command,
+    Flag,
+    Given,
+    in_columns,
+)
 from sd35bench.cli.sinks import SINK, sending
 from sd35bench.cli.slices import FLAGS as SLICES
 from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
-from sd35bench.errors import ConfigError, StoreError
+from sd35bench.errors import ConfigError, SD35BenchError, StoreError
 from sd35bench.store import Study
+from sd35bench.words import plural
 
 if TYPE_CHECKING:
     from sd35bench.recommend.profiles import Profile
     from sd35bench.workers.features import Spread
+
+LATEST = Flag(name="--latest", means="the study that was written last, in place of its name")
 
 
 def score(given: Given) -> Answer:
@@ -31,9 +45,9 @@ def score(given: Given) -> Answer:
     counts = score_missing(study, names, given.settings, True, given.config_dir)
     out = console(given.as_json)
     for name, count in counts["scored"].items():
-        out.print(f"{name}: {count} new scores", markup=False)
+        remark(f"{name}: {plural(count, 'new score')}", given.as_json)
     if counts["total"] == 0:
-        out.print("nothing was missing")
+        remark("nothing was missing", given.as_json)
     for text in damaged_text(map(Path, counts["damaged"])):
         out.print(text, markup=False, soft_wrap=True)
     for name, note in counts["notes"].items():
@@ -46,23 +60,45 @@ def score(given: Given) -> Answer:
 def show(given: Given) -> Answer:
     """Print a study's settings."""
     from sd35bench.analysis.summary import show_document
+    from sd35bench.report.shown import Shown, csv_text, mark_rows, sort_rows
 
+    as_csv = given.has("--csv")
+    if as_csv and given.has("--markdown"):
+        raise ConfigError("--csv and --markdown are two forms; give one")
+    shown = Shown(sort=given.text("--sort"), columns=_names(given.text("--columns")))
     study = _open(given)
     counts = score_missing(study)
+
+    def make(part: Study) -> dict[str, Any]:
+        document = show_document(part, pool_hosts=given.has("--pool-hosts"))
+        mark_rows(document, study.path, written_at(study))
+        sort_rows(document, shown.sort)
+        return document
 
     def print_one(document: dict[str, Any]) -> None:
         from sd35bench.report.tables import print_settings, settings_markdown
 
-        _print(document, given.has("--markdown"), settings_markdown, print_settings)
+        markdown, terminal = (partial(f, shown=shown) for f in (settings_markdown, print_settings))
+        _print(document, given.has("--markdown"), markdown, terminal)
 
     if asks_part(given):
-        make = partial(show_document, pool_hosts=given.has("--pool-hosts"))
-        return answer_parts(given, study, make, print_one)
-    document = show_document(study, pool_hosts=given.has("--pool-hosts"))
-    document["warnings"] += _refused(counts)
-    if not given.as_json:
-        print_one(document)
-    return Answer(document=document)
+        quiet = replace(given, as_json=True) if as_csv else given
+        found = answer_parts(quiet, study, make, print_one)
+    else:
+        document = make(study)
+        document["warnings"] += _refused(counts)
+        if not given.as_json and not as_csv:
+            print_one(document)
+        found = Answer(document=document)
+    if as_csv and not given.as_json:
+        parts = found.document.get("parts", [found.document])
+        rows = [{**p.get("where", {}), **row} for p in parts for row in p.get("settings", ())]
+        write_line(csv_text(rows, shown.columns).rstrip("\n"))
+    return found
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(filter(None, (text or "").replace(" ", "").split(",")))
 
 
 def recommend(given: Given) -> Answer:
@@ -248,6 +284,10 @@ def open_study(root: Path, name: str) -> Study:
 def _open(given: Given) -> Study:
     """Open the study that was named, which must have an image. Raises: ConfigError."""
     root = given.results_dir
+    if given.has(LATEST.name):
+        if given.words:
+            raise ConfigError(f"{LATEST.name} names the study; leave {given.words[0]!r} out")
+        given = replace(given, words=[latest(root)])
     if not given.words:
         known = sorted(path.parent.name for path in root.glob("*/study.json"))
         there = ", ".join(known) if known else "none yet; make one with sd35bench run"
@@ -262,6 +302,22 @@ def _open(given: Given) -> Study:
             )
         raise ConfigError(f"study {study.name!r} has no image yet; see what failed with run again")
     return study
+
+
+def written_at(study: Study) -> float:
+    """When the journal was last written, seconds since 1970; 0 before the first record."""
+    return max((path.stat().st_mtime for path in study.shards()), default=0.0)
+
+
+def latest(root: Path) -> str:
+    """Name the study whose journal was written last. Raises: ConfigError where there is none."""
+    times: dict[str, float] = {}
+    for path in root.glob("*/study.json"):
+        with contextlib.suppress(SD35BenchError):  # one that cannot be read is not the one meant
+            times[path.parent.name] = written_at(Study.open(root, path.parent.name))
+    if not times:
+        raise ConfigError(f"--latest: no study in {root}; sd35bench run makes one")
+    return max(times, key=lambda name: times[name])
 
 
 def score_missing(
@@ -291,10 +347,11 @@ def score_missing(
     from sd35bench.score import score_study
 
     with show_progress() as bar:
-        task = bar.add_task(f"scoring {study.name}", total=None)
+        task, began = bar.add_task(f"scoring {study.name}", total=None), time.monotonic()
 
         def moved(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
+            tell(bar, task, began)
 
         with _workers(overrides) as workers:
             found = score_study(study, names, moved, options, workers)
@@ -330,7 +387,7 @@ def _print(
 ) -> None:
     """Print a document in one of its two forms."""
     if as_markdown:
-        print(markdown(document), end="")
+        write_line(markdown(document).rstrip("\n"))
     else:
         terminal(document, console())
 
@@ -353,10 +410,10 @@ COMMANDS = {
         call=sending(score),
         words=("[STUDY]",),
         settings="[metric.NAME.OPTION=VALUE ...] [workers=N] [threads=N] [engine=ray]",
-        about="""What is there already is not made again. Quality where there are trained weights,
-drift from eager where several backends ran. Features of images are extracted by `workers`
-processes, each on `threads` cores of its own, as `run` has them: the number of workers changes no
-bit of any score.""",
+        about="""Only what is missing is computed. Without --metric: quality where there are trained
+weights, and drift, how far images are from eager's, where several backends ran. `workers` processes
+extract the images' features, each on `threads` cores of its own, as `run` has them; the number of
+workers changes no bit of any score.""",
         examples="""
 sd35bench score grid                        the model's default metrics
 sd35bench score grid --metric fid_nano      one metric
@@ -374,6 +431,8 @@ sd35bench score photos --metric clip_score engine=ray threads=8 ray.address=auto
                 means="names, comma-separated; default: the model's own",
             ),
             SINK,
+            QUIET,
+            VERBOSE,
             RESULTS_DIR,
         ),
         details=_metric_names,
@@ -381,19 +440,31 @@ sd35bench score photos --metric clip_score engine=ray threads=8 ray.address=auto
     "show": Command(
         call=show,
         words=("[STUDY]",),
-        about="Scores what is missing first.",
+        about="""Scores what is missing first. Marks the settings that no other is both faster and
+better than, and those that `recommend` chose. Columns are named as in --json.""",
         examples="""
 sd35bench show grid
 sd35bench show grid --markdown > grid.md
+sd35bench show --latest --sort=-clip_score    the study written last, the best first
+sd35bench show grid --columns steps,cfg,clip_score,latency_s
+sd35bench show grid --csv > grid.csv
 sd35bench show mine --slice category        a table for each value of a column of your prompt file
 sd35bench show grid --json | jq '.settings[].latency_s.p50'
 """,
         flags=(
+            LATEST,
+            Flag(
+                name="--sort",
+                value="COLUMN",
+                means="order by a column, such as steps or latency_s; =-COLUMN: the highest first",
+            ),
+            Flag(name="--columns", value="NAMES", means="only these columns, comma-separated"),
             *SLICES,
+            Flag(name="--csv", means="print CSV with every column, or with those of --columns"),
             MARKDOWN,
             Flag(
                 name="--pool-hosts",
-                means="one row over unlike hosts and devices, with the spread between them",
+                means="one row a setting over unlike hosts and devices, with the spread between",
             ),
             RESULTS_DIR,
         ),
@@ -401,6 +472,10 @@ sd35bench show grid --json | jq '.settings[].latency_s.p50'
     "recommend": Command(
         call=sending(recommend),
         words=("[STUDY]",),
+        about="""A profile says what a setting is for. preview: the best within a quarter of the
+vendor's work; balanced: the fastest that is as good as the best, within a margin; final: the same
+with a smaller margin. The answers go to results/STUDY/recommended.yaml, which
+`sd35bench run from=FILE profile=NAME` takes.""",
         examples="""
 sd35bench recommend grid                    preview, balanced and final
 sd35bench recommend grid --why              the evidence: other settings, named defaults, commands
@@ -427,7 +502,7 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
             MARKDOWN,
             Flag(name="--confirm", means="print the commands that make held-out images"),
             Flag(name="--run", means="with --confirm: make them now"),
-            Flag(name="--plan", means="how many images would decide, with the study as pilot"),
+            Flag(name="--plan", means="say how many images would decide; the study is the pilot"),
             Flag(
                 name="--margin",
                 value="M",
@@ -441,7 +516,7 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
             Flag(
                 name="--looks",
                 value="N",
-                means="plan to look again and again, up to N prompts; fixed in the study once",
+                means="plan to look again as prompts are added, up to N; fixed once a study",
             ),
             *SLICES,
             SINK,
@@ -451,6 +526,8 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
     "claims": Command(
         call=claims,
         words=("[STUDY]",),
+        about="""Each claim gets a verdict with effect and interval; what the study lacks for one is
+named with the command that makes it.""",
         examples="""
 sd35bench run experiment=claims && sd35bench claims claims
 sd35bench claims claims --markdown > claims.md
@@ -460,7 +537,7 @@ sd35bench claims claims --markdown > claims.md
     "report": Command(
         call=sending(report),
         words=("[STUDY]",),
-        about="The file opens offline.",
+        about="The page needs no network: images and charts are in the file.",
         examples="sd35bench report grid                       writes results/grid/report.html",
         flags=(*SLICES, SINK, RESULTS_DIR),
     ),

@@ -5,8 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.cli.output import Answer, RunProgress, console, show_progress
-from sd35bench.cli.parser import DRY_RUN, MARKDOWN, YES, Command, Flag, Given
+from sd35bench.cli.output import Answer, RunProgress, console, remark, show_progress, write_line
+from sd35bench.cli.parser import (
+    DRY_RUN,
+    MARKDOWN,
+    QUIET,
+    VERBOSE,
+    YES,
+    Command,
+    Flag,
+    Given,
+)
 from sd35bench.cli.run import run_confirming
 from sd35bench.config import Job
 from sd35bench.config.tune import Tuning, read_tuning
@@ -41,15 +50,12 @@ def tune(given: Given) -> Answer:
     document, exit_code = _tune(tuning, confirm, given.config_dir)
     if not given.as_json:
         _print_found(document, markdown)
-    out = console(given.as_json or markdown)
-    path = tuning.job.results_dir / tuning.job.study / "tune.json"
-    out.print(f"written: {path}", markup=False, soft_wrap=True)
+    say = functools.partial(remark, as_json=given.as_json or markdown)
+    say(f"written: {tuning.job.results_dir / tuning.job.study / 'tune.json'}")
     name = tuning.job.study
-    out.print(
+    say(
         f"next: sd35bench show {name}, or recommend {name}: every profile, by its own rule, on the"
-        " prompts that the settings share (fewer than here, where some were dropped early)",
-        markup=False,
-        soft_wrap=True,
+        " prompts that the settings share (fewer than here, where some were dropped early)"
     )
     return Answer(document=document, exit_code=exit_code)
 
@@ -89,7 +95,7 @@ def _search(tuning: Tuning, study: Study, lab: StudyLab) -> Outcome:
             worker=worker.name,
         )
         search.agree(tuning.about)
-        report = functools.partial(console(True).print, markup=False, soft_wrap=True)
+        report = functools.partial(remark, as_json=True)
         return search_and_race(
             lab, search, worker.claim_dead, tuning.budget, tuning.profile, report
         )
@@ -101,7 +107,7 @@ def _print_found(document: dict[str, Any], markdown: bool) -> None:
     from sd35bench.report.tuning import print_tuning, tuning_markdown
 
     if markdown:
-        print(tuning_markdown(document), end="")
+        write_line(tuning_markdown(document).rstrip("\n"))
     else:
         print_tuning(document, console())
 
@@ -308,6 +314,8 @@ sd35bench tune study=slg skip_layer_guidance=none,stability skip_layer_scale=1:4
             MARKDOWN,
             DRY_RUN,
             YES,
+            QUIET,
+            VERBOSE,
         ),
     )
 }

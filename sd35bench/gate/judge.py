@@ -45,6 +45,7 @@ from sd35bench.stats.verdicts import (
     judge,
     worst,
 )
+from sd35bench.words import plural
 
 _ROUNDING = 1e-9
 """A share such as 7/10 is below the 0.7 of a policy in the last digit."""
@@ -112,8 +113,8 @@ SHOWN = 12
 def worst_pairs(a: Side, b: Side, policy: Policy, distances: Distances) -> list[dict[str, Any]]:
     """Rank pairs with two images by what they lost, the worst first, at most 12.
 
-    By drift where the policy judges it, else by its first metric that both sides have; pairs that
-    lost nothing are not among them.
+    By drift where the policy judges it, else by its first metric that both sides have, else, where
+    drift could not be measured, by which files changed; pairs that lost nothing are not among them.
 
     Returns: ``{"by", "value", "baseline_image", "candidate_image"}`` each; `value` is the effect.
     """
@@ -126,6 +127,9 @@ def worst_pairs(a: Side, b: Side, policy: Policy, distances: Distances) -> list[
                 found = ("mean_abs", measured[:, 0], measured[:, 0])
         if found is None and "quality" in policy.dimensions:
             found = _by_metric(a, b, policy, matched.baseline, matched.candidate)
+        if found is None and "drift" in policy.dimensions:
+            changed = (~same_files(a, b, matched)).astype(np.float64)
+            found = ("changed", changed, changed)
     if found is None:
         return []
     by, effect, harm = found
@@ -156,7 +160,7 @@ def _by_metric(
     return None
 
 
-_QUIET = frozenset({"setting", "commit", "dirty", "target_latency_s"})
+_QUIET = frozenset({"setting", "weights", "commit", "dirty", "target_latency_s"})
 _CODE = frozenset({"commit", "dirty"})
 _ENVIRONMENT_QUIET = frozenset({"hostname", "pid", "boot_id"})
 
@@ -490,7 +494,9 @@ def _comparison_warnings(comparison: dict[str, Any]) -> list[str]:
     for side in ("baseline", "candidate"):
         alone = comparison[f"only_{side}"]
         if alone:
-            found.append(f"{comparison['title']}: {alone} pairs of the {side} only, left out")
+            found.append(
+                f"{comparison['title']}: {plural(alone, 'pair')} of the {side} only, left out"
+            )
         for start in comparison["latency_drift"][side]:
             if start["drifting"]:
                 found.append(

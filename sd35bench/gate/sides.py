@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sd35bench.analysis.drift import drift_summary
 from sd35bench.analysis.reference import Reference, read_reference
 from sd35bench.analysis.set_metrics import FRECHET
-from sd35bench.analysis.settings import cluster_key, pair_key
+from sd35bench.analysis.settings import cluster_key, pair_key, weights_text
 from sd35bench.analysis.table import GUARD, Row, Table, read_table, repeated_seeds
 from sd35bench.errors import ConfigError
 from sd35bench.fields import ASKED, describe
@@ -102,6 +102,14 @@ _PLACE = ("model", "weights_digest", "backend_options", "threads")
 """What else may tell two settings apart that were asked the same of one backend."""
 
 
+def named_weights(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The field that tells weights apart: their files' names where those differ, else `name`."""
+    texts = (mine.get("weights"), theirs.get("weights"))
+    return (
+        "weights" if name == "weights_digest" and None not in texts and len({*texts}) > 1 else name
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """One process start and the peaks of its memory in bytes; ``None`` is unknown.
@@ -161,7 +169,12 @@ class Side:
         twins = [
             b for b in self.beside if all(b[n] == self.setting[n] for n in ("backend", *ASKED))
         ]
-        named = [n for n in _PLACE if any(b[n] != self.setting[n] for b in twins)]
+        named = dict.fromkeys(
+            named_weights(n, self.setting, b)
+            for n in _PLACE
+            for b in twins
+            if b[n] != self.setting[n]
+        )
         parts = [self.setting["backend"], describe(asked, self.beside)]
         return ", ".join([*parts, *(f"{name} {self.setting[name]}" for name in named)])
 
@@ -329,7 +342,7 @@ def _side(study: Any, table: Table, row: Row, floors: Mapping[str, float]) -> Si
     ]
     return Side(
         study=study.name,
-        setting=dict(row.setting),
+        setting={**row.setting, "weights": weights_text(row.records[0].trial.load)},
         environment=_environment(table, ids),
         pairs=np.array([_hash(pair_key(r.trial)) for r in records], np.uint64),
         prompts=np.array([_hash(cluster_key(r.trial)) for r in records], np.uint64),

@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from sd35bench import words
+from sd35bench.gate.sides import named_weights
 from sd35bench.report.page import content_policy
 from sd35bench.report.render import (
     MARKDOWN,
@@ -42,6 +43,8 @@ from sd35bench.words import MISSING
 
 _COLUMNS = ("dimension", "figure", "baseline", "candidate", "effect", "interval", "margin", "n")
 _COLOURS = {"pass": "green", "fail": "red", "undecided": "yellow", "not applicable": "dim"}
+_WORST_FIRST = ("fail", "undecided", "pass")
+_ORDER = ("fail", "undecided", "not applicable", "pass")
 _PIXEL_ART_PX = 128
 _LONGEST_PX = 384
 """Images are kept without loss, since small differences are what matters; 24 of them in all."""
@@ -62,7 +65,7 @@ def compare_markdown(document: Mapping[str, Any]) -> str:
 def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
     whole = document["verdict"]
     sides = f": {document['candidate']} against {document['baseline']}"
-    pairs = f"{document['n_pairs']} pairs"
+    pairs = words.plural(document["n_pairs"], "pair")
     policy = document["policy"]
     yield say((whole, f"bold {_COLOURS[whole]}"), f"{sides}, policy {policy}, {pairs}", wraps=True)
     yield Heading(f"{str(whole).capitalize()}{sides}", 1, forms=(MARKDOWN,))
@@ -70,18 +73,94 @@ def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
     for text in failed_gates(document):
         yield say((text, _COLOURS["fail"]))
         yield paragraph((text, "strong"))
-    for comparison in document["comparisons"]:
-        yield Heading(comparison["title"])
-        yield say(about(comparison))
-        yield paragraph((about(comparison), "raw"))
-        yield _table(comparison)
-        yield _paper_table(comparison)
-        for i, reason in enumerate(_reasons(comparison)):
-            yield say(reason)
-            yield paragraph((f"- {reason}", "raw"), joined=i > 0)
+    ordered = worst_first(document["comparisons"])
+    if len(ordered) > 1:
+        yield from _many(ordered)
+    for comparison in ordered if len(ordered) == 1 else ():
+        yield from _detail(comparison)
     for text in document["warnings"]:
         yield say(("warning", "yellow"), f" {text}")
         yield paragraph(f"Warning: {text}")
+
+
+def _many(ordered: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
+    """A matrix of all settings, then the details of those that did not pass.
+
+    The terminal shows of these the figures that did not pass, Markdown all, and the settings that
+    passed folded.
+    """
+    yield _matrix(ordered)
+    common = common_differences(ordered)
+    if common:
+        yield say(f"every setting differs in {common}", wraps=True)
+        yield paragraph((f"Every setting differs in {common}.", "raw"))
+    passed = [c for c in ordered if verdict_of(c) == "pass"]
+    for comparison in ordered:
+        if comparison not in passed:
+            yield from _detail(comparison, common, brief=True)
+    if passed:
+        count = words.plural(len(passed), "setting")
+        told = "passed; their figures are in --markdown, --html and --json"
+        yield say((f"{count} {told}", "dim"), gap=True, wraps=True)
+        yield paragraph((f"<details><summary>{count} passed</summary>", "raw"))
+        for comparison in passed:
+            yield from (p for p in _detail(comparison, common) if p.forms == (MARKDOWN,))
+        yield paragraph(("</details>", "raw"))
+
+
+def _matrix(ordered: Sequence[Mapping[str, Any]]) -> Table:
+    """Setting by dimension: each one's verdict; a dash where a dimension does not apply."""
+    names = list(dict.fromkeys(name for c in ordered for name in c["dimensions"]))
+    rows = [
+        [_verdict_cell(verdict_of(c)), c["title"]]
+        + [_verdict_cell(_verdict_in(c, name)) for name in names]
+        + [words.count(c["n_pairs"])]
+        for c in ordered
+    ]
+    first, *others = text_table(("", "setting", *names, "pairs"), rows, ("pairs",))
+    return Table(columns=(replace(first, wraps=False), *others), layouts=WRAPPED, frame="edged")
+
+
+def _verdict_in(comparison: Mapping[str, Any], name: str) -> str:
+    found = comparison["dimensions"].get(name)
+    return "not applicable" if found is None else str(found["verdict"])
+
+
+def _verdict_cell(verdict: str) -> Cell:
+    text = MISSING if verdict == "not applicable" else verdict
+    return Cell(text=text, style=_COLOURS[verdict])
+
+
+def verdict_of(comparison: Mapping[str, Any]) -> str:
+    """A setting's verdict: the worst of its dimensions."""
+    found = {str(d["verdict"]) for d in comparison["dimensions"].values()}
+    return next((v for v in _WORST_FIRST if v in found), "not applicable")
+
+
+def worst_first(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Failures, then what is undecided or was not measured, then what passed; else as they came."""
+    return sorted(comparisons, key=lambda c: _ORDER.index(verdict_of(c)))
+
+
+def common_differences(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """What every one of several comparisons differs in, alike."""
+    shared = set.intersection(*(set(_differences(c)) for c in comparisons))
+    return "; ".join(text for text in _differences(comparisons[0]) if text in shared)
+
+
+def _detail(comparison: Mapping[str, Any], common: str = "", brief: bool = False) -> Iterator[Part]:
+    """One setting's figures; where `brief`, a terminal gets those alone that did not pass."""
+    told = about(comparison, common)
+    yield Heading(comparison["title"], forms=(TERMINAL,))
+    yield Heading(comparison["title"], forms=(MARKDOWN,))
+    yield say(told)
+    yield paragraph((told, "raw"))
+    yield from _table(comparison, brief)
+    yield _paper_table(comparison)
+    terminal = _reasons(comparison, brief)
+    yield from map(say, terminal)
+    for i, reason in enumerate(_reasons(comparison)):
+        yield paragraph((f"- {reason}", "raw"), joined=i > 0)
 
 
 def print_plan(document: Mapping[str, Any], console: Console) -> None:
@@ -139,21 +218,24 @@ def _harm(value: float | None, ratio: bool, share: bool) -> str:
     return f"{words.digits(100 * value, 2)} %" if share else words.digits(value, 2)
 
 
-def _table(comparison: Mapping[str, Any]) -> Table:
+def _table(comparison: Mapping[str, Any], brief: bool) -> Iterator[Table]:
     """Figures that were measured, narrow enough for a terminal of 80 columns."""
+    left_out = ("not applicable", "pass") if brief else ("not applicable",)
     rows = []
     for dimension, found in comparison["dimensions"].items():
         for figure in found["figures"]:
-            if figure["verdict"] == "not applicable":
+            if figure["verdict"] in left_out:
                 continue
             name, before, after, effect, interval, margin, n = figure_cells(figure)
             verdict = Cell(text=figure["verdict"], style=_COLOURS[figure["verdict"]])
             change = Cell(text=effect, beside=interval)
             rows.append((verdict, f"{dimension} {name}", f"{before} → {after}", change, margin, n))
+    if not rows and brief:
+        return
     titles = ("", "figure", "baseline → candidate", "effect, interval", "margin", "n")
     first, *others = text_table(titles, rows)
     columns = (replace(first, wraps=False), *others)
-    return Table(columns=columns, layouts=WRAPPED, frame="edged", forms=(TERMINAL,))
+    yield Table(columns=columns, layouts=WRAPPED, frame="edged", forms=(TERMINAL,))
 
 
 def _paper_table(comparison: Mapping[str, Any]) -> Table:
@@ -171,15 +253,27 @@ def failed_gates(document: Mapping[str, Any]) -> list[str]:
     return [f"{name}: fail: {found['reason']}" for name, found in failed]
 
 
-def about(comparison: Mapping[str, Any]) -> str:
-    """Pairs, prompts, and the fields in which the sides differ."""
-    fields = {**comparison["differs"], **comparison["environment_differs"]}
-    said = [f"{name}: {_short(a)} → {_short(b)}" for name, (a, b) in fields.items()]
-    differs = "; ".join(said) if said else "nothing"
-    pairs = f"{comparison['n_pairs']} pairs of {comparison['n_prompts']} prompts"
+def about(comparison: Mapping[str, Any], common: str = "") -> str:
+    """Pairs, prompts, and the fields in which the sides differ; `common` was said already."""
+    known = common.split("; ")
+    said = [text for text in _differences(comparison) if text not in known]
+    differs = "; ".join(said) if said else "nothing else" if common else "nothing"
+    prompts = words.plural(comparison["n_prompts"], "prompt")
+    pairs = f"{words.plural(comparison['n_pairs'], 'pair')} of {prompts}"
     same, images = comparison["n_identical"], comparison["n_images"]
-    seen = f", {same} of {images} images bit-identical" if images else ""
+    seen = f", {same} of {words.plural(images, 'image')} bit-identical" if images else ""
     return f"{pairs}{seen}. Differs: {differs}."
+
+
+def _differences(comparison: Mapping[str, Any]) -> list[str]:
+    """Each field in which the sides differ with its two values; weights by the names of files."""
+    found = []
+    sides = [comparison.get(f"{side}_setting") or {} for side in ("baseline", "candidate")]
+    for name, values in {**comparison["differs"], **comparison["environment_differs"]}.items():
+        told = named_weights(name, *sides)
+        mine, theirs = values if told == name else (side[told] for side in sides)
+        found.append(f"{told}: {_short(mine)} → {_short(theirs)}")
+    return found
 
 
 def figure_cells(figure: Mapping[str, Any]) -> list[str]:
@@ -211,13 +305,15 @@ def figure_text(figure: Mapping[str, Any]) -> str:
     return text if figure["note"] is None else f"{text}; {figure['note']}"
 
 
-def _reasons(comparison: Mapping[str, Any]) -> list[str]:
-    """Why a dimension did not pass, and the notes of figures."""
+def _reasons(comparison: Mapping[str, Any], brief: bool = False) -> list[str]:
+    """Why a dimension did not pass, and the notes of figures; `brief`: of what did not pass."""
     found = []
     for name, dimension in comparison["dimensions"].items():
         if dimension["verdict"] in ("fail", "not applicable"):
             needed = ", required" if dimension["required"] else ""
             found.append(f"{name}{needed}: {dimension['verdict']}: {dimension['reason']}")
+        if brief and dimension["verdict"] in ("pass", "not applicable"):
+            continue
         notes = [f["note"] for f in dimension["figures"] if f["note"] and _worth_saying(f)]
         found += [f"{name}: {note}" for note in dict.fromkeys(notes)]
         absent = [f["name"] for f in dimension["figures"] if _unscored(f)]
@@ -295,20 +391,28 @@ def compare_page(
     said = {} if captions is None else captions
     script = Markup(read_asset("compare.js"))
     style = Markup(read_asset("charts.css") + read_asset("report.css") + read_asset("compare.css"))
+    ordered = worst_first(document["comparisons"])
+    common = common_differences(ordered) if len(ordered) > 1 else ""
     comparisons = [
         {
             **comparison,
-            "about": about(comparison),
+            "mark": verdict_of(comparison).replace(" ", "-"),
+            "verdict": verdict_of(comparison),
+            "about": about(comparison, common),
             "rows": _rows(comparison),
+            "notes": _notes(comparison),
             "pairs": _pairs(comparison, baseline, candidate, said),
         }
-        for comparison in document["comparisons"]
+        for comparison in ordered
     ]
     return (
         html_templates()
         .get_template("compare.html.j2")
         .render(
             d={**document, "comparisons": comparisons, "failed_gates": failed_gates(document)},
+            dimensions=list(dict.fromkeys(n for c in ordered for n in c["dimensions"])),
+            pairs=words.plural(document["n_pairs"], "pair"),
+            common=common,
             policy=content_policy(script, style),
             script=script,
             style=style,
@@ -323,10 +427,25 @@ def _rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
             "mark": figure["verdict"].replace(" ", "-"),
             "dimension": dimension,
             "cells": figure_cells(figure),
-            "note": figure["note"],
         }
         for dimension, found in comparison["dimensions"].items()
         for figure in found["figures"]
+    ]
+
+
+def _notes(comparison: Mapping[str, Any]) -> list[str]:
+    """Each note once, after the figures that have it; of a whole dimension, after its name."""
+    figures: dict[str, dict[str, list[str]]] = {}
+    for dimension, found in comparison["dimensions"].items():
+        for figure in found["figures"]:
+            if figure["note"]:
+                of_note = figures.setdefault(figure["note"], {})
+                of_note.setdefault(dimension, []).append(figure["name"])
+    sizes = {name: len(found["figures"]) for name, found in comparison["dimensions"].items()}
+    return [
+        "; ".join(d if len(n) == sizes[d] else f"{d} {', '.join(n)}" for d, n in of.items())
+        + f": {note}"
+        for note, of in figures.items()
     ]
 
 
@@ -335,24 +454,31 @@ def _pairs(
     baseline: FindImage,
     candidate: FindImage,
     captions: Mapping[str, str],
-) -> list[dict[str, str]]:
-    """The worst pairs of which both images are there."""
+) -> list[dict[str, Any]]:
+    """The worst pairs; a baseline's image that is not there leaves the candidate's alone."""
     found = []
     for pair in comparison["worst"]:
-        paths = baseline(pair["baseline_image"]), candidate(pair["candidate_image"])
-        if paths[0] is None or paths[1] is None:
+        after = candidate(pair["candidate_image"])
+        if after is None:
             continue
-        images = [_decode(path.read_bytes()) for path in paths if path is not None]
+        before = baseline(pair["baseline_image"])
+        image = _decode(after.read_bytes())
         found.append(
             {
-                "baseline": _data_uri(images[0]),
-                "candidate": _data_uri(images[1]),
-                "grain": "pixels" if max(images[0].size) <= _PIXEL_ART_PX else "smooth",
+                "baseline": None if before is None else _data_uri(_decode(before.read_bytes())),
+                "candidate": _data_uri(image),
+                "grain": "pixels" if max(image.size) <= _PIXEL_ART_PX else "smooth",
                 "caption": captions.get(pair["candidate_image"], ""),
-                "lost": f"{pair['by']} {words.digits(pair['value'], sign='+')}",
+                "lost": _lost(pair),
             }
         )
     return found
+
+
+def _lost(pair: Mapping[str, Any]) -> str:
+    if pair["by"] == "changed":
+        return "another file than the baseline's"
+    return f"{pair['by']} {words.digits(pair['value'], sign='+')}"
 
 
 def _decode(data: bytes) -> Image.Image:

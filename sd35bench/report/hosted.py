@@ -183,7 +183,7 @@ def hosted_figures(rows: Sequence[Row]) -> list[Figure]:
 
 def _same_request(row: Row, rows: Sequence[Row]) -> list[Row]:
     """Timed rows of this machine that were asked for the same."""
-    own = ("backend", "threads", "weights_digest", "environment_id")
+    own = ("backend", "threads", "weights", "weights_digest", "environment_id")
 
     def asked(other: Row) -> list[tuple[str, str]]:
         return [(k, repr(v)) for k, v in other.setting.items() if k not in own]

@@ -31,6 +31,7 @@ _GLYPH = 64.0
 _PLAIN, _PAGE = (TERMINAL, MARKDOWN), (HTML,)
 # Columns of this rank and above are left out before intervals move below their values.
 _EXTRA = 3
+_FIRST_TO_GO = 9
 _SHOW = (Layout(drops=_EXTRA), Layout(between="\n", drops=1, wraps=True))
 
 Shares = Mapping[str, Mapping[str, float]]
@@ -92,9 +93,19 @@ def best_first(rows: Sequence[Row], metric: str | None) -> list[Row]:
 
 
 def setting_table(rows: Sequence[Row], extra: Sequence[str]) -> Table:
-    """One task's `rows` as `show` prints them; `extra` are further setting fields that vary."""
-    columns = tuple(setting_columns(rows, extra, {}))
-    return Table(title=rows[0].task, columns=columns, layouts=_SHOW)
+    """One task's `rows` as `show` prints them; `extra` are further setting fields that vary.
+
+    Where there is little room, `n` goes first, then `threads` where other fields tell
+    the settings apart; what differs between them stays.
+    """
+    told = {row.id: row.name(f for f in extra if f != "threads") for row in rows}
+    ranks = {"n": _FIRST_TO_GO}
+    if len(set(told.values())) == len(told):
+        ranks["threads"] = _FIRST_TO_GO - 1
+    columns = (
+        replace(c, rank=ranks.get(c.title, c.rank)) for c in setting_columns(rows, extra, {})
+    )
+    return Table(title=rows[0].task, columns=tuple(columns), layouts=_SHOW)
 
 
 def build_leaderboard(
@@ -194,7 +205,10 @@ def _sortable(value: object) -> float | str | None:
 def _field(name: str, rows: Sequence[Row]) -> list[Column]:
     """A field of the setting; a page has room for four characters more."""
     columns = []
-    for forms, most, kept in ((_PLAIN, 20, 8), (_PAGE, 24, 10)):
+    cuts = ((_PLAIN, 20, 8), (_PAGE, 24, 10))
+    if name == "weights":  # names of files differ at their ends
+        cuts = tuple((forms, 60, 58) for forms, *_ in cuts)
+    for forms, most, kept in cuts:
         cells = tuple(
             Cell(
                 text=text if len(text) <= most else text[:kept] + "…",

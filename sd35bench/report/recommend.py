@@ -372,8 +372,9 @@ def _figure(entry: Mapping[str, Any] | None, sign: str = "") -> str:
 def compared(evidence: Mapping[str, Any]) -> str:
     """How much the choice was made from."""
     return (
-        f"{evidence['settings_compared']} settings compared on the same {evidence['n_pairs']}"
-        f" images of {evidence['n_prompts']} prompts"
+        f"{words.plural(evidence['settings_compared'], 'setting')} compared on the same"
+        f" {words.plural(evidence['n_pairs'], 'image')} of"
+        f" {words.plural(evidence['n_prompts'], 'prompt')}"
     )
 
 

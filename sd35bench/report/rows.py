@@ -23,12 +23,12 @@ from sd35bench.words import MISSING, Estimate
 _CURVES = ("steps", "cfg", "prompt_strength")
 _SIZE = ("width", "height")
 SETTING_FIELDS = (
-    *("model", "weights_digest", "backend", "threads", *_SIZE),
+    *("model", "weights", "weights_digest", "backend", "threads", *_SIZE),
     *(name for name in SETTING if name not in _CURVES + _SIZE),
     *_CURVES,
 )
 DRIFT = "drift"
-UNTOLD = ("threads", "weights_digest")
+UNTOLD = ("threads", "weights", "weights_digest")
 """What a hosted service does not tell, and what therefore sets its rows apart from none."""
 _AXES = ("task", *_CURVES)
 _ALSO = ("task", "environment_id")
@@ -283,7 +283,15 @@ def varying_fields(rows: Sequence[Row]) -> tuple[str, ...]:
         if f not in _AXES
         and len({_hashable(r.setting.get(f)) for r in (local if f in UNTOLD else rows)}) > 1
     ]
+    if "weights" in varying and _tells(local, "weights") == _tells(local, "weights_digest"):
+        varying.remove("weights_digest")
     return tuple(f for f in varying if f != "environment_id" or not told_by_threads(rows))
+
+
+def _tells(rows: Sequence[Row], name: str) -> list[int]:
+    """Each row's value as the number of its first appearance."""
+    values = [_hashable(r.setting.get(name)) for r in rows]
+    return [values.index(value) for value in values]
 
 
 def told_by_threads(rows: Sequence[Row]) -> bool:

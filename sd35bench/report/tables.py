@@ -1,6 +1,7 @@
 """`show` as a document: one table per task, the tables beside it, and what to be careful about."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -20,26 +21,33 @@ from sd35bench.report.render import (
     say,
 )
 from sd35bench.report.rows import Row, latency_scope, read_rows, varying_fields
+from sd35bench.report.shown import Shown, marks_column, marks_note, picked_table
 from sd35bench.stats.latency import LEAST_IMAGES
 
+_AS_USUAL = Shown()
 
-def print_settings(document: Mapping[str, Any], console: Console) -> None:
+
+def print_settings(document: Mapping[str, Any], console: Console, shown: Shown = _AS_USUAL) -> None:
     """Print a `show` document: one row per setting, then what to be careful about.
 
     On a narrow terminal intervals move below their values, and columns that matter least are left
     out and named.
     """
-    print_document(settings_parts(document), console)
+    print_document(settings_parts(document, shown), console)
 
 
-def settings_markdown(document: Mapping[str, Any]) -> str:
+def settings_markdown(document: Mapping[str, Any], shown: Shown = _AS_USUAL) -> str:
     """Render a `show` document: the form in which small tables are published under results/."""
-    return markdown_document(settings_parts(document))
+    return markdown_document(settings_parts(document, shown))
 
 
-def settings_parts(document: Mapping[str, Any]) -> Iterator[Part]:
-    """The document, part by part."""
+def settings_parts(document: Mapping[str, Any], shown: Shown = _AS_USUAL) -> Iterator[Part]:
+    """The document, part by part; where `shown` sorts, its rows are in that order already."""
     rows = read_rows(document)
+    raw = {str(row.get("id")): row for row in document["settings"]}
+    if shown.sort is not None:
+        places = {row_id: place for place, row_id in enumerate(raw)}
+        rows = tuple(sorted(rows, key=lambda row: places[row.id]))
     extra = varying_fields(rows)
     yield _title(document, rows)
     yield Heading(f"Study {document['study']}", 1, forms=(MARKDOWN,))
@@ -47,7 +55,16 @@ def settings_parts(document: Mapping[str, Any]) -> Iterator[Part]:
     if not rows:
         yield say("no trials yet", wraps=True)
     for task in dict.fromkeys(row.task for row in rows):
-        yield setting_table([r for r in rows if r.task == task], extra)
+        members = [r for r in rows if r.task == task]
+        found = [raw.get(r.id, {}) for r in members]
+        if shown.columns:
+            yield picked_table(found, shown.columns, task)
+            continue
+        table = setting_table(members, extra)
+        yield replace(table, columns=(*table.columns, *marks_column(found)))
+    if note := marks_note(document):
+        yield say((note, "dim"), wraps=True)
+        yield paragraph(f"{words.first_upper(note)}.")
     scope = f"of latencies {latency_scope(rows)}, none below {LEAST_IMAGES} images"
     legend = f"latency: median of images made one at a time; brackets: 95 % intervals, {scope}"
     if any(r.latency is not None for r in rows):
@@ -74,7 +91,7 @@ def settings_parts(document: Mapping[str, Any]) -> Iterator[Part]:
 
 def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> Part:
     """Study, and what all rows share."""
-    about = [*_shared(rows), f"{len(rows)} settings"] if rows else []
+    about = [*_shared(rows), words.plural(len(rows), "setting")] if rows else []
     return say((str(document["study"]), "bold"), "  ", " · ".join(about), wraps=True)
 
 

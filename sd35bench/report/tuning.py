@@ -51,7 +51,8 @@ def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
     yield paragraph(confirmation)
     share = words.digits(100 * images["share"])
     cost = (
-        f"{images['used']} images of {document['settings']['tried']} settings; the full grid of"
+        f"{words.plural(images['used'], 'image')} of"
+        f" {words.plural(document['settings']['tried'], 'setting')}; the full grid of"
         f" {document['settings']['grid']} would take {images['exhaustive']} ({share} %)"
     )
     yield say(cost)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sd35bench import view
-from sd35bench.cli import answer
+from sd35bench.cli import answer, main
 from sd35bench.columns import Records
 from sd35bench.config import freeze
 from sd35bench.config.compose import compose
@@ -65,6 +65,14 @@ def test_slices_are_the_studies_of_their_prompts(results):
     kept = study.part({"side": "left"})
     assert {r.trial.prompt.tags["side"] for r in kept.records()} == {("left",)}
     assert len(list(kept.all_records())) == len(list(study.all_records()))  # contention needs all
+
+
+def test_csv_names_the_slice_of_each_row(results, capsys):
+    flags = [f"--results-dir={results}", "--slice=side", "--csv", "--columns", "side,n"]
+    assert main(["show", "mine", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "side,n"
+    assert {line.partition(",")[0] for line in lines[1:]} == {"left", "right"}
 
 
 def test_a_large_journals_view_has_the_same_slices(results, monkeypatch):

@@ -86,3 +86,25 @@ def test_a_log_file_gets_lines_until_the_work_is_done(monkeypatch, tmp_path):
             bar.update(task, completed=4)
     assert "nano: 1 of 4" in path.read_text()
     assert "\x1b" not in path.read_text()
+
+
+# As loud as asked ---------------------------------------------------------------------------------
+
+FAKE = ["run", "backend=fake", "prompts.limit=2", "steps=2", "study=t"]
+
+
+@pytest.mark.usefixtures("empty_folder")
+def test_quiet_says_only_what_failed_and_verbose_a_line_at_every_change(capsys):
+    assert main([*FAKE, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main([*FAKE, "seed=1", "--verbose"]) == 0
+    said = capsys.readouterr()
+    assert "nano on fake: 2 of 2" in said.err
+    assert "next: sd35bench show t" in said.out
+    assert main([*FAKE, "seed=2", "backend.fail_every=1", "--quiet"]) == 3
+    assert "2 failed, of 2 planned" in capsys.readouterr().out
+
+
+def test_quiet_and_verbose_together_are_refused(capsys):
+    assert main(["run", "--quiet", "--verbose"]) == 2
+    assert "contradict" in capsys.readouterr().err
