@@ -7,7 +7,7 @@ JOBS ?= 2
 # `make demo DEMO_BACKEND=core`: latents equal to 1e-4; not yet timed. It needs a C++ compiler once.
 DEMO_BACKEND ?= eager
 
-.PHONY: help setup demo decide bench bench-gpu bench-gpu-rehearsal test test-slow reliability validity check format clean
+.PHONY: help setup demo decide bench bench-gpu bench-gpu-rehearsal test test-slow reliability validity docs check format clean
 
 help:
 	@echo "make setup      create $(VENV) with the sd35bench command (no-op when up to date)"
@@ -21,6 +21,7 @@ help:
 	@echo "make validity   how often the intervals and verdicts are right; prints docs/validity.md's tables"
 	@echo "                (nano's part of that page: python -m tests.validity_runs --help)"
 	@echo "make reliability  kills, malformed replies, SSRF, limits, load; writes docs/reliability.md"
+	@echo "make docs       the site of docs/ in site/, and docs/reference.md from the schemas"
 	@echo "make check      format, lint, types, import contracts, fast tests"
 	@echo "make format     apply the formatter and the linter's fixes"
 	@echo "make clean      remove $(VENV) and caches (results/ is kept)"
@@ -81,6 +82,11 @@ validity: setup
 reliability: setup
 	$(BIN)/python -m tests.reliability
 
+docs: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m tests.reference_page
+	$(BIN)/mkdocs build --strict
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -93,4 +99,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -88,7 +88,7 @@ def _need_gguf(text: str) -> None:
     if find_spec("gguf") is None:
         raise ConfigError(
             f"model.transformer={text}: the package gguf, which reads such files, is not installed;"
-            " pip install 'sd35bench[gguf]'"
+            " pip install 'gguf>=0.17'"
         )
 
 

@@ -23,7 +23,7 @@ from sd35bench.export.graph import module_of
 from sd35bench.export.onnx_model import MODEL, PROBE, write_probe
 
 IR = "model.xml"
-REMEDY = "pip install 'sd35bench[openvino]'"
+REMEDY = "pip install 'nncf>=3.0' 'openvino>=2025.4'"
 DTYPES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "uint8"}
 PROBES = 3
 PASSED = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "Squeeze", "Unsqueeze")

@@ -348,7 +348,7 @@ def _answer(promised: Any, timeout_s: float | None) -> Any:
 
 def _require_ray() -> None:
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("engine=ray: ray is not installed; pip install 'sd35bench[ray]'")
+        raise ConfigError("engine=ray: ray is not installed; pip install 'ray>=2.50,<3'")
 
 
 def _check_options(settings: RaySettings) -> None:

@@ -160,7 +160,7 @@ def test_without_openvino_loading_says_how_to_get_it(without: str, load: Loads) 
 def test_without_openvino_probe_says_how_to_get_it(without: str) -> None:
     found = OpenVinoBackend.probe({"device": "cpu"})
     assert found.ok is None
-    assert found.remedy == "pip install 'sd35bench[openvino]'"
+    assert found.remedy == "pip install 'nncf>=3.0' 'openvino>=2025.4'"
 
 
 @with_openvino
@@ -168,7 +168,7 @@ def test_without_openvino_probe_says_how_to_get_it(without: str) -> None:
 def test_without_nncf_only_int8_is_refused(without: str, load: Loads) -> None:
     assert OpenVinoBackend.probe({"device": "cpu"}).ok
     found = OpenVinoBackend.probe({"device": "cpu", "quantisation": "int8"})
-    assert (found.ok, found.remedy) == (None, "pip install 'sd35bench[openvino]'")
+    assert (found.ok, found.remedy) == (None, "pip install 'nncf>=3.0' 'openvino>=2025.4'")
     with pytest.raises(BackendError, match=f"{without} cannot be imported.*{REMEDY}"):
         OpenVinoBackend(load("openvino", device="cpu", quantisation="int8"))
 

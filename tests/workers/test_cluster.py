@@ -32,7 +32,7 @@ from tests.studies.fakes import MODEL, fake_load, fake_plan
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,
-    reason="the extra `ray` is not installed: pip install 'sd35bench[ray]'",
+    reason="ray is not installed: pip install 'ray>=2.50,<3'",
 )
 SMALL = RaySettings(init={"num_cpus": 2, "object_store_memory": 80_000_000})
 FREE = {"num_cpus": 0.0}

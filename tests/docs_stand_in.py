@@ -1,0 +1,78 @@
+"""What stands in for models, GPUs and services when the documents' commands are executed.
+
+The fake backend makes patterns in place of images, nano is the model, few prompts stand for many.
+Drift is between backends, so nano runs on two of them there.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+from tests.documents import Shell, blocks
+
+SERVICES = ("eachlabs", "replicate", "fal", "stability", "deepinfra")
+ELSEWHERE = ("docs/ci.md", "docs/fine-tunes.md")
+"""Executed by tests of their own: `test_ci_example`, `test_fine_tunes`."""
+NEVER = {
+    "judge_vqa": "asks a server of a model",
+    "page": "needs the vendor, or its stand-in: tests/server",
+}
+"""What is parsed and no more, by a word of the command."""
+OF_THE_MODEL = ("model=", "model.", "noise_floor=", "keep_latents=", "starts=")
+FEW = 8
+
+
+def refusal(shell: Shell) -> str | None:
+    """Why a command is not executed here; ``None`` where it is."""
+    for word, why in NEVER.items():
+        if any(word in re.split(r"[=,]", text) for text in shell.words):
+            return why
+    asked = next((w for w in shell.words if w.startswith("backend=")), "")
+    if any(service in asked for service in SERVICES):
+        return "asks a hosted service"
+    return None
+
+
+def arguments(shell: Shell, drifts: frozenset[str] = frozenset()) -> list[str]:
+    """A command's arguments with the stand-ins; `drifts`: studies whose drift is scored."""
+    verb, *rest = shell.words[1:]
+    if verb not in ("run", "tune"):
+        return [verb, *_no_model(rest)]
+    study = next((w for w in rest if w.startswith("study=")), "study=")[6:]
+    words = [_fewer(w, verb) for w in rest if not w.startswith(OF_THE_MODEL)]
+    if study in drifts:
+        kept = [w for w in words if not w.startswith(("backend=", "steps=", "prompts.limit="))]
+        return [verb, *kept, "backend=eager,eager-bf16", "steps=1", "prompts.limit=2"]
+    if not any(w.startswith("from=") for w in words):
+        words = [w for w in words if not w.startswith("backend=")] + ["backend=fake"]
+    if not any(w.startswith(("prompts.limit=", "prompt=")) for w in words):
+        words.append(f"prompts.limit={FEW}")
+    return [verb, *words]
+
+
+def _no_model(words: list[str]) -> list[str]:
+    return [w for w in words if not w.startswith(("model.path=", "model.weights="))]
+
+
+def _fewer(word: str, verb: str) -> str:
+    """Fewer prompts, and as many workers and threads as two cores hold."""
+    name, _, value = word.partition("=")
+    if name == "prompts.limit" and value.isdigit():
+        return f"{name}={min(int(value), FEW)}"
+    return {"workers": "workers=2", "threads": "threads=1"}.get(name, word)
+
+
+def write_files(folder: Path, page: Path) -> None:
+    """The files that commands name: prompts, and a page's own YAML files."""
+    with open(folder / "prompts.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "category"])
+        rows.writerows([f"a {c} circle, number {i}", c] for i in range(9) for c in COLOURS)
+    (folder / "mine.txt").write_text("".join(f"a {c} square\n" for c in COLOURS))
+    for text in blocks(page, "yaml"):
+        found = re.match(r"# ([\w.-]+\.yaml):", text)
+        if found:
+            (folder / found[1]).write_text(text)
+
+
+COLOURS = ("red", "green", "blue", "white")
