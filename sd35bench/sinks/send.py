@@ -128,7 +128,7 @@ def _send_one(name: str, study: Study, entries: Sequence[Entry], report: Path | 
         finally:
             sink.close()
     except ModuleNotFoundError as exc:
-        remedy = f"; pip install 'sd35bench[{name}]'" if name in SINKS else ""
+        remedy = f"; pip install {name}" if name in SINKS else ""
         return f"{exc}{remedy}"
     except (Exception, SystemExit) as exc:  # somebody else's code and somebody else's server
         return _why(exc)

@@ -95,7 +95,7 @@ def test_a_sink_gets_settings_then_the_front_then_the_report(study, advice, sink
     [
         ("away", "ConnectionError: no route to host"),
         ("exits", "SystemExit: 1"),
-        ("absent", "No module named 'no_such_tracker'; pip install 'sd35bench[absent]'"),
+        ("absent", "No module named 'no_such_tracker'; pip install absent"),
     ],
 )
 def test_a_sink_that_fails_is_one_line_and_stops_no_other(study, sinks, name, why):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sd35bench.sinks.base import Entry, Picture, load_sink
 
-WHY = "is an extra: pip install 'sd35bench[{}]'"
+WHY = "is not installed: pip install {}"
 
 
 @pytest.fixture
