@@ -1,8 +1,6 @@
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from tests.kernels.cases import EPS, make_case, scaled, tolerance
 
 SHAPES = [(1, 64, 32), (7, 13, 5), (333, 50, 31), (2, 1, 1), (154, 136, 97), (257, 1030, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not EXACT, reason="this CPU's int8 products saturate: no VNNI")
 
 
@@ -261,36 +258,6 @@ def test_cpu_without_vnni_is_refused_or_exact(isa: str) -> None:
         check=False,
     )
     assert done.returncode == 0 or "KernelUnavailable" in done.stderr, done.stderr[-2000:]
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    """What the interpreter found for kernels and mutant; it takes 4 s to start."""
-    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_triton_kernels_agree_in_the_interpreter(interpreted: dict[str, Any]) -> None:
-    for case in interpreted["cases"]:
-        assert case["quantised"] <= 1, case
-        assert case["as_torch"] >= (0.999 if "int8" in case["case"] else 0.85), case
-        assert case["product"] <= 1, case
-        assert case["composed"], case
-    special = interpreted["special"]
-    assert special["any_finite"] == [True, False, False, True]
-    assert special["all_finite"] == [True, False, False, True]
-    assert special["zero_row"]
-
-
-def test_triton_mutant_fails_in_the_interpreter(interpreted: dict[str, Any]) -> None:
-    """The mutant: scales of the weights that are 2 % too large."""
-    assert min(case["mutant"] for case in interpreted["cases"]) > 1
 
 
 @pytest.mark.gpu

@@ -6,10 +6,11 @@ quantisation and the final scaling. It is slow and meant to be read.
 """
 
 import torch
+from torch.nn import functional as F
 
 from sd35_kernels.w8a8.quantize import quantize_rows
 
-__all__ = ["reference_w8a8_linear"]
+__all__ = ["reference_gelu_requantised", "reference_w8a8_linear"]
 
 
 def reference_w8a8_linear(
@@ -28,3 +29,15 @@ def reference_w8a8_linear(
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype if out_dtype is None else out_dtype).reshape(*x.shape[:-1], -1)
+
+
+def reference_gelu_requantised(
+    product: torch.Tensor, dtype: torch.dtype, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply GELU (tanh) to `product` [M, N], then quantise each `chunk` channels of a row alone.
+
+    Returns [M, N] of `dtype` and scales [N / chunk, M], the last chunk as long as it comes.
+    """
+    parts = F.gelu(product.float(), approximate="tanh").split(chunk, dim=1)
+    quantised = [quantize_rows(part, dtype) for part in parts]
+    return torch.cat([q for q, _ in quantised], 1), torch.cat([s for _, s in quantised], 1).t()
