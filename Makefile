@@ -52,19 +52,17 @@ decide: setup
 	@$(BIN)/sd35bench compare main branch --policy quality --html results/branch/gate.html; test $$? = 1
 
 bench: setup
-	@$(BIN)/python kernels/bench/w8a8_linear.py
-	@echo "# The compiled core on this machine\n" > results/tables/core.md
-	@for case in block block-1024px nano; do $(BIN)/python kernels/bench/mmdit_step.py --case $$case --markdown results/tables/core.md || exit 1; done
-	@$(BIN)/sd35bench run experiment=true-width
-	@$(BIN)/sd35bench show true-width
+	@$(BIN)/python kernels/bench/core_page.py
 
 bench-gpu: setup
 	@$(BIN)/python kernels/bench/w8a8_linear.py --device cuda
+	@$(BIN)/python kernels/bench/gpu_block.py
 	@$(BIN)/sd35bench run experiment=gpu
 	@$(BIN)/sd35bench show gpu
 	@$(BIN)/sd35bench show gpu --markdown > results/tables/gpu.md
 
 bench-gpu-rehearsal: setup
+	@$(BIN)/python kernels/bench/gpu_block.py --rehearse
 	@$(BIN)/sd35bench run experiment=gpu --dry-run
 	@$(BIN)/sd35bench run -m experiment=gpu study=gpu-rehearsal model.layers=1 width=256 height=256 \
 		backend=eager-bf16,compile-bf16,int8-bf16,int8-w8a8-bf16,onnx steps=1,2 prompts.limit=2

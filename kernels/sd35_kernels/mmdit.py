@@ -10,20 +10,24 @@ N image and T text tokens; weights are read once a step. Scratch: about 60 · B 
 """
 
 import ctypes
+import hashlib
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sd35_kernels.cpu.build import library, pick_level
-from sd35_kernels.cpu.packing import PackedLinear, pack
+from sd35_kernels.cpu.build import BY_NAME, code_digest, library, pick_level
+from sd35_kernels.cpu.packing import PackedLinear, Stored, pack, write
 from sd35_kernels.cpu.structures import (
+    BF16,
     FP32,
     INT8,
     PARTS,
     Block,
+    Linear,
     Memory,
     Model,
     Projections,
@@ -32,18 +36,24 @@ from sd35_kernels.cpu.structures import (
 )
 from sd35_kernels.w8a8.errors import KernelUnavailable
 
-KINDS = {"exact": FP32, "int8": INT8}
+KINDS = {"exact": FP32, "int8": INT8, "bf16": BF16}
 HEAD_DIMS = (16, 32, 64)
 
 
 def load(
-    config: Mapping[str, Any], weights: dict[str, torch.Tensor], tier: str, threads: int
+    config: Mapping[str, Any],
+    weights: dict[str, torch.Tensor] | Stored,
+    tier: str,
+    threads: int,
 ) -> "Executor":
     """Pack `weights` (emptied on the way, so that both copies are never whole) and return a step.
 
+    `Stored` weights were packed before, by the same code (`layout_digest`), and are only read.
+
     `config`: layers, heads, head_dim, width, dual (layer indices), patch, in_channels,
     out_channels, qk_norm, eps. `weights`: float32, named as sd35bench/core/weights.py names them.
-    `tier`: "exact" (float32) or "int8" (W8A8, activations quantised per row in the call).
+    `tier`: "exact" (float32), "bf16" (products; sums, attention and the residual stream in float32)
+    or "int8" (W8A8, activations quantised per row in the call).
 
     Raises: KernelUnavailable where this machine or this model has no kernel, and why.
     """
@@ -51,12 +61,35 @@ def load(
     return Executor(config, weights, tier, threads)
 
 
-def _check(config: Mapping[str, Any], tier: str) -> None:
+def layout_digest() -> str:
+    """A digest of what packed weights depend on beside the model: this code and this CPU's level.
+
+    Raises: KernelUnavailable where nothing can be packed.
+    """
+    digest = hashlib.sha256(code_digest(pick_level()).encode())
+    for source in ("mmdit.py", "cpu/packing.py", "cpu/structures.py"):
+        digest.update((Path(__file__).parent / source).read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def check_level(tier: str) -> str:
+    """Return the instructions that a tier runs on here. Raises: KernelUnavailable."""
     level = pick_level()
     if tier not in KINDS:
         raise KernelUnavailable(f"tier {tier!r}: the CPU executor has {', '.join(KINDS)}")
     if tier == "int8" and level in ("avx2", "avx512"):
         raise KernelUnavailable(f"tier int8 needs AVX-512 VNNI; this CPU gives {level}")
+    if tier == "bf16" and level not in ("avx512_bf16", *BY_NAME):
+        # On Intel a core without tiles multiplies bf16 at half of float32's rate.
+        raise KernelUnavailable(
+            f"tier bf16 needs AVX-512 BF16 as AMD's Zen 4 has it, or AMX tiles, which are used only"
+            f" where SD35_KERNELS_ISA=amx_tiles asks for them; this CPU gives {level}"
+        )
+    return level
+
+
+def _check(config: Mapping[str, Any], tier: str) -> None:
+    check_level(tier)
     if config["head_dim"] not in HEAD_DIMS or config["width"] % 16:
         raise KernelUnavailable(
             f"width {config['width']} and heads of {config['head_dim']}: the CPU executor has "
@@ -76,22 +109,23 @@ class Executor:
     def __init__(
         self,
         config: Mapping[str, Any],
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor] | Stored,
         tier: str,
         threads: int,
     ) -> None:
-        """Pack `weights`, which is emptied."""
+        """Pack `weights`, which is emptied, or read them back."""
         level = pick_level()
         self._library = library(level)
         check_sizes(self._library)
         self._library.sd35_scratch_bytes.restype = ctypes.c_int64
         self._kind = KINDS[tier]
-        if self._kind == INT8 and not self._library.sd35_int8_ready():
+        if self._kind != FP32 and not self._library.sd35_tiles_ready():
             raise KernelUnavailable(
                 "the system keeps AMX tiles back; SD35_KERNELS_ISA=avx512_vnni runs without them"
             )
         self._memory = Memory()
         self._kept: list[torch.Tensor] = []
+        self._layers: list[Linear] = []
         self._lock = threading.Lock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._threads = threads
@@ -191,7 +225,11 @@ class Executor:
         layers, dual = self.config["layers"], len(self.config["dual"])
         return self.config["width"] * (12 * layers + 3 * dual - 4 + 2)
 
-    def _build(self, weights: dict[str, torch.Tensor]) -> Model:
+    def store(self, path: Path) -> None:
+        """Write the packed weights, for `Stored`. Raises: OSError."""
+        write(path, self._kept, self._layers)
+
+    def _build(self, weights: dict[str, torch.Tensor] | Stored) -> Model:
         config = self.config
         layers, width = config["layers"], config["width"]
         self._blocks = (Block * layers)()
@@ -213,7 +251,7 @@ class Executor:
             config["eps"],
         )
 
-    def _fill(self, block: Block, weights: dict[str, torch.Tensor], i: int) -> None:
+    def _fill(self, block: Block, weights: dict[str, torch.Tensor] | Stored, i: int) -> None:
         block.has_dual = i in self.config["dual"]
         block.last = i == self.config["layers"] - 1
         for name in ("image", "text"):
@@ -230,7 +268,7 @@ class Executor:
     def _attention(
         self,
         target: Projections,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor] | Stored,
         prefix: str,
         keys_only: bool = False,
     ) -> None:
@@ -241,22 +279,29 @@ class Executor:
             target.out = self._pack(weights, f"{prefix}.out").layer
         if self.config["qk_norm"]:
             for part in ("q_norm", "k_norm"):
-                norm = weights.pop(f"{prefix}.{part}").detach().float().contiguous().clone()
+                if isinstance(weights, Stored):
+                    norm = weights.tensor(self._memory)
+                else:
+                    norm = weights.pop(f"{prefix}.{part}").detach().float().contiguous().clone()
                 self._kept.append(norm)
                 setattr(target, part, norm.data_ptr())
 
     def _pack(
         self,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor] | Stored,
         prefix: str,
         kind: int | None = None,
         chunk: int | None = None,
         first: int = 0,
     ) -> PackedLinear:
-        weight, bias = weights.pop(f"{prefix}.weight"), weights.pop(f"{prefix}.bias")
-        kind = self._kind if kind is None else kind
-        packed = pack(self._library, weight[first:], bias[first:], kind, self._memory, chunk)
+        if isinstance(weights, Stored):
+            packed = weights.linear(self._memory)
+        else:
+            weight, bias = weights.pop(f"{prefix}.weight"), weights.pop(f"{prefix}.bias")
+            kind = self._kind if kind is None else kind
+            packed = pack(self._library, weight[first:], bias[first:], kind, self._memory, chunk)
         self._kept.extend(packed.tensors)
+        self._layers.append(packed.layer)
         return packed
 
 
@@ -274,4 +319,12 @@ def hidden_chunk(hidden: int) -> int:
     return next(chunk for chunk in (256, 128, 64, 32, 16) if hidden % chunk == 0)
 
 
-__all__ = ["Executor", "KernelUnavailable", "load", "peak_rate"]
+__all__ = [
+    "Executor",
+    "KernelUnavailable",
+    "Stored",
+    "check_level",
+    "layout_digest",
+    "load",
+    "peak_rate",
+]

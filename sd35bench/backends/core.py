@@ -16,13 +16,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
 from sd35_kernels import KernelUnavailable
+from sd35_kernels.mmdit import check_level
 from sd35bench.backends.base import Generation, Probe
 from sd35bench.backends.compile import cache_folder
 from sd35bench.backends.compiled import CompiledRegion, HowToCompile, hush_dynamo
 from sd35bench.backends.families import text_of
+from sd35bench.backends.packed import (
+    LAYERS,
+    facts_of,
+    find_packed,
+    keep,
+    read_embedders,
+    recipe_of,
+    stand_in,
+)
 from sd35bench.backends.pipeline import DiffusersBackend, choice, foreign_errors, refuse_not_finite
 from sd35bench.backends.probes import probe_compiler
 from sd35bench.backends.samplers import own_shift
@@ -30,20 +41,21 @@ from sd35bench.core.executors import EXECUTORS, Compile, build, pick
 from sd35bench.core.generate import Ask, Core, generate
 from sd35bench.core.model import Config, Embedder, Executor, Weights
 from sd35bench.core.schedule import TRAIN_STEPS
-from sd35bench.core.text import CachedText, SD3Text
+from sd35bench.core.text import CachedText, SD3Text, Shelf
 from sd35bench.core.vae import CHOOSE, WAYS, Choices, Vae
 from sd35bench.core.weights import config_of_diffusers, fuse_diffusers
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
 from sd35bench.evaluations import guidance_of, sampler_order
 from sd35bench.export import artifact
-from sd35bench.loading.sources import DTYPES
+from sd35bench.export.artifact import Artifact
+from sd35bench.loading.sources import DTYPES, load_model
 from sd35bench.measure import DeviceClock
-from sd35bench.types import Request, Scalar, content_hash
+from sd35bench.types import Load, Request, Scalar, content_hash
 
 QUANTISATIONS = {"none": "exact", "int8": "int8"}
 """Options, and the executor's tier that each asks for."""
 VAE_WAYS = (*CHOOSE, *WAYS)
-TEXT_CACHES = ("negative", "all")
+TEXT_CACHES = ("negative", "all", "disk")
 PLAIN_SCHEDULE = {
     "use_dynamic_shifting": False,
     "use_karras_sigmas": False,
@@ -63,8 +75,8 @@ class CoreBackend(DiffusersBackend):
     Options: `dtype` (fp32, bf16), `device`, `executor` (cpp, compile, torch; auto: the fastest for
     the device), `vae` (contiguous, channels_last, compiled; auto: the faster layout by timing;
     tuned: the fastest of all), `text_cache` (negative: only negative prompts are kept, so that an
-    image's time is that of a new prompt; all: prompts too). Lossy, off by default: `quantisation`
-    (int8: 8-bit products, C++ only).
+    image's time is that of a new prompt; all: prompts too; disk: for later starts as well). Lossy,
+    off by default: `quantisation` (int8: 8-bit products, C++ only).
     """
 
     options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
@@ -79,13 +91,43 @@ class CoreBackend(DiffusersBackend):
 
     @classmethod
     def probe(cls, options: Mapping[str, Scalar]) -> Probe:
-        """Look for the device, and for the compiler that the executor's code goes through."""
+        """Look for the device, the instructions, and the compiler that the code goes through."""
         base = super().probe(options)
         asked = {**cls.options, **options}
         if base.ok is not True or asked["executor"] == "torch":
             return base
         found = probe_compiler(str(asked["device"]))
+        on_cpu = asked["device"] == "cpu" or not torch.cuda.is_available()
+        if found.ok and on_cpu and asked["executor"] != "compile":
+            quantised = QUANTISATIONS[str(asked["quantisation"])]
+            tier = "bf16" if asked["dtype"] == "bf16" else quantised
+            try:
+                detail = f"{base.detail}; {check_level(tier)} instructions; {found.detail}"
+            except KernelUnavailable as exc:
+                remedy = "use backend=eager or compile"
+                return Probe(ok=None, detail=f"{base.detail}; {exc}", remedy=remedy)
+            return Probe(ok=True, detail=detail)
         return Probe(ok=found.ok, detail=f"{base.detail}; {found.detail}", remedy=found.remedy)
+
+    def load_pipe(self, load: Load, dtype: torch.dtype) -> Any:
+        """Load the model; where its packed denoiser is kept, without reading that again.
+
+        Raises: BackendError, OutOfMemory.
+        """
+        self._tier = QUANTISATIONS[
+            choice("quantisation", self.asked["quantisation"], QUANTISATIONS)
+        ]
+        self._name = pick(choice("executor", self.asked["executor"], EXECUTORS), self.device)
+        if self._name == "cpp" and (self._dtype, self._tier) == ("bf16", "exact"):
+            self._tier = "bf16"
+        packs = self._name == "cpp" and self.device.type == "cpu"
+        self._recipe = recipe_of(load, self._dtype, self._tier) if packs else None
+        found = find_packed(self._recipe)
+        self._packed: Artifact | str | None = found
+        if found is None:
+            return super().load_pipe(load, dtype)
+        instead = {"transformer": stand_in(found)}
+        return self.place(load_model(load.model, dtype, self.device, instead=instead))
 
     def prepare(self, pipe: Any) -> None:
         """Fuse the denoiser's weights and put the core together.
@@ -103,24 +145,19 @@ class CoreBackend(DiffusersBackend):
         _refuse_other_schedules(pipe.scheduler)
         dtype = DTYPES[self._dtype]
         config = config_of_diffusers(pipe.transformer.config)
-        weights = dict(pipe.transformer.state_dict())
-        pipe.transformer = _Absent(pipe.transformer)
-        with foreign_errors():
-            fused = fuse_diffusers(config, weights, dtype)
-        gc.collect()
-        embedder = Embedder(config, fused, dtype)
+        embedder, executor = self._denoiser(pipe, config)
         kept = choice("text_cache", self.asked["text_cache"], TEXT_CACHES)
         way = choice("vae", self.asked["vae"], VAE_WAYS)
         self._core: Core | None = Core(
             config=config,
             embedder=embedder,
-            executor=self._executor(config, fused),
-            text=CachedText(_text(pipe, config)),
+            executor=executor,
+            text=CachedText(_text(pipe, config), shelf=self._shelf() if kept == "disk" else None),
             vae=Vae(pipe.vae, way, Choices(self._choices_path()), self._compile("vae_decoder")),
             device=self.device,
             dtype=dtype,
             spatial=pipe.vae_scale_factor,
-            keep_prompts=kept == "all",
+            keep_prompts=kept != "negative",
         )
         self._clock = DeviceClock(str(self.device))
         self._shift = own_shift(pipe.scheduler)
@@ -130,7 +167,7 @@ class CoreBackend(DiffusersBackend):
         assert self._core is not None
         facts = self._core.executor.facts
         proven = {**super().prove(pipe), "core": facts, "attention": facts["executor"]}
-        return {**proven, **self._seen()}
+        return {**proven, "packed": facts_of(self._packed), **self._seen()}
 
     def settle(self) -> None:
         """Add what the warm-up chose and kept."""
@@ -193,25 +230,46 @@ class CoreBackend(DiffusersBackend):
         self._core, self._regions = None, {}
         super().close()
 
-    def _executor(self, config: Config, fused: Weights) -> Executor:
-        """Build what runs a step.
+    def _denoiser(self, pipe: Any, config: Config) -> tuple[Embedder, Executor]:
+        """Take the denoiser out of the pipeline, or as it was packed before, and keep it packed."""
+        transformer, pipe.transformer = pipe.transformer, _Absent(pipe.transformer)
+        dtype = DTYPES[self._dtype]
+        steps = torch.float32 if self._name == "cpp" else dtype
+        if isinstance(self._packed, Artifact):
+            embedder = Embedder(config, read_embedders(self._packed), steps)
+            return embedder, self._executor(config, self._packed.folder / LAYERS)
+        weights = dict(transformer.state_dict())
+        source = dict(transformer.config)
+        del transformer
+        with foreign_errors():
+            fused = fuse_diffusers(config, weights, dtype)
+        gc.collect()
+        embedder = Embedder(config, fused, steps)
+        executor = self._executor(config, fused)
+        if self._recipe is not None:
+            self._packed = keep(self._recipe, source, embedder, executor)
+        return embedder, executor
+
+    def _executor(self, config: Config, weights: Weights | Path) -> Executor:
+        """Build what runs a step; a path is that of packed weights.
 
         Raises: OptimizationNotApplied where it cannot be had.
         """
-        asked = choice("executor", self.asked["executor"], EXECUTORS)
-        tier = QUANTISATIONS[choice("quantisation", self.asked["quantisation"], QUANTISATIONS)]
-        name = pick(asked, self.device)
-        if name == "cpp" and (self.device.type, self._dtype) != ("cpu", "fp32"):
+        name = self._name
+        if name == "cpp" and (
+            self.device.type != "cpu" or (self._dtype == "bf16") != (self._tier == "bf16")
+        ):
             raise OptimizationNotApplied(
-                f"backend.executor=cpp runs in fp32 on a CPU, not in {self._dtype} on"
-                f" {self.device}; use backend.executor=compile"
+                f"backend.executor=cpp runs in fp32, int8 or bf16 on a CPU, not in {self._dtype}"
+                f" with quantisation={self.asked['quantisation']} on {self.device};"
+                " use backend.executor=compile"
             )
         try:
             return build(
                 name,
                 config,
-                fused,
-                tier=tier,
+                weights,
+                tier=self._tier,
                 threads=self._load.threads,
                 compiled=self._compile("denoiser"),
             )
@@ -248,6 +306,13 @@ class CoreBackend(DiffusersBackend):
         if faults:
             raise OptimizationNotApplied("; ".join(dict.fromkeys(faults)))
 
+    def _shelf(self) -> Shelf:
+        """Where embeddings are kept: a folder for each model, dtype and the libraries' versions."""
+        versions = [torch.__version__, transformers.__version__]
+        model = [self._load.model.weights_digest, str(self._load.model.changes)]
+        digest = content_hash([*versions, *model, self._dtype, str(self.device)])[:16]
+        return Shelf(artifact.artifact_root().parent / "text" / digest)
+
     def _choices_path(self) -> Path:
         """Where what was timed is kept: a file for each model, machine and version of torch."""
         machine = [platform.processor(), torch.backends.cpu.get_cpu_capability(), str(self.device)]
@@ -282,6 +347,7 @@ class CoreBackend(DiffusersBackend):
             "text_cache": {
                 "kept": self.asked["text_cache"],
                 "hits": core.text.hits,
+                "read": core.text.read,
                 "misses": core.text.misses,
             },
         }

@@ -6,6 +6,7 @@ and by 8-bit products. What was asked for runs, or `KernelUnavailable` says why 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from sd35_kernels import KernelUnavailable, mmdit
 from sd35bench.core.model import Config, Executor, TorchExecutor, Weights
 
 EXECUTORS = ("auto", "cpp", "compile", "torch")
-TIERS = ("exact", "int8")
-"""Float32 throughout, or 8-bit products with activations quantised per row."""
+TIERS = ("exact", "bf16", "int8")
+"""Float32 throughout; bf16 products; or 8-bit products with activations quantised per row."""
 
 Compile = Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]
 
@@ -28,22 +29,30 @@ def pick(name: str, device: torch.device) -> str:
 
 
 def build(
-    name: str, config: Config, weights: Weights, *, tier: str, threads: int, compiled: Compile
+    name: str,
+    config: Config,
+    weights: Weights | Path,
+    *,
+    tier: str,
+    threads: int,
+    compiled: Compile,
 ) -> Executor:
     """Build the executor called `name`; `weights` go to it, and C++ empties the mapping.
 
-    `tier`: one of `TIERS`. `threads`: of the C++ executor. `compiled` is torch.compile, or what
-    stands in for it.
+    A path is that of weights which a C++ executor packed and stored before. `tier`: one of `TIERS`.
+    `threads`: of the C++ executor. `compiled` is torch.compile, or what stands in for it.
 
     Raises: KernelUnavailable where it cannot run here, or has no such tier.
     """
     if name == "cpp":
-        executor: Any = mmdit.load(config.to_dict(), _float32(weights), tier, threads)
+        source = mmdit.Stored(weights) if isinstance(weights, Path) else _float32(weights)
+        executor: Any = mmdit.load(config.to_dict(), source, tier, threads)
         if executor.facts["tier"] != tier:
             raise KernelUnavailable(f"tier {tier} asked, {executor.facts['tier']} was loaded")
         return executor
     if tier != "exact":
         raise KernelUnavailable(f"tier {tier}: only the C++ executor has it")
+    assert not isinstance(weights, Path), "only C++ packs weights"
     return TorchExecutor(config, weights, compiled=compiled if name == "compile" else None)
 
 

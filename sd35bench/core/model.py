@@ -140,9 +140,9 @@ class Embedder:
         self._positions: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
-    def bytes(self) -> int:
-        """Bytes of the weights held here."""
-        return sum(tensor.nbytes for tensor in self._weights.values())
+    def weights(self) -> Weights:
+        """The weights held here; `Embedder` takes them again."""
+        return self._weights
 
     @torch.inference_mode()
     def condition(

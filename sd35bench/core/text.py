@@ -5,6 +5,9 @@ The three encoders cost 2.5 TFLOP for a prompt of 256 T5 tokens, as much as one 
 the negative prompt of a whole study is encoded once, and a prompt that comes again costs nothing if
 the caller says so.
 
+On disk (`Shelf`) they outlive the process: a second start that asks for the same texts encodes
+nothing.
+
 The encoders may read different texts, and words may have weights. A weight w takes a token's
 embedding from e to e0 + w (e - e0), where e0 is the empty text's at that place: 0 is as if the word
 were not there, 1 changes nothing, bit for bit. It costs one more text, the empty one.
@@ -13,12 +16,18 @@ Source: diffusers `StableDiffusion3Pipeline.encode_prompt`; of weights ComfyUI, 
 `ClipTokenWeightEncoder.encode_token_weights`, which leaves the pooled embedding as it is, too.
 """
 
+import contextlib
+import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 KEPT = 64
@@ -116,29 +125,75 @@ class SD3Text:
         )
 
 
-class CachedText:
-    """Embeds each prompt once while it is among the last `kept`; counts how often that helped."""
+class Shelf:
+    """Embeddings on disk, a file for each text and length, which appears whole or not at all."""
 
-    def __init__(self, encoder: Encoder, kept: int = KEPT) -> None:
+    def __init__(self, folder: Path) -> None:
+        """`folder`: one model's, one dtype's; it may be missing."""
+        self._folder = folder
+
+    def get(self, text: Text, tokens: int) -> Embeddings | None:
+        """Return what is kept of a text; a file that cannot be read is as good as none."""
+        try:
+            found = load_file(self._path(text, tokens))
+            return found["embeds"], found["pooled"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def put(self, text: Text, tokens: int, pair: Embeddings) -> None:
+        """Keep a text's embeddings; a folder that cannot be written costs only the time."""
+        path = self._path(text, tokens)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError, SafetensorError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = [each.cpu().contiguous().clone() for each in pair]
+            save_file({"embeds": whole[0], "pooled": whole[1]}, temporary)
+            os.replace(temporary, path)
+
+    def _path(self, text: Text, tokens: int) -> Path:
+        name = hashlib.sha256(repr((text, tokens)).encode()).hexdigest()[:24]
+        return self._folder / f"{name}.safetensors"
+
+
+class CachedText:
+    """Embeds each prompt once while it is among the last `kept`, or on the shelf.
+
+    `hits` counts texts that were in memory, `read` those from the shelf, `misses` those encoded.
+    """
+
+    def __init__(self, encoder: Encoder, kept: int = KEPT, shelf: Shelf | None = None) -> None:
         """Wrap `encoder`."""
-        self._encoder, self._kept = encoder, kept
+        self._encoder, self._kept, self._shelf = encoder, kept, shelf
         self._known: OrderedDict[tuple[Text, int], Embeddings] = OrderedDict()
-        self.hits = self.misses = 0
+        self.hits = self.read = self.misses = 0
 
     def encode(self, prompts: Sequence[Text], tokens: int, *, keep: bool) -> Embeddings:
         """Embed `prompts`, those that are not known in one batch; `keep` them for later calls."""
         new = [p for p in dict.fromkeys(prompts) if (p, tokens) not in self._known]
-        self.misses += len(new)
         self.hits += len(prompts) - len(new)
-        fresh: dict[Text, Embeddings] = {}
+        fresh = {} if self._shelf is None or not keep else self._read(new, tokens)
+        new = [p for p in new if p not in fresh]
+        self.misses += len(new)
         if new:
             embeds, pooled = self._encoder.encode(new, tokens)
-            fresh = {p: (embeds[i], pooled[i]) for i, p in enumerate(new)}
+            fresh |= {p: (embeds[i], pooled[i]) for i, p in enumerate(new)}
         found = {p: fresh.get(p) or self._known[p, tokens] for p in prompts}
         if keep:
             self._keep(found, tokens)
-        pairs = [found[p] for p in prompts]
+        if keep and self._shelf is not None:
+            for prompt in new:
+                self._shelf.put(prompt, tokens, fresh[prompt])
+        # What was read lies on the CPU, what was encoded where the encoder is.
+        device = found[new[0] if new else prompts[0]][0].device
+        pairs = [[each.to(device) for each in found[p]] for p in prompts]
         return torch.stack([e for e, _ in pairs]), torch.stack([p for _, p in pairs])
+
+    def _read(self, texts: Sequence[Text], tokens: int) -> dict[Text, Embeddings]:
+        assert self._shelf is not None
+        known = {text: self._shelf.get(text, tokens) for text in texts}
+        fresh = {text: pair for text, pair in known.items() if pair is not None}
+        self.read += len(fresh)
+        return fresh
 
     def _keep(self, found: Mapping[Text, Embeddings], tokens: int) -> None:
         for prompt, pair in found.items():

@@ -29,7 +29,11 @@ from sd35bench.types import content_hash
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
-RUNTIMES = {"onnx": ("onnxruntime-gpu", "onnxruntime"), "openvino": ("openvino", "nncf")}
+RUNTIMES = {
+    "onnx": ("onnxruntime-gpu", "onnxruntime"),
+    "openvino": ("openvino", "nncf"),
+    "core": (),
+}
 DIGEST_LENGTH = 20
 
 
@@ -37,9 +41,10 @@ DIGEST_LENGTH = 20
 class Recipe:
     """All that an artifact depends on.
 
-    `runtime`: "onnx" or "openvino". `dtype`: that of the weights before quantisation.
+    `runtime`: "onnx", "openvino" or "core". `dtype`: that of the weights before quantisation.
     `quantisation`: "none" or "int8". `excluded`: patterns of layers that stay unquantised.
-    `layers`: the model's number of blocks where it is not its own.
+    `layers`: the model's number of blocks where it is not its own. `made_for`: a digest of the
+    CPU that it is for, and of code that shapes it beside this package's.
     """
 
     runtime: str
@@ -49,6 +54,7 @@ class Recipe:
     layers: int | None = None
     quantisation: str = "none"
     excluded: str = ""
+    made_for: str = ""
 
     @property
     def digest(self) -> str:

@@ -78,6 +78,8 @@ def load_folder(
         except LOAD_ERRORS as exc:
             raise BackendError(f"model.path={path} cannot be loaded: {exc}; {REMEDY}") from exc
     for part, module in modules(pipe):
+        if part in parts:
+            continue
         # diffusers leaves a parameter without weights on the meta device, and only warns.
         missing = [name for name, p in module.named_parameters() if p.is_meta]
         refuse_missing(path / part, missing)

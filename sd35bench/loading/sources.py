@@ -6,8 +6,9 @@ or seeded noise in the true shapes. `pipe.facts` says which.
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffusers.pipelines.stable_diffusion_3 import (
     pipeline_stable_diffusion_3,
     pipeline_stable_diffusion_3_img2img,
 )
+from torch import nn
 
 from sd35bench.errors import OptimizationNotApplied
 from sd35bench.loading.folders import load_folder, modules
@@ -50,13 +52,14 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | None = None,
     without: Collection[str] = (),
+    instead: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Any:
     """Load the specified model as its family's pipeline; never from the network.
 
     `pipe.facts` is what `in_force` should say about the weights; `pipe.random_text` makes text
     embeddings where there is no tokenizer, else it is ``None``. Checkpoints are loaded on the
     CPU; random weights are made on `device`, where one is given. `without` names optional parts
-    of a diffusers folder that are not loaded.
+    of a diffusers folder that are not loaded; modules `instead` take the place of a checkpoint's.
 
     Raises: BackendError for a missing, incomplete or broken checkpoint, OutOfMemory where random
     weights would not fit.
@@ -64,7 +67,7 @@ def load_model(
     if spec.weights == "random":
         return load_random(spec, dtype, device)
     path, dequantised = Path(spec.path), dict[str, str]()
-    replaced = replaced_parts(spec, dtype, dequantised)
+    replaced = {**replaced_parts(spec, dtype, dequantised), **instead}
     if spec.components is not None:
         pipe = load_single_file(path, Path(spec.components), dtype, replaced)
         layout, dequantised = "single file", {**pipe.dequantised, **dequantised}

@@ -7,7 +7,7 @@ import torch
 
 from sd35_kernels import reference
 from sd35_kernels.cpu import build
-from sd35_kernels.mmdit import Executor, KernelUnavailable, load
+from sd35_kernels.mmdit import Executor, KernelUnavailable, Stored, load
 
 TINY = {
     "layers": 3,
@@ -283,6 +283,56 @@ def test_amx_tiles_give_what_vnni_gives(monkeypatch):
         assert executor.facts["isa"] == level
         outs.append(executor.step(**inputs).clone())
     assert error(outs[0], outs[1]) < 2e-3
+
+
+@pytest.mark.parametrize("level", ["bf16_emulated", "amx_emulated"])
+def test_bf16_rounds_both_operands_and_nothing_else(level, monkeypatch):
+    """Both loops of bf16, on any VNNI CPU: instructions taken apart, and tiles in plain C++.
+
+    Held against float64 on the same rounded weights: what is left is the rounding of activations,
+    2^-9 a value, which a product of 192 averages. The mutant is bf16 without rounding to nearest:
+    weights cut off where they are not.
+    """
+    if level_or_skip() in ("avx2", "avx512"):
+        pytest.skip("no VNNI")
+    monkeypatch.setenv("SD35_KERNELS_ISA", level)
+    small = NANO | {"layers": 2, "dual": (0,)}
+    inputs = reference.random_inputs(small, 1, (5, 7), 3)
+    exact = reference.random_weights(small)
+    blocks = [n for n in exact if n.startswith("blocks.") and n.endswith(".weight")]
+    rounded = exact | {name: exact[name].bfloat16().float() for name in blocks}
+    cut = exact | {n: (exact[n].view(torch.int32) & -65536).view(torch.float32) for n in blocks}
+    executor = load(small, dict(exact), "bf16", threads=2)
+    assert (executor.facts["isa"], executor.facts["tier"]) == (level, "bf16")
+    step = executor.step(**inputs)
+    expected, wrong = (
+        reference.velocity(small, wide(each), **wide(inputs)) for each in (rounded, cut)
+    )
+    assert error(step, expected) < 4e-3
+    assert error(step, wrong) > error(step, expected) * 2
+
+
+def test_bf16_is_refused_where_it_would_be_slow(monkeypatch):
+    """On Intel's cores without tiles bf16 is half as fast as float32."""
+    level_or_skip()
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
+    monkeypatch.delenv("SD35_KERNELS_ISA", raising=False)
+    with pytest.raises(KernelUnavailable, match="AVX-512 BF16"):
+        load(TINY, {}, "bf16", threads=1)
+
+
+def test_stored_weights_give_the_same_bits_and_a_short_file_is_seen(tier, tmp_path):
+    level_or_skip()
+    inputs = reference.random_inputs(TINY, 2, (4, 6), 5)
+    executor = load(TINY, reference.random_weights(TINY), tier, threads=1)
+    executor.store(tmp_path / "packed")
+    again = load(TINY, Stored(tmp_path / "packed"), tier, threads=1)
+    assert torch.equal(again.step(**inputs), executor.step(**inputs))
+    assert again.facts == executor.facts
+    whole = (tmp_path / "packed").read_bytes()
+    (tmp_path / "packed").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match="ends before"):
+        load(TINY, Stored(tmp_path / "packed"), tier, threads=1)
 
 
 @pytest.mark.slow

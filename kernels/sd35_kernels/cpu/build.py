@@ -40,9 +40,11 @@ LEVELS: dict[str, tuple[frozenset[str], str]] = {
 BY_NAME = {
     "amx_emulated": ("avx512_vnni", "-DSD35_AMX_EMULATED"),
     "amx_tiles": ("amx", "-DSD35_AMX_TILES"),
+    "bf16_emulated": ("avx512_vnni", "-DSD35_BF16_EMULATED"),
 }
 """Levels picked only by name, on CPUs of the level that they are compiled for: AMX's loops with the
-tiles in plain C++, for tests, and with the instructions, which no machine has run yet."""
+tiles in plain C++, for tests, and with the instructions, which no machine has run yet; AVX-512's
+bf16 loop with each pair taken apart, for tests."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 
 
@@ -94,14 +96,18 @@ def library(level: str, entry: Path = SOURCES / "api.cpp") -> ctypes.CDLL:
 
     Raises: KernelUnavailable where there is no compiler or it fails, with its words.
     """
-    path = cache_folder() / f"{_digest(level, entry)}.so"
+    path = cache_folder() / f"{code_digest(level, entry)}.so"
     if not path.exists():
         _compile(path, level, entry)
     torch.get_num_threads()  # torch first: its OpenMP runtime is the one that the library finds
     return ctypes.CDLL(str(path))
 
 
-def _digest(level: str, entry: Path) -> str:
+def code_digest(level: str, entry: Path = SOURCES / "api.cpp") -> str:
+    """Return a digest of the sources beside `entry`, the compiler and its flags for `level`.
+
+    Raises: KernelUnavailable where there is no compiler.
+    """
     digest = hashlib.sha256()
     for part in (*FLAGS, *_target(level), _compiler()[1]):
         digest.update(part.encode() + b"\0")

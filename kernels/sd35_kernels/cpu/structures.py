@@ -7,7 +7,7 @@ from ctypes import POINTER, c_double, c_int64, c_void_p
 
 import torch
 
-FP32, INT8 = 0, 1
+FP32, INT8, BF16 = 0, 1, 2
 PARTS = ("embed", "norm", "qkv", "attention", "quantise", "out", "up", "down", "final")
 """Parts of a step whose times the library can keep, in its order."""
 

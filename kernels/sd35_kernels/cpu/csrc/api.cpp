@@ -13,6 +13,8 @@ void sd35_sizes(int64_t* sizes) {
 
 void sd35_pack_float(const float* w, int64_t n, int64_t k, float* packed) { pack_float(w, n, k, packed); }
 
+void sd35_pack_half(const float* w, int64_t n, int64_t k, uint16_t* packed) { pack_half(w, n, k, packed); }
+
 void sd35_pack_int8(const float* w, int64_t n, int64_t k, int64_t chunk, int8_t* packed, float* scale,
                     int32_t* start) {
   pack_int8(w, n, k, chunk, packed, scale, start);
@@ -20,8 +22,8 @@ void sd35_pack_int8(const float* w, int64_t n, int64_t k, int64_t chunk, int8_t*
 
 int64_t sd35_scratch_bytes(const Model* model, const Step* s) { return scratch_bytes(*model, *s); }
 
-// Whether the int8 tier can run: 0 where the system keeps AMX tiles back.
-int64_t sd35_int8_ready() {
+// Whether the tiers on tiles can run: 0 where the system keeps AMX tiles back.
+int64_t sd35_tiles_ready() {
 #ifdef SD35_AMX
   if (!tiles_begin()) return 0;
   tiles_end();

@@ -64,9 +64,15 @@ INLINE float quantise(const float* v, int64_t n, int32_t offset, uint8_t* bytes)
   return size / 127.0f;
 }
 
-// Row `row` of rows to be multiplied next: channels [col, col + cols) of it, as floats or, under one
-// scale, as q + 128. For uint8, `cols` is one chunk.
+// Row `row` of rows to be multiplied next: channels [col, col + cols) of it, as floats, bf16 or, under
+// one scale, as q + 128. For uint8, `cols` is one chunk.
 INLINE void emit(const Rows& out, int64_t row, int64_t col, const float* v, int64_t cols) {
+  if (out.kind == BF16) {
+    uint16_t* to = static_cast<uint16_t*>(out.data) + row * out.width + col;
+    for (int64_t c = 0; c < cols; c += LANES)
+      *reinterpret_cast<vhalf_any*>(to + c) = to_half(load(v + c));
+    return;
+  }
   if (!out.scale) {
     std::memcpy(static_cast<float*>(out.data) + row * out.width + col, v, cols * sizeof(float));
     return;

@@ -61,8 +61,9 @@ struct Arena {
   Rows rows(int64_t kind, int64_t count, int64_t width, int64_t chunks) {
     if (kind == FP32) return {take<float>(count * width), nullptr, width, chunks};
     // AMX reads 32 rows whatever the rest is.
+    if (kind == BF16) return {take<uint16_t>((count + 32) * width), nullptr, width, 1, BF16};
     uint8_t* data = take<uint8_t>((count + 32) * width);
-    return {data, take<float>(count * chunks), width, chunks};
+    return {data, take<float>(count * chunks), width, chunks, INT8};
   }
 };
 
@@ -99,7 +100,7 @@ struct Buffers {
       mixed_text = arena.rows(m.kind, texts, d, 1);
     }
     const int64_t tokens = s.image() + s.text;
-    if (m.kind == FP32) {
+    if (m.kind != INT8) {
       joint = heads(m, s.batch, tokens, arena), dual = heads(m, s.batch, s.image(), arena);
       return;
     }
@@ -226,7 +227,7 @@ struct Walk {
              mod.text_gate_mlp);
   }
 
-  int64_t hidden_group() const { return m.kind == FP32 ? 0 : m.hidden_chunk; }
+  int64_t hidden_group() const { return m.kind == INT8 ? m.hidden_chunk : 0; }
 
   void modulate_row(int64_t row, int64_t tokens, const float* n, const float* shift, const float* scale,
                     const Rows& out) {
@@ -253,7 +254,7 @@ struct Walk {
 
   // q, k, v of image, text and dual attention, written where attention reads them.
   void project(const Block& block) {
-    if (m.kind == FP32) return project_into<SplitHeads>(block, f.joint, f.dual);
+    if (m.kind != INT8) return project_into<SplitHeads>(block, f.joint, f.dual);
 #ifdef __AVX512VNNI__
     project_into<SplitByteHeads>(block, f.joint_bytes, f.dual_bytes);
 #endif
@@ -285,7 +286,7 @@ struct Walk {
       const bool first = i < joint.count();
       const AttentionGrid& grid = first ? joint : dual;
       const int64_t task = first ? i : i - joint.count();
-      if (m.kind == FP32) attention_task(first ? f.joint : f.dual, grid, task, first ? to : to_dual);
+      if (m.kind != INT8) attention_task(first ? f.joint : f.dual, grid, task, first ? to : to_dual);
 #ifdef __AVX512VNNI__
       else
         byte_attention_task(first ? f.joint_bytes : f.dual_bytes, grid, task, first ? to : to_dual);
@@ -343,11 +344,11 @@ inline void step(const Model& m, const Step& s) {
   run_team(static_cast<int>(s.threads), phases, buffers.threads, Buffers::thread_floats(m), s.nanoseconds,
            [&](Team& team) {
 #ifdef SD35_AMX
-             if (m.kind == INT8) tiles_begin();
+             if (m.kind != FP32) tiles_begin();
 #endif
              Walk{m, s, buffers, team}.run();
 #ifdef SD35_AMX
-             if (m.kind == INT8) tiles_end();
+             if (m.kind != FP32) tiles_end();
 #endif
            });
 }

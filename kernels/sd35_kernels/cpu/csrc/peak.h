@@ -23,6 +23,16 @@ inline double peak(int64_t kind, int64_t threads) {
           asm volatile("" : "+v"(acc[r]));
         }
     }
+    if (kind == BF16) {
+      vfloat acc[PEAK_REGISTERS] = {};
+      const vint x = splat_int(0x3f003f00);  // a pair of 0.5
+      for (int64_t i = 0; i < PEAK_ROUNDS; i++)
+#pragma GCC unroll 24
+        for (int r = 0; r < PEAK_REGISTERS; r++) {
+          dot2(acc[r], x, x);
+          asm volatile("" : "+v"(acc[r]));
+        }
+    }
 #ifdef __AVX512VNNI__
     if (kind == INT8) {
       __m512i acc[PEAK_REGISTERS] = {}, x = _mm512_set1_epi8(1);
@@ -35,7 +45,7 @@ inline double peak(int64_t kind, int64_t threads) {
     }
 #endif
   }
-  return 2.0 * PEAK_ROUNDS * PEAK_REGISTERS * LANES * (kind == INT8 ? 4 : 1) * threads;
+  return 2.0 * PEAK_ROUNDS * PEAK_REGISTERS * LANES * (4 / bytes_of(kind)) * threads;
 }
 
 }  // namespace sd35

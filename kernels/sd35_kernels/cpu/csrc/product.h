@@ -10,6 +10,9 @@
 // in K, and its unfinished sums to 262 KB. Memory lies in huge pages: with pages of 4 KB the same loops
 // ran 15 % (float) to 50 % (int8) slower. Prefetching the next rows gave nothing.
 //
+// bf16: both operands lie in pairs of k, weights [k / 2][64][2] a panel; a lane adds two products to a
+// float. Without an instruction for it the pair is taken apart and added by two multiply-adds.
+//
 // int8: activations are q + 128 in uint8, weights int8; 128 * (sum of a weight column) is taken off
 // where the accumulators start, so that the operands need no other correction. Scales: one per row of
 // activations and K-chunk, one per output channel. The sum of a chunk is exact in int32: K <= 131,072.
@@ -27,7 +30,9 @@ constexpr int64_t ROWS = 6;          // rows of the register block
 constexpr int64_t GROUP_BYTES = 393216;  // weights of a task that stay in L2
 constexpr int64_t TILE = 65536;          // unfinished sums of a task, in floats
 
-enum Kind : int64_t { FP32 = 0, INT8 = 1 };
+enum Kind : int64_t { FP32 = 0, INT8 = 1, BF16 = 2 };
+
+constexpr int64_t bytes_of(int64_t kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
 struct Linear {
   const void* weight;    // packed, see pack()
@@ -39,14 +44,16 @@ struct Linear {
   int64_t kind;
 };
 
-// Activations as a product reads them: row-major float, or uint8 with a scale per row and chunk.
+// Activations as a product reads them: row-major float or bf16, or uint8 with a scale per row and chunk.
 struct Rows {
   void* data;
   float* scale;  // INT8: [rows][chunks]
   int64_t width;
   int64_t chunks;
+  int64_t kind = FP32;
 
   const float* floats(int64_t row) const { return static_cast<const float*>(data) + row * width; }
+  const uint16_t* halves(int64_t row) const { return static_cast<const uint16_t*>(data) + row * width; }
   const uint8_t* bytes(int64_t row) const { return static_cast<const uint8_t*>(data) + row * width; }
 };
 
@@ -87,6 +94,47 @@ void float_block(const float* a, int64_t lda, const float* b, int64_t k, float* 
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) acc[r][v] = first ? vfloat{} : load(tile + r * ldt + v * LANES);
     multiply<R, V>(acc, a, lda, b, PANEL, k);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) store(tile + r * ldt + v * LANES, acc[r][v]);
+  }
+}
+
+// acc += two products of bf16 a lane.
+INLINE void dot2(vfloat& acc, vint x, vint w) {
+#ifdef __AVX512BF16__
+  acc = (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#else
+  acc += as_float(x << 16) * as_float(w << 16);
+  acc += as_float(x >> 16 << 16) * as_float(w >> 16 << 16);
+#endif
+}
+
+// float_block on bf16; k is even.
+template <int R>
+void half_block(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t k, float* tile, int64_t ldt,
+                bool first) {
+  constexpr int V = BLOCK_LANES;
+  for (int64_t col = 0; col < PANEL; col += V * LANES, b += 2 * V * LANES, tile += V * LANES) {
+    vfloat acc[R][V];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) acc[r][v] = first ? vfloat{} : load(tile + r * ldt + v * LANES);
+    for (int64_t i = 0; i < k; i += 2) {
+      vint w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) std::memcpy(&w[v], b + i * PANEL + v * 2 * LANES, sizeof w[v]);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * lda + i, sizeof pair);
+        const vint x = splat_int(pair);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) dot2(acc[r][v], x, w[v]);
+      }
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -157,13 +205,13 @@ struct Grid {
 
   // `group`: channels that one task must hold together, or 0.
   Grid(const Linear& layer, int64_t m, int64_t threads, int64_t group = 0) : m(m), n(layer.n) {
-    const int64_t size = layer.kind == FP32 ? 4 : 1, whole = layer.k * size;
+    const int64_t whole = layer.k * bytes_of(layer.kind);
     const int64_t least = group ? group : layer.kind == FP32 ? 2 * PANEL : PANEL;
     cols = std::max(least, std::min<int64_t>(256, GROUP_BYTES / whole / PANEL * PANEL));
     cols = std::min(cols, round_up(n, PANEL));
     step = layer.k;
     if (whole * cols > GROUP_BYTES * 3 / 2) {
-      const int64_t unit = layer.kind == FP32 ? 1 : layer.chunk;
+      const int64_t unit = layer.kind == FP32 ? 1 : layer.kind == BF16 ? 32 : layer.chunk;
       step = round_up(ceil_div(layer.k, ceil_div(whole * cols, GROUP_BYTES)), unit);
     }
     rows = std::max<int64_t>(1, step < layer.k ? std::min(m, TILE / cols) : m);
@@ -178,6 +226,16 @@ struct Grid {
   int64_t count() const { return down * across; }
 };
 
+// Whether the inner loop runs on AMX tiles: their lines hold 64 bytes of k.
+INLINE bool in_tiles([[maybe_unused]] const Linear& layer) {
+#ifdef SD35_AMX
+  if (layer.kind == INT8) return layer.chunk % TILE_BYTES == 0;
+  return layer.kind == BF16 && 2 * layer.k % TILE_BYTES == 0;
+#else
+  return false;
+#endif
+}
+
 // One panel of channels from `col` on, K from k0 to k1, into tile.
 INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64_t rows, int64_t col,
                           int64_t k0, int64_t k1, float* tile, int64_t ldt) {
@@ -185,6 +243,15 @@ INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64
     const float* b = static_cast<const float*>(layer.weight) + col * layer.k + k0 * PANEL;
     const float* a = x.floats(row) + k0;
 #define SD35_CALL(R) float_block<R>(a, x.width, b, k1 - k0, tile, ldt, k0 == 0)
+    SD35_BY_ROWS(rows, SD35_CALL)
+#undef SD35_CALL
+  } else if (layer.kind == BF16) {
+    const uint16_t* b = static_cast<const uint16_t*>(layer.weight) + col * layer.k + k0 * PANEL;
+    const uint16_t* a = x.halves(row) + k0;
+#ifdef SD35_AMX
+    if (in_tiles(layer)) return half_tile_block(rows, a, x.width, b, k1 - k0, tile, ldt, k0 == 0);
+#endif
+#define SD35_CALL(R) half_block<R>(a, x.width, b, k1 - k0, tile, ldt, k0 == 0)
     SD35_BY_ROWS(rows, SD35_CALL)
 #undef SD35_CALL
   } else {
@@ -197,7 +264,7 @@ INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64
       const float* scale = x.scale + row * x.chunks + chunk;
       const int64_t size = std::min(layer.chunk, k1 - k);
 #ifdef SD35_AMX
-      if (layer.chunk % TILE_BYTES == 0) {
+      if (in_tiles(layer)) {
         tile_block(rows, a, x.width, b, size, start, scale, x.chunks, tile, ldt, k == 0);
         continue;
       }
@@ -211,12 +278,7 @@ INLINE void block_product(const Linear& layer, const Rows& x, int64_t row, int64
 }
 
 // Rows that the inner loop takes at once.
-INLINE int64_t block_rows(const Linear& layer) {
-#ifdef SD35_AMX
-  if (layer.kind == INT8 && layer.chunk % TILE_BYTES == 0) return 2 * TILE_ROWS;
-#endif
-  return ROWS;
-}
+INLINE int64_t block_rows(const Linear& layer) { return in_tiles(layer) ? 32 : ROWS; }
 
 // One task: rows x channels of y. epilogue(row, col, values, cols) gets one finished row at a time.
 template <class Epilogue>
@@ -253,6 +315,15 @@ inline void pack_float(const float* w, int64_t n, int64_t k, float* packed) {
   for (int64_t col = 0; col < round_up(n, PANEL); col++) {
     float* panel = packed + col / PANEL * PANEL * k + col % PANEL;
     for (int64_t i = 0; i < k; i++) panel[i * PANEL] = col < n ? w[col * k + i] : 0.0f;
+  }
+}
+
+// Pack W into panels [n / 64][k / 2][64][2] of bf16; k is even.
+inline void pack_half(const float* w, int64_t n, int64_t k, uint16_t* packed) {
+  for (int64_t col = 0; col < round_up(n, PANEL); col++) {
+    uint16_t* panel = packed + col / PANEL * PANEL * k + col % PANEL * 2;
+    for (int64_t i = 0; i < k; i++)
+      panel[i / 2 * 2 * PANEL + i % 2] = col < n ? to_half(splat(w[col * k + i]))[0] : 0;
   }
 }
 

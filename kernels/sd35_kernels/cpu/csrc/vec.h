@@ -27,6 +27,8 @@ typedef int32_t vint __attribute__((vector_size(LANES * 4)));
 typedef uint8_t vbyte __attribute__((vector_size(LANES)));
 typedef float vfloat_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint8_t vbyte_any __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint16_t vhalf __attribute__((vector_size(LANES * 2)));
+typedef uint16_t vhalf_any __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
 INLINE vfloat load(const float* p) { return *reinterpret_cast<const vfloat_any*>(p); }
 INLINE void store(float* p, vfloat v) { *reinterpret_cast<vfloat_any*>(p) = v; }
@@ -38,6 +40,21 @@ INLINE vfloat splat(float x) {
 #else
   return vfloat{x, x, x, x, x, x, x, x};
 #endif
+}
+
+INLINE vint splat_int(int32_t x) {
+#ifdef __AVX512F__
+  return vint{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#else
+  return vint{x, x, x, x, x, x, x, x};
+#endif
+}
+
+// float to bf16, ties to even; a NaN keeps its quiet bit, so that rounding cannot make it infinite.
+INLINE vhalf to_half(vfloat v) {
+  vint bits = as_int(v);
+  vint rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector(((v == v) ? rounded : bits | 0x400000) >> 16, vhalf);
 }
 
 // Lane i + N of v in lane i, round the end.
