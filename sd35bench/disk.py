@@ -274,3 +274,11 @@ def try_flock(handle: int, mode: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of this file; nothing is made where there is none."""
+    if not path.is_file():
+        return False
+    with open_lock(path) as handle:
+        return not try_flock(handle, fcntl.LOCK_EX)

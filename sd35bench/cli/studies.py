@@ -19,7 +19,7 @@ from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.study import written_at
 from sd35bench.columns import texts
-from sd35bench.disk import disk_errors, open_lock, try_flock
+from sd35bench.disk import disk_errors, is_locked, open_lock, try_flock
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.report.render import Table, print_document, text_table
 from sd35bench.store import Study
@@ -51,7 +51,7 @@ def _row(root: Path, name: str) -> dict[str, Any]:
     try:
         study = Study.open(root, name)
         counts = Counter(texts(study.records(), "status"))
-        row["state"] = "being written" if _is_locked(study) else "ended"
+        row["state"] = "being written" if is_locked(study.path / ".lock") else "ended"
         row["images"] = counts.pop(Status.OK, 0)
         row["failed"] = sum(counts.values())
         row["cost_usd"] = _cost(study)
@@ -60,14 +60,6 @@ def _row(root: Path, name: str) -> dict[str, Any]:
     except SD35BenchError as exc:
         row |= {"state": "unreadable", "error": str(exc)}
     return row
-
-
-def _is_locked(study: Study) -> bool:
-    lock = study.path / ".lock"
-    if not lock.is_file():
-        return False
-    with open_lock(lock) as handle:
-        return not try_flock(handle, fcntl.LOCK_EX)
 
 
 def _cost(study: Study) -> float | None:

@@ -248,6 +248,8 @@ def report(given: Given) -> Answer:
     from sd35bench.recommend.profiles import load_profiles
     from sd35bench.report.page import write_report
 
+    if len(given.words) > 1:
+        return _report_beside(given)
     study = _open(given)
     score_missing(study)
     if is_claims_study(study):
@@ -255,9 +257,37 @@ def report(given: Given) -> Answer:
     profiles = load_profiles(config_dir() / "profile")
     if asks_part(given):
         return _report_parts(given, study, profiles)
-    path = write_report(study, profiles)
+    path = write_report(study, profiles, link=_links(given))
     console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
     return Answer(document={"study": study.name, "path": str(path)})
+
+
+def _report_beside(given: Given) -> Answer:
+    """Write one report on several studies. Raises: ConfigError for what only one can have."""
+    from sd35bench.config import config_dir
+    from sd35bench.recommend.profiles import load_profiles
+    from sd35bench.report.page import write_beside
+
+    names = given.words
+    if len(set(names)) < len(names):
+        raise ConfigError(f"report {' '.join(names)}: give each study once")
+    for flag in ("--images", "--where", "--slice", SINK.name):
+        if given.has(flag):
+            raise ConfigError(f"{flag} is of one study; leave it out, or give one study")
+    studies = [_open(replace(given, words=[name])) for name in names]
+    for study in studies:
+        score_missing(study)
+    path = write_beside(studies, load_profiles(config_dir() / "profile"))
+    console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
+    return Answer(document={"studies": names, "path": str(path)})
+
+
+def _links(given: Given) -> bool:
+    """Whether images are files beside the page. Raises: ConfigError for a third way."""
+    way = given.text("--images")
+    if way not in (None, "inside", "link"):
+        raise ConfigError(f"--images={way}: give inside or link")
+    return way == "link"
 
 
 def _report_parts(given: Given, study: Study, profiles: dict[str, "Profile"]) -> Answer:
@@ -267,7 +297,7 @@ def _report_parts(given: Given, study: Study, profiles: dict[str, "Profile"]) ->
     found = []
     for where, part in parts_of(given, study):
         word = re.sub(r"[^\w.-]+", "-", said(where))
-        path = write_report(part, profiles, f"report-{word}.html")
+        path = write_report(part, profiles, f"report-{word}.html", link=_links(given))
         console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
         found.append({"where": where, "path": str(path)})
     return Answer(document={"study": study.name, "parts": found})
@@ -536,9 +566,22 @@ sd35bench claims claims --markdown > claims.md
     ),
     "report": Command(
         call=sending(report),
-        words=("[STUDY]",),
-        about="The page needs no network: images and charts are in the file.",
-        examples="sd35bench report grid                       writes results/grid/report.html",
-        flags=(*SLICES, SINK, RESULTS_DIR),
+        words=("[STUDY...]",),
+        about="The file opens offline. First: the answer, the chosen setting's images beside"
+        " a default's,\nand quality over latency. Then a grid of images over any two fields.",
+        examples="sd35bench report grid                       writes results/grid/report.html\n"
+        "sd35bench report grid --images link         writes results/grid/report/index.html\n"
+        "sd35bench report before after               both side by side in one page",
+        flags=(
+            Flag(
+                name="--images",
+                value="inside|link",
+                means="inside: one file of at most 20 MB, with a choice of images (the default);"
+                " link: a folder whose pages show every image from its file",
+            ),
+            *SLICES,
+            SINK,
+            RESULTS_DIR,
+        ),
     ),
 }

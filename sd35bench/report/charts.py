@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,29 +11,26 @@ from sd35bench import words
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.table import whys_untimed
 from sd35bench.columns import Some, seconds, texts
-from sd35bench.report.leaderboard import front_ids
-from sd35bench.report.plots import (
+from sd35bench.report.bars import (
     STAGES,
-    Line,
-    Point,
     Samples,
     plot_distributions,
-    plot_front,
-    plot_lines,
     plot_memory,
     plot_stages,
-    plot_tradeoff,
 )
+from sd35bench.report.leaderboard import front_ids
+from sd35bench.report.plots import Line, Point, plot_front, plot_lines, plot_tradeoff
 from sd35bench.report.render import Figure
 from sd35bench.report.rows import (
     Row,
+    field_words,
     lower_is_better,
     metric_label,
     metric_names,
     read_rows,
     varying_fields,
 )
-from sd35bench.report.svg import MARKERS, ramp
+from sd35bench.report.svg import MARKERS, SHAPES, ramp
 from sd35bench.types import Status
 from sd35bench.words import Estimate
 
@@ -47,10 +44,12 @@ def front_figures(
     extra: Sequence[str],
     target_s: float | None,
     shares: Mapping[str, Mapping[str, float]],
+    half: bool = False,
 ) -> list[Figure]:
     """Quality over latency, one chart per metric that was measured.
 
-    `shares` is metric → row id → in which share of resamples the row is dominated.
+    `shares` is metric → row id → in which share of resamples the row is dominated. `half`: drawn
+    for half a page, without the list of the front.
     """
     figures = []
     for metric in metric_names(rows):
@@ -58,29 +57,97 @@ def front_figures(
         if not known or not facts(metric).ranks:
             continue
         front = front_ids(known, metric)
-        colours, title = _colouring(known)
-        shapes = _shapes(known, extra)
+        colours, shapes = _channels(known, extra)
         points = [
             Point(
                 x=r.latency,
                 y=r.metrics[metric],
-                class_=colours[_colour_value(r)],
-                marker=shapes[_shape_value(r, extra)],
+                class_=ramp(colours.place(r), len(colours.names)),
+                marker=SHAPES[shapes.place(r) % len(SHAPES)],
                 label=_short_name(r, extra),
                 on_front=r.id in front,
                 badge=", ".join(badges.get(r.id, ())),
                 dominated=shares.get(metric, {}).get(r.id),
+                keys=f"a{colours.place(r)} b{shapes.place(r)}",
             )
             for r in known
             if r.latency is not None
         ]
         figure = plot_front(
-            points, metric=metric_label(metric), lower=lower_is_better(metric), target_s=target_s
+            points,
+            metric=metric_label(metric),
+            lower=lower_is_better(metric),
+            target_s=target_s,
+            half=half,
         )
-        legend = tuple((c, "circle", f"{title} {words.plain(v)}") for v, c in colours.items())
-        legend += tuple(("plain", m, v) for v, m in shapes.items() if v)
-        figures.append(replace(figure, legend=legend))
+        legend, keys = _legend(colours, shapes)
+        figures.append(replace(figure, legend=legend, keys=keys))
     return figures
+
+
+@dataclass(frozen=True, slots=True)
+class _Channel:
+    """Colour or shape: the fields that it shows, and what each of their values is called."""
+
+    fields: tuple[str, ...]
+    names: dict[tuple[Any, ...], str]
+
+    def place(self, row: Row) -> int:
+        """The number of a row's value."""
+        return list(self.names).index(_values(row, self.fields))
+
+
+def _values(row: Row, fields: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row.text(f) if row.setting.get(f) is not None else "" for f in fields)
+
+
+def _channel(rows: Sequence[Row], fields: tuple[str, ...]) -> _Channel:
+    """The values in order: numbers by size, a field without a value left out of the name."""
+
+    def rank(row: Row) -> tuple[Any, ...]:
+        values = [row.setting.get(f) for f in fields]
+        return tuple(
+            (0, float(v), "") if isinstance(v, int | float) else (1, 0.0, str(v)) for v in values
+        )
+
+    ordered = sorted(rows, key=rank)
+    return _Channel(fields, {_values(r, fields): field_words(r, fields) for r in ordered})
+
+
+def _channels(rows: Sequence[Row], extra: Sequence[str]) -> tuple[_Channel, _Channel]:
+    """What colour and shape show: fields that vary.
+
+    Colour is cfg (of edits the strength, which matters more) where that varies, else the first
+    other field; shape is the rest, as far as there are shapes for it.
+    """
+    edits = any(r.prompt_strength is not None for r in rows)
+    names = ("prompt_strength", *extra, "cfg") if edits else ("cfg", *extra)
+    names = (*(n for n in names if n == "study"), *(n for n in names if n != "study"))
+    varying = [n for n in names if len({_values(r, (n,)) for r in rows}) > 1]
+    colours = _channel(rows, tuple(varying[:1]))
+    shapes = _channel(rows, tuple(varying[1:]))
+    if len(shapes.names) > len(SHAPES):
+        shapes = _channel(rows, tuple(varying[1:2]))
+    if len(shapes.names) > len(SHAPES) >= len(colours.names):
+        colours, shapes = shapes, colours
+    return colours, shapes
+
+
+def _legend(
+    colours: _Channel, shapes: _Channel
+) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+    """Entries of colours and shapes, and which marks each hides; what is alone needs no entry."""
+    entries = [
+        (ramp(i, len(colours.names)), "circle", name, f"a{i}")
+        for i, name in enumerate(colours.names.values())
+        if len(colours.names) > 1
+    ]
+    entries += [
+        ("plain", SHAPES[i % len(SHAPES)], name, f"b{i}")
+        for i, name in enumerate(shapes.names.values())
+        if len(shapes.names) > 1
+    ]
+    return tuple(e[:3] for e in entries), tuple(e[3] for e in entries)
 
 
 def quality_figures(document: Mapping[str, Any]) -> list[Figure]:
@@ -95,26 +162,6 @@ def quality_figures(document: Mapping[str, Any]) -> list[Figure]:
 
 def _short_name(row: Row, extra: Sequence[str]) -> str:
     return row.name(extra).replace(" steps · cfg ", " · cfg ")
-
-
-def _colour_value(row: Row) -> float:
-    return row.cfg if row.prompt_strength is None else row.prompt_strength
-
-
-def _colouring(rows: Sequence[Row]) -> tuple[dict[float, str], str]:
-    """Colour by cfg; by strength where there is one, which then matters more."""
-    values = sorted({_colour_value(r) for r in rows})
-    title = "cfg" if all(r.prompt_strength is None for r in rows) else "strength"
-    return {v: ramp(i, len(values)) for i, v in enumerate(values)}, title
-
-
-def _shape_value(row: Row, extra: Sequence[str]) -> str:
-    return " · ".join(row.text(f) for f in extra if row.setting.get(f) is not None)
-
-
-def _shapes(rows: Sequence[Row], extra: Sequence[str]) -> dict[str, str]:
-    values = sorted({_shape_value(r, extra) for r in rows})
-    return {v: MARKERS[i % len(MARKERS)] for i, v in enumerate(values)}
 
 
 def _main_group(rows: Sequence[Row]) -> list[Row]:

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from sd35bench import words
 from sd35bench.gate.sides import named_weights
-from sd35bench.report.page import content_policy
 from sd35bench.report.render import (
     MARKDOWN,
     TERMINAL,
@@ -30,6 +29,7 @@ from sd35bench.report.render import (
     Heading,
     Part,
     Table,
+    content_policy,
     html_templates,
     markdown_document,
     paragraph,

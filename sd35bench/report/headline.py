@@ -37,6 +37,7 @@ class Answer:
     "dominated" means. `defaults` are the named defaults beside the choice. `confirmed` is what
     held-out prompts say, with a mark for its colour: good, bad or open. `provisional`: the evidence
     does not settle the choice. `body` is the create of the hosted protocol.
+    `study` is named where a report has several.
     """
 
     profile: str
@@ -55,19 +56,44 @@ class Answer:
     command: str = ""
     snippet: str = ""
     body: str = ""
+    study: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headline:
     """The answers by task, the main one of each in a sentence, and which rows were chosen.
 
-    A sentence of `lead` is (before, the setting, after); the page stresses the setting.
+    A sentence of `lead` is (before, the setting, after); the page stresses the setting. `defaults`
+    is task → the row that the choice is shown beside, and what that row is.
     """
 
     lead: tuple[tuple[str, str, str], ...]
     answers: tuple[tuple[str, tuple[Answer, ...]], ...]
     notes: tuple[str, ...] = ()
     badges: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def beside(self, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+        """Task → the row that the choice is shown beside, and what it is.
+
+        A named default where the study has one, the vendor's first; else the most steps.
+        """
+        found = {}
+        for task, _ in self.answers:
+            members = [r for r in rows if r.task == task]
+            chosen = self.pinned(task, members)
+            if chosen is None:
+                continue
+            row_id, what = self.defaults.get(task, ("", ""))
+            if row_id in {r.id for r in members if r.id != chosen.id}:
+                found[task] = row_id, what
+                continue
+            others = [r for r in members if r.rest == chosen.rest and r.id != chosen.id]
+            others = others if others else [r for r in members if r.id != chosen.id]
+            if others:
+                most = max(others, key=lambda r: (r.steps, -abs(r.cfg - chosen.cfg)))
+                found[task] = most.id, "the most steps; no vendor's default is in this study"
+        return found
 
     def pinned(self, task: str, rows: Sequence[Row]) -> Row | None:
         """The row that charts of `task` hold fixed: the balanced profile's, else the first."""
@@ -109,7 +135,24 @@ def read_headline(
         answers=tuple((task, tuple(group)) for task, group in answers.items()),
         notes=tuple(_notes(recommendation)),
         badges=_badges(found),
+        defaults=_defaults(recommendation),
     )
+
+
+def _defaults(recommendation: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Task → the first named default that is a setting of the study, the vendor's before others."""
+    found: dict[str, tuple[str, str]] = {}
+    for tasks in recommendation["profiles"].values():
+        for task, entry in tasks.items():
+            for default in (entry or {}).get("named_defaults") or ():
+                if default["status"] == "in the study":
+                    found.setdefault(task, (default["setting_id"], _default_name(default)))
+    return found
+
+
+def _default_name(default: Mapping[str, Any]) -> str:
+    name = default["name"]
+    return f"the {name}'s default" if name == "vendor" else f"the default of {name}"
 
 
 def objective_estimates(recommendation: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd35bench import words
+from sd35bench.report.bars import CallBar, plot_calls
 from sd35bench.report.blocks import block, figures, title_columns
-from sd35bench.report.plots import CallBar, plot_calls
 from sd35bench.report.render import Cell, Column, Figure, Table, estimate_cell
 from sd35bench.report.rows import Row, has_far, usd_text
 from sd35bench.words import MISSING, Estimate

@@ -7,23 +7,20 @@ markup characters are escaped. A content security policy lets run only the scrip
 that are in the file, by their hashes, and forbids every connection.
 """
 
-import base64
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
 from sd35bench import words
-from sd35bench.analysis.settings import is_hosted
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Table as StudyTable
-from sd35bench.analysis.table import by_host, read_table
+from sd35bench.analysis.table import read_table
 from sd35bench.claims.verdicts import claims_document, is_claims_study
-from sd35bench.columns import prompts, texts, unlike
+from sd35bench.columns import unlike
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
@@ -36,14 +33,22 @@ from sd35bench.report.charts import (
     tradeoff_figures,
 )
 from sd35bench.report.claims import ClaimsSection, claims_section
+from sd35bench.report.gather import (
+    Gathered,
+    Source,
+    gather,
+    join_headlines,
+    join_shares,
+    read_facts,
+    read_state,
+)
 from sd35bench.report.headline import (
     Headline,
-    dominated_shares,
-    objective_estimates,
-    read_headline,
 )
+from sd35bench.report.hero import Extremes, Hero, extremes, heroes
 from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences
 from sd35bench.report.leaderboard import Leaderboard, build_leaderboard
+from sd35bench.report.linked import write_pages
 from sd35bench.report.provenance import (
     list_environments,
     list_failures,
@@ -51,12 +56,18 @@ from sd35bench.report.provenance import (
     list_warnings,
     rerun_commands,
 )
-from sd35bench.report.render import Figure, Table, html_templates, text_table
-from sd35bench.report.rows import Row, match_records, metric_label, read_rows, varying_fields
+from sd35bench.report.render import (
+    Figure,
+    Table,
+    content_policy,
+    html_templates,
+    text_table,
+)
+from sd35bench.report.rows import Row, metric_label, read_rows
 from sd35bench.report.svg import read_asset
-from sd35bench.report.wall import build_wall
+from sd35bench.report.wall import Wanted, build_wall, join_walls, pack_wall
 from sd35bench.store import Study
-from sd35bench.types import Record, Session, Status
+from sd35bench.types import Record
 
 # ASCII output already writes U+2028 and lone surrogates as escapes.
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -82,7 +93,10 @@ class Document:
 
     study: str
     facts: tuple[tuple[str, str], ...]
+    state: tuple[tuple[str, str], ...]
     headline: Headline
+    heroes: dict[str, Hero]
+    extremes: dict[str, Extremes]
     claims: ClaimsSection | None
     tasks: tuple[TaskSection, ...]
     speed: tuple[Figure, ...]
@@ -105,83 +119,86 @@ def build_document(
     show: Mapping[str, Any],
     recommendation: Mapping[str, Any] | str | None,
     claims: Mapping[str, Any] | None = None,
+    link: bool = False,
 ) -> Document:
     """Gather the report on `study` from its `show` document and, where there are, the two others.
 
-    A text instead of a recommendation says why there is none.
+    A text instead of a recommendation says why there is none. `link`: images are the study's
+    files, beside the page.
     """
-    records, sessions = study.records(), by_host(study.sessions())
-    objective = objective_estimates(recommendation)
-    rows = tuple(
-        replace(r, metrics={**objective.get(r.id, {}), **r.metrics}) for r in read_rows(show)
-    )
-    matched = match_records(rows, records, sessions)
-    extra = varying_fields(rows)
-    headline = read_headline(rows, recommendation, extra)
-    shares = dominated_shares(recommendation)
+    source = Source(study=study, show=show, recommendation=recommendation, claims=claims)
+    return build_beside([source], link)
+
+
+def build_beside(sources: Sequence[Source], link: bool = False) -> Document:
+    """Gather the report on one study, or on several side by side."""
+    parts, extra = gather(sources)
+    rows = tuple(row for part in parts for row in part.rows)
+    matched = {row_id: found for part in parts for row_id, found in part.matched.items()}
+    headline, shares = join_headlines(parts), join_shares(parts)
     speed, speed_note = speed_figures(rows, matched, headline.badges, extra)
+    targets = {_target(part.records) for part in parts}
+    target_s = targets.pop() if len(targets) == 1 else None
+    wall = _wall(parts, headline, extra, link)
+    claims = sources[0].claims if len(sources) == 1 else None
+    fronts = _first_fronts(rows, headline, extra, target_s, shares)
     return Document(
-        study=study.name,
-        facts=(*_facts(rows, records, sessions), *_clock(show)),
+        study=" beside ".join(part.name for part in parts),
+        facts=tuple(_each(parts, lambda p: [*read_facts(p), *_clock(p.source.show)], _fact)),
+        state=tuple(_each(parts, read_state, lambda name, s: (s[0], f"{name}: {s[1]}"))),
         headline=headline,
+        heroes=heroes(rows, headline, wall, fronts, extra),
+        extremes=_extremes(rows, headline, wall, extra),
         claims=None if claims is None else claims_section(claims),
-        tasks=tuple(_tasks(rows, headline, extra, _target(records), shares)),
+        tasks=tuple(_tasks(rows, headline, extra, target_s, shares)),
         speed=tuple(speed),
         speed_note=speed_note,
-        loads=tuple(list_loads(sessions, records)),
+        loads=tuple(_each(parts, lambda p: list_loads(p.sessions, p.records))),
         hosted=tuple(hosted_blocks(rows)),
-        hosted_lead=tuple(hosted_sentences(show, rows)),
+        hosted_lead=tuple(_each(parts, lambda p: hosted_sentences(p.source.show, p.rows))),
         hosted_figures=tuple(hosted_figures(rows)),
-        backends=tuple(comparison_blocks(show, rows)),
+        backends=tuple(_each(parts, lambda p: comparison_blocks(p.source.show, p.rows), _titled)),
         throughput=tuple(throughput_figures(rows)),
-        wall=_wall(study, rows, matched, headline, extra),
-        environments=tuple(list_environments(sessions)),
-        failures=tuple(list_failures(records)),
-        warnings=tuple(list_warnings(show, rows, extra)),
-        commands=tuple(rerun_commands(study.name, records)),
+        wall=wall,
+        environments=tuple(_each(parts, lambda p: list_environments(p.sessions))),
+        failures=tuple(_each(parts, lambda p: list_failures(p.records))),
+        warnings=tuple(
+            _each(
+                parts,
+                lambda p: list_warnings(p.source.show, p.rows, extra),
+                lambda name, text: f"{name}: {text}",
+            )
+        ),
+        commands=tuple(_each(parts, lambda p: rerun_commands(p.name, p.records))),
     )
 
 
-def _facts(
-    rows: Sequence[Row], records: Sequence[Record], sessions: Mapping[str, Session]
-) -> list[tuple[str, str]]:
-    """The line under the title."""
-    ok = int((texts(records, "status") == Status.OK).sum())
-    kinds = unlike(records)
-    requests, loads = [r.trial.request for r in kinds], [r.trial.load for r in kinds]
-    started = min(texts(records, "started_at"), default=None)
-    facts = [
-        ("model", _listed(load.model.name for load in loads)),
-        ("backend", _listed(load.backend.name for load in loads)),
-        ("size", _listed(f"{r.width}×{r.height}" for r in requests)),
-        ("device", _listed(_device(s) for s in sessions.values())),
-        ("settings", str(len(rows))),
-        ("images", words.count(ok)),
-        ("prompts", words.count(len(prompts(records)))),
-        ("seeds", str(len({r.seed for r in requests}))),
-    ]
-    failed = len(records) - ok
-    facts += [("failed", words.count(failed))] if failed else []
-    facts += [("run", started[:16].replace("T", " "))] if started else []
-    return [(name, value) for name, value in facts if value]
+T = TypeVar("T")
+
+
+def _each(
+    parts: Sequence[Gathered],
+    read: Callable[[Gathered], Iterable[T]],
+    named: Callable[[str, T], T] = lambda _, item: item,
+) -> list[T]:
+    """What every study has; of several each item is `named` with its study."""
+    if len(parts) == 1:
+        return list(read(parts[0]))
+    return [named(part.name, item) for part in parts for item in read(part)]
+
+
+def _fact(name: str, fact: tuple[str, str]) -> tuple[str, str]:
+    return f"{name} {fact[0]}", fact[1]
+
+
+def _titled(name: str, table: Table) -> Table:
+    return replace(table, title=f"{name}: {table.title}")
 
 
 def _clock(show: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How quiet the machine was, where that is known."""
     said = show.get("clock")
     return [] if said is None else [("clock", said.removeprefix("clock: "))]
-
-
-def _device(session: Session) -> str:
-    load = session.load
-    if is_hosted(load):
-        return f"hosted by {load.backend.kind}"
-    return str(session.in_force.get("device", "?"))
-
-
-def _listed(values: Any) -> str:
-    found = sorted(set(values))
-    return ", ".join(found) if len(found) <= 4 else f"{len(found)} different"
 
 
 def _target(records: Sequence[Record]) -> float | None:
@@ -231,37 +248,106 @@ def _levels(rows: Sequence[Row], headline: Headline, extra: Sequence[str]) -> Ta
     return Table(title=metric_label(metric), columns=text_table(("setting", *names), named, names))
 
 
-def _wall(
-    study: Study,
+def _first_fronts(
     rows: Sequence[Row],
-    matched: Mapping[str, Sequence[Record]],
     headline: Headline,
     extra: Sequence[str],
+    target_s: float | None,
+    shares: Mapping[str, Mapping[str, float]],
+) -> dict[str, Figure]:
+    """Task → its first chart of quality over latency, for half a page."""
+    found = {}
+    for task in dict.fromkeys(r.task for r in rows):
+        members = [r for r in rows if r.task == task]
+        figures = front_figures(members, headline.badges, extra, target_s, shares, half=True)
+        found |= {task: figures[0]} if figures else {}
+    return found
+
+
+def _extremes(
+    rows: Sequence[Row], headline: Headline, wall: Mapping[str, Any], extra: Sequence[str]
+) -> dict[str, Extremes]:
+    chosen = (r for r in rows if r.id in headline.badges)
+    found = {r.id: extremes(r.id, r.name(extra), wall) for r in chosen}
+    return {row_id: each for row_id, each in found.items() if each is not None}
+
+
+def _wall(
+    parts: Sequence[Gathered], headline: Headline, extra: Sequence[str], link: bool
 ) -> dict[str, Any]:
-    wall = build_wall(study, rows, matched, list(headline.badges), extra)
-    first = headline.compare(rows)
-    return {**wall, "first": first, "badges": {k: list(v) for k, v in headline.badges.items()}}
+    """The images, and what the page shows of them at first."""
+    rows = tuple(row for part in parts for row in part.rows)
+    beside = headline.beside(rows)
+    chosen = {task: headline.pinned(task, [r for r in rows if r.task == task]) for task in beside}
+    against = {r.id: beside[task][0] for task, r in chosen.items() if r is not None}
+    ids = dict.fromkeys((*headline.badges, *(row_id for row_id, _ in beside.values())))
+    walls = []
+    for part in parts:
+        own = {r.id for r in part.rows}
+        wanted = Wanted(
+            rows=[i for i in ids if i in own],
+            beside=against,
+            link=link,
+            share=len(parts),
+        )
+        walls.append(build_wall(part.source.study, part.rows, part.matched, wanted, extra))
+    first = next(iter(against.items()), None)
+    return {
+        **(walls[0] if len(walls) == 1 else join_walls(walls, rows, extra)),
+        "first": headline.compare(rows) if first is None or len(parts) == 1 else list(first),
+        "badges": {k: list(v) for k, v in headline.badges.items()},
+        "beside": {task: list(found) for task, found in beside.items()},
+        "chosen": {task: r.id for task, r in chosen.items() if r is not None},
+    }
 
 
 # The file -------------------------------------------------------------------------------------
 
 
 def write_report(
-    study: Study, profiles: Mapping[str, Any] | None = None, name: str = "report.html"
+    study: Study,
+    profiles: Mapping[str, Any] | None = None,
+    name: str = "report.html",
+    link: bool = False,
 ) -> Path:
     """Write `results/<study>/report.html` and return its path; replaced whole or not at all.
 
     `profiles` are those of `recommend`; without them the report names no recommended setting.
+    `link`: write `report/index.html` instead, which shows every image of the study from its file,
+    with further pages that need no script.
 
     Raises: DiskFull, StoreError.
     """
-    table = read_table(study)
-    show = show_document(study, table)
-    claims = claims_document(study, table=table) if is_claims_study(study, table) else None
-    document = build_document(study, show, _recommend(study, profiles, table), claims)
+    source = _read(study, profiles)
+    document = build_beside([source], link)
     path = study.path / name
+    if link:
+        path = study.path / path.stem / "index.html"
+        write_pages(study, read_rows(source.show), path.parent / "pages")
     write_atomic(path, render_report(document).encode("utf-8", "replace"))
     return path
+
+
+def write_beside(studies: Sequence[Study], profiles: Mapping[str, Any] | None = None) -> Path:
+    """Write one report on several studies side by side, in the first one's folder.
+
+    Raises: DiskFull, StoreError.
+    """
+    document = build_beside([_read(study, profiles) for study in studies])
+    others = "-".join(study.name for study in studies[1:])
+    path = studies[0].path / f"report-beside-{others}.html"
+    write_atomic(path, render_report(document).encode("utf-8", "replace"))
+    return path
+
+
+def _read(study: Study, profiles: Mapping[str, Any] | None) -> Source:
+    table = read_table(study)
+    return Source(
+        study=study,
+        show=show_document(study, table),
+        recommendation=_recommend(study, profiles, table),
+        claims=claims_document(study, table=table) if is_claims_study(study, table) else None,
+    )
 
 
 def _recommend(
@@ -279,27 +365,15 @@ def _recommend(
 def render_report(document: Document) -> str:
     """HTML of a document; pure."""
     script, style = (
-        Markup(read_asset("report.js")),
+        Markup(read_asset("report.js") + read_asset("images.js")),
         Markup(read_asset("charts.css") + read_asset("report.css")),
     )
-    policy = content_policy(script, style)
+    policy = content_policy(script, style, linked=bool(document.wall["base"]))
     template = html_templates().get_template("report.html.j2")
+    known = ("first", "badges", "beside", "chosen")
+    data = {**pack_wall(document.wall), **{name: document.wall[name] for name in known}}
     return template.render(
-        d=document, policy=policy, script=script, style=style, data=embed_json(document.wall)
-    )
-
-
-def content_policy(script: str, style: str) -> str:
-    """Policy under which only this script and this style run, and nothing is fetched."""
-    return "; ".join(
-        [
-            "default-src 'none'",
-            "img-src data:",
-            f"script-src '{_hash(script)}'",
-            f"style-src '{_hash(style)}'",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
+        d=document, policy=policy, script=script, style=style, data=embed_json(data)
     )
 
 
@@ -307,8 +381,3 @@ def embed_json(value: Mapping[str, Any]) -> Markup:
     """JSON that is safe inside a `<script>` element, whatever its strings hold."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup("".join(_ESCAPES.get(c, c) for c in text))
-
-
-def _hash(content: str) -> str:
-    digest = hashlib.sha256(content.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"

@@ -1,17 +1,32 @@
-"""The report's charts: quality over latency or an axis, trade-offs, then one row per setting.
+"""The report's charts in a plane: quality over latency, curves over an axis, trade-offs.
 
-Each returns a `Figure`: SVG, a legend, and a sentence on how to read it. Bars and whiskers are
-95 % intervals. Every mark has a `<title>`, which browsers show as a tooltip.
+Each returns a `Figure`: SVG for a page and for a narrow screen, a legend, the values as a table,
+and a sentence on how to read it. Whiskers are 95 % intervals. Every mark has a `<title>`, which the
+page shows as a tooltip, and names in `data-k` the legend's entries that hide it.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from sd35bench import words
-from sd35bench.report.render import Figure, estimate_cell
-from sd35bench.report.svg import Box, Label, Scale, axes, element, mark, place_labels, spread
+from sd35bench.report.render import Figure, Table, estimate_cell, text_table
+from sd35bench.report.svg import (
+    SMALL,
+    Box,
+    Label,
+    Scale,
+    axes,
+    chart,
+    cut,
+    element,
+    mark,
+    place_labels,
+    spread,
+)
 from sd35bench.words import Estimate
 
 # A target further away than this many times the largest latency would squeeze all points together.
@@ -24,7 +39,8 @@ _CHARACTER = 6.6
 class Point:
     """One setting in a plane of two estimates; `badge` names the profiles that chose it.
 
-    `dominated` is the share of resamples in which another setting is better and no slower.
+    `dominated` is the share of resamples in which another setting is better and no slower. `keys`
+    are the legend's entries that it belongs to.
     """
 
     x: Estimate
@@ -35,6 +51,7 @@ class Point:
     on_front: bool = False
     badge: str = ""
     dominated: float | None = None
+    keys: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,43 +66,105 @@ class Line:
 
 
 def plot_front(
-    points: Sequence[Point], *, metric: str, lower: bool, target_s: float | None
+    points: Sequence[Point],
+    *,
+    metric: str,
+    lower: bool,
+    target_s: float | None,
+    half: bool = False,
 ) -> Figure:
-    """Quality over median latency; the front is the staircase of settings nothing dominates."""
-    box = Box(760.0, 440.0)
+    """Quality over median latency; the front is the staircase of settings nothing dominates.
+
+    `half`: for half a page, without the list of the front and the table of values.
+    """
     xs = _extent([p.x for p in points])
     shown_target = target_s is not None and target_s <= _TARGET_REACH * max(xs)
-    if shown_target and target_s is not None:
-        xs = [*xs, target_s]
-    x = Scale.fit(xs, box.left, box.x_end, log=_spans(xs))
-    y = Scale.fit(_extent([p.y for p in points]), box.y_end, box.top)
-    front = sorted((p for p in points if p.on_front), key=_x)
-    name = "latency p50, seconds" + (", log scale" if x.log else "")
-    parts = [axes(box, x, y, (name, _axis_title(metric, lower)))]
-    parts += [_front_line(front, x, y)] if len(front) > 1 else []
-    if shown_target and target_s is not None:
-        parts.append(_target(x(target_s), target_s, box))
-    parts += [_draw_point(p, x, y, metric) for p in sorted(points, key=lambda p: p.on_front)]
-    parts += _labels(points, x, y, box)
+    far = target_s if shown_target else None
+    draw = functools.partial(_front_svg, points, titles=(metric, _axis_title(metric, lower)))
+    wide, small = Box(560.0, 360.0) if half else Box(760.0, 440.0), Box(*SMALL)
+    window = None if half else _dense(points)
     note = "Up and to the left is better." if not lower else "Down and to the left is better."
     note += " Labels: steps · cfg."
     if target_s is not None and not shown_target:
         ratio = target_s / max(xs)
         note += f" The target of {target_s:g} s lies off this plot, {ratio:.0f}× to the right."
+    front = sorted((p for p in points if p.on_front), key=_x)
+    aside = tuple(
+        (p.label, p.badge, estimate_cell(p.y), estimate_cell(p.x, words.latency_decimals))
+        for p in front
+    )
     return Figure(
         title=metric,
-        svg=_svg(box, parts, f"{metric} over latency"),
+        svg=draw(wide, target_s=far),
+        small=draw(small, target_s=far),
+        dense=() if window is None else tuple(draw(b, window=window) for b in (wide, small)),
         note=note,
-        aside=tuple(
-            (
-                p.label,
-                p.badge,
-                estimate_cell(p.y),
-                estimate_cell(p.x, words.latency_decimals),
-            )
-            for p in front
-        ),
+        aside=() if half else aside,
+        values=None if half else _front_values(points, metric),
     )
+
+
+_DENSE_SHARE, _DENSE_EXTENT = 0.7, 0.4
+
+Window = tuple[tuple[float, float], tuple[float, float]]
+
+
+def _dense(points: Sequence[Point]) -> Window | None:
+    """Where 70 % of the points are, by axis; ``None`` where that is not a small part of either."""
+    if len(points) < 8:
+        return None
+    axes = [[_x(p) for p in points], [_y(p) for p in points]]
+    found, shares = [], []
+    for values in map(sorted, axes):
+        take = math.ceil(_DENSE_SHARE * len(values))
+        starts = range(len(values) - take + 1)
+        at = min(starts, key=lambda i, v=values, n=take: v[i + n - 1] - v[i])
+        found.append((values[at], values[at + take - 1]))
+        whole = values[-1] - values[0]
+        shares.append((found[-1][1] - found[-1][0]) / whole if whole > 0 else 1.0)
+    return (found[0], found[1]) if min(shares) < _DENSE_EXTENT else None
+
+
+def _front_svg(
+    points: Sequence[Point],
+    box: Box,
+    *,
+    titles: tuple[str, str],
+    target_s: float | None = None,
+    window: Window | None = None,
+) -> Markup:
+    """The chart in a box; of a window's points only where there is one."""
+    metric, y_title = titles
+    if window is not None:
+        (x_low, x_high), (y_low, y_high) = window
+        inside = [p for p in points if x_low <= _x(p) <= x_high and y_low <= _y(p) <= y_high]
+        points = inside if inside else points
+        xs, ys = [_x(p) for p in points], [_y(p) for p in points]
+    else:
+        xs, ys = _extent([p.x for p in points]), _extent([p.y for p in points])
+    xs = xs if target_s is None else [*xs, target_s]
+    x = Scale.fit(xs, box.left, box.x_end, log=_spans(xs))
+    y = Scale.fit(ys, box.y_end, box.top)
+    front = sorted((p for p in points if p.on_front), key=_x)
+    name = "latency p50, seconds" + (", log scale" if x.log else "")
+    parts = [axes(box, x, y, (name, y_title))]
+    parts += [_front_line(front, x, y)] if len(front) > 1 else []
+    if target_s is not None:
+        parts.append(_target(x(target_s), target_s, box))
+    parts += [_draw_point(p, x, y, metric) for p in sorted(points, key=lambda p: p.on_front)]
+    parts += _labels(points, x, y, box, None if target_s is None else x(target_s))
+    return chart(box, parts, f"{metric} over latency")
+
+
+def _front_values(points: Sequence[Point], metric: str) -> Table:
+    rows = [
+        (p.label, words.latency(p.x), words.estimate(p.y), words.plain(p.y.n), p.badge or "front")
+        if p.on_front or p.badge
+        else (p.label, words.latency(p.x), words.estimate(p.y), words.plain(p.y.n), "")
+        for p in sorted(points, key=_x)
+    ]
+    titles = ("setting", "latency p50", metric, "n", "chosen for")
+    return Table(columns=text_table(titles, rows, titles[1:4]))
 
 
 def _spans(values: Sequence[float]) -> bool:
@@ -139,7 +218,7 @@ def _draw_point(point: Point, x: Scale, y: Scale, metric: str) -> Markup:
     if point.badge:
         parts.append(element("circle", class_="ring", cx=px, cy=py, r=10))
     parts.append(mark(point.marker, px, py, 5.0 if point.on_front else 4.0, class_))
-    return element("g", *parts)
+    return element("g", *parts, data_k=point.keys or None)
 
 
 def _dominated(share: float) -> str:
@@ -151,7 +230,7 @@ def _whisker(
 ) -> list[Markup]:
     if estimate.low is None or estimate.high is None:
         return []
-    low, high = scale(estimate.low), scale(estimate.high)
+    low, high = scale.inside(estimate.low), scale.inside(estimate.high)
     if vertical:
         ends: dict[str, object] = {"x1": across, "x2": across, "y1": low, "y2": high}
     else:
@@ -163,46 +242,64 @@ def _with_n(estimate: Estimate) -> str:
     return words.estimate(estimate) + ("" if estimate.n is None else f", n = {estimate.n}")
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale, box: Box) -> list[Markup]:
-    """Names for what matters: first the recommended settings, then the front."""
+def _labels(
+    points: Sequence[Point], x: Scale, y: Scale, box: Box, target: float | None
+) -> list[Markup]:
+    """Names for what matters: first the recommended settings, then the front.
+
+    They keep off the points, and off the target's name left of its line at `target`.
+    """
     named = [p for p in points if p.badge] + [p for p in points if p.on_front and not p.badge]
     wanted = [
-        Label(x(_x(p)), y(_y(p)), f"{p.badge}: {p.label}", "label strong", 13.0)
+        Label(x(_x(p)), y(_y(p)), f"{p.badge}: {p.label}", "label strong", 13.0, p.keys, p.badge)
         if p.badge
-        else Label(x(_x(p)), y(_y(p)), p.label)
+        else Label(x(_x(p)), y(_y(p)), p.label, keys=p.keys)
         for p in named
     ]
-    return place_labels(wanted, [(x(_x(p)), y(_y(p))) for p in points], box)
-
-
-def _svg(box: Box, parts: Sequence[Markup], title: str) -> Markup:
-    return element(
-        "svg",
-        element("title", title),
-        *parts,
-        viewBox=f"0 0 {box.width:g} {box.height:g}",
-        role="img",
-    )
+    avoid = [(x(_x(p)), y(_y(p))) for p in points]
+    if target is not None:
+        avoid += [(target - 8.0 * i, box.top + 6.0) for i in range(12)]
+    return place_labels(wanted, avoid, box)
 
 
 def plot_lines(
     lines: Sequence[Line], *, axis: str, metric: str, lower: bool = False, log: bool = False
 ) -> Figure:
     """Curves of one metric over one axis, whiskers side-stepped so that they can be told apart."""
-    longest = max(len(line.name) for line in lines)
-    box = Box(500.0, 310.0, right=min(160.0, max(74.0, 16.0 + _CHARACTER * longest)))
+    longest = min(_NAME, max(len(line.name) for line in lines))
+    boxes = (
+        Box(500.0, 310.0, right=max(74.0, 16.0 + _CHARACTER * longest)),
+        Box(*SMALL, right=16.0),
+    )
+    titles = axis, _axis_title(metric, lower), metric
+    svg, small = (_lines_svg(lines, box, titles, log) for box in boxes)
+    rows = [
+        (line.name, f"{at:g}", _with_n(estimate)) for line in lines for at, estimate in line.points
+    ]
+    return Figure(
+        title=f"{metric} over {axis}",
+        svg=svg,
+        small=small,
+        legend=tuple((line.class_, line.marker, line.name) for line in lines),
+        keys=tuple(f"a{i}" for i in range(len(lines))),
+        values=Table(columns=text_table(("curve", axis, metric), rows, (axis, metric))),
+    )
+
+
+def _lines_svg(lines: Sequence[Line], box: Box, titles: tuple[str, str, str], log: bool) -> Markup:
+    """Curves in a box, each named at its end where there is room."""
+    axis, y_title, metric = titles
     values = sorted({at for line in lines for at, _ in line.points})
     x = Scale.fit(values, box.left, box.x_end, log=log and _spans(values))
     y = Scale.fit(_extent([e for line in lines for _, e in line.points]), box.y_end, box.top)
-    title = _axis_title(metric, lower)
     ticks = values if len(values) <= 9 else None
-    parts = [axes(box, x, y, (axis, title), ticks)]
+    parts = [axes(box, x, y, (axis, y_title), ticks)]
     for i, line in enumerate(lines):
         shift = (i - (len(lines) - 1) / 2) * min(3.0, 14.0 / max(len(lines), 1))
-        parts.append(_draw_line(line, x, y, shift, metric))
-    parts += _end_labels(lines, x, y, box)
-    legend = tuple((line.class_, line.marker, line.name) for line in lines)
-    return Figure(title=f"{metric} over {axis}", svg=_svg(box, parts, metric), legend=legend)
+        drawn = _draw_line(line, x, y, shift, metric)
+        parts.append(element("g", drawn, data_k=f"a{i}"))
+    parts += _end_labels(lines, y, box) if box.right > 20 else []
+    return chart(box, parts, f"{metric} over {axis}")
 
 
 def _draw_line(line: Line, x: Scale, y: Scale, shift: float, metric: str) -> Markup:
@@ -218,16 +315,29 @@ def _draw_line(line: Line, x: Scale, y: Scale, shift: float, metric: str) -> Mar
     return Markup("").join(parts)
 
 
-def _end_labels(lines: Sequence[Line], x: Scale, y: Scale, box: Box) -> list[Markup]:
-    ends = [(line, [p for p in line.points if p[1].value is not None]) for line in lines]
-    ends = [(line, points) for line, points in ends if points]
-    heights = spread([y(points[-1][1].value or 0.0) for _, points in ends], 14, box.top, box.y_end)
+def _end_labels(lines: Sequence[Line], y: Scale, box: Box) -> list[Markup]:
+    known = [
+        (i, line, [e for _, e in line.points if e.value is not None])
+        for i, line in enumerate(lines)
+    ]
+    ends = [(i, line, estimates[-1]) for i, line, estimates in known if estimates]
+    heights = spread([y(e.value or 0.0) for _, _, e in ends], 14, box.top, box.y_end)
     return [
         element(
-            "text", line.name, class_=f"series {line.class_}", x=box.x_end + 10, y=at, dy="0.32em"
+            "text",
+            cut(line.name, _NAME),
+            class_=f"series {line.class_}",
+            x=box.x_end + 10,
+            y=at,
+            dy="0.32em",
+            data_k=f"a{i}",
         )
-        for (line, _), at in zip(ends, heights, strict=True)
+        for (i, line, _), at in zip(ends, heights, strict=True)
     ]
+
+
+_NAME = 21
+"""Characters of a curve's name that stand beside it; the legend has the whole."""
 
 
 def plot_tradeoff(
@@ -240,17 +350,42 @@ def plot_tradeoff(
 
     Each line is (name, class, marker, [(label, followed, kept)]), one point per strength.
     """
-    box = Box(500.0, 350.0)
+    svg, small = (
+        _tradeoff_svg(lines, box, (followed, kept)) for box in (Box(500.0, 350.0), Box(*SMALL))
+    )
+    rows = [
+        (name, label, _with_n(f), _with_n(k))
+        for name, _, _, points in lines
+        for label, f, k in points
+    ]
+    titles = ("curve", "prompt_strength", followed, kept)
+    return Figure(
+        title=f"{followed} against {kept}",
+        svg=svg,
+        small=small,
+        legend=tuple((class_, marker, name) for name, class_, marker, _ in lines),
+        keys=tuple(f"a{i}" for i in range(len(lines))),
+        note="Numbers beside the points are prompt_strength.",
+        values=Table(columns=text_table(titles, rows, titles[1:])),
+    )
+
+
+def _tradeoff_svg(
+    lines: Sequence[tuple[str, str, str, Sequence[tuple[str, Estimate, Estimate]]]],
+    box: Box,
+    titles: tuple[str, str],
+) -> Markup:
+    followed, kept = titles
     every = [p for line in lines for p in line[3]]
     x = Scale.fit(_extent([p[1] for p in every]), box.left, box.x_end)
     y = Scale.fit(_extent([p[2] for p in every]), box.y_end, box.top)
     parts = [axes(box, x, y, (f"{followed} →", f"{kept} ↑"))]
     wanted, spots = [], []
-    for name, class_, marker, points in lines:
+    for i, (name, class_, marker, points) in enumerate(lines):
         at = [(x(f.value or 0.0), y(k.value or 0.0)) for _, f, k in points]
         spots += at
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in at)
-        parts.append(element("polyline", class_=f"line {class_}", points=path))
+        drawn = [element("polyline", class_=f"line {class_}", points=path)]
         for (px, py), (label, f, k) in zip(at, points, strict=True):
             title = (
                 f"{name}, prompt_strength {label}\n{followed}: {_with_n(f)}\n{kept}: {_with_n(k)}"
@@ -259,240 +394,8 @@ def plot_tradeoff(
             marks += _whisker(k, px, y, vertical=True, class_=class_)
             marks += _whisker(f, py, x, vertical=False, class_=class_)
             marks.append(mark(marker, px, py, 4.0, f"pt {class_}"))
-            parts.append(element("g", *marks))
-            wanted.append(Label(px, py, label, f"label {class_}"))
+            drawn.append(element("g", *marks))
+            wanted.append(Label(px, py, label, f"label {class_}", keys=f"a{i}"))
+        parts.append(element("g", *drawn, data_k=f"a{i}"))
     parts += place_labels(wanted, spots, box)
-    return Figure(
-        title=f"{followed} against {kept}",
-        svg=_svg(box, parts, "trade-off"),
-        legend=tuple((class_, marker, name) for name, class_, marker, _ in lines),
-        note="Numbers beside the points are prompt_strength.",
-    )
-
-
-# One row per setting --------------------------------------------------------------------------
-
-STAGES = ("text", "denoise", "decode", "encode", "other")
-CALL_PARTS = {
-    "submit": "submit",
-    "queue": "queue",
-    "predict": "inference",
-    "download": "download",
-    "other": "not told apart",
-    "local": "this machine",
-}
-_ROW = 24.0
-_MAX_DOTS = 120
-_LABEL = 5.9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """One setting's timed latencies, and mean seconds by stage."""
-
-    label: str
-    latencies_s: tuple[float, ...]
-    stage_s: dict[str, float]
-    strong: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallBar:
-    """One setting's mean seconds by part (names of `CALL_PARTS`), seen at most `late_by_s` late."""
-
-    label: str
-    parts: dict[str, float]
-    late_by_s: float | None = None
-    strong: bool = False
-
-
-def quantile(values: Sequence[float], fraction: float) -> float:
-    """Quantile of sorted `values` by linear interpolation."""
-    at = fraction * (len(values) - 1)
-    below = int(at)
-    above = min(below + 1, len(values) - 1)
-    return values[below] + (values[above] - values[below]) * (at - below)
-
-
-def _rows_box(labels: Sequence[str], count: int) -> Box:
-    left = min(250.0, max(60.0, 20 + _LABEL * max((len(text) for text in labels), default=0)))
-    return Box(520.0, 34.0 + count * _ROW + 44.0, left=left, right=16.0)
-
-
-def _row_label(text: str, y: float, box: Box, strong: bool) -> Markup:
-    class_ = "row strong end" if strong else "row end"
-    return element("text", text, class_=class_, x=box.left - 10, y=y, dy="0.32em")
-
-
-def plot_distributions(samples: Sequence[Samples]) -> Figure:
-    """Every timed image as a dot; box from p25 to p75, bar at the median, tick at p90."""
-    box = _rows_box([s.label for s in samples], len(samples))
-    every = [v for s in samples for v in s.latencies_s]
-    x = Scale.fit(every, box.left + 6, box.x_end, log=max(every) / min(every) > 6)
-    parts = [_row_axes(box, x, "latency of one image, seconds")]
-    for i, sample in enumerate(samples):
-        parts.append(_distribution(sample, x, box.top + (i + 0.5) * _ROW, box))
-    return Figure(
-        title="Latency of each timed image",
-        svg=_svg(box, parts, "Latency distributions"),
-        legend=(
-            ("c1", "circle", "one image"),
-            ("iqr", "square", "middle half"),
-            ("bar", "bar", "median"),
-            ("c6", "bar", "p90"),
-        ),
-        note="Images made one at a time (batch 1).",
-    )
-
-
-def _row_axes(box: Box, x: Scale, name: str) -> Markup:
-    parts = [
-        element("line", class_="grid", x1=x(t), x2=x(t), y1=box.top, y2=box.y_end)
-        for t in x.ticks()
-    ]
-    parts += [
-        element("text", f"{t:g}", class_="tick mid", x=x(t), y=box.y_end + 16) for t in x.ticks()
-    ]
-    line = element("line", class_="axis", x1=box.left, x2=box.x_end, y1=box.y_end, y2=box.y_end)
-    title = element("text", name, class_="name end", x=box.x_end, y=box.height - 8)
-    return Markup("").join(parts) + line + title
-
-
-def _distribution(sample: Samples, x: Scale, y: float, box: Box) -> Markup:
-    ordered = sorted(sample.latencies_s)
-    p25, p50, p75, p90 = (quantile(ordered, q) for q in (0.25, 0.5, 0.75, 0.9))
-    title = (
-        f"{sample.label}\nn = {len(ordered)}, p50 {words.seconds(p50)}, p90 {words.seconds(p90)},"
-        f" range {words.seconds(ordered[0])} to {words.seconds(ordered[-1])}"
-    )
-    stride = -(-len(ordered) // _MAX_DOTS)
-    dots = [
-        # A fixed pattern instead of noise, so that the same study gives the same file.
-        element("circle", class_="dot", cx=x(v), cy=y + ((i * 5) % 9 - 4) * 1.1, r=1.6)
-        for i, v in enumerate(ordered[::stride])
-    ]
-    return element(
-        "g",
-        element("title", title),
-        _row_label(sample.label, y, box, sample.strong),
-        *dots,
-        element("rect", class_="iqr", x=x(p25), y=y - 6, width=max(x(p75) - x(p25), 1), height=12),
-        element("line", class_="median", x1=x(p50), x2=x(p50), y1=y - 8, y2=y + 8),
-        element("line", class_="p90", x1=x(p90), x2=x(p90), y1=y - 5, y2=y + 5),
-    )
-
-
-def plot_stages(samples: Sequence[Samples]) -> Figure:
-    """Where the time goes: text encoding, denoising, VAE decoding, image encoding, the rest."""
-    box = _rows_box([s.label for s in samples], len(samples))
-    longest = max(sum(s.stage_s.values()) for s in samples)
-    x = Scale(0.0, longest * 1.04, box.left, box.x_end)
-    parts = [_row_axes(box, x, "seconds, mean by stage")]
-    for i, sample in enumerate(samples):
-        parts.append(_stack(sample, x, box.top + (i + 0.5) * _ROW, box))
-    used = [s for s in STAGES if any(sample.stage_s.get(s) for sample in samples)]
-    return Figure(
-        title="Where the time goes",
-        svg=_svg(box, parts, "Stage breakdown"),
-        legend=tuple((f"st-{s}", "square", _stage_name(s)) for s in used),
-    )
-
-
-def _stage_name(stage: str) -> str:
-    names = {"text": "text encoders", "decode": "VAE decode", "encode": "image file"}
-    return names.get(stage, stage)
-
-
-def _stack(sample: Samples, x: Scale, y: float, box: Box) -> Markup:
-    parts = [(f"st-{s}", _stage_name(s), sample.stage_s.get(s, 0.0)) for s in STAGES]
-    bars, _ = _segments(sample.label, parts, x, y)
-    return element("g", _row_label(sample.label, y, box, sample.strong), *bars)
-
-
-def _segments(
-    label: str, parts: Sequence[tuple[str, str, float]], x: Scale, y: float
-) -> tuple[list[Markup], float]:
-    """A bar of (class, name, seconds) laid end to end, and its length in seconds."""
-    total = sum(seconds for _, _, seconds in parts)
-    drawn, start = [], 0.0
-    for class_, name, seconds in parts:
-        if seconds <= 0:
-            continue
-        text = f"{label}\n{name}: {words.seconds(seconds)} ({seconds / total:.0%})"
-        width = max(x(start + seconds) - x(start), 0.5)
-        drawn.append(
-            element(
-                "rect",
-                element("title", text),
-                class_=class_,
-                x=x(start),
-                y=y - 7,
-                width=width,
-                height=14,
-            )
-        )
-        start += seconds
-    return drawn, total
-
-
-def plot_calls(bars: Sequence[CallBar]) -> Figure:
-    """Where a hosted call's seconds go, over the same image made on this machine."""
-    box = _rows_box([b.label + "   " * b.strong for b in bars], len(bars))  # bold is wider
-    longest = max(sum(b.parts.values()) for b in bars)
-    x = Scale(0.0, longest * 1.16, box.left, box.x_end)  # room for the totals
-    rows = [_call(bar, x, box.top + (i + 0.5) * _ROW, box) for i, bar in enumerate(bars)]
-    used = [p for p in CALL_PARTS if any(p in bar.parts for bar in bars)]
-    legend = [(f"st-{p}", "square", CALL_PARTS[p]) for p in used]
-    if any(b.late_by_s for b in bars):
-        legend.append(("late", "bar", "polling: at most this much too long"))
-    return Figure(
-        title="Seconds of one image, made alone",
-        svg=_svg(box, [_row_axes(box, x, "seconds, mean by part"), *rows], "Hosted calls"),
-        legend=tuple(legend),
-        note="Hosted settings in bold, the same request on this machine below them.",
-    )
-
-
-def _call(bar: CallBar, x: Scale, y: float, box: Box) -> Markup:
-    named = [(f"st-{p}", CALL_PARTS[p], bar.parts[p]) for p in CALL_PARTS if p in bar.parts]
-    parts, total = _segments(bar.label, named, x, y)
-    if bar.late_by_s:
-        parts.append(_late(x(max(total - bar.late_by_s, 0.0)), x(total), y, bar))
-    text = element("text", words.seconds(total), class_="row", x=x(total) + 6, y=y, dy="0.32em")
-    return element("g", _row_label(bar.label, y, box, bar.strong), *parts, text)
-
-
-def _late(start: float, end: float, y: float, bar: CallBar) -> Markup:
-    """A bracket over the end of the bar: somewhere in it the image was ready."""
-    title = f"{bar.label}\npolling saw the end at most {words.seconds(bar.late_by_s)} late"
-    low, high = f"{start:.1f}", f"{end:.1f}"
-    path = f"M{low},{y - 5:.1f}v10M{high},{y - 5:.1f}v10M{low},{y:.1f}H{high}"
-    return element(
-        "g",
-        element("title", title),
-        element("path", class_="late halo", d=path),
-        element("path", class_="late", d=path),
-    )
-
-
-def plot_memory(rows: Sequence[tuple[str, str, float]]) -> Figure:
-    """Peak memory: (label, kind, bytes) with kind "rss" or "vram"."""
-    box = _rows_box([label for label, _, _ in rows], len(rows))
-    x = Scale(0.0, max(count for _, _, count in rows) / 2**20 * 1.15, box.left, box.x_end)
-    parts = [_row_axes(box, x, "MiB")]
-    for i, (label, kind, count) in enumerate(rows):
-        y = box.top + (i + 0.5) * _ROW
-        width = x(count / 2**20) - box.left
-        bar = element(
-            "rect", class_=f"mem-{kind}", x=box.left, y=y - 7, width=max(width, 1.0), height=14
-        )
-        text = element("text", words.size(count), class_="row", x=box.left + 6, y=y, dy="0.32em")
-        parts.append(element("g", _row_label(label, y, box, False), bar, text))
-    kinds = {"rss": "host memory (RSS)", "vram": "GPU memory"}
-    return Figure(
-        title="Peak memory",
-        svg=_svg(box, parts, "Peak memory"),
-        legend=tuple(
-            (f"mem-{k}", "square", v) for k, v in kinds.items() if any(r[1] == k for r in rows)
-        ),
-    )
+    return chart(box, parts, f"{followed} against {kept}")

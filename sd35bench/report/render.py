@@ -5,6 +5,8 @@ A verb's page module builds parts once; a part or a column that only some forms 
 each form decides where an interval goes. A further form is one more function over the parts.
 """
 
+import base64
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +20,7 @@ from rich.markup import escape
 from rich.text import Text as Rich
 
 from sd35bench import words
-from sd35bench.report.svg import element, mark, read_asset
+from sd35bench.report.svg import element, mark, read_asset, swatch
 from sd35bench.words import Estimate
 
 TERMINAL, MARKDOWN, HTML = "terminal", "markdown", "html"
@@ -156,6 +158,8 @@ class Table:
 class Figure:
     """A chart. `legend` has (class, marker, text) entries, drawn by the page in HTML.
 
+    `keys` name for each entry the marks that it hides. `small` is drawn for a narrow screen,
+    `dense` (both ways) of where most marks are. `values` are the figures that the marks stand for.
     `aside` lists what stands beside a wide chart: (setting, badge, quality, latency).
     """
 
@@ -164,6 +168,10 @@ class Figure:
     legend: tuple[tuple[str, str, str], ...] = ()
     note: str = ""
     aside: tuple[tuple[str, str, Cell, Cell], ...] = ()
+    keys: tuple[str, ...] = ()
+    small: Markup | None = None
+    dense: tuple[Markup, ...] = ()
+    values: Table | None = None
     forms: tuple[str, ...] = (HTML,)
     kind: ClassVar[str] = "figure"
 
@@ -395,7 +403,30 @@ def html_templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["sentence"] = words.first_upper
+    environment.globals["swatch"] = swatch
     return environment
+
+
+def content_policy(script: str, style: str, linked: bool = False) -> str:
+    """Policy under which only this script and this style run, and nothing is fetched.
+
+    `linked`: images may be files beside the page.
+    """
+    return "; ".join(
+        [
+            "default-src 'none'",
+            "img-src data: file: 'self'" if linked else "img-src data:",
+            f"script-src '{_hash(script)}'",
+            f"style-src '{_hash(style)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _hash(content: str) -> str:
+    digest = hashlib.sha256(content.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def _alone(figure: Figure) -> Markup:

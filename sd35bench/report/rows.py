@@ -260,6 +260,20 @@ def usd_text(row: Row) -> str:
     return words.usd(None if row.usd_per_image is None else row.usd_per_image.value)
 
 
+def field_words(row: Row, fields: Sequence[str]) -> str:
+    """The values of some fields of a row, each with what says which field it is of."""
+    said = []
+    for name in fields:
+        value = row.setting.get(name)
+        if value is None:
+            continue
+        if name in _CURVES:
+            said.append(f"{name} {words.plain(value)}" if name != "steps" else f"{value} steps")
+        elif name not in UNTOLD or row.remote is None:
+            said.append(_in_words(name, value))
+    return " · ".join(said) if said else MISSING
+
+
 def _in_words(field: str, value: object) -> str:
     """A varying field's value where no column title says what it is."""
     if field == "threads":

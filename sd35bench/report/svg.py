@@ -13,7 +13,10 @@ from markupsafe import Markup, escape
 
 RAMP = 8
 MARKERS = ("circle", "square", "diamond", "triangle", "nabla", "cross")
-_CHARACTER = 6.2
+SHAPES = (*MARKERS, *(f"hollow {name}" for name in MARKERS))
+_CHARACTER = 6.9
+SMALL = (360.0, 300.0)
+"""Size of a chart on a narrow screen, in CSS pixels, so that its text is as large as the page's."""
 
 
 def read_asset(name: str) -> str:
@@ -89,6 +92,10 @@ class Scale:
             low, high, at = math.log10(low), math.log10(high), math.log10(value)
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
+    def inside(self, value: float) -> float:
+        """Pixel position of `value`, at the domain's end where it lies outside."""
+        return self(min(max(value, self.low), self.high))
+
     def ticks(self, count: int = 5) -> list[float]:
         """Round values inside the domain."""
         if self.log:
@@ -128,10 +135,7 @@ def axes(
         parts.append(
             element("text", f"{tick:g}", class_="tick end", x=box.left - 8, y=at, dy="0.32em")
         )
-    for tick in x.ticks() if x_ticks is None else x_ticks:
-        at = x(tick)
-        parts.append(element("line", class_="notch", x1=at, x2=at, y1=box.y_end, y2=box.y_end + 4))
-        parts.append(element("text", f"{tick:g}", class_="tick mid", x=at, y=box.y_end + 17))
+    parts += tick_texts(x, x.ticks() if x_ticks is None else x_ticks, box.y_end, 17)
     parts.append(
         element("line", class_="axis", x1=box.left, x2=box.x_end, y1=box.y_end, y2=box.y_end)
     )
@@ -140,8 +144,23 @@ def axes(
     return Markup("").join(parts)
 
 
+def tick_texts(x: Scale, ticks: Sequence[float], y: float, below: float) -> list[Markup]:
+    """Notches below a panel, each with its number where that does not touch the one before."""
+    parts, end = [], -math.inf
+    for tick in ticks:
+        at, text = x(tick), f"{tick:g}"
+        half = len(text) * _CHARACTER / 2
+        parts.append(element("line", class_="notch", x1=at, x2=at, y1=y, y2=y + 4))
+        if at - half > end + 4:
+            parts.append(element("text", text, class_="tick mid", x=at, y=y + below))
+            end = at + half
+    return parts
+
+
 def mark(marker: str, x: float, y: float, size: float, class_: str) -> Markup:
-    """A marker centred on a point; `size` is its radius."""
+    """A marker centred on a point; `size` is its radius. "hollow square" has no filling."""
+    if marker.startswith("hollow "):
+        marker, class_ = marker.removeprefix("hollow "), f"{class_} hollow"
     if marker == "circle":
         return element("circle", class_=class_, cx=x, cy=y, r=size)
     shapes: dict[str, Callable[[float], list[tuple[float, float]]]] = {
@@ -158,6 +177,15 @@ def mark(marker: str, x: float, y: float, size: float, class_: str) -> Markup:
     }
     points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in shapes[marker](size))
     return element("polygon", class_=class_, points=points)
+
+
+def swatch(class_: str, marker: str) -> Markup:
+    """A legend's sample of a mark."""
+    if marker == "bar":
+        drawn = element("rect", class_=f"pt {class_}", x=6, y=1, width=3, height=12)
+    else:
+        drawn = mark(marker, 7.0, 7.0, 4.3, f"pt {class_}")
+    return element("svg", drawn, class_="swatch", viewBox="0 0 14 14", aria_hidden="true")
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -178,13 +206,18 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A text that belongs to a point; `gap` keeps it off the point's mark."""
+    """A text that belongs to a point; `gap` keeps it off the point's mark.
+
+    `short` takes its place where there is no room for it; `keys` are the legend's entries of it.
+    """
 
     x: float
     y: float
     text: str
     class_: str = "label"
     gap: float = 8.0
+    keys: str = ""
+    short: str = ""
 
 
 def place_labels(
@@ -198,16 +231,31 @@ def place_labels(
     taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in avoid]
     drawn: list[Markup] = []
     for label in wanted:
-        width = len(label.text) * _CHARACTER
-        for x, y, anchor in _places(label):
-            left = {"end": x - width, "mid": x - width / 2}.get(anchor, x)
-            area = (left, y - 10, left + width, y + 3)
-            if _is_free(area, taken, box):
-                class_ = f"{label.class_} {anchor}".strip()
-                drawn.append(element("text", label.text, class_=class_, x=x, y=y))
-                taken.append(area)
-                break
+        found = _free_place(label, label.text, taken, box)
+        if found is None and label.short:
+            found = _free_place(label, label.short, taken, box)
+        if found is not None:
+            area, text = found
+            drawn.append(text)
+            taken.append(area)
     return drawn
+
+
+Area = tuple[float, float, float, float]
+
+
+def _free_place(
+    label: Label, text: str, taken: Sequence[Area], box: Box
+) -> tuple[Area, Markup] | None:
+    """The first place of a label's text that touches nothing: what it covers, and the text."""
+    width = len(text) * _CHARACTER * (1.1 if "strong" in label.class_ else 1.0)
+    for x, y, anchor in _places(label):
+        left = {"end": x - width, "mid": x - width / 2}.get(anchor, x)
+        area = (left, y - 10, left + width, y + 3)
+        if _is_free(area, taken, box):
+            class_ = f"{label.class_} {anchor}".strip()
+            return area, element("text", text, class_=class_, x=x, y=y, data_k=label.keys or None)
+    return None
 
 
 def _places(label: Label) -> list[tuple[float, float, str]]:
@@ -223,11 +271,27 @@ def _places(label: Label) -> list[tuple[float, float, str]]:
 
 
 def _is_free(
-    area: tuple[float, float, float, float],
-    taken: Sequence[tuple[float, float, float, float]],
+    area: Area,
+    taken: Sequence[Area],
     box: Box,
 ) -> bool:
     left, top, right, bottom = area
     if left < box.left or right > box.width - 2 or top < box.top - 8 or bottom > box.y_end:
         return False
     return all(right < a or left > c or bottom < b or top > d for a, b, c, d in taken)
+
+
+def chart(box: Box, parts: Sequence[Markup], title: str) -> Markup:
+    """A chart of these parts; `title` is what a screen reader says."""
+    return element(
+        "svg",
+        element("title", title),
+        *parts,
+        viewBox=f"0 0 {box.width:g} {box.height:g}",
+        role="img",
+    )
+
+
+def cut(text: str, most: int) -> str:
+    """Text of at most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

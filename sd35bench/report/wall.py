@@ -1,17 +1,21 @@
-"""The image wall: a seeded, balanced choice of pairs, small enough to travel inside the report.
+"""The images of a report: all of them as links, or a choice small enough to travel inside it.
 
-A pair (same prompt, seed, init image) enters with all its settings or not at all, so that any two
-settings can be laid side by side. Prompts are dealt level by level, two seeds each before a third.
+Inside a file a pair (same prompt, seed, init image) enters with all its settings or not at all, so
+that any two settings can be laid side by side; prompts are dealt level by level, two seeds each
+before a third. The best and the worst images of the chosen settings are added. The page gets
+columns of numbers in place of objects: 100,000 images are 2 MB, and a filter is one loop.
 """
 
 import base64
 import io
+import json
 import random
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from sd35bench import words
@@ -19,55 +23,126 @@ from sd35bench.analysis.settings import PairKey, pair_keys
 from sd35bench.analysis.table import GUARD
 from sd35bench.columns import Scores, Some, numbers, texts
 from sd35bench.errors import StoreError
+from sd35bench.fields import label
 from sd35bench.prompts import encoder_fields
-from sd35bench.report.rows import Row, metric_label, metric_rank
+from sd35bench.report.rows import (
+    Row,
+    lower_is_better,
+    metric_label,
+    metric_names,
+    metric_rank,
+    setting_text,
+)
 from sd35bench.store import Study
-from sd35bench.types import Record, Status
+from sd35bench.types import Record, Score, Status
 
-MAX_TILES = 480
-MAX_BYTES = 3_000_000
-"""Cap on the encoded images, in characters of base64; the whole report stays below 5 MB."""
+MAX_TILES = 960
+MAX_BYTES = 12_000_000
+"""Cap on the encoded images, in characters of base64; the whole report stays below 20 MB."""
+MAX_LINKED = 200_000
+"""Images that a page with links lists, 70 characters each; its further pages hold all."""
 _LONGEST_PX = 256
 _PIXEL_ART_PX = 128
 _SEEDS_FIRST = 2
 _MIN_PAIRS = 4
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a wall must show: row ids that are never left out, and pairs of row ids to compare.
+
+    `beside` is chosen row id → the row that it is held against. `link`: images are files beside
+    the page instead of a part of it. `share`: as many studies share the room.
+    """
+
+    rows: Sequence[str] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
+    link: bool = False
+    share: int = 1
+
+
 def build_wall(
     study: Study,
     rows: Sequence[Row],
     matched: Mapping[str, Some],
-    preferred: Sequence[str],
+    wanted: Wanted,
     extra: Sequence[str],
 ) -> dict[str, Any]:
-    """JSON-ready wall of `study`; `preferred` row ids are never left out.
+    """Choose the images of a report and return them by tiles, with what was left out.
 
     `extra` are the setting fields beyond steps, cfg and strength that vary and belong in names.
     """
-    shown = _choose_rows(rows, preferred)
-    cells = _cells(shown, matched)
-    wall = _Wall(study)
-    firsts = {pair: dict([next(iter(_whole(by_row, matched)))]) for pair, by_row in cells.items()}
-    pairs = choose_pairs(firsts)
+    shown = list(rows) if wanted.link else _choose_rows(rows, wanted.rows)
+    cells = cells_of(shown, matched)
+    wall = _Wall(study, matched, wanted.link, wanted.share)
+    pairs = choose_pairs({pair: wall.first(by_row) for pair, by_row in cells.items()})
     for count, pair in enumerate(pairs):
         if count and wall.is_full(len(cells[pair])):
             break
-        wall.add_pair(dict(_whole(cells[pair], matched)))
-    wall.add_scores()
+        wall.add_pair(pair, cells[pair])
+    _add_extremes(wall, wanted, cells)
+    lower = wall.add_scores()
+    refer(wall.prompts)
     return {
         "settings": [_setting(r, extra) for r in shown],
+        "fields": _fields(shown, extra),
         "prompts": wall.prompts,
         "tiles": wall.tiles,
         "images": wall.images,
+        "base": LINKED if wanted.link else "",
+        "lower": lower,
         "note": _note(wall, rows, shown, cells, pairs),
+        "left_out": max(
+            0, sum(r.n for r in rows) - sum(t["image"] is not None for t in wall.tiles)
+        ),
     }
 
 
-def choose_pairs(cells: Mapping[PairKey, Mapping[str, Record]]) -> list[PairKey]:
+LINKED = "../images/"
+"""Where a linked page finds the study's images."""
+
+
+def _add_extremes(
+    wall: "_Wall", wanted: Wanted, cells: Mapping[PairKey, Mapping[str, int]]
+) -> None:
+    """Add the best and the worst images of the chosen settings, beside what those are held against.
+
+    They are few, and the first that a person asks for.
+    """
+    by_row: dict[str, dict[str, PairKey]] = {row_id: {} for row_id in wanted.rows}
+    for pair, members in cells.items():
+        for row_id in by_row.keys() & members.keys():
+            by_row[row_id][str(wall.of(row_id, "key")[members[row_id]])] = pair
+    for row_id, pair_of in by_row.items():
+        ranked = _ranked(wall.study, set(pair_of))
+        for key in dict.fromkeys((*ranked[:EXTREMES], *ranked[-EXTREMES:])):
+            pair = pair_of[key]
+            ids = {row_id, wanted.beside.get(row_id, row_id)} & cells[pair].keys()
+            wall.add_pair(pair, {i: cells[pair][i] for i in sorted(ids)})
+
+
+EXTREMES = 2
+"""Best and worst images that stand beside an answer."""
+
+
+def _ranked(study: Study, keys: set[str]) -> list[str]:
+    """Trial keys from the best to the worst by the first metric, in reading order, that has any."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for score in _some_scores(study, keys):
+        if score.metric != GUARD and score.key in keys and score.value is not None:
+            found[score.metric][score.key] = score.value
+    if not found:
+        return []
+    metric = min(found, key=metric_rank)
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    return sorted(found[metric], key=lambda key: (sign * found[metric][key], key))
+
+
+def choose_pairs(cells: Mapping[PairKey, Record]) -> list[PairKey]:
     """All pairs in the order in which they enter the wall: balanced by task and level, seeded."""
     groups: dict[tuple[Any, ...], dict[Any, list[PairKey]]] = defaultdict(lambda: defaultdict(list))
     for pair in sorted(cells, key=repr):
-        record = next(iter(cells[pair].values()))
+        record = cells[pair]
         level = record.trial.prompt.level or ""
         groups[record.trial.request.task, level][pair[0], pair[1], pair[5]].append(pair)
     queues = []
@@ -98,7 +173,7 @@ def _choose_rows(rows: Sequence[Row], preferred: Sequence[str]) -> list[Row]:
     return [r for r in rows if r.id in keep]
 
 
-def _cells(rows: Sequence[Row], matched: Mapping[str, Some]) -> dict[PairKey, dict[str, int]]:
+def cells_of(rows: Sequence[Row], matched: Mapping[str, Some]) -> dict[PairKey, dict[str, int]]:
     """Pair → row id → which of its records: the one that quality was read from, of several."""
     cells: dict[PairKey, dict[str, int]] = defaultdict(dict)
     for row in rows:
@@ -115,55 +190,74 @@ def _cells(rows: Sequence[Row], matched: Mapping[str, Some]) -> dict[PairKey, di
     return dict(cells)
 
 
-def _whole(by_row: Mapping[str, int], matched: Mapping[str, Some]) -> Iterator[tuple[str, Record]]:
-    return ((row_id, matched[row_id][number]) for row_id, number in by_row.items())
-
-
 @dataclass
 class _Wall:
     """What has been put up so far."""
 
     study: Study
+    matched: Mapping[str, Some]
+    link: bool
+    share: int
     tiles: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[dict[str, Any]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     size: int = 0
-    pairs: int = 0
+    pairs: set[PairKey] = field(default_factory=set)
     _prompt_ids: dict[Any, int] = field(default_factory=dict)
-    _image_ids: dict[str, int] = field(default_factory=dict)
+    _image_ids: dict[str, int | None] = field(default_factory=dict)
+    _columns: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _up: set[tuple[PairKey, str]] = field(default_factory=set)
 
     def is_full(self, more: int) -> bool:
         """Whether so many tiles more are too many."""
-        return len(self.tiles) + more > MAX_TILES or self.size > MAX_BYTES
+        tiles = (MAX_LINKED if self.link else MAX_TILES) // self.share
+        size = self.size > MAX_BYTES // self.share and not self.link
+        return len(self.tiles) + more > tiles or size
 
-    def add_pair(self, by_row: Mapping[str, Record]) -> None:
-        """Add a pair in all its settings."""
-        self.pairs += 1
-        for row_id, record in by_row.items():
-            self.tiles.append(self._tile(row_id, record))
+    def of(self, row_id: str, name: str) -> Any:
+        """A text column of a row's records."""
+        if (row_id, name) not in self._columns:
+            self._columns[row_id, name] = texts(self.matched[row_id], name)
+        return self._columns[row_id, name]
 
-    def add_scores(self) -> None:
-        """Give every tile its scores."""
-        known = _scores_by_key(self.study, {tile["key"] for tile in self.tiles})
+    def first(self, by_row: Mapping[str, int]) -> Record:
+        """A whole record of a pair; what its others ask for is the same but for the setting."""
+        row_id, number = next(iter(by_row.items()))
+        return self.matched[row_id][number]
+
+    def add_pair(self, pair: PairKey, by_row: Mapping[str, int]) -> None:
+        """Add a pair in these settings, but for those in which it is there."""
+        new = {i: n for i, n in by_row.items() if (pair, i) not in self._up}
+        if not new:
+            return
+        self.pairs.add(pair)
+        self._up |= {(pair, row_id) for row_id in new}
+        record = self.first(new)
+        prompt, request = self._prompt(record), record.trial.request
+        for row_id, number in new.items():
+            tile = {
+                "setting": row_id,
+                "prompt": prompt,
+                "seed": str(request.seed),  # JavaScript has whole numbers up to 2^53 only
+                "width": request.width,
+                "height": request.height,
+                "image": self._image(self.of(row_id, "image")[number], is_init=False),
+                "key": self.of(row_id, "key")[number],
+                "scores": [],
+                "parts": [],
+            }
+            status = self.of(row_id, "status")[number]
+            if status != Status.OK:
+                why = self.of(row_id, "error")[number] or "no message"
+                tile["error"] = f"{Status(status).value}: {why}"[:300]
+            self.tiles.append(tile)
+
+    def add_scores(self) -> list[str]:
+        """Give every tile its scores; returns the labels of those of which less is better."""
+        known, metrics = _scores_by_key(self.study, {tile["key"] for tile in self.tiles})
         for tile in self.tiles:
             tile |= known.get(tile["key"], {"scores": [], "parts": []})
-
-    def _tile(self, row_id: str, record: Record) -> dict[str, Any]:
-        request = record.trial.request
-        tile = {
-            "setting": row_id,
-            "prompt": self._prompt(record),
-            "seed": str(request.seed),  # JavaScript has whole numbers up to 2^53 only
-            "width": request.width,
-            "height": request.height,
-            "image": self._image(record.image, is_init=False),
-            "key": record.trial.key,
-            "scores": [],
-            "parts": [],
-        }
-        if record.status is not Status.OK:
-            tile["error"] = f"{record.status.value}: {record.error or 'no message'}"[:300]
-        return tile
+        return [metric_label(name) for name in metrics if lower_is_better(name)]
 
     def _prompt(self, record: Record) -> int:
         request, ref = record.trial.request, record.trial.prompt
@@ -188,15 +282,26 @@ class _Wall:
         if digest is None:
             return None
         if digest not in self._image_ids:
-            try:
-                read = self.study.read_init_file if is_init else self.study.read_image_file
-                uri = encode_thumbnail(read(digest))
-            except (OSError, StoreError):
-                return None
-            self._image_ids[digest] = len(self.images)
-            self.images.append(uri)
-            self.size += len(uri)
+            uri = self._linked(digest, is_init) if self.link else self._encoded(digest, is_init)
+            self._image_ids[digest] = None if uri is None else len(self.images)
+            if uri is not None:
+                self.images.append(uri)
+                self.size += len(uri)
         return self._image_ids[digest]
+
+    def _encoded(self, digest: str, is_init: bool) -> str | None:
+        try:
+            read = self.study.read_init_file if is_init else self.study.read_image_file
+            return encode_thumbnail(read(digest))
+        except (OSError, StoreError):
+            return None
+
+    def _linked(self, digest: str, is_init: bool) -> str | None:
+        """A file's name, of an init image with its folders; browsers know a format by its bytes."""
+        kind = "inits" if is_init else "images"
+        path = self.study.find_stored(kind, digest)
+        name = f"../{kind}/{path.parent.name}/{path.name}" if is_init else path.name
+        return name if path.is_file() else None
 
 
 def encode_thumbnail(data: bytes) -> str:
@@ -215,18 +320,28 @@ def encode_thumbnail(data: bytes) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _scores_by_key(study: Study, keys: set[str]) -> dict[str, dict[str, Any]]:
-    """Trial key → per-image scores [(label, value)] and what the verifier saw [(part, holds)]."""
+def _scores_by_key(study: Study, keys: set[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Trial key → per-image scores [(label, value)] and what the verifier saw [(part, holds)].
+
+    Beside it: the names of the metrics.
+    """
     found: dict[str, dict[str, Any]] = defaultdict(lambda: {"scores": [], "parts": []})
-    scores = study.scores()
-    some = scores.of_keys(keys) if isinstance(scores, Scores) else scores
-    for score in sorted(some, key=lambda s: metric_rank(s.metric)):
+    ranks: dict[str, tuple[int, str]] = {}
+    for score in sorted(
+        _some_scores(study, keys),
+        key=lambda s: ranks.setdefault(s.metric, metric_rank(s.metric)),
+    ):
         if score.metric == GUARD or score.key not in keys:
             continue
         if score.value is not None:
             found[score.key]["scores"].append([metric_label(score.metric), round(score.value, 3)])
         found[score.key]["parts"] += _parts(score.detail)
-    return dict(found)
+    return dict(found), set(ranks)
+
+
+def _some_scores(study: Study, keys: set[str]) -> Iterable[Score]:
+    scores = study.scores()
+    return scores.of_keys(keys) if isinstance(scores, Scores) else scores
 
 
 def _parts(detail: Mapping[str, Any]) -> list[list[Any]]:
@@ -245,7 +360,111 @@ def _parts(detail: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _setting(row: Row, extra: Sequence[str]) -> dict[str, Any]:
-    return {"id": row.id, "name": row.name(extra), "task": row.task}
+    """A setting for the page; `latency` in seconds, `quality` by the first metric."""
+    metric = next((m for m in metric_names([row]) if row.value(m) is not None), None)
+    return {
+        "id": row.id,
+        "name": row.name(extra),
+        "task": row.task,
+        "latency": None if row.latency is None else row.latency.value,
+        "quality": None if metric is None else row.value(metric),
+        "metric": "" if metric is None else metric_label(metric),
+    }
+
+
+def _fields(rows: Sequence[Row], extra: Sequence[str]) -> list[dict[str, Any]]:
+    """The fields that tell settings apart: each value once, in order, and each setting's place."""
+    found = []
+    for name in dict.fromkeys(("task", "steps", "cfg", "prompt_strength", *extra)):
+        values = [r.task if name == "task" else r.setting.get(name) for r in rows]
+        said = {setting_text(v): v for v in values if v is not None}
+        is_number = all(isinstance(v, int | float) for v in said.values())
+        order = sorted(said, key=said.__getitem__ if is_number else str)
+        places = {text: i for i, text in enumerate(order)}
+        if len(order) > 1 or name in ("steps", "cfg"):
+            at = [-1 if v is None else places[setting_text(v)] for v in values]
+            found.append({"name": name, "label": label(name), "values": order, "at": at})
+    return found
+
+
+def join_walls(
+    walls: Sequence[Mapping[str, Any]], rows: Sequence[Row], extra: Sequence[str]
+) -> dict[str, Any]:
+    """One wall of several studies' walls; what asks for the same is one prompt."""
+    shown = {s["id"] for wall in walls for s in wall["settings"]}
+    images: list[str] = []
+    prompts: list[dict[str, Any]] = []
+    known: dict[str, int] = {}
+    tiles: list[dict[str, Any]] = []
+    for wall in walls:
+        start = len(images)
+        images += wall["images"]
+        places = []
+        for prompt in wall["prompts"]:
+            init = None if prompt["init"] is None else prompt["init"] + start
+            init_image = None if init is None else images[init]
+            parts = (prompt["text"], prompt["negative"], init_image, prompt.get("own"))
+            place = known.setdefault(repr(parts), len(prompts))
+            if place == len(prompts):
+                prompts.append({**prompt, "init": init})
+            places.append(place)
+        for tile in wall["tiles"]:
+            image = None if tile["image"] is None else tile["image"] + start
+            tiles.append({**tile, "prompt": places[tile["prompt"]], "image": image})
+    refer(prompts)
+    return {
+        "settings": [s for wall in walls for s in wall["settings"]],
+        "fields": _fields([r for r in rows if r.id in shown], extra),
+        "prompts": prompts,
+        "tiles": tiles,
+        "images": images,
+        "base": "",
+        "lower": list(dict.fromkeys(name for wall in walls for name in wall["lower"])),
+        "note": " ".join(wall["note"] for wall in walls),
+        "left_out": 0,  # the note says it; each study's own report has a way to the rest
+    }
+
+
+def refer(prompts: Sequence[dict[str, Any]]) -> None:
+    """Name each prompt in addresses: by its id, and its number where others have that id."""
+    ids = Counter(prompt["id"] for prompt in prompts)
+    for i, prompt in enumerate(prompts):
+        prompt["ref"] = prompt["id"] if ids[prompt["id"]] == 1 else f"{prompt['id']}~{i}"
+
+
+def pack_wall(wall: Mapping[str, Any]) -> dict[str, Any]:
+    """The wall as the page reads it: tiles as columns of 32 bits, base64, little-endian."""
+    tiles = wall["tiles"]
+    settings = {s["id"]: i for i, s in enumerate(wall["settings"])}
+    seeds = sorted({t["seed"] for t in tiles}, key=int)
+    seed_ids = {seed: i for i, seed in enumerate(seeds)}
+    sizes = sorted({(t["width"], t["height"]) for t in tiles})
+    size_ids = {size: i for i, size in enumerate(sizes)}
+    parts: dict[str, int] = {}
+    columns = {
+        "setting": [settings[t["setting"]] for t in tiles],
+        "prompt": [t["prompt"] for t in tiles],
+        "seed": [seed_ids[t["seed"]] for t in tiles],
+        "size": [size_ids[t["width"], t["height"]] for t in tiles],
+        "image": [-1 if t["image"] is None else t["image"] for t in tiles],
+        "parts": [parts.setdefault(json.dumps(t["parts"]), len(parts)) for t in tiles],
+    }
+    names = list(dict.fromkeys(name for t in tiles for name, _ in t["scores"]))
+    scores = [dict(t["scores"]) for t in tiles]
+    kept = ("settings", "fields", "prompts", "images", "base", "lower", "note")
+    return {
+        **{name: wall[name] for name in kept},
+        "seeds": seeds,
+        "sizes": sizes,
+        "columns": {name: _base64(values, "<i4") for name, values in columns.items()},
+        "scores": [[n, _base64([s.get(n, np.nan) for s in scores], "<f4")] for n in names],
+        "parts": [json.loads(text) for text in parts],
+        "errors": {i: t["error"] for i, t in enumerate(tiles) if "error" in t},
+    }
+
+
+def _base64(values: Sequence[float], kind: str) -> str:
+    return base64.b64encode(np.array(values, kind).tobytes()).decode()
 
 
 def _note(
@@ -257,11 +476,11 @@ def _note(
 ) -> str:
     """What is on the wall and what was left out."""
     total = sum(len(by_row) for by_row in cells.values())
-    text = f"{len(wall.tiles)} images of {wall.pairs} prompt–seed pairs"
-    if wall.pairs < len(pairs):
+    text = f"{words.count(len(wall.tiles))} images of {len(wall.pairs)} prompt–seed pairs"
+    if len(wall.pairs) < len(pairs):
         text += (
-            f", a seeded choice balanced over difficulty, out of {total} images of"
-            f" {len(pairs)} pairs"
+            f", a seeded choice balanced over difficulty, out of {words.count(total)} images of"
+            f" {words.count(len(pairs))} pairs"
         )
     if len(shown) < len(rows):
         text += (

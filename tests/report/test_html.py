@@ -1,12 +1,23 @@
 """The report's HTML without a browser: complete, self-contained, and deaf to prompts."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sd35bench.report.page import build_document, embed_json, render_report, write_report
+from sd35bench.report import linked, wall
+from sd35bench.report.page import (
+    build_document,
+    embed_json,
+    render_report,
+    write_beside,
+    write_report,
+)
+from sd35bench.report.wall import MAX_BYTES
 from sd35bench.store import Study
 from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, make_study, show_of
 
@@ -98,7 +109,55 @@ def test_report_says_that_fid_was_refused_and_what_it_needs(demo: Synthetic):
 
 
 def test_report_stays_small(demo: Synthetic):
+    assert MAX_BYTES < 0.7 * 20_000_000  # images; tables and charts are the rest
     assert len(render(demo).encode()) < 5_000_000
+
+
+def test_report_says_what_it_left_out_and_where_the_rest_is(tmp_path, monkeypatch):
+    prompts = tuple(f"a red circle {i}" for i in range(4))
+    study = make_study(tmp_path, "much", steps=(4,), strengths=(), prompts=prompts)
+    monkeypatch.setattr(wall, "MAX_TILES", 12)
+    html = write_report(study).read_text(encoding="utf-8")
+    assert re.search(r"\d+ images are not in this file", html)
+    assert 'href="report/index.html"' in html
+
+
+def test_linked_report_reaches_every_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(linked, "IMAGES_A_PAGE", 5)
+    study = make_study(tmp_path, "linked", steps=(4,), prompts=("a red <b>circle</b>", "b"))
+    (study.path / "report" / "pages").mkdir(parents=True)
+    stale = study.path / "report" / "pages" / "0999.html"
+    stale.touch()
+    path = write_report(study, link=True)
+    assert path == study.path / "report" / "index.html"
+    pages = sorted(path.parent.glob("pages/0*.html"))
+    shown = set()
+    for page in (path, *pages):
+        html = page.read_text(encoding="utf-8")
+        assert "<b>circle" not in html
+        for tag, found in elements(html):
+            if tag == "img":
+                src = str(found["src"])
+                assert (page.parent / src).is_file()
+                shown |= {Path(src).stem} if page in pages else set()
+            elif tag == "a" and not str(found["href"]).startswith("#"):
+                assert (page.parent / str(found["href"])).exists(), found
+    assert shown == {r.image for r in study.records()}
+    assert len(pages) > 1
+    assert not stale.exists()
+
+
+def test_report_labels_failed_and_incomplete_studies_at_the_top(tmp_path, demo: Synthetic):
+    def top(study) -> str:
+        html = write_report(study).read_text(encoding="utf-8")
+        return html[: html.index("<nav")]
+
+    failed = make_study(tmp_path, "failed", steps=(4,), strengths=(), fail_every=7)
+    assert re.search(r"5 of 36 trials failed \(14 %\)", top(failed))
+    assert "Every trial failed" in top(
+        make_study(tmp_path, "none", steps=(4,), prompts=("a",), fail_every=1)
+    )
+    assert 'class="state"' not in top(demo.study)
 
 
 def test_report_is_the_same_for_the_same_study(demo: Synthetic):
@@ -109,11 +168,13 @@ def test_report_never_interprets_prompts(hostile: Synthetic):
     html = render(hostile)
     tags = [tag for tag, _ in elements(html)]
     assert tags.count("script") == 2  # the wall's data and the report's own script
-    assert "<img" not in html
-    assert "onload=window" not in re.sub(r"<script.*?</script>", "", html, flags=re.S)
-    wall = wall_of(html)
-    assert {p["text"] for p in wall["prompts"]} == set(HOSTILE)
-    assert "49" not in {p["text"] for p in wall["prompts"]}
+    images = [a["src"] for tag, a in elements(html) if tag == "img"]
+    assert images
+    assert all(str(src).startswith("data:image/webp;base64,") for src in images)
+    assert not [name for _, a in elements(html) for name in a if name.startswith("on")]
+    prompts = {p["text"] for p in wall_of(html)["prompts"]}
+    assert prompts == set(HOSTILE)
+    assert "49" not in prompts
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "<!--", "]]>", "\ud800 lone surrogate"])
@@ -160,8 +221,8 @@ def test_report_names_images_that_are_gone(tmp_path):
     study = make_study(tmp_path, "gone", steps=(4,), cfgs=(1.0,), strengths=(), prompts=("a",))
     for path in (study.path / "images").glob("*/*"):
         path.unlink()
-    wall = wall_of(write_report(study).read_text(encoding="utf-8"))
-    assert [t["image"] for t in wall["tiles"]] == [None, None]
+    column = wall_of(write_report(study).read_text(encoding="utf-8"))["columns"]["image"]
+    assert np.frombuffer(base64.b64decode(column), "<i4").tolist() == [-1, -1]
 
 
 def test_write_report_replaces_the_file_whole(tmp_path):
@@ -176,3 +237,20 @@ def test_report_explains_why_nothing_is_recommended(tmp_path):
     study = make_study(tmp_path, "few", steps=(4,), cfgs=(1.0,), strengths=(), prompts=("a",))
     document = build_document(study, show_of(study), "No recommendation: one setting only")
     assert "one setting only" in render_report(document)
+
+
+def test_reports_beside_each_other_tell_studies_apart_everywhere(tmp_path):
+    one = {"steps": (4, 12), "strengths": (), "prompts": ("a red circle", "a blue circle")}
+    studies = [make_study(tmp_path, name, **one) for name in ("before", "after")]
+    path = write_beside(studies, PROFILES)
+    assert path == studies[0].path / "report-beside-after.html"
+    html = path.read_text(encoding="utf-8")
+    wall = wall_of(html)
+    assert [s["name"][-6:] for s in wall["settings"]].count("before") == 6
+    assert len({s["id"] for s in wall["settings"]}) == 12
+    assert len(wall["prompts"]) == 2
+    assert {f["name"] for f in wall["fields"]} == {"study", "steps", "cfg"}
+    assert wall["first"][0].startswith("before.")
+    assert wall["first"][1].startswith("after.")
+    assert re.search(r"before: For text-to-image.*after: For text-to-image", html, re.S)
+    assert "chosen in after" in html

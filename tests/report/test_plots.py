@@ -7,18 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench.report.leaderboard import front_ids
-from sd35bench.report.plots import (
-    Line,
-    Point,
+from sd35bench.report.bars import (
     Samples,
     plot_distributions,
-    plot_front,
-    plot_lines,
     plot_memory,
     plot_stages,
     quantile,
 )
+from sd35bench.report.leaderboard import front_ids
+from sd35bench.report.plots import Line, Point, plot_front, plot_lines
 from sd35bench.report.rows import Row, read_rows
 from sd35bench.report.svg import Box, Label, Scale, place_labels, ramp, spread
 from sd35bench.words import Estimate

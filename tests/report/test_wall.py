@@ -5,20 +5,22 @@ import io
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from sd35bench.report import wall
+from sd35bench.report.hero import address
 from sd35bench.report.rows import match_records, read_rows
-from sd35bench.report.wall import build_wall, encode_thumbnail
+from sd35bench.report.wall import Wanted, build_wall, encode_thumbnail, pack_wall
 from tests.studies import drawn
 from tests.studies.drawn import Synthetic, make_study, show_of
 
 
-def build(study) -> dict:
+def build(study, wanted: Wanted | None = None) -> dict:
     rows = read_rows(show_of(study))
     matched = match_records(rows, study.records(), study.sessions())
-    return build_wall(study, rows, matched, [], ())
+    return build_wall(study, rows, matched, Wanted() if wanted is None else wanted, ())
 
 
 def test_match_records_gives_every_record_to_its_row(demo: Synthetic):
@@ -81,6 +83,49 @@ def test_wall_stops_at_its_size(tmp_path, monkeypatch):
     found = build(study)
     assert 3 <= len(found["tiles"]) < 36
     assert sum(map(len, found["images"])) < 10_000 + 3 * 20_000
+
+
+def test_wall_adds_the_best_and_the_worst_of_a_chosen_setting(tmp_path, monkeypatch):
+    prompts = tuple(f"a red circle {i}" for i in range(8))
+    study = make_study(tmp_path, "chosen", steps=(4,), strengths=(), prompts=prompts)
+    values = {s.key: s.value for s in study.scores() if s.metric == "prompt_accuracy"}
+    first, other, third = (r.id for r in read_rows(show_of(study)))
+    monkeypatch.setattr(wall, "MAX_TILES", 12)
+    found = build(study, Wanted(rows=[first], beside={first: other}))
+    shown = [values[t["key"]] for t in found["tiles"] if t["setting"] == first]
+    keys = {r.trial.key for r in study.records() if r.trial.request.cfg == 1.0}
+    assert sorted(shown)[:2] == sorted(values[k] for k in keys)[:2]
+    assert sorted(shown)[-2:] == sorted(values[k] for k in keys)[-2:]
+    per_row = Counter(t["setting"] for t in found["tiles"])
+    assert per_row[first] == per_row[other] > per_row[third]
+
+
+def test_packed_wall_has_its_tiles_as_columns(demo: Synthetic):
+    found = build(demo.study)
+    packed = pack_wall(found)
+
+    def column(name: str) -> np.ndarray:
+        return np.frombuffer(base64.b64decode(packed["columns"][name]), "<i4")
+
+    settings = [s["id"] for s in packed["settings"]]
+    assert [settings[i] for i in column("setting")] == [t["setting"] for t in found["tiles"]]
+    assert [packed["seeds"][i] for i in column("seed")] == [t["seed"] for t in found["tiles"]]
+    assert column("image").tolist() == [t["image"] for t in found["tiles"]]
+    name, text = packed["scores"][0]
+    values = np.frombuffer(base64.b64decode(text), "<f4")
+    assert values == pytest.approx([dict(t["scores"])[name] for t in found["tiles"]])
+    steps = next(f for f in packed["fields"] if f["name"] == "steps")
+    assert steps["values"] == ["4", "12", "28"]
+
+
+def test_linked_wall_names_files_and_reads_none(tmp_path, monkeypatch):
+    study = make_study(tmp_path, "linked", steps=(4,), cfgs=(1.0,), prompts=("a",))
+    monkeypatch.setattr(type(study), "read_image_file", None)
+    found = build(study, Wanted(link=True))
+    for tile in found["tiles"]:
+        assert (study.path / "report" / address(found, tile["image"])).resolve().is_file()
+    inits = [p["init"] for p in found["prompts"] if p["init"] is not None]
+    assert (study.path / "report" / address(found, inits[0])).resolve().is_file()
 
 
 def test_wall_keeps_failed_trials_with_their_reason(tmp_path):

@@ -1,0 +1,91 @@
+"""Pages that show every image of a study from its file: no script, 200 images each.
+
+They stand beside a report with links (`report --images link`) and are what it points to for the
+images beyond its own list. A page costs no more than its text: browsers load what is scrolled to.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from sd35bench.analysis.settings import PairKey
+from sd35bench.analysis.table import by_host
+from sd35bench.columns import Some, texts
+from sd35bench.disk import write_atomic
+from sd35bench.report.render import content_policy, html_templates
+from sd35bench.report.rows import Row, match_records, varying_fields
+from sd35bench.report.svg import read_asset
+from sd35bench.report.wall import cells_of
+from sd35bench.store import Study
+
+IMAGES_A_PAGE = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """One prompt and seed: (setting, address of its image) of all settings; "" where it is gone."""
+
+    prompt: str
+    seed: str
+    images: tuple[tuple[str, str], ...]
+
+
+def write_pages(study: Study, rows: Sequence[Row], folder: Path) -> int:
+    """Write `folder/0001.html` and so on with a list of them, and return how many there are.
+
+    Pages of an earlier report that are too many are removed. Raises: DiskFull, StoreError.
+    """
+    matched = match_records(rows, study.records(), by_host(study.sessions()))
+    pages = list(_pages(_groups(study, rows, matched)))
+    style = Markup(read_asset("charts.css") + read_asset("report.css"))
+    page = html_templates().get_template("images.html.j2")
+    policy = content_policy("", style, linked=True)
+    common = {"study": study.name, "policy": policy, "style": style, "last": len(pages)}
+    firsts = [groups[0].prompt for groups in pages]
+    for number, groups in enumerate(pages, 1):
+        text = page.render(**common, number=number, groups=groups, firsts=())
+        write_atomic(folder / f"{number:04d}.html", text.encode("utf-8", "replace"))
+    index = page.render(**common, number=0, groups=(), firsts=firsts)
+    write_atomic(folder / "index.html", index.encode("utf-8", "replace"))
+    for path in folder.glob("[0-9][0-9][0-9][0-9]*.html"):
+        if path.stem.isdigit() and int(path.stem) > len(pages):
+            path.unlink()
+    return len(pages)
+
+
+def _groups(study: Study, rows: Sequence[Row], matched: Mapping[str, Some]) -> Iterator[Group]:
+    """Prompt by prompt, every setting's image."""
+    images = {row_id: texts(records, "image") for row_id, records in matched.items()}
+    extra = varying_fields(rows)
+    names = {r.id: r.name(extra) for r in rows}
+    cells = cells_of(rows, matched)
+    for pair in sorted(cells, key=repr):
+        found = [(names[i], _address(study, images[i][n])) for i, n in cells[pair].items()]
+        yield Group(prompt=pair[0], seed=_seed(pair), images=tuple(found))
+
+
+def _seed(pair: PairKey) -> str:
+    return str(pair[2])
+
+
+def _address(study: Study, digest: str | None) -> str:
+    path = None if digest is None else study.find_stored("images", digest)
+    if path is None or not path.is_file():
+        return ""
+    return f"../../images/{path.parent.name}/{path.name}"
+
+
+def _pages(groups: Iterator[Group]) -> Iterator[list[Group]]:
+    """Groups by page; a prompt's settings stay together."""
+    page: list[Group] = []
+    count = 0
+    for group in groups:
+        if page and count + len(group.images) > IMAGES_A_PAGE:
+            yield page
+            page, count = [], 0
+        page.append(group)
+        count += len(group.images)
+    if page:
+        yield page
