@@ -7,11 +7,12 @@ not done after 120 s, in C code that no thread can be stopped in. The child has 
 seconds and its address space, may not write files, and sees nothing of the parent's environment,
 where the key may be.
 
-Cost, on one core of a 2-core CPU machine with Pillow 13: 70 to 90 ms a file for the child,
-beside 12 to 47 ms for decoding 1024 x 1024 px; no timing of ours contains it. Address space at the
-largest size allowed, 4096 x 4096 px: 187 MiB (PNG, JPEG), 224 (progressive CMYK), 282 (PNG with 62
-text chunks of 1 MiB that come as 1 kB each), 294 (WEBP), so 768 are allowed: that leaves room for
-a file of 64 MiB three times over.
+Cost, on one core of a 2-core CPU machine with Pillow 13: 70 to 90 ms a file for the child (30 more
+since it converts colour profiles), beside 12 to 47 ms for decoding 1024 x 1024 px; no timing of
+ours contains it. Address space at the largest size allowed, 4096 x 4096 px: 187 MiB (PNG, JPEG),
+224 (progressive CMYK), 282 (PNG with 62 text chunks of 1 MiB that come as 1 kB each), 294 (WEBP),
+under 400 (a transparent PNG that is turned and has a profile), so 768 are allowed: that leaves room
+for a file of 64 MiB three times over.
 """
 
 import json
