@@ -278,7 +278,9 @@ def _copy_images(root: Path, rows: Sequence[dict[str, Any]], folder: Path) -> No
             source = root / row.pop("file")
             name = f"images/{row['key']}{source.suffix}"
             shutil.copyfile(source, folder / name)
-            line = {"file_name": name, **row, "seed": row["seed"] if exact else str(row["seed"])}
+            row["seed"] = row["seed"] if exact else str(row["seed"])
+            # The reader's own column `image` is the decoded file.
+            line = {"file_name": name, "image_sha256": row.pop("image"), **row}
             lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 

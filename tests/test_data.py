@@ -154,6 +154,7 @@ def test_a_dataset_folder_is_whole_and_its_seeds_are_exact(made, images, tmp_pat
     found = pyarrow.json.read_json(folder / "metadata.jsonl")
     ok = [r for r in made.records() if r.image is not None]
     assert found.num_rows == count == len(ok) == len(list((folder / "images").iterdir()))
+    assert not {"image", "label"} & set(found.column_names)  # `datasets` has its own
     # Readers make 1.8446744073709552e19 of a number: texts, as one is above 2^63 - 1.
     assert set(map(int, found["seed"].to_pylist())) == {r.trial.request.seed for r in ok}
     with Image.open(folder / found["file_name"][0].as_py()) as image:
