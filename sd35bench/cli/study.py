@@ -78,8 +78,8 @@ def show(given: Given) -> Answer:
     def print_one(document: dict[str, Any]) -> None:
         from sd35bench.report.tables import print_settings, settings_markdown
 
-        markdown, terminal = (partial(f, shown=shown) for f in (settings_markdown, print_settings))
-        _print(document, given.has("--markdown"), markdown, terminal)
+        markdown = partial(settings_markdown, shown=shown)
+        _print(document, given.has("--markdown"), markdown, partial(print_settings, shown=shown))
 
     if asks_part(given):
         quiet = replace(given, as_json=True) if as_csv else given

@@ -37,9 +37,9 @@ def document(tmp_path):
     """Accuracy fell, drift is undecided, memory of the GPU does not apply, failures pass."""
     studies = [planted(tmp_path / n, {(8, 4.0): (p, 1.0)}) for n, p in (("a", 0.9), ("b", 0.6))]
     studies[1].name = "b|<script>\x07"
-    sides = [read_sides(study) for study in studies]
+    a, b = map(read_sides, studies)
     noise = np.random.default_rng(0).uniform(0.0, 2.0, 128)
-    return compare_sides(*sides, as_policy("own", POLICY), lambda _a, _b, _m: noise[:, None])
+    return compare_sides(a, b, as_policy("own", POLICY), lambda _a, _b, _m: noise[:, None])
 
 
 def test_junit_has_one_test_per_dimension_and_says_why(document):
@@ -109,13 +109,13 @@ def many(tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     worse = {(18, 4.0): (0.4, 1.0)}
     same = {(steps, 4.0): (0.9, 1.0) for steps in range(4, 20)}
-    sides = [
+    a, b = (
         read_sides(planted(root / name, chosen, prompts=32))
         for name, chosen in (("a", same), ("b", same | worse))
-    ]
+    )
     quality = {"required": True, "margins": {"prompt_accuracy": 0.3}}
     policy = as_policy("own", {"dimensions": {"quality": quality}})
-    return compare_sides(*sides, policy, lambda _a, _b, _m: "no images")
+    return compare_sides(a, b, policy, lambda _a, _b, _m: "no images")
 
 
 def printed(document) -> str:

@@ -5,6 +5,7 @@ import csv
 import io
 import os
 from itertools import chain
+from typing import Any
 
 import pytest
 import yaml
@@ -31,7 +32,7 @@ def marked(demo: Synthetic, tmp_path):
     """The demo's document with its marks; its third setting was chosen twice."""
     document = copy.deepcopy(demo.show)
     chosen = {"setting": {"setting": document["settings"][2]["setting"]}}
-    profiles = {name: {"text-to-image": chosen} for name in ("final", "mine")}
+    profiles: dict[str, Any] = {name: {"text-to-image": chosen} for name in ("final", "mine")}
     profiles["preview"] = {"text-to-image": {"setting": None}}
     (tmp_path / "recommended.yaml").write_text(yaml.dump({"profiles": profiles}))
     mark_rows(document, tmp_path, written_at=0.0)
