@@ -5,18 +5,26 @@ which are looked up when a key is pressed.
 """
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, get_args, get_origin
 
 from sd35bench.cli.output import Answer, write_line
-from sd35bench.cli.parser import CONFIG_DIR, RESULTS_DIR, Command, Flag, Given, flags_of
+from sd35bench.cli.parser import (
+    CONFIG_DIR,
+    PLUGIN_DIR,
+    RESULTS_DIR,
+    Command,
+    Flag,
+    Given,
+    flags_of,
+)
 from sd35bench.config.files import GROUPS, choices, config_dir
 from sd35bench.errors import ConfigError, nearest
 
 _STUDIES = ("STUDY", "BASELINE", "CANDIDATE")
-_FOLDERS = (RESULTS_DIR.name, CONFIG_DIR.name)
+_FOLDERS = (RESULTS_DIR.name, CONFIG_DIR.name, PLUGIN_DIR.name)
 _RUN_WORDS = ("prompt", "from", "profile", "margin", "power")
 
 
@@ -108,7 +116,7 @@ def _listed(takes: Any) -> tuple[str, ...]:
 # bash and zsh -------------------------------------------------------------------------------------
 
 
-def _cases(name: str, lists: dict[str, Iterable[str]]) -> str:
+def _cases(name: str, lists: Mapping[str, Iterable[str]]) -> str:
     """A shell function that prints the list of its argument, a word a line."""
     lines = [
         f"    {shlex.quote(key)}) printf '%s\\n' {' '.join(map(shlex.quote, words))} ;;"
