@@ -5,16 +5,15 @@ by looking at each; `Records`, a part of a view, gives it without making a singl
 makes one only for who asks for it. Numbers that are not known are NaN.
 """
 
-import importlib
 import itertools
 import json
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.types import Flops, Record, Score, Status, from_json
+from sd35bench.types import Flops, Record, from_json
 from sd35bench.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, ParquetView
 
 Floats = NDArray[np.float64]
@@ -30,6 +29,8 @@ _ASKED = frozenset(("prompt", "negative_prompt", "init_image"))
 
 _FEW, _MOST_MADE = 8192, 65536
 """Records of a part that is remembered once it was looked at, and of all such parts: 150 MB."""
+_FEW_OF = 20
+"""One in so many records are few: making all texts of a column takes 0.2 µs each."""
 
 
 class Columns:
@@ -38,11 +39,11 @@ class Columns:
     def __init__(self, view: ParquetView, parts: Sequence[Any], parse: Callable[[bytes], Any]):
         """`parts` are open Parquet files, `parse` reads a journal's line."""
         self._view, self._parts, self._parse = view, parts, parse
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._made: dict[int, Record] = {}
         self.size = sum(part.metadata.num_rows for part in parts)
 
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+    def kept(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """What was computed from the columns under a name, once."""
         if name not in self._kept:
             self._kept[name] = make()
@@ -67,11 +68,17 @@ class Columns:
 
         def make() -> NDArray[np.object_]:
             if name not in self._view.coded and name != "shard":
-                return self._column(name).to_numpy()
+                return self.arrow(name).to_numpy()
             codes, texts = self.codes(name)
             return np.array([*texts, None], object)[codes]
 
         return self.kept(f"texts {name}", make)
+
+    def texts_of(self, name: str, places: Places) -> NDArray[np.object_]:
+        """A text column of some records; of few, the others' texts are not made."""
+        if name in self._view.coded or len(places) * _FEW_OF > self.size:
+            return self.texts(name)[places]
+        return self.arrow(name).take(places).to_numpy()
 
     def numbers(self, name: str) -> Floats:
         """A column of numbers."""
@@ -97,15 +104,18 @@ class Columns:
 
         return self.kept(f"lists {name}", make)
 
-    def grouped(self, *columns: NDArray[Any]) -> tuple[Places, Places]:
-        """Number unlike combinations of columns: each record's number, and a record of each."""
-        code = np.zeros(self.size, np.int64)
-        for column in columns:
-            _, inverse = np.unique(column, return_inverse=True)
-            code = code * (int(inverse.max(initial=0)) + 1) + inverse
-            _, code = np.unique(code, return_inverse=True)
-        _, firsts = np.unique(code, return_index=True)
-        return code, firsts
+    def moments(self) -> Places | None:
+        """Numbers that sort as `started_at` does; ``None`` where some are of another form."""
+
+        def make() -> Places | None:
+            found = self._column("moment")
+            return None if found.null_count else found.to_numpy()
+
+        return self.kept("moments", make)
+
+    def arrow(self, name: str) -> Any:
+        """A column as Arrow has it."""
+        return self.kept(f"arrow {name}", lambda: self._column(name))
 
     def record(self, place: int) -> Record:
         """One whole record, from its line in the journal. Raises: StoreError."""
@@ -139,6 +149,13 @@ class Records(Sequence[Record]):
     def __init__(self, columns: Columns, places: Places) -> None:
         """`places` are the records' numbers in the view."""
         self.columns, self.places = columns, places
+        self._kept: dict[str, Any] = {}
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was computed from these records under a name, once."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -186,10 +203,79 @@ def numbers(records: Some, name: str) -> Floats:
     return np.array([np.nan if v is None else v for v in found], np.float64)
 
 
+def dense(values: NDArray[Any]) -> Places:
+    """Number values that are equal alike, from 0 in the order in which they first appear: [n]."""
+    if values.dtype == object:
+        return numbered(values.tolist())[0]
+    plain = values.view(np.int8 if values.dtype == bool else f"i{values.itemsize}")
+    if len(plain) < _FEW:
+        _, firsts, found = np.unique(plain, return_index=True, return_inverse=True)
+        rank = np.empty(len(firsts), np.int64)
+        rank[np.argsort(firsts)] = np.arange(len(firsts))
+        return rank[found]
+    import pyarrow as pa
+
+    return pa.array(plain).dictionary_encode().indices.to_numpy().astype(np.int64)
+
+
+def grouped(*columns: NDArray[Any]) -> tuple[Places, Places]:
+    """Number unlike combinations of columns [n]: each place's number, and the first of each."""
+    code = dense(columns[0])
+    for column in columns[1:]:
+        part = dense(column)
+        if part.any():
+            code = dense(code * (int(part.max()) + 1) + part)
+    firsts = np.empty(int(code.max(initial=-1)) + 1, np.int64)
+    firsts[code[::-1]] = np.arange(len(code))[::-1]  # of equal places the last one stays
+    return code, firsts
+
+
+def split(codes: Places) -> list[Places]:
+    """The places of each code, in the order in which codes first appear."""
+    if not len(codes):
+        return []
+    # Sorting of 16 bits is by radix, 8 times as fast.
+    short = codes.astype(np.int16) if int(codes.max()) < 1 << 15 else codes
+    order = np.argsort(short, kind="stable")
+    edges = np.flatnonzero(np.diff(codes[order])) + 1
+    parts = np.split(order, edges)
+    return sorted(parts, key=lambda places: int(places[0]))
+
+
+def coded(records: Some, name: str) -> tuple[Places, Sequence[str]]:
+    """A text field as a number into a list of texts, -1 where there is none: [n]."""
+    if isinstance(records, Records):
+        codes, known = records.columns.codes(name)
+        return codes[records.places], known
+    numbers: dict[str | None, int] = {None: -1}
+    found = [numbers.setdefault(t, len(numbers) - 1) for t in (_value(r, name) for r in records)]
+    del numbers[None]
+    return np.array(found, np.int64), [*numbers]  # pyright: ignore
+
+
+def is_text(records: Some, name: str, text: str) -> NDArray[np.bool_]:
+    """Whether a text field has this value: [n]."""
+    codes, known = coded(records, name)
+    return codes == (known.index(text) if text in known else -2)
+
+
+def among(records: Some, name: str, some: Container[str]) -> NDArray[np.bool_]:
+    """Whether a text field has one of some values: [n]."""
+    codes, known = coded(records, name)
+    unique, inverse = np.unique(codes, return_inverse=True)
+    return np.array([c >= 0 and known[c] in some for c in unique.tolist()], bool)[inverse]
+
+
+def distinct(records: Some, name: str) -> set[str]:
+    """The texts that a field has; a record without one is left out."""
+    codes, known = coded(records, name)
+    return {known[code] for code in np.unique(codes).tolist() if code >= 0}
+
+
 def texts(records: Some, name: str) -> NDArray[np.object_]:
     """A text field of each record, ``None`` where there is none: [n]."""
     if isinstance(records, Records):
-        return records.columns.texts(name)[records.places]
+        return records.columns.texts_of(name, records.places)
     found = np.empty(len(records), object)
     found[:] = [_value(r, name) for r in records]
     return found
@@ -204,15 +290,73 @@ def seeds(records: Some) -> NDArray[Any]:
 
 def prompt_refs(records: Some, name: str) -> NDArray[np.object_]:
     """A field of the reference to each record's prompt (`id`, `set`, `split`, `level`): [n]."""
+    codes, values = ref_codes(records, name)
+    return values[codes]
+
+
+def ref_codes(records: Some, name: str) -> tuple[Places, NDArray[np.object_]]:
+    """The same as numbers into a list of what prompts have."""
     if isinstance(records, Records):
-        codes, known = records.columns.codes("ref")
-        refs = records.columns.kept("refs", lambda: [json.loads(text) for text in known])
-        values = np.empty(len(refs), object)
-        values[:] = [{**_REF, **ref}[name] for ref in refs]
-        return values[codes[records.places]]
-    found = np.empty(len(records), object)
-    found[:] = [getattr(r.trial.prompt, name) for r in records]
+        columns = records.columns
+
+        def make() -> tuple[Places, NDArray[np.object_]]:
+            refs = _refs(columns)
+            of_refs, values = _of_refs(name, [{**_REF, **ref}[name] for ref in refs])
+            return of_refs[columns.codes("ref")[0]], values
+
+        codes, values = columns.kept(f"ref {name}", make)
+        return codes[records.places], values
+    return _of_refs(name, [getattr(r.trial.prompt, name) for r in records])
+
+
+def _of_refs(name: str, found: Sequence[Any]) -> tuple[Places, NDArray[np.object_]]:
+    if name != "tags":
+        return numbered(found)
+    values = np.empty(len(found), object)  # mappings, which cannot be told apart by a hash
+    values[:] = found
+    return np.arange(len(found)), values
+
+
+def _refs(columns: Columns) -> list[dict[str, Any]]:
+    """What unlike references to prompts say, by their numbers."""
+    return columns.kept("refs", lambda: [json.loads(text) for text in columns.codes("ref")[1]])
+
+
+def tags(records: Some) -> dict[str, set[str]]:
+    """The values that the prompts' own columns have."""
+    if isinstance(records, Records):
+        refs, codes = _refs(records.columns), coded(records, "ref")[0]
+        each = (refs[code].get("tags", {}) for code in np.unique(codes).tolist())
+    else:
+        each = (r.trial.prompt.tags for r in records)
+    found: dict[str, set[str]] = {}
+    for own in each:
+        for name, values in own.items():
+            found.setdefault(name, set()).update(values)
     return found
+
+
+def numbered(found: Sequence[Any]) -> tuple[Places, NDArray[np.object_]]:
+    """A list's values as numbers into those that are unlike, in the order of appearance: [n]."""
+    numbers: dict[Any, int] = {}
+    codes = np.array([numbers.setdefault(value, len(numbers)) for value in found], np.int64)
+    values = np.empty(len(numbers), object)
+    values[:] = [*numbers]
+    return codes, values
+
+
+def distinct_refs(records: Some, *names: str) -> set[tuple[Any, ...]]:
+    """What fields of the references to prompts have together."""
+    found = [ref_codes(records, name) for name in names]
+    _, firsts = grouped(*(codes for codes, _ in found))
+    parts = (values[codes[firsts]].tolist() for codes, values in found)
+    return set(zip(*parts, strict=True))
+
+
+def is_ref(records: Some, name: str, value: Any) -> NDArray[np.bool_]:
+    """Whether a field of the reference to each record's prompt has this value: [n]."""
+    codes, values = ref_codes(records, name)
+    return (values == value)[codes] if len(values) else np.zeros(len(codes), bool)
 
 
 def seconds(records: Some) -> Floats:
@@ -220,13 +364,15 @@ def seconds(records: Some) -> Floats:
     return numbers(records, "generate_s") + numbers(records, "encode_s")
 
 
-def flops(records: Some) -> list[Flops | None]:
-    """Operations of each record's image; ``None`` where they were not counted."""
+def flops(records: Some) -> tuple[Places, list[Flops]]:
+    """Operations of each record's image by number, -1 where they were not counted: [n]."""
     if not isinstance(records, Records):
-        return [r.flops for r in records]
+        numbers: dict[Flops | None, int] = {None: -1}
+        codes = [numbers.setdefault(r.flops, len(numbers) - 1) for r in records]
+        return np.array(codes, np.int64), [f for f in numbers if f is not None]
     codes, known = records.columns.codes("flops")
     made = records.columns.kept("flops", lambda: [from_json(Flops, json.loads(t)) for t in known])
-    return [made[code] if code >= 0 else None for code in codes[records.places].tolist()]
+    return codes[records.places], made
 
 
 def step_seconds(records: Some) -> Floats:
@@ -247,26 +393,26 @@ def has(records: Some, part: str) -> NDArray[np.bool_]:
     return np.array([getattr(r, part) is not None for r in records], bool)
 
 
+def moments(records: Some) -> NDArray[Any]:
+    """What sorts as the records' starts do: numbers, or the texts themselves: [n]."""
+    found = records.columns.moments() if isinstance(records, Records) else None
+    if found is None or not isinstance(records, Records):
+        return texts(records, "started_at")
+    return found[records.places]
+
+
 def in_time(records: Some) -> Some:
     """Records in the order of their starts; those of one moment stay as they are."""
-    started = texts(records, "started_at")
+    started = moments(records)
     if len(started) < 2 or bool(np.all(started[:-1] <= started[1:])):
         return records
-    return pick(records, np.array(sorted(range(len(started)), key=started.__getitem__)))
+    return pick(records, np.argsort(started, kind="stable"))
 
 
 def by_text(records: Some, name: str) -> dict[str, Places]:
     """The numbers of the records of each text, in the order in which texts first appear."""
-    if isinstance(records, Records):
-        codes, known = records.columns.codes(name)
-        mine = codes[records.places]
-        unique, first = np.unique(mine, return_index=True)
-        order = unique[np.argsort(first)]
-        return {known[code]: np.flatnonzero(mine == code) for code in order}
-    found: dict[str, list[int]] = {}
-    for number, text in enumerate(texts(records, name)):
-        found.setdefault(text, []).append(number)
-    return {text: np.array(numbers) for text, numbers in found.items()}
+    codes, known = coded(records, name)
+    return {known[codes[places[0]]]: places for places in split(codes)}
 
 
 def with_tags(records: Some, where: Mapping[str, str]) -> Some:
@@ -278,9 +424,8 @@ def with_tags(records: Some, where: Mapping[str, str]) -> Some:
     if not where:
         return records
     if isinstance(records, Records):
-        codes, known = records.columns.codes("ref")
-        right = np.array([fits(json.loads(text).get("tags", {})) for text in known], bool)
-        return pick(records, right[codes[records.places]])
+        right = np.array([fits(ref.get("tags", {})) for ref in _refs(records.columns)], bool)
+        return pick(records, right[coded(records, "ref")[0]])
     return [r for r in records if fits(r.trial.prompt.tags)]
 
 
@@ -299,9 +444,6 @@ def _runs(codes: Places) -> Iterator[tuple[int, int]]:
     return ((a, b) for a, b in itertools.pairwise(bounds) if b > a)
 
 
-# Scores ----------------------------------------------------------------------------------------
-
-
 def unlike(records: Some) -> Sequence[Record]:
     """One record for each unlike load, batch size, seed and request without its prompt."""
     if not isinstance(records, Records):
@@ -309,147 +451,28 @@ def unlike(records: Some) -> Sequence[Record]:
     columns = records.columns
     parts = [columns.codes(name)[0] for name in ("load", "asked")]
     parts += [columns.codes("init_image")[0] >= 0, columns.whole("batch_size")]
-    code = columns.kept("unlike", lambda: columns.grouped(*parts, columns.whole("seed"))[0])
+    code = columns.kept("unlike", lambda: grouped(*parts, columns.whole("seed"))[0])
     _, firsts = np.unique(code[records.places], return_index=True)
     return list(pick(records, np.sort(firsts)))
 
 
+def samples(records: Some) -> Sequence[Record]:
+    """One record for each unlike prompt, and one for each seed, the first of all among them."""
+    if not isinstance(records, Records):
+        return records
+
+    def make() -> list[Record]:
+        names = ("prompt", "negative_prompt", "init_image", "ref")
+        _, firsts = grouped(*(coded(records, name)[0] for name in names))
+        _, of_seeds = grouped(seeds(records))
+        return list(pick(records, np.union1d(firsts, of_seeds)))
+
+    return records.kept("samples", make)
+
+
 def prompts(records: Some) -> set[tuple[str, str | None]]:
     """Every prompt with its init image."""
-    return set(zip(texts(records, "prompt"), texts(records, "init_image"), strict=True))
-
-
-class Scores(Iterable[Score]):
-    """The last score of every metric, trial and image, as a view has them."""
-
-    def __init__(self, columns: Columns, places: Places) -> None:
-        """`places` are all scores of the view, the oldest first."""
-        self.columns, self._places = columns, places
-
-    def __iter__(self) -> Iterator[Score]:
-        for metric in self.metrics():
-            yield from self.of(metric)
-
-    def metrics(self) -> list[str]:
-        """Every metric, in the order in which they first appear."""
-        codes, names = self.columns.codes("metric")
-        unique, first = np.unique(codes[self._places], return_index=True)
-        return [names[code] for code in unique[np.argsort(first)]]
-
-    def details(self) -> list[dict[str, Any]]:
-        """Every detail that some score has, by its number."""
-        _, known = self.columns.codes("detail")
-        return self.columns.kept("details", lambda: [json.loads(text) for text in known])
-
-    def of_keys(self, keys: Iterable[str]) -> Iterator[Score]:
-        """The scores of some trials."""
-        import pyarrow as pa
-
-        pc: Any = importlib.import_module("pyarrow.compute")
-
-        found = pc.is_in(pa.array(self.columns.texts("key")), pa.array([*keys], pa.string()))
-        some = self._places[found.to_numpy(zero_copy_only=False)[self._places]]
-        for metric in self.metrics():
-            yield from self._made(metric, some)
-
-    def of(self, metric: str) -> Iterator[Score]:
-        """One metric's scores."""
-        return self._made(metric, self._places)
-
-    def _made(self, metric: str, places: Places) -> Iterator[Score]:
-        places = self._of(metric, places)
-        details = self.details()
-        found: dict[tuple[str, str], Score] = {}
-        parts = (self.columns.texts(n)[places].tolist() for n in ("key", "image"))
-        codes = self.columns.codes("detail")[0][places].tolist()
-        values = self.columns.numbers("value")[places].tolist()
-        for key, image, code, value in zip(*parts, codes, values, strict=True):
-            known = None if value != value else value
-            found[key, image] = Score(
-                metric=metric, key=key, image=image, value=known, detail=details[code]
-            )
-        yield from found.values()
-
-    def aligned(self, metric: str, columns: Columns) -> tuple[Places, Floats]:
-        """The number of each record's detail, -1 without a score, and its value: [all records]."""
-        import pyarrow as pa
-
-        pc: Any = importlib.import_module("pyarrow.compute")
-
-        places = self._of(metric, self._places)
-        where = columns.kept("keys", lambda: pa.array(columns.texts("key")))
-        keys = pa.array(self.columns.texts("key")[places])
-        # Trials that were made again have several records: the last score's image tells which.
-        images, known = self.columns.codes("image")
-        theirs, names = columns.codes("image")
-        same = pc.index_in(pa.array(names), pa.array(known)).fill_null(-1).to_numpy()
-        image_of = np.where(theirs >= 0, same[theirs], -1)
-        codes, values = np.full(columns.size, -1, np.int64), np.full(columns.size, np.nan)
-        own, scores = self.columns.codes("detail")[0][places], self.columns.numbers("value")[places]
-        first = pc.index_in(where, keys).fill_null(-1).to_numpy().astype(np.int64)
-        if len(pc.unique(keys)) == len(keys):
-            match = (first >= 0) & (images[places][first] == image_of)
-            codes[match], values[match] = own[first[match]], scores[first[match]]
-            return codes, values
-        last = {
-            w: n for n, w in enumerate(zip(keys.to_pylist(), images[places].tolist(), strict=True))
-        }
-        for number, key in enumerate(
-            zip(columns.texts("key").tolist(), image_of.tolist(), strict=True)
-        ):
-            at = last.get(key)
-            if at is not None:
-                codes[number], values[number] = own[at], scores[at]
-        return codes, values
-
-    def _of(self, metric: str, places: Places) -> Places:
-        codes, names = self.columns.codes("metric")
-        return places[codes[places] == names.index(metric)]
-
-
-# All of a journal ------------------------------------------------------------------------------
-
-
-def in_order(columns: Columns, shards: Sequence[str]) -> Records:
-    """Every record of a view in the order of its journal, whose shards are named in theirs."""
-    codes, names = columns.codes("shard")
-    ranks = {name: rank for rank, name in enumerate(shards)}
-    rank = np.array([ranks[name] for name in names], np.int64)[codes]
-    places, offsets = np.arange(columns.size), columns.whole("offset")
-    after = np.diff(rank)
-    if np.any(after < 0) or np.any((after == 0) & (np.diff(offsets) < 0)):
-        places = np.lexsort((offsets, rank))
-    return Records(columns, places)
-
-
-def last_of_each(records: Records, whole: Callable[[], Container[str]]) -> Records:
-    """The record that counts of each trial, in the order in which trials first appeared.
-
-    It is the last, but that an image that is `whole` wins over later failures.
-    """
-    codes = records.columns.kept("key codes", lambda: _encoded(records.columns))[records.places]
-    keys, firsts, counts = np.unique(codes, return_index=True, return_counts=True)
-    if counts.max(initial=0) <= 1:
-        return records
-    chosen = np.empty(int(codes.max()) + 1, np.int64)
-    chosen[codes] = np.arange(len(codes))
-    again = np.flatnonzero(np.isin(codes, keys[counts > 1]))
-    status, images = texts(pick(records, again), "status"), texts(pick(records, again), "image")
-    best: dict[int, int] = {}
-    for i, place in enumerate(again):
-        code = int(codes[place])
-        before = best.get(code)
-        failed_later = before is not None and status[before] == Status.OK != status[i]
-        if failed_later and str(images[before]) in whole():
-            continue
-        best[code] = i
-    for code, i in best.items():
-        chosen[code] = again[i]
-    return Records(records.columns, records.places[chosen[keys[np.argsort(firsts)]]])
-
-
-def _encoded(columns: Columns) -> Places:
-    import pyarrow as pa
-
-    found = pa.array(columns.texts("key")).dictionary_encode()
-    return found.indices.to_numpy().astype(np.int64)
+    (asked, known), (inits, files) = (coded(records, n) for n in ("prompt", "init_image"))
+    _, firsts = grouped(asked, inits)
+    pairs = zip(asked[firsts].tolist(), inits[firsts].tolist(), strict=True)
+    return {(known[prompt], files[init] if init >= 0 else None) for prompt, init in pairs}

@@ -24,9 +24,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.columns import Columns, Floats, Records, Some, by_text, has, numbers, pick, texts
+from sd35bench.columns import (
+    Columns,
+    Floats,
+    Records,
+    Some,
+    by_text,
+    coded,
+    grouped,
+    has,
+    is_text,
+    numbers,
+    pick,
+    texts,
+)
 from sd35bench.fields import setting_identity
 from sd35bench.types import CanaryFacts, Record, Session, Status, Surroundings
+from sd35bench.view import name_number
 
 TOLERANCE = 0.10
 REGIME = 0.8
@@ -89,11 +103,11 @@ def read_contention(records: Iterable[Record], sessions: Mapping[str, Session]) 
         series, session = pick(timed, places), sessions.get(session_id)
         marked += _stamps(pick(series, _judged(series)))
         seen, facts = readings(series), None if session is None else session.canary
-        if seen and facts is not None:
-            middles[session_id] = median(seen) * facts.best, facts.machine
+        if len(seen) and facts is not None:
+            middles[session_id] = middle(seen) * facts.best, facts.machine
             highest = facts.best * max(1.0, sustained(series))
             best[facts.machine] = max(best[facts.machine], highest)
-    speed = {key: middle / best[machine] for key, (middle, machine) in middles.items()}
+    speed = {key: found / best[machine] for key, (found, machine) in middles.items()}
     return Contention(frozenset(marked), speed, spans.overlapped())
 
 
@@ -177,7 +191,7 @@ def judge_session(series: Sequence[Record], facts: CanaryFacts) -> Contention:
     """Judge the timings of one session, in order of time."""
     marked = [stamp(r) for r, bad in zip(series, judge(series), strict=True) if bad]
     found, best = readings(series), max(1.0, sustained(series))
-    speed = {series[0].session_id: median(found) / best} if found else {}
+    speed = {series[0].session_id: middle(found) / best} if len(found) else {}
     return Contention(frozenset(marked), speed)
 
 
@@ -200,12 +214,12 @@ def judge(series: Some) -> list[bool]:
 def _judged(series: Some) -> NDArray[np.bool_]:
     before, after = _around(series)
     known = readings(series)
-    middle = median(known) if known else np.nan
+    usual = middle(known) if len(known) else np.nan
     highest, lowest = np.fmax(before, after), np.fmin(before, after)
     apart = highest - lowest > TOLERANCE * highest
-    off = (np.abs(x - middle) > TOLERANCE * middle for x in (before, after))
+    off = (np.abs(x - usual) > TOLERANCE * usual for x in (before, after))
     disturbed = np.logical_or.reduce([apart, *off])
-    return (disturbed & ~np.isnan(middle)) | _starved(series)
+    return (disturbed & ~np.isnan(usual)) | _starved(series)
 
 
 def between(series: Some) -> list[tuple[float | None, float | None]]:
@@ -232,10 +246,15 @@ def _carried(values: Floats) -> Floats:
     return np.where(last < 0, np.nan, values[last])
 
 
-def readings(series: Some) -> list[float]:
+def readings(series: Some) -> Floats:
     """All readings of a session, relative to its best; one that serves two trials counts twice."""
     found = np.stack([numbers(series, name) for name in ("canary_before", "canary_after")], axis=1)
-    return found[~np.isnan(found)].tolist()
+    return found[~np.isnan(found)]
+
+
+def middle(values: Floats) -> float:
+    """The median of at least one value."""
+    return float(np.median(values))
 
 
 def sustained(series: Some) -> float:
@@ -255,7 +274,7 @@ def _starved(series: Some) -> NDArray[np.bool_]:
         mine = works == work
         known = shares[mine & ~np.isnan(shares)]
         if len(known) >= LEAST_FOR_CPU:
-            usual[mine] = median(known.tolist())
+            usual[mine] = middle(known)
     return (numbers(series, "switches") > 0) & (shares < (1.0 - TOLERANCE) * usual)
 
 
@@ -271,7 +290,7 @@ def _works(series: Some) -> NDArray[np.int64]:
 def _all_works(columns: Columns) -> NDArray[np.int64]:
     init = columns.codes("init_image")[0] >= 0
     batch = columns.whole("batch_actual")
-    codes, firsts = columns.grouped(columns.codes("asked")[0], init, batch)
+    codes, firsts = grouped(columns.codes("asked")[0], init, batch)
     found: dict[object, int] = {}
     works = (_work(columns.record(i)) for i in firsts.tolist())
     return np.array([found.setdefault(work, len(found)) for work in works], np.int64)[codes]
@@ -315,12 +334,14 @@ class Timed:
 
 def choose(timed: Some, found: Contention) -> Timed:
     """Choose which of a setting's timings count: of one regime, undisturbed where most are."""
-    apart = pick(timed, ~_are_in(timed, found.overlapped))
+    apart = timed
+    if found.overlapped:
+        apart = pick(timed, ~_are_in(timed, found.overlapped))
     alike, speed = _one_regime(apart, found.speed)
     watched = int(_are_timed(timed).sum())
     counts = {OVERLAPPED: len(timed) - len(apart), SLOWER: len(apart) - len(alike)}
     left = Counter({why: count for why, count in counts.items() if count})
-    quiet = pick(alike, ~_are_in(alike, found.disturbed | found.overlapped))
+    quiet = pick(alike, ~_are_in(alike, found.disturbed))
     disturbed = len(alike) - len(quiet)
     marked = disturbed > len(quiet)
     if disturbed and not marked:
@@ -332,7 +353,19 @@ def choose(timed: Some, found: Contention) -> Timed:
 def _are_in(records: Some, stamps: frozenset[Stamp]) -> NDArray[np.bool_]:
     if not stamps:
         return np.zeros(len(records), bool)
+    if isinstance(records, Records):
+        columns = records.columns
+        return columns.kept(stamps, lambda: _marked(columns, stamps))[records.places]
     return np.array([stamp in stamps for stamp in _stamps(records)], bool)
+
+
+def _marked(columns: Columns, stamps: frozenset[Stamp]) -> NDArray[np.bool_]:
+    """Which of all records of a view are among these; only those of the same trials are read."""
+    known = columns.whole("number")
+    found = np.isin(known, np.array([name_number(key) for _, key, _ in stamps]))
+    near = Records(columns, np.flatnonzero(found))
+    found[near.places] = [stamp in stamps for stamp in _stamps(near)]
+    return found
 
 
 def unlike(one: float | None, other: float | None) -> bool:
@@ -344,14 +377,14 @@ def unlike(one: float | None, other: float | None) -> bool:
 
 def _one_regime(timed: Some, speed: Mapping[str, float]) -> tuple[Some, float | None]:
     """The timings of the fastest regime that made enough of them, and its median speed."""
-    ids = texts(timed, "session_id").tolist()
-    own = np.array([speed.get(name, np.nan) for name in ids], np.float64)
-    for fastest in sorted({float(v) for v in own[~np.isnan(own)]}, reverse=True):
+    codes, names = coded(timed, "session_id")
+    own = np.array([speed.get(name, np.nan) for name in names], np.float64)[codes]
+    for fastest in np.unique(own[~np.isnan(own)])[::-1].tolist():
         filled = np.where(np.isnan(own), fastest, own)
         members = (filled >= REGIME * fastest) & (filled <= fastest)
         if members.sum() >= _LEAST_SHARE * len(timed):
             seen = own[members & ~np.isnan(own)]
-            return pick(timed, members), median(seen.tolist())
+            return timed if members.all() else pick(timed, members), middle(seen)
     return timed, None
 
 
@@ -399,7 +432,7 @@ def clock_text(settings: Iterable[Timed], speeds: Mapping[str, float]) -> str | 
 
 
 def _are_timed(records: Some) -> NDArray[np.bool_]:
-    return (texts(records, "status") == Status.OK) & has(records, "surroundings")
+    return is_text(records, "status", Status.OK) & has(records, "surroundings")
 
 
 def is_timed(record: Record) -> bool:

@@ -414,14 +414,14 @@ def pair_identity(request: Request) -> tuple[Any, ...]:
     """What two images share that are compared; later fields only off their neutral value."""
     values = ((name, getattr(request, name)) for name in _LATER_PAIR)
     later = (item for item in values if item[1] != FIELDS[item[0]].neutral)
-    return (*(getattr(request, name) for name in _FIRST_PAIR), *later)
+    return (*(getattr(request, name) for name in FIRST_PAIR), *later)
 
 
 def pair_fields(identity: tuple[Any, ...]) -> dict[str, Any]:
     """The fields (`PAIR`) that made a `pair_identity`; later fields with their neutral value."""
     later = {name: FIELDS[name].neutral for name in _LATER_PAIR}
-    first = len(_FIRST_PAIR)
-    return {**dict(zip(_FIRST_PAIR, identity, strict=False)), **later, **dict(identity[first:])}
+    first = len(FIRST_PAIR)
+    return {**dict(zip(FIRST_PAIR, identity, strict=False)), **later, **dict(identity[first:])}
 
 
 def work_identity(request: Request) -> tuple[Any, ...]:
@@ -456,7 +456,8 @@ def is_unasked(name: str, value: Any) -> bool:
     return value == field.quiet if field.unasked is None else value in (field.unasked, None)
 
 
-_FIRST_PAIR = tuple(name for name in PAIR if FIELDS[name].neutral is KEYED)
+FIRST_PAIR = tuple(name for name in PAIR if FIELDS[name].neutral is KEYED)
+"""Those of them that every pair has, in the order of `pair_identity`."""
 _LATER_PAIR = tuple(name for name in PAIR if FIELDS[name].neutral is not KEYED)
 _SETTING_FIELDS = tuple((f.name, f) for f in _FIELDS if f.setting)
 _FLOATS = frozenset(f.name for f in _FIELDS if get_args(f.takes)[:1] == (float,))

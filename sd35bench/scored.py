@@ -2,8 +2,8 @@
 
 To find that out takes loading the evaluators (10 s and 900 MB) and a look at every record. What was
 found is kept in `view/scored.json` beside what it was found from: the journal, the scores, the
-features, the images that are whole, this code, and the caches in which weights may appear. The verb
-`score` looks anew.
+features, the image folders, which images were found whole, this code, and the caches in which
+weights may appear. The verb `score` looks anew.
 """
 
 import hashlib
@@ -46,9 +46,7 @@ def _file(study: Study) -> Path:
 
 
 def _state(study: Study) -> str:
-    whole = study.images().whole
-    digests = sum(int(digest[:15], 16) for digest in whole) % (1 << 64)
-    parts: list[Any] = [len(whole), digests, [os.environ.get(name) for name in _SAY_WHERE]]
+    parts: list[Any] = [study.image_changes(), [os.environ.get(name) for name in _SAY_WHERE]]
     for folder in ("journal", "scores", "features", "references"):
         parts += _listed(study.path / folder)
     for folder in (_PACKAGE / "metrics", _PACKAGE / "nano", _PACKAGE / "score.py"):

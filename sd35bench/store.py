@@ -31,9 +31,10 @@ import numpy as np
 from sd35bench.columns import (
     Columns,
     Records,
-    Scores,
-    in_order,
-    last_of_each,
+    among,
+    distinct,
+    is_text,
+    pick,
     texts,
     with_tags,
 )
@@ -48,6 +49,7 @@ from sd35bench.disk import (
 )
 from sd35bench.errors import StoreError, StudyLocked
 from sd35bench.journal import Journal, Shard, Shards, new_shard_id, read_score, shard_order
+from sd35bench.latest import Scores, in_order, last_of_each
 from sd35bench.pictures import decode_rgb
 from sd35bench.stored import Scan, StoredFiles, is_named
 from sd35bench.types import (
@@ -182,10 +184,10 @@ class Study:
 
     def done_keys(self) -> set[str]:
         """Keys of the trials that succeeded and whose image is still there, and whole."""
-        there = self.images().whole
         records = self.records()
-        found = zip(*(texts(records, name) for name in ("key", "status", "image")), strict=True)
-        return {key for key, status, image in found if status == Status.OK and image in there}
+        done = is_text(records, "status", Status.OK)
+        done &= among(records, "image", self.images().whole)
+        return set(texts(pick(records, done), "key").tolist())
 
     def check_view(self) -> str | None:
         """What is wrong with the view, by all of its bytes. Raises: StoreError."""
@@ -217,6 +219,20 @@ class Study:
         Raises: StoreError where the folder cannot be read.
         """
         return self._images.scan()
+
+    def image_changes(self) -> list[list[int]]:
+        """What changes where images were added, removed, or found to be others."""
+        return self._images.changes()
+
+    def has_image(self) -> bool:
+        """Whether a trial succeeded whose image is still there, and whole."""
+        records = self.records()
+        made = pick(records, is_text(records, "status", Status.OK))
+        for digest in distinct(made, "image"):
+            with contextlib.suppress(StoreError):
+                if self._images.path(digest) is not None:
+                    return True
+        return False
 
     def put_image(self, data: bytes, suffix: str) -> str:
         """Keep an image file under its SHA-256 and return that; a damaged one is put aside."""

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from sd35bench.disk import read_regular, write_atomic
 from sd35bench.errors import StoreError
 
@@ -23,6 +25,7 @@ DAMAGED = ".damaged"
 """Ending of a damaged file's name once a whole one has taken its place."""
 _STORED = re.compile(r"[0-9a-f]{64}\.[a-z]+")
 _Stamp = tuple[int, ...]
+_STAMPS = msgspec.json.Decoder(dict[str, _Stamp])
 """Size, inode, times of change in ns; empty: its bytes were found to be others."""
 
 
@@ -152,6 +155,12 @@ class StoredFiles:
                 write_atomic(self._checked, json.dumps(known).encode())
                 self._changed = False
 
+    def changes(self) -> list[list[int]]:
+        """What changes where a file is added or removed, or `scan` or `read` found one changed."""
+        paths = sorted(path for path in self._folder.glob("*") if path.is_dir())
+        found = [path.stat() for path in (*paths, self._checked) if path.exists()]
+        return [[at.st_size, at.st_mtime_ns] for at in found]
+
     @property
     def _checked(self) -> Path:
         return self._folder.parent / f".{self._folder.name}{CHECKED}"
@@ -163,9 +172,8 @@ class StoredFiles:
 
     def _load(self) -> dict[str, _Stamp]:
         try:
-            found = json.loads(read_regular(self._checked)[0])
-            return {str(digest): tuple(stamp) for digest, stamp in found.items()}
-        except (StoreError, ValueError, TypeError, AttributeError, RecursionError):
+            return _STAMPS.decode(read_regular(self._checked)[0])
+        except (StoreError, msgspec.MsgspecError, RecursionError):
             return {}
 
     def _is_known(self, digest: str, found: os.stat_result) -> bool:

@@ -5,8 +5,10 @@
     view/scores/…                   the same of scores
 
 A record takes 60 µs to parse and 2 kB of memory, so a million of them a minute and 2 GB; as columns
-they take 1 s and 300 MB. The journal stays the truth. A part says by file, place and length where
-each record's line is, and whoever needs the whole record gets it from there.
+they take 1 s and 300 MB. Texts that nearly every record has for itself are columns of whole numbers
+too, which sort and match 20 times faster: `number` and `where` (`name_number`), and `moment`. The
+journal stays the truth. A part says by file, place and length where each record's line is, and
+whoever needs the whole record gets it from there.
 
 Only what was appended to the journal is parsed again. A shard that is another file than the one
 that was covered (by size, inode and times) is hashed; where its covered bytes are others, or where
@@ -21,6 +23,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from sd35bench.types import Session, Status
 
 LEAST_BYTES = 8_000_000
 """Of a smaller journal (some 5,000 records) no view is kept: reading it takes half a second."""
-VERSION = 1
+VERSION = 2
 FOLDER = "view"
 _FREE = ("prompt", "negative_prompt", "seed", "init_image")
 _RECORD = b'{"kind":"record",'
@@ -114,7 +117,7 @@ CODED = tuple(n for n in _TEXTS if n not in ("key", "started_at"))
 WHOLE = (
     *("offset", "length", "batch_size", "batch_actual", "image_bytes", "effective_steps"),
     *("evaluations", "truncated_tokens", "peak_rss_bytes", "peak_vram_bytes"),
-    *("peak_allocator_bytes", "switches", "seed"),
+    *("peak_allocator_bytes", "switches", "seed", "number", "where", "moment"),
 )
 _FLOATS = (
     *("generate_s", "encode_s", "text_s", "denoise_s", "decode_s"),
@@ -127,6 +130,36 @@ OWN = (
     *("status", "session_id", "started_at", "error", "image", "latents", "batch_actual"),
     *("image_bytes", "effective_steps", "evaluations", "truncated_tokens"),
 )
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FORMS = {25: "seconds", 29: "milliseconds", 32: "microseconds"}
+
+
+def name_number(*names: str) -> int:
+    """A number of 64 bits for a name; two of 10^6 share one in 3 of 10^8 studies.
+
+    A trial's key and the digest of its image together say which score is a record's.
+    """
+    digest = hashlib.blake2b("\0".join(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def moment_number(text: str) -> int | None:
+    """A number that sorts as the text of a moment does; ``None`` for a text of another form.
+
+    Of one microsecond, a text with fewer digits comes first.
+    """
+    form = _FORMS.get(len(text))
+    if form is None or not text.endswith("+00:00"):
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    if at.isoformat(timespec=form) != text:
+        return None
+    return (at - _EPOCH) // timedelta(microseconds=1) * 4 + [*_FORMS.values()].index(form)
 
 
 def _text(value: Any) -> str | None:
@@ -490,6 +523,10 @@ class JournalView(ParquetView):
         found["step_s"] = [None if r.timings is None else r.timings.step_s for r in rows]
         trials = [r.trial for r in rows]
         found |= {n: [getattr(t, n) for t in trials] for n in ("key", "batch_size")}
+        found["number"] = [name_number(key) for key in found["key"]]
+        named = zip(found["key"], found["image"], strict=True)
+        found["where"] = [name_number(key, image or "") for key, image in named]
+        found["moment"] = [moment_number(text) for text in found["started_at"]]
         found["load"] = [_text(t.load) for t in trials]
         found["ref"] = [_text(t.prompt) for t in trials]
         found["flops"] = [_text(r.flops) for r in rows]
@@ -520,7 +557,8 @@ class ScoreView(ParquetView):
 
         coded = pa.dictionary(pa.int32(), pa.string())
         texts = ((name, coded) for name in ("shard", *self.coded))
-        rest = [("key", pa.string()), ("offset", pa.int64()), ("value", pa.float64())]
+        whole = (("offset", pa.int64()), ("where", pa.int64()))
+        rest = [("key", pa.string()), *whole, ("value", pa.float64())]
         return pa.schema([*texts, *rest])
 
     def row(self, line: bytes) -> Any:
@@ -531,4 +569,5 @@ class ScoreView(ParquetView):
         """Columns of one shard's scores."""
         found = {n: [getattr(r, n) for r in rows] for n in ("metric", "key", "image", "value")}
         found |= {"shard": [shard] * len(rows), "offset": [offset for offset, _ in places]}
+        found["where"] = [name_number(r.key, r.image) for r in rows]
         return found | {"detail": [json.dumps(r.detail) if r.detail else "{}" for r in rows]}

@@ -3,9 +3,9 @@
     python -m tests.scale --records 1000 10000 100000 1000000 --folder /tmp/scale
 
 makes each study once (10 loads x 20 settings x so many prompts; ten records share an image, as
-backends do that agree to the bit) and prints a table row for each verb: seconds of wall and CPU,
-the largest resident set, and what was written. The journal's lines, scores and images are those
-of a real study of SD3.5 Medium with CLIP-score; trial keys are made up.
+backends do that agree to the bit) and prints the commit, the machine, and a table row for each
+verb: seconds of wall and CPU, and the largest resident set. The journal's lines, scores and images
+are those of a real study of SD3.5 Medium with CLIP-score; trial keys are made up.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sd35bench.journal import new_shard_id
+from sd35bench.measure import environment
 from sd35bench.scored import keep_scored
 from sd35bench.store import Score, Study
 from sd35bench.types import (
@@ -305,6 +306,16 @@ def rows(folder: Path, sizes: list[int], only: list[str]) -> Iterator[str]:
             )
 
 
+def machine() -> str:
+    """What measured, and of which commit."""
+    found = environment()
+    commit = f"{found['commit'] or 'unknown'}"[:7] + (", changed since" if found["dirty"] else "")
+    return (
+        f"commit {commit}; {found['cpu_model']}, {found['cpu_count']} cores; n = 1 run of each"
+        f" command; {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
+    )
+
+
 def main(write: Callable[[str], object] = print) -> int:
     """Make what is missing, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.scale", description=__doc__)
@@ -313,6 +324,7 @@ def main(write: Callable[[str], object] = print) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where studies are, or go")
     parser.add_argument("--only", nargs="+", default=[], metavar="VERB", help="these verbs alone")
     found = parser.parse_args()
+    write(f"{machine()}\n")
     write("| records | command | wall (s) | CPU (s) | peak (MB) |")
     write("| ---: | --- | ---: | ---: | ---: |")
     for line in rows(found.folder, found.records, found.only):

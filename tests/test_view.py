@@ -253,6 +253,7 @@ def documents(path: Path) -> list[str]:
     return [json.dumps(show), json.dumps(advice), page]
 
 
+@pytest.mark.slow  # tests/test_columns.py holds a study of more kinds, and fewer settings
 def test_documents_are_the_same_to_the_digit_with_and_without_a_view(study, monkeypatch):
     failing = [r for r in by_line(study) if r.status is Status.OK][::97]
     append(study, *(replace(r, image_bytes=1) for r in failing))

@@ -21,7 +21,7 @@ from sd35bench.analysis.quality import facts
 from sd35bench.analysis.settings import PairKey, pair_clusters, pair_keys
 from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
-from sd35bench.columns import Some, numbers, pick, prompt_refs, seconds, texts
+from sd35bench.columns import Some, distinct_refs, is_text, numbers, pick, seconds, texts
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import sequences
 from sd35bench.stats.clustered import mean_bounds, mean_t
@@ -47,23 +47,29 @@ class Candidate:
     latency_s: dict[PairKey, float]
     work: float
     refused: frozenset[str] = frozenset()
+    _tried: list[tuple[Some, Some]] = field(default_factory=list, init=False, compare=False)
 
     @property
     def tried(self) -> Some:
         """Trials of the batch sizes that made images, but for those that a stopped run skipped."""
-        records = self.row.records
-        sizes = np.unique(numbers(self.row.usable, "batch_size"))
-        made = np.isin(numbers(records, "batch_size"), sizes)
-        return pick(records, made & (texts(records, "status") != Status.SKIPPED))
+        return self._outcome()[0]
 
     @property
     def failed(self) -> Some:
         """Those of `tried` that made no image, or one that is refused."""
-        tried = self.tried
-        lost = texts(tried, "status") != Status.OK
-        if self.refused:
-            lost |= np.array([key in self.refused for key in texts(tried, "key")], bool)
-        return pick(tried, lost)
+        return self._outcome()[1]
+
+    def _outcome(self) -> tuple[Some, Some]:
+        if not self._tried:
+            records = self.row.records
+            sizes = np.unique(numbers(self.row.usable, "batch_size"))
+            made = np.isin(numbers(records, "batch_size"), sizes)
+            tried = pick(records, made & ~is_text(records, "status", Status.SKIPPED))
+            lost = ~is_text(tried, "status", Status.OK)
+            if self.refused:
+                lost |= np.array([key in self.refused for key in texts(tried, "key")], bool)
+            self._tried.append((tried, pick(tried, lost)))
+        return self._tried[0]
 
     def lone_images(self, by_negative: bool) -> dict[PairKey, LoneImage]:
         """Images made alone by pair, or by what is left of it without the negative prompt."""
@@ -98,21 +104,34 @@ class Comparison:
     clusters: NDArray[np.int64]
     left_out: list[tuple[Candidate, str]]
     lacking: dict[int, int] = field(default_factory=dict)
-    _differences: dict[int, list[Interval]] = field(default_factory=dict, repr=False)
+    _means: dict[int, Interval] = field(default_factory=dict, repr=False)
+    _differences: dict[tuple[int, int], list[Interval]] = field(default_factory=dict, repr=False)
 
     def mean(self, index: int) -> Interval:
         """One candidate's mean quality."""
-        bounds = (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
-        return mean_t(self.quality[index], self.clusters, bounds=bounds)
+        if index not in self._means:
+            bounds = (0.0, 1.0) if self.metric == EDIT_QUALITY else facts(self.metric).bounds
+            self._means[index] = mean_t(self.quality[index], self.clusters, bounds=bounds)
+        return self._means[index]
 
     def differences(self, index: int) -> list[Interval]:
         """Mean paired differences of quality: `index` minus every candidate, itself included."""
-        if index not in self._differences:
-            self._differences[index] = self._differ(index)
-        return self._differences[index]
+        return self._signed(index, 1)
 
-    def _differ(self, index: int) -> list[Interval]:
-        paired = self.quality[index] - self.quality
+    def differences_from(self, index: int) -> list[Interval]:
+        """The same the other way round: every candidate minus `index`."""
+        return self._signed(index, -1)
+
+    def _signed(self, index: int, sign: int) -> list[Interval]:
+        if (index, sign) not in self._differences:
+            paired = self.quality[index] - self.quality
+            if sign < 0:
+                paired = self.quality - self.quality[index]
+            self._differences[index, sign] = self._intervals(paired)
+        return self._differences[index, sign]
+
+    def _intervals(self, paired: NDArray[np.float64]) -> list[Interval]:
+        """The mean of each row of paired differences [S, n]."""
         counts = np.bincount(self.clusters).astype(np.float64)
         n, k = paired.shape[1], len(counts)
         if k < 2:
@@ -260,7 +279,7 @@ def _why_left_out(
     if not own:
         return f"not scored: none of its {len(candidate.row.usable)} images has {metric}"
     if shared and not shared & own.keys():
-        sets = sorted(set(prompt_refs(candidate.row.quality_records(), "set")))
+        sets = sorted(name for (name,) in distinct_refs(candidate.row.quality_records(), "set"))
         return f"judged on other prompts: {len(own)} pairs of {', '.join(sets)}"
     return f"too few pairs: {len(own)}"
 
@@ -294,7 +313,7 @@ def _quality(table: Table, row: Row, names: list[str]) -> dict[PairKey, float]:
 
 def _refused(table: Table, row: Row) -> frozenset[str]:
     """Keys of the trials that ended OK with an image that the guards refused."""
-    ok = pick(row.records, texts(row.records, "status") == Status.OK)
+    ok = pick(row.records, is_text(row.records, "status", Status.OK))
     found = table.scores.found(GUARD, ok)
     return frozenset(texts(pick(ok, found.there & ~(np.abs(found.values) > 0.0)), "key"))
 

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.reference import (
-    read_reference,
-)
+from sd35bench.analysis.reference import read_reference
+from sd35bench.analysis.scores import Found
 from sd35bench.analysis.set_metrics import FRECHET, compute
-from sd35bench.analysis.settings import cluster_key, cluster_labels
-from sd35bench.analysis.table import Row, ScoreLike, Table
-from sd35bench.columns import Floats, Some, pick, prompt_refs
+from sd35bench.analysis.settings import cluster_labels
+from sd35bench.analysis.table import Row, Table
+from sd35bench.columns import Floats, Some, distinct_refs, is_ref, pick, texts
 from sd35bench.errors import MetricError
+from sd35bench.prompts import same_prompt
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.kernel import Sample
-from sd35bench.types import Record, Task
+from sd35bench.types import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,7 @@ def row_metric(study: Any, table: Table, row: Row, metric: str) -> dict[str, Any
         return _nothing("not applicable, or not scored: no image of this setting has it")
     first = found.detail(int(np.argmax(found.there)))
     if "extractor" in first:
-        scored = ((r, table.score(metric, r)) for r in records)
-        return _set_metric(study, [(r, s) for r, s in scored if s is not None])
+        return _set_metric(study, pick(records, found.there), found)
     if not found.valued.any():
         return _nothing(str(first.get("reason", "no value for any image")))
     valued, values = pick(records, found.valued), found.values[found.valued]
@@ -93,27 +92,29 @@ def _mean(metric: str, records: Some, values: Floats) -> Interval:
 
 
 def _levels(metric: str, records: Some, values: Floats) -> dict[str, Any] | None:
-    levels = prompt_refs(records, "level")
     found = {}
-    for level in sorted({level for level in levels if level is not None}):
-        mine = levels == level
+    for level in sorted(v for (v,) in distinct_refs(records, "level") if v is not None):
+        mine = is_ref(records, "level", level)
         found[level] = _entry(_mean(metric, pick(records, mine), values[mine]))
     return found if found else None
 
 
-def _set_metric(study: Any, found: list[tuple[Record, ScoreLike]]) -> dict[str, Any]:
-    detail = found[-1][1].detail
+def _set_metric(study: Any, scored: Some, found: Found) -> dict[str, Any]:
+    codes = found.codes[found.there]
+    detail = found.details[codes[-1]]
     extractor, name, need = detail["extractor"], detail["reference"], detail["min_images"]
-    records = [r for r, s in found if s.detail == detail]
+    alike = [code for code in np.unique(codes).tolist() if found.details[code] == detail]
+    records = pick(scored, np.isin(codes, alike))
     if name is None or len(records) < need:
         reason = f"refused: {extractor} needs {need} images, there are {len(records)}"
         return _nothing(reason) | {"n": len(records), "needs": need}
     reference = read_reference(study, name)
     kept = study.features(extractor)
-    gone = sum(r.image not in kept for r in records)
+    digests = texts(records, "image").tolist()
+    gone = sum(digest not in kept for digest in digests)
     if gone:
         return _nothing(f"features of {gone} images are gone; sd35bench score makes them again")
-    images = Sample(np.stack([kept[str(r.image)] for r in records]), _prompts(records))
+    images = Sample(np.stack([kept[digest] for digest in digests]), _prompts(records))
     parameters = detail.get("parameters", {})
     try:
         interval, more = compute(detail.get("statistic", FRECHET), images, reference, parameters)
@@ -123,9 +124,10 @@ def _set_metric(study: Any, found: list[tuple[Record, ScoreLike]]) -> dict[str, 
     return _entry(interval) | about | {"reference_n": reference.gaussian.n} | more
 
 
-def _prompts(records: list[Record]) -> NDArray[np.str_]:
+def _prompts(records: Some) -> NDArray[np.str_]:
     """What resampling draws together, as text, so that a reference's prompts can be matched."""
-    keys = (cluster_key(r.trial) for r in records)
+    asked = (texts(records, name).tolist() for name in ("prompt", "init_image"))
+    keys = ((same_prompt(prompt), init) for prompt, init in zip(*asked, strict=True))
     return np.array([p if init is None else f"{init} {p}" for p, init in keys])
 
 

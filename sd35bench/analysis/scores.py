@@ -1,14 +1,15 @@
 """Scores by metric, trial and image, whether they are a list or a large study's Parquet view."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.columns import Floats, Records, Scores, Some, texts
+from sd35bench.columns import Floats, Records, Some, texts
+from sd35bench.latest import Scores
 
 Where = tuple[str, str]
 """Trial key and image digest."""
@@ -31,20 +32,34 @@ class ScoreLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One metric's scores of some records [n]: where there is one, and its value, NaN for none."""
+    """One metric's scores of some records [n]: the number of its detail, and its value.
 
-    there: NDArray[np.bool_]
+    A record without a score has -1 and NaN, one whose score is no number NaN alone.
+    """
+
+    codes: NDArray[np.int64]
     values: Floats
-    detail: Callable[[int], dict[str, Any]]
+    details: Sequence[dict[str, Any]]
+
+    @property
+    def there(self) -> NDArray[np.bool_]:
+        """Where there is a score."""
+        return self.codes >= 0
 
     @property
     def valued(self) -> NDArray[np.bool_]:
         """Where there is a number."""
         return self.there & ~np.isnan(self.values)
 
+    def detail(self, number: int) -> dict[str, Any]:
+        """What the score of one record says besides its value; one without a score is an error."""
+        return self.details[self.codes[number]]
+
     def count(self, name: str) -> int:
         """How many have a detail that is true."""
-        return sum(bool(self.detail(i).get(name)) for i in np.flatnonzero(self.there).tolist())
+        codes, counts = np.unique(self.codes[self.there], return_counts=True)
+        found = zip(codes.tolist(), counts.tolist(), strict=True)
+        return sum(count for code, count in found if self.details[code].get(name))
 
 
 class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
@@ -78,36 +93,20 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
     def found(self, metric: str, records: Some) -> Found:
         """One metric's scores of records, for the images that they have now."""
         if metric not in self._names:
-            return Found(np.zeros(len(records), bool), np.full(len(records), np.nan), _nothing)
+            return Found(np.full(len(records), -1), np.full(len(records), np.nan), ())
         if self._view is not None and isinstance(records, Records):
             return self._columns(metric, records)
-        known, where = (
-            self[metric],
-            zip(texts(records, "key"), texts(records, "image"), strict=True),
-        )
+        known = self[metric]
+        where = zip(texts(records, "key"), texts(records, "image"), strict=True)
         scores = [known.get((key, image or "")) for key, image in where]
         values = [np.nan if s is None or s.value is None else s.value for s in scores]
-        there = np.array([s is not None for s in scores], bool)
-
-        def detail(number: int) -> dict[str, Any]:
-            score = scores[number]
-            return {} if score is None else score.detail
-
-        return Found(there, np.array(values, np.float64), detail)
+        codes = np.where([s is not None for s in scores], np.arange(len(scores)), -1)
+        details = [{} if s is None else s.detail for s in scores]
+        return Found(codes.astype(np.int64), np.array(values, np.float64), details)
 
     def _columns(self, metric: str, records: Records) -> Found:
         assert self._view is not None
         if metric not in self._aligned:
             self._aligned[metric] = self._view.aligned(metric, records.columns)
-        every, all_values = self._aligned[metric]
-        codes, values = every[records.places], all_values[records.places]
-        details = self._view.details()
-
-        def detail(number: int) -> dict[str, Any]:
-            return details[codes[number]]
-
-        return Found(codes >= 0, values, detail)
-
-
-def _nothing(_: int) -> dict[str, Any]:
-    return {}
+        codes, values = self._aligned[metric]
+        return Found(codes[records.places], values[records.places], self._view.details())

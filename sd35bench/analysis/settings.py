@@ -5,9 +5,7 @@ is what two trials must share to be compared image by image. Both are computed f
 a study, so they build plain tuples and hash a setting only once.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.columns import Columns, Records, Some
-from sd35bench.fields import PAIR, asked_fields, pair_identity, setting_identity
+from sd35bench.columns import (
+    Columns,
+    Records,
+    Some,
+    coded,
+    dense,
+    distinct,
+    grouped,
+    numbered,
+    pick,
+)
+from sd35bench.fields import FIRST_PAIR, asked_fields, pair_identity, setting_identity
 from sd35bench.prompts import same_prompt
-from sd35bench.types import Load, Record, Trial, content_hash, to_json
+from sd35bench.types import Load, Record, Request, Trial, content_hash, to_json
 
 PairKey = tuple[Any, ...]
 HELD_OUT = "heldout"
@@ -37,25 +45,50 @@ def pair_key(trial: Trial) -> PairKey:
 
 def setting_keys(records: Some) -> NDArray[np.object_]:
     """The setting of each record: [n]."""
+    codes, known = setting_codes(records)
+    return np.array([*known, None], object)[codes]
+
+
+def setting_codes(records: Some) -> tuple[NDArray[np.int64], list[str]]:
+    """The setting of each record as a number into a list of settings: [n]."""
     if isinstance(records, Records):
         columns = records.columns
-        return columns.kept("settings", lambda: _settings(columns))[records.places]
-    return np.array([setting_key(r.trial) for r in records], object)
+        codes, known = columns.kept("settings", lambda: _settings(columns))
+        return codes[records.places], known
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(setting_key(r.trial), len(numbers)) for r in records]
+    return np.array(codes, np.int64), [*numbers]
 
 
-def tasks(records: Some) -> list[str]:
-    """The task of each record, by its name."""
+Numbered = tuple[NDArray[np.int64], NDArray[np.object_]]
+"""A number of each record into a list of values."""
+
+
+def of_requests(records: Some, name: str, value: Callable[[Request], Any]) -> Numbered:
+    """What each request says besides its texts and seed: [n]; kept under a name."""
     if not isinstance(records, Records):
-        return [r.trial.request.task.value for r in records]
+        return numbered([value(r.trial.request) for r in records])
     columns = records.columns
 
-    def make() -> NDArray[np.object_]:
+    def make() -> Numbered:
         init = columns.codes("init_image")[0] >= 0
-        codes, firsts = columns.grouped(columns.codes("asked")[0], init)
-        found = [columns.record(i).trial.request.task.value for i in firsts.tolist()]
-        return np.array(found, object)[codes]
+        codes, firsts = grouped(columns.codes("asked")[0], init)
+        found = numbered([value(columns.record(i).trial.request) for i in firsts.tolist()])
+        return found[0][codes], found[1]
 
-    return columns.kept("tasks", make)[records.places].tolist()
+    codes, found = columns.kept(f"requests {name}", make)
+    return codes[records.places], found
+
+
+def tasks(records: Some) -> Numbered:
+    """The task of each record by number into a list of names: [n]."""
+    return of_requests(records, "task", lambda request: request.task.value)
+
+
+def pair_codes(records: Records) -> tuple[NDArray[np.int64], int]:
+    """A number for the pair of each record of a view [n], and how many pairs the view has."""
+    codes, keys, _ = _pairs(records.columns)
+    return codes[records.places], len(keys)
 
 
 def pair_keys(records: Some) -> list[PairKey]:
@@ -70,35 +103,49 @@ def cluster_labels(records: Some) -> NDArray[np.int64]:
     """Give each record its prompt's number (with its init image), in order of appearance: [n]."""
     if isinstance(records, Records):
         codes, _, prompts = _pairs(records.columns)
-        found = prompts[codes[records.places]].tolist()
-    else:
-        found = [cluster_key(r.trial) for r in records]
+        return dense(prompts[codes[records.places]])
     numbers: dict[Any, int] = {}
+    found = (cluster_key(r.trial) for r in records)
     return np.array([numbers.setdefault(k, len(numbers)) for k in found], np.int64)
 
 
-def _settings(columns: Columns) -> NDArray[np.object_]:
+def _settings(columns: Columns) -> tuple[NDArray[np.int64], list[str]]:
     """The setting of every record of a view; one record of each load and request is looked at."""
     init = columns.codes("init_image")[0] >= 0
-    codes, firsts = columns.grouped(columns.codes("load")[0], columns.codes("asked")[0], init)
-    return np.array([setting_key(columns.record(i).trial) for i in firsts.tolist()], object)[codes]
+    codes, firsts = grouped(columns.codes("load")[0], columns.codes("asked")[0], init)
+    numbers: dict[str, int] = {}
+    found = (setting_key(columns.record(i).trial) for i in firsts.tolist())
+    each = np.array([numbers.setdefault(key, len(numbers)) for key in found], np.int64)
+    return each[codes], [*numbers]
+
+
+_FREE = ("prompt", "negative_prompt", "init_image", "seed")
+"""What of a pair is a column of its own; one record of each request says the rest."""
 
 
 def _pairs(columns: Columns) -> tuple[NDArray[np.int64], list[PairKey], NDArray[np.int64]]:
     """A number for the pair of every record of a view, each pair, and the number of its prompt."""
 
     def make() -> tuple[NDArray[np.int64], list[PairKey], NDArray[np.int64]]:
-        asked, texts = columns.codes("asked")
-        numbers: dict[str, int] = {}
-        of_asked = [json.loads(text) for text in texts]
-        parts = [repr([a.get(name) for name in PAIR]) for a in of_asked]
-        part = np.array([numbers.setdefault(p, len(numbers)) for p in parts], np.int64)[asked]
-        free = (columns.codes(n)[0] for n in ("prompt", "negative_prompt", "init_image"))
-        codes, firsts = columns.grouped(*free, columns.whole("seed"), part)
-        trials = [columns.record(i).trial for i in firsts.tolist()]
+        asked, samples = grouped(columns.codes("asked")[0])
+        like = [pair_key(columns.record(i).trial) for i in samples.tolist()]
+        at = [FIRST_PAIR.index(name) for name in _FREE]
+        kinds: dict[Any, int] = {}
+        rest = (tuple(v for i, v in enumerate(key) if i not in at) for key in like)
+        part = np.array([kinds.setdefault(r, len(kinds)) for r in rest], np.int64)[asked]
+        own = (columns.codes(name)[0] for name in _FREE[:3])
+        codes, firsts = grouped(*own, columns.whole("seed"), part)
+        values = [columns.texts(name)[firsts].tolist() for name in _FREE[:3]]
+        found, labels = [], []
         prompts: dict[Any, int] = {}
-        labels = [prompts.setdefault(cluster_key(t), len(prompts)) for t in trials]
-        return codes, [pair_key(t) for t in trials], np.array(labels, np.int64)
+        seeds = columns.whole("seed")[firsts].tolist()
+        for kind, *free in zip(asked[firsts].tolist(), *values, seeds, strict=True):
+            key = [*like[kind]]
+            for place, value in zip(at, free, strict=True):
+                key[place] = value
+            found.append(tuple(key))
+            labels.append(prompts.setdefault((same_prompt(free[0]), free[2]), len(prompts)))
+        return codes, found, np.array(labels, np.int64)
 
     return columns.kept("pairs", make)
 
@@ -153,18 +200,19 @@ def pair_clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(name, len(numbers)) for name in named], np.int64)
 
 
-def shared_negatives(records: Iterable[Record]) -> tuple[str, ...] | None:
+def shared_negatives(records: Some) -> tuple[str, ...] | None:
     """Negative prompts that a run asked for with every prompt, in the order of the alphabet.
 
     ``None`` where prompts bring their own: each has one, and not all the same. Without guidance
     they have no effect and are not looked at; empty where there is no guidance anywhere.
     """
-    by_prompt: dict[tuple[str, str | None], set[str]] = defaultdict(set)
-    for record in records:
-        if record.trial.request.cfg > 1:
-            by_prompt[cluster_key(record.trial)].add(record.trial.request.negative_prompt)
-    found = set().union(*by_prompt.values())
-    own = len(found) > 1 and all(len(each) == 1 for each in by_prompt.values())
+    codes, guided = of_requests(records, "guided", lambda request: request.cfg > 1)
+    asked = pick(records, guided.astype(bool)[codes])
+    if not asked:
+        return ()
+    found, prompts = distinct(asked, "negative_prompt"), cluster_labels(asked)
+    _, firsts = grouped(prompts, coded(asked, "negative_prompt")[0])
+    own = len(found) > 1 and len(firsts) == int(prompts.max()) + 1
     return None if own else tuple(sorted(found))
 
 

@@ -15,19 +15,27 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sd35bench.analysis.settings import PairKey, pair_keys
+from sd35bench.analysis.settings import PairKey, pair_codes, pair_keys
 from sd35bench.analysis.table import Row, Table
 from sd35bench.columns import (
     Floats,
+    Records,
     Some,
     by_text,
+    coded,
+    dense,
     flops,
+    grouped,
     has,
     in_time,
+    is_text,
+    moments,
     numbers,
     pick,
     seconds,
+    split,
     texts,
 )
 from sd35bench.contention import unlike
@@ -44,7 +52,8 @@ from sd35bench.stats.latency import (
     mean_latency,
     speed_centres,
 )
-from sd35bench.types import Flops, Record, Session, Status
+from sd35bench.types import Record, Session, Status
+from sd35bench.view import OF_TIMINGS
 
 TOLERANCE = 1.25
 """A rate this far above the measured limit is impossible.
@@ -82,7 +91,12 @@ class Latency:
 
 def latency_summary(timed: Some) -> Latency:
     """Latency of trials that ran alone."""
-    starts = seconds_by_start(timed)
+    if isinstance(timed, Records):
+        return timed.kept("latency", lambda: _latency_of(seconds_by_start(timed)))
+    return _latency_of(seconds_by_start(timed))
+
+
+def _latency_of(starts: Sequence[Floats]) -> Latency:
     if not starts:
         return Latency()
     p50, mean = latency_interval(starts), mean_latency(starts)
@@ -105,9 +119,13 @@ def seconds_by_start(timed: Some) -> list[Floats]:
 
 def named_seconds(timed: Some) -> dict[str, Floats]:
     """Latencies by the process start's name, in the order of time."""
-    known = in_time(pick(timed, ~np.isnan(seconds(timed))))
-    values = seconds(known)
-    return {name: values[places] for name, places in by_text(known, "session_id").items()}
+
+    def make() -> dict[str, Floats]:
+        known = in_time(pick(timed, ~np.isnan(seconds(timed))))
+        values = seconds(known)
+        return {name: values[places] for name, places in by_text(known, "session_id").items()}
+
+    return timed.kept("seconds", make) if isinstance(timed, Records) else make()
 
 
 def by_start(timed: Iterable[tuple[Record, float]]) -> list[Floats]:
@@ -239,7 +257,7 @@ def speedup(row: Row, reference: Row) -> dict[str, Any] | None:
     """
     if row is reference or unlike(row.clock.speed, reference.clock.speed):
         return None
-    found = log_ratio(lone_images(reference), lone_images(row))
+    found = _row_ratio(reference, row)
     if found is None:
         return None
     return {
@@ -261,12 +279,52 @@ class LoneImage:
     started_at: str
 
 
+@dataclass(frozen=True, slots=True)
+class _LoneImages:
+    """The same of n images as columns; `started` sorts as their starts do."""
+
+    latency_s: Floats
+    session_id: NDArray[np.object_]
+    started: NDArray[Any]
+
+    def at(self, places: NDArray[Any]) -> "_LoneImages":
+        """Some of them, by their places or a mask."""
+        parts = (self.latency_s, self.session_id, self.started)
+        return _LoneImages(*(part[places] for part in parts))
+
+    def large_starts(self) -> list[NDArray[np.int64]]:
+        """The places of each start that is a unit of its own, in the order of time."""
+        order = np.argsort(self.started, kind="stable")
+        found = [order[places] for places in split(dense(self.session_id[order]))]
+        least = LEAST_SHARE * max(map(len, found))
+        return [start for start in found if len(start) >= least]
+
+
 def lone_images(row: Row) -> dict[PairKey, LoneImage]:
     """A row's timed images by pair."""
     known = pick(row.timed, ~np.isnan(seconds(row.timed)))
     fields = (texts(known, name).tolist() for name in ("session_id", "started_at"))
     images = map(LoneImage, seconds(known).tolist(), *fields)
     return dict(zip(pair_keys(known), images, strict=True))
+
+
+def _row_ratio(above: Row, below: Row) -> Interval | None:
+    """`log_ratio` of two rows; those of a view are matched by the numbers of their pairs."""
+    sides = [pick(row.timed, ~np.isnan(seconds(row.timed))) for row in (above, below)]
+    one, other = sides
+    if not (isinstance(one, Records) and isinstance(other, Records)):
+        return log_ratio(lone_images(above), lone_images(below))
+    (mine, size), (theirs, _) = pair_codes(one), pair_codes(other)
+    firsts = np.unique(mine, return_index=True)[1]
+    last, match = np.full((2, size), -1)
+    last[mine], match[theirs] = np.arange(len(mine)), np.arange(len(theirs))
+    shared = mine[np.sort(firsts)]
+    shared = shared[match[shared] >= 0]
+    images = (
+        _LoneImages(seconds(x), texts(x, "session_id"), moments(x)).at(places[shared])
+        for x, places in ((one, last), (other, match))
+    )
+    return _ratio_of(*images) if len(shared) else None
 
 
 def log_ratio(
@@ -278,33 +336,49 @@ def log_ratio(
     start adds cancels. `clusters` are the starts that the interval is over, of the side that has
     more; with 1 it holds within these runs. ``None`` without a shared pair.
     """
-    shared = sorted((k for k in above if k in below), key=lambda k: above[k].started_at)
+    shared = [key for key in above if key in below]
     if not shared:
         return None
-    alike = [k for k in shared if above[k].session_id == below[k].session_id]
-    if 2 * len(alike) >= len(shared):  # but for a few that were made again later
-        logs: dict[Any, list[float]] = defaultdict(list)
-        for k in alike:
-            logs[above[k].session_id].append(_log_ratio(above[k], below[k]))
-        counted = counted_starts([np.array(part) for part in logs.values()])
-        return _ratio(centres([x[:, None] for x in counted]), len(alike), len(counted))
-    sides = [_large_starts([side[k] for k in shared]) for side in (above, below)]
-    kept = [{start[0].session_id for start in side} for side in sides]
-    if all(len(side) == 1 for side in sides):
-        same = [
-            k for k in shared if {above[k].session_id} | {below[k].session_id} <= kept[0] | kept[1]
-        ]
-        paired = np.array([[_log_ratio(above[k], below[k])] for k in same])
-        return _ratio(centres([paired]), len(paired), 1)
-    times = [[start[0].started_at for start in side] for side in sides]
+    sides = ([side[key] for key in shared] for side in (above, below))
+    columns = (
+        zip(*((i.latency_s, i.session_id, i.started_at) for i in x), strict=True) for x in sides
+    )
+    return _ratio_of(
+        *(
+            _LoneImages(np.array(s), np.array(i, object), np.array(at, object))
+            for s, i, at in columns
+        )
+    )
+
+
+def _ratio_of(above: _LoneImages, below: _LoneImages) -> Interval:
+    """The same of images that are matched one by one."""
+    order = np.argsort(above.started, kind="stable")
+    above, below = above.at(order), below.at(order)
+    logs = np.log(above.latency_s / below.latency_s)
+    alike = np.asarray(above.session_id == below.session_id, bool)
+    if 2 * alike.sum() >= len(alike):  # but for a few that were made again later
+        parts = split(dense(above.session_id[alike]))
+        counted = counted_starts([logs[alike][places] for places in parts])
+        return _ratio(centres([x[:, None] for x in counted]), int(alike.sum()), len(counted))
+    starts = [side.large_starts() for side in (above, below)]
+    firsts = [
+        [(side.session_id[start[0]], side.started[start[0]]) for start in found]
+        for side, found in zip((above, below), starts, strict=True)
+    ]
+    if all(len(side) == 1 for side in starts):
+        kept = {name for side in firsts for name, _ in side}
+        own = zip(above.session_id.tolist(), below.session_id.tolist(), strict=True)
+        paired = logs[[one in kept and other in kept for one, other in own]]
+        return _ratio(centres([paired[:, None]]), len(paired), 1)
+    times = [[at for _, at in side] for side in firsts]
     couples = [(i, j) for j, i in couple_starts(times[1], times[0])]
-    columns = [[np.log([[i.latency_s] for i in start]) for start in side] for side in sides]
+    columns = [
+        [np.log(side.latency_s[start])[:, None] for start in found]
+        for side, found in zip((above, below), starts, strict=True)
+    ]
     found = speed_centres(columns[0], columns[1], couples)
-    return _ratio(found, len(shared), max(map(len, sides)))
-
-
-def _log_ratio(above: LoneImage, below: LoneImage) -> float:
-    return float(np.log(above.latency_s / below.latency_s))
+    return _ratio(found, len(logs), max(map(len, starts)))
 
 
 def _ratio(found: Centres, n: int, starts: int) -> Interval:
@@ -320,13 +394,6 @@ def starts_of(images: Iterable[LoneImage]) -> list[list[LoneImage]]:
     for image in sorted(images, key=lambda i: i.started_at):
         found[image.session_id].append(image)
     return list(found.values())
-
-
-def _large_starts(images: Iterable[LoneImage]) -> list[list[LoneImage]]:
-    """The starts that are units of their own."""
-    found = starts_of(images)
-    least = LEAST_SHARE * max(map(len, found))
-    return [start for start in found if len(start) >= least]
 
 
 def _backend(row: Row) -> Any:
@@ -356,28 +423,22 @@ def throughput(row: Row, latency: Latency) -> list[dict[str, Any]]:
     found = []
     if latency.p50 is not None:
         found.append(_per_second(1, latency.p50, latency.ci95, latency.n))
-    batches: dict[int, dict[Any, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in pick(row.records, numbers(row.records, "batch_size") > 1):
-        size = record.trial.batch_size
-        if record.status is Status.OK and record.batch_actual == size:
-            # One batch's records share its start and its times.
-            batches[size][record.session_id, record.started_at, record.timings].append(record)
-    for size in sorted(batches):
-        groups = [group for key, group in batches[size].items() if key[2] is not None]
-        if groups:
-            middle = latency_interval(by_start((g[0], _latency_s(g[0])) for g in groups))
-            found.append(_per_second(size, middle.value, middle.ci95, len(groups)))
+    sizes, made = (numbers(row.records, name) for name in ("batch_size", "batch_actual"))
+    whole = (sizes > 1) & (made == sizes) & is_text(row.records, "status", Status.OK)
+    whole &= ~np.isnan(numbers(row.records, "generate_s"))
+    for size in np.unique(sizes[whole]).tolist():
+        records = pick(row.records, whole & (sizes == size))
+        # One batch's records share its start and its times.
+        alike = [numbers(records, name) for name in OF_TIMINGS]
+        _, firsts = grouped(coded(records, "session_id")[0], moments(records), *alike)
+        middle = latency_interval(seconds_by_start(pick(records, firsts)))
+        found.append(_per_second(int(size), middle.value, middle.ci95, len(firsts)))
     return found
 
 
 def _per_second(size: int, seconds: float, ends: Sequence[float] | None, n: int) -> dict[str, Any]:
     interval = None if ends is None else [size / ends[1], size / ends[0]]
     return {"batch_size": size, "images_per_s": size / seconds, "ci95": interval, "n": n}
-
-
-def _latency_s(record: Record) -> float:
-    assert record.timings is not None
-    return record.timings.latency_s
 
 
 def _starts(row: Row) -> dict[str, Any]:
@@ -395,12 +456,13 @@ def spreads(row: Row, sessions: Mapping[str, Session]) -> dict[str, Any]:
     where = {key: session.environment for key, session in sessions.items()}
     found = {}
     for name, fact in (("device_spread", "device_uuid"), ("host_spread", "hostname")):
-        latencies: dict[Any, list[float]] = defaultdict(list)
+        latencies: dict[Any, list[Floats]] = defaultdict(list)
         for session_id, taken in named_seconds(row.timed).items():
             place = where.get(session_id, {}).get(fact)
             if place is not None:
-                latencies[place] += taken.tolist()
-        middles = [median(x) for x in latencies.values() if len(x) >= LEAST_PER_START]
+                latencies[place].append(taken)
+        pooled = [np.concatenate(parts) for parts in latencies.values()]
+        middles = [float(np.median(x)) for x in pooled if len(x) >= LEAST_PER_START]
         several = len(middles) >= 2
         found[name] = max(middles) / min(middles) if several else None
     return found
@@ -420,7 +482,7 @@ def spread_texts(row: Row, sessions: Sequence[Session]) -> list[str]:
 def _start_spread(timed: Some) -> float | None:
     """Slowest over fastest process start, by the median latency of each."""
     starts = seconds_by_start(timed)
-    medians = [median(x.tolist()) for x in starts if len(x) >= LEAST_PER_START]
+    medians = [float(np.median(x)) for x in starts if len(x) >= LEAST_PER_START]
     return max(medians) / min(medians) if len(medians) >= 2 else None
 
 
@@ -458,22 +520,20 @@ def _sessions(table: Table, row: Row) -> list[Session]:
 
 def _mean_flops(records: Some) -> dict[str, float] | None:
     """Operations of one image by stage; alike in all records of a setting but for rare cases."""
-    known = [f for f in flops(records) if f is not None]
-    if not known:
+    codes, kinds = flops(records)
+    known = codes[codes >= 0]
+    if not len(known):
         return None
     stages = ("text", "encode", "denoise", "decode", "total")
-    return {name: float(np.mean([getattr(f, name) for f in known])) for name in stages}
+    return {n: float(np.mean(np.array([getattr(f, n) for f in kinds])[known])) for n in stages}
 
 
 def _achieved_tflops(timed: Some) -> float | None:
-    times = numbers(timed, "generate_s").tolist()
-    pairs = [(f, t) for f, t in zip(flops(timed), times, strict=True) if f is not None and t == t]
-    rates = [_tflops(counted) / generate_s for counted, generate_s in pairs]
-    return median(rates) if rates else None
-
-
-def _tflops(counted: Flops) -> float:
-    return counted.total / 1e12
+    codes, kinds = flops(timed)
+    times = numbers(timed, "generate_s")
+    known = (codes >= 0) & ~np.isnan(times)
+    counted = np.array([f.total / 1e12 for f in kinds])
+    return float(np.median(counted[codes[known]] / times[known])) if known.any() else None
 
 
 def _precision(sessions: Sequence[Session]) -> str:

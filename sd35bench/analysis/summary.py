@@ -6,9 +6,8 @@ lone calls, and `remote` beside them. ``None`` is unknown, never 0.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -44,11 +43,11 @@ from sd35bench.columns import (
     Floats,
     Some,
     by_text,
+    is_text,
     numbers,
     pick,
     seconds,
     step_seconds,
-    texts,
 )
 from sd35bench.contention import DISTURBED, unlike
 from sd35bench.types import Session, Status, to_json
@@ -119,7 +118,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 def _row(
     study: Any, table: Table, row: Row, metrics: list[str], latency: Latency
 ) -> dict[str, Any]:
-    ok = pick(row.records, texts(row.records, "status") == Status.OK)
+    ok = pick(row.records, is_text(row.records, "status", Status.OK))
     named = by_text(ok if ok else row.records, "session_id")
     sessions = [table.sessions[i] for i in named if i in table.sessions]
     target = row.records[0].trial.load.model.target_latency_s
@@ -143,12 +142,14 @@ def _row(
         "target_latency_s": target,
         "latency_ratio": None if target is None or p50 is None else p50 / target,
         "stage_s": _stages([] if row.hosted else row.timed),
-        "load_s": None if row.hosted else _median(s.load_s for s in sessions),
-        "first_call_s": None if row.hosted else _median(s.first_call_s for s in sessions),
+        "load_s": None if row.hosted else _median(_floats([s.load_s for s in sessions])),
+        "first_call_s": None
+        if row.hosted
+        else _median(_floats([s.first_call_s for s in sessions])),
         "peak_vram_bytes": _peak(numbers(measured, "peak_vram_bytes")),
         "peak_allocator_bytes": _peak(numbers(measured, "peak_allocator_bytes")),
         "peak_rss_bytes": _peak(numbers(measured, "peak_rss_bytes")),
-        "image_bytes": _median(numbers(row.usable, "image_bytes").tolist()),
+        "image_bytes": _median(numbers(row.usable, "image_bytes")),
         "truncated_prompts": int((numbers(row.usable, "truncated_tokens") > 0).sum()),
         "in_force": sessions[-1].in_force if sessions else None,
         "metrics": {name: row_metric(study, table, row, name) for name in metrics},
@@ -202,10 +203,10 @@ def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
 
 def _common(values: Floats) -> float | None:
     """Return the value that all known ones share, else their mean."""
-    known = {int(v) for v in values[~np.isnan(values)].tolist()}
+    known = np.unique(values[~np.isnan(values)].astype(np.int64)).tolist()
     if not known:
         return None
-    return known.pop() if len(known) == 1 else float(np.mean(list(known)))
+    return known[0] if len(known) == 1 else float(np.mean(known))
 
 
 def _mean(values: Floats) -> float | None:
@@ -213,9 +214,13 @@ def _mean(values: Floats) -> float | None:
     return float(np.mean(known)) if len(known) else None
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None and v == v]
-    return float(median(known)) if known else None
+def _floats(values: Sequence[float | None]) -> Floats:
+    return np.array([np.nan if v is None else v for v in values], np.float64)
+
+
+def _median(values: Floats) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if len(known) else None
 
 
 def _peak(values: Floats) -> int | None:

@@ -15,9 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.scores import ScoreIndex, ScoreLike
-from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_fields, setting_keys
-from sd35bench.columns import Some, has, numbers, pick, prompt_refs, texts
+from sd35bench.analysis.scores import Found, ScoreIndex, ScoreLike
+from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_codes, setting_fields
+from sd35bench.columns import (
+    Places,
+    Some,
+    among,
+    coded,
+    distinct,
+    distinct_refs,
+    grouped,
+    has,
+    is_ref,
+    is_text,
+    join,
+    numbers,
+    pick,
+    seeds,
+    split,
+)
 from sd35bench.contention import Timed, choose, clock_text, read_contention, sentences
 from sd35bench.measure import environment_id
 from sd35bench.types import CUT, Record, Session, Status, content_hash
@@ -67,7 +83,7 @@ class Row:
     @property
     def failed(self) -> int:
         """How many trials did not end OK."""
-        return int((texts(self.records, "status") != Status.OK).sum())
+        return int((~is_text(self.records, "status", Status.OK)).sum())
 
     @property
     def hosted(self) -> bool:
@@ -77,19 +93,21 @@ class Row:
     @property
     def ambiguous(self) -> int:
         """How many of the failed may have been made, and billed, all the same."""
-        return int((texts(self.records, "status") == Status.AMBIGUOUS).sum())
+        return int(is_text(self.records, "status", Status.AMBIGUOUS).sum())
 
     @property
     def quality_batch_size(self) -> int | None:
         """The batch size that made most usable images; on a tie, the larger."""
-        sizes = Counter(map(int, numbers(self.usable, "batch_size").tolist()))
-        return max(sizes, key=lambda size: (sizes[size], size)) if sizes else None
+        found = np.unique(numbers(self.usable, "batch_size"), return_counts=True)
+        sizes = zip(*(part.tolist() for part in reversed(found)), strict=True)
+        return int(max(sizes)[1]) if self.usable else None
 
     def quality_records(self) -> Some:
         """Usable records of the batch size that quality figures come from."""
         if not self.usable:
             return []
-        return pick(self.usable, numbers(self.usable, "batch_size") == self.quality_batch_size)
+        mine = numbers(self.usable, "batch_size") == self.quality_batch_size
+        return self.usable if mine.all() else pick(self.usable, mine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +139,15 @@ def read_table(study: Any, pool_hosts: bool = False) -> Table:
     sessions = by_host(study.sessions(), pool_hosts)
     scores = ScoreIndex(study.scores())
     records = study.records()
-    refused = _refused(scores, records)
     images = study.images()
     damaged = {path.name.partition(".")[0]: path for path in images.damaged}
     rows = _rows(records, sessions)
     found = read_contention(study.all_records(), sessions)
     for row in rows:
-        _sort_out(row, refused, images.whole, damaged)
+        _sort_out(row, scores.found(GUARD, row.records), images.whole, damaged)
         row.clock = choose(row.timed, found)
         row.timed = row.clock.kept
-    named = {image for row in rows for image in texts(row.records, "image")} if damaged else set()
+    named = distinct(records, "image") if damaged else set()
     paths = [p.relative_to(study.path) for digest, p in damaged.items() if digest in named]
     warnings = [*damaged_text(paths), *_warnings(rows)]
     clocks = [row.clock for row in rows]
@@ -176,9 +193,11 @@ def keep_records(rows: Iterable[Row], keep: Callable[[Some], NDArray[np.bool_]])
     """Rows with the records that are kept; rows without any are gone."""
     found = []
     for row in rows:
-        records = pick(row.records, keep(row.records))
-        if records:
-            part = Row(row.setting, row.environment_id, records)
+        kept = keep(row.records)
+        if len(kept) and kept.all():
+            found.append(replace(row, excluded=Counter(), untimed=Counter()))
+        elif kept.any():
+            part = Row(row.setting, row.environment_id, pick(row.records, kept))
             part.timed, part.usable = (pick(x, keep(x)) for x in (row.timed, row.usable))
             part.clock = row.clock
             found.append(part)
@@ -194,14 +213,14 @@ def part_held_out(rows: Iterable[Row]) -> tuple[list[Row], int]:
     rows = list(rows)
     splits: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        splits[row.setting["task"]].update(prompt_refs(row.records, "split"))
+        splits[row.setting["task"]].update(s for (s,) in distinct_refs(row.records, "split"))
     mixed = {task for task, found in splits.items() if HELD_OUT in found and len(found) > 1}
     if not mixed:
         return rows, 0
 
     whole = [row for row in rows if row.setting["task"] not in mixed]
     of_mixed = (row for row in rows if row.setting["task"] in mixed)
-    parts = keep_records(of_mixed, lambda x: prompt_refs(x, "split") != HELD_OUT)
+    parts = keep_records(of_mixed, lambda x: ~is_ref(x, "split", HELD_OUT))
     left = sum(len(r.records) for r in rows) - sum(len(r.records) for r in (*whole, *parts))
     return [*whole, *parts], left
 
@@ -220,11 +239,11 @@ def why_untimed(record: Record) -> str | None:
     return None if alone and record.timings is not None else _BATCHED
 
 
-def whys_untimed(records: Some) -> list[str | None]:
+def whys_untimed(records: Some) -> NDArray[np.object_]:
     """The same of every record; only the hosted ones are looked at as a whole."""
     alone = (numbers(records, "batch_size") == 1) & (numbers(records, "batch_actual") == 1)
     alone &= ~np.isnan(numbers(records, "generate_s"))
-    found: list[str | None] = [None if each else _BATCHED for each in alone.tolist()]
+    found = np.where(alone, None, np.array(_BATCHED, object))
     for number in np.flatnonzero(has(records, "remote")).tolist():
         found[number] = why_untimed(records[number])
     return found
@@ -235,81 +254,70 @@ def ambiguous_text(count: int) -> str:
     return f"{count} ambiguous: may have been billed; run again to look for them"
 
 
-def repeated_seeds(records: Iterable[Record]) -> set[str]:
+def repeated_seeds(records: Some) -> set[str]:
     """Image digests that different seeds gave in one setting: the seed had no effect there."""
-    seeds: dict[str, set[int]] = defaultdict(set)
-    for record in records:
-        if record.image is not None:
-            seeds[record.image].add(record.trial.request.seed)
-    return {digest for digest, found in seeds.items() if len(found) > 1}
-
-
-def _refused(scores: ScoreIndex, records: Some) -> dict[tuple[str, str], str]:
-    """Trials whose images the guards refused, and why."""
-    found = scores.found(GUARD, records)
-    places = np.flatnonzero(found.there & ~(found.values > 0.0))
-    refused = pick(records, places)
-    where = zip(texts(refused, "key"), texts(refused, "image"), strict=True)
-    return {
-        w: str(found.detail(i).get("reason")) for w, i in zip(where, places.tolist(), strict=True)
-    }
+    codes, known = coded(records, "image")
+    again = np.flatnonzero((codes >= 0) & (np.bincount(codes + 1)[codes + 1] > 1))
+    found: dict[int, set[int]] = defaultdict(set)
+    for code, seed in zip(codes[again].tolist(), seeds(records)[again].tolist(), strict=True):
+        found[code].add(seed)
+    return {known[code] for code, members in found.items() if len(members) > 1}
 
 
 def _rows(records: Some, sessions: Mapping[str, Session]) -> list[Row]:
     """Group records; those whose worker died before it described itself go to the first row."""
-    environments = {name: s.environment_id for name, s in sessions.items()}
-    groups: dict[tuple[str, str | None], list[int]] = {}
-    homeless: dict[str, list[int]] = {}
-    ok = (texts(records, "status") == Status.OK).tolist()
-    settings, ids = setting_keys(records).tolist(), texts(records, "session_id").tolist()
-    for number, (setting, name) in enumerate(zip(settings, ids, strict=True)):
-        if name not in environments and not ok[number]:
-            homeless.setdefault(setting, []).append(number)
-        else:
-            groups.setdefault((setting, environments.get(name)), []).append(number)
-    first: dict[str, tuple[str, str | None]] = {}
+    settings, _ = setting_codes(records)
+    started, names = coded(records, "session_id")
+    environments: dict[str | None, int] = {None: 0}
+    known = [sessions[n].environment_id if n in sessions else None for n in names]
+    place = np.array([environments.setdefault(e, len(environments)) for e in known], np.int64)
+    there = np.array([n in sessions for n in names], bool)
+    homed = there[started] | is_text(records, "status", Status.OK)
+    groups: dict[tuple[int, int], Places] = {}
+    for members in _split_of(np.flatnonzero(homed), settings, place[started]):
+        groups[int(settings[members[0]]), int(place[started[members[0]]])] = members
+    first: dict[int, tuple[int, int]] = {}
     for key in groups:
         first.setdefault(key[0], key)
-    for setting, members in homeless.items():
-        groups.setdefault(first.get(setting, (setting, None)), []).extend(members)
+    for members in _split_of(np.flatnonzero(~homed), settings):
+        setting = int(settings[members[0]])
+        key = first.get(setting, (setting, 0))
+        groups[key] = np.concatenate([groups.get(key, members[:0]), members])
+    ids = [*environments]
     return [
-        Row(setting_fields(records[members[0]]), environment, pick(records, np.array(members)))
-        for (_, environment), members in groups.items()
+        Row(setting_fields(records[int(members[0])]), ids[key[1]], pick(records, members))
+        for key, members in groups.items()
     ]
 
 
-def _sort_out(
-    row: Row,
-    refused: Mapping[tuple[str, str], str],
-    whole: Container[str],
-    damaged: Container[str],
-) -> None:
+def _split_of(places: Places, *codes: Places) -> list[Places]:
+    """Some places by what they have in common."""
+    if not len(places):
+        return []
+    return [places[part] for part in split(grouped(*(c[places] for c in codes))[0])]
+
+
+def _sort_out(row: Row, guards: Found, whole: Container[str], damaged: Container[str]) -> None:
     """Fill in which of a row's records are timed, usable or excluded."""
-    image = texts(row.records, "image")
-    ok = pick(row.records, (texts(row.records, "status") == Status.OK) & (image != None))  # noqa: E711
-    images = texts(ok, "image").tolist()
-    repeated = set() if len(set(images)) == len(images) else repeated_seeds(ok)
-    remote = has(ok, "remote")
+    images, _ = coded(row.records, "image")
+    made = np.flatnonzero(is_text(row.records, "status", Status.OK) & (images >= 0))
+    ok = pick(row.records, made)
+    refused = (guards.there & ~(guards.values > 0.0))[made]
+    reasons = np.full(len(made), None, object)
+    reasons[refused] = [str(guards.detail(i).get("reason")) for i in made[refused].tolist()]
+    repeated = repeated_seeds(ok)
+    if repeated:
+        reasons[among(ok, "image", repeated) & ~refused] = REPEATED
+    gone, hurt = ~among(ok, "image", whole), among(ok, "image", damaged)
+    gone &= np.equal(reasons, None) | hurt
+    reasons[gone] = np.where(hurt, DAMAGED, MISSING)[gone]
+    usable = np.equal(reasons, None)
+    row.excluded.update(reasons[~usable].tolist())
+    # A file that is gone and an ignored seed say nothing against the time that was measured.
     whys = whys_untimed(ok)
-    usable, timed = np.zeros(len(ok), bool), np.zeros(len(ok), bool)
-    named = zip(texts(ok, "key").tolist(), images, strict=True)
-    for number, where in enumerate(named):
-        reason = refused.get(where) if refused else None
-        if reason is None and where[1] in repeated:
-            reason = REPEATED
-        if where[1] not in whole and (reason is None or where[1] in damaged):
-            reason = DAMAGED if where[1] in damaged else MISSING
-        if reason is None:
-            usable[number] = True
-        else:
-            row.excluded[reason] += 1
-        why = whys[number]
-        # A file that is gone and an ignored seed say nothing against the time that was measured.
-        if why is None and reason in (None, MISSING, DAMAGED, REPEATED):
-            timed[number] = True
-        elif why is not None and remote[number]:
-            row.untimed[why] += 1
-    row.usable, row.timed = pick(ok, usable), pick(ok, timed)
+    timed = np.equal(whys, None)
+    row.untimed.update(whys[~timed & has(ok, "remote")].tolist())
+    row.usable, row.timed = pick(ok, usable), pick(ok, timed & (~refused | gone))
 
 
 def _warnings(rows: Iterable[Row]) -> list[str]:
@@ -322,8 +330,9 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
         found.append(f"{count} trials failed; they count in `failed` and nowhere else")
     if ambiguous:
         found.append(ambiguous_text(ambiguous))
-    asked = {prompt for row in rows for prompt in texts(row.records, "prompt")}
-    cut = {prompt for row in rows for prompt in texts(_cut(row.records), "prompt")}
+    everything = join([row.records for row in rows])
+    asked = distinct(everything, "prompt")
+    cut = distinct(_cut(everything), "prompt")
     if cut:
         found.append(f"{len(cut)} of {len(asked)} prompts {CUT}")
     for task, sets in _prompt_sets(rows).items():
@@ -352,6 +361,6 @@ def _prompt_sets(rows: Iterable[Row]) -> dict[str, Counter[tuple[str, ...]]]:
     found: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for row in rows:
         if row.usable:
-            sets = tuple(sorted(set(prompt_refs(row.usable, "set"))))
+            sets = tuple(sorted(name for (name,) in distinct_refs(row.usable, "set")))
             found[row.setting["task"]][sets] += 1
     return found

@@ -5,6 +5,7 @@ from typing import Any
 
 from sd35bench.cli.output import Answer, console, write_line
 from sd35bench.cli.parser import Flag, Given
+from sd35bench.columns import prompts, tags
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.store import Study
 from sd35bench.words import plural
@@ -37,12 +38,12 @@ def parts_of(given: Given, study: Study) -> list[tuple[Where, Study]]:
 
     Raises: ConfigError for a column or a value that no prompt has, and for too many slices.
     """
-    tags = _tags(study)
+    known_tags = tags(study.records())
     where = _where(given.text("--where"))
     for name, value in where.items():
-        _check(f"--where={name}={value}", name, tags)
-        if value not in tags[name]:
-            known = sorted(tags[name])[:10]
+        _check(f"--where={name}={value}", name, known_tags)
+        if value not in known_tags[name]:
+            known = sorted(known_tags[name])[:10]
             raise ConfigError(
                 f"--where={name}={value}: no prompt has it; there are {', '.join(known)}"
                 f"{nearest(value, known)}"
@@ -51,8 +52,8 @@ def parts_of(given: Given, study: Study) -> list[tuple[Where, Study]]:
     name = given.text("--slice")
     if name is None:
         return [(where, part)]
-    _check(f"--slice={name}", name, tags)
-    values = sorted(_tags(part).get(name, ()))
+    _check(f"--slice={name}", name, known_tags)
+    values = sorted(tags(part.records()).get(name, ()))
     if len(values) > MOST_SLICES:
         raise ConfigError(f"--slice={name}: {len(values)} values; at most {MOST_SLICES} are shown")
     return [({**where, name: value}, part.part({name: value})) for value in values]
@@ -71,9 +72,9 @@ def answer_parts(
     found: list[dict[str, Any]] = []
     for where, part in parts_of(given, study):
         records = part.records()
-        prompts = len({(r.trial.request.prompt, r.trial.request.init_image) for r in records})
-        head = {"where": where, "prompts": prompts}
-        title = f"{said(where)}: {plural(prompts, 'prompt')}"
+        count = len(prompts(records))
+        head = {"where": where, "prompts": count}
+        title = f"{said(where)}: {plural(count, 'prompt')}"
         if not given.as_json:
             write_line(f"\n## {title}\n" if given.has("--markdown") else f"\n{title}")
         try:
@@ -104,16 +105,8 @@ def _where(text: str | None) -> Where:
     return found
 
 
-def _tags(study: Study) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for record in study.records():
-        for name, values in record.trial.prompt.tags.items():
-            found.setdefault(name, set()).update(values)
-    return found
-
-
-def _check(asked: str, name: str, tags: Iterable[str]) -> None:
-    if name not in tags:
-        known = ", ".join(sorted(tags))
+def _check(asked: str, name: str, columns: Iterable[str]) -> None:
+    if name not in columns:
+        known = ", ".join(sorted(columns))
         there = f"there are {known}" if known else "these prompts came without columns of their own"
-        raise ConfigError(f"{asked}: no such column; {there}{nearest(name, list(tags))}")
+        raise ConfigError(f"{asked}: no such column; {there}{nearest(name, list(columns))}")

@@ -323,7 +323,7 @@ def _open(given: Given) -> Study:
         there = ", ".join(known) if known else "none yet; make one with sd35bench run"
         raise ConfigError(f"which study? in {root} there are: {there}")
     study = open_study(root, given.words[0])
-    if not study.done_keys():
+    if not study.has_image():
         damaged = len(study.images().damaged)
         if damaged:
             raise ConfigError(

@@ -384,7 +384,7 @@ def _start(table: Table, name: str, records: Sequence[Record]) -> Start:
 
 def _failed(table: Table, records: Sequence[Record]) -> NDArray[np.bool_]:
     """Trials without a usable image; a file that was deleted later is no failure."""
-    repeated = repeated_seeds(r for r in records if r.status is Status.OK)
+    repeated = repeated_seeds([r for r in records if r.status is Status.OK])
     guards = [table.score(GUARD, r) for r in records]
     return np.array(
         [

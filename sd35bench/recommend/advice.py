@@ -16,7 +16,7 @@ from typing import Any
 from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
 from sd35bench.analysis.settings import HELD_OUT, is_hosted
 from sd35bench.analysis.table import Row, Table, read_table
-from sd35bench.columns import prompt_refs
+from sd35bench.columns import distinct_refs, samples
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
 from sd35bench.recommend.choice import Choice, choose
@@ -47,8 +47,8 @@ class Run:
 
     @property
     def records(self) -> Sequence[Record]:
-        """The records of the choice that the held-out ones are to be like."""
-        return self.candidate.row.quality_records()
+        """The choice's records that the held-out ones are to be like, one a prompt and a seed."""
+        return samples(self.candidate.row.quality_records())
 
 
 def confirming_runs(found: Entry, task: Task, planned: Mapping[str, int]) -> list[Run]:
@@ -325,9 +325,7 @@ def _prompts(tasks: Mapping[str, _Task]) -> list[dict[str, Any]]:
         (task, *names)
         for task, each in tasks.items()
         for c in each.comparison.candidates
-        for names in zip(
-            *(prompt_refs(c.row.quality_records(), n) for n in ("set", "split")), strict=True
-        )
+        for names in distinct_refs(c.row.quality_records(), "set", "split")
     }
     return [{"task": t, "set": name, "split": split} for t, name, split in sorted(refs)]
 

@@ -110,7 +110,8 @@ def _choice(
 ) -> Choice:
     means = comparison.quality.mean(axis=1)
     reference = found.best if named is None else named
-    from_best = {i: comparison.differences(i)[found.best] for i in feasible}
+    from_best = comparison.differences_from(found.best)
+    differences = comparison.differences_from(reference)
     others = [i for i in feasible if i != found.chosen]
     return Choice(
         chosen=found.chosen,
@@ -119,13 +120,13 @@ def _choice(
         rival=max(others, key=lambda i: means[i], default=None),
         limits=limits,
         margin=margin,
-        distinguishable=len(feasible) == 1 or any(_high(d) < 0.0 for d in from_best.values()),
+        distinguishable=len(feasible) == 1 or any(_high(from_best[i]) < 0.0 for i in feasible),
         definitive=found.definitive,
         expected_loss=found.expected_loss,
         unshown=None
         if found.against is None
         else (found.against, comparison.differences(found.chosen)[found.against]),
-        differences={i: comparison.differences(i)[reference] for i in feasible},
+        differences={i: differences[i] for i in feasible},
         tests=found.tests,
         front=found.front,
     )

@@ -13,7 +13,6 @@ own spread, and nothing is said until they have all been run: whoever could look
 at a look that pleases.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,23 @@ from numpy.typing import NDArray
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
 from sd35bench.analysis.settings import HELD_OUT, shared_negatives
 from sd35bench.analysis.table import Row, Table, keep_records
-from sd35bench.columns import Some, pick, prompt_refs, texts
+from sd35bench.columns import (
+    Some,
+    among,
+    distinct,
+    distinct_refs,
+    is_ref,
+    is_text,
+    join,
+    pick,
+    prompts,
+    texts,
+)
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import FEWEST_TO_SPLIT, PromptSpec, load_prompts, same_prompt
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import images_between, prompts_needed, spread
-from sd35bench.types import PromptRef, Record, Status, Task
+from sd35bench.types import PromptRef, Status, Task
 
 MOST_TIMES = 2
 """A confirmation asks for at most so many times the prompts of the choice."""
@@ -109,33 +119,35 @@ class HeldOut:
 def part_rows(rows: Iterable[Row]) -> Parted:
     """Part rows into what a choice may look at and what only its confirmation may."""
     rows = list(rows)
-    splits = {split for row in rows for split in prompt_refs(row.usable, "split")}
+    splits = {split for row in rows for (split,) in distinct_refs(row.usable, "split")}
     if splits <= {HELD_OUT}:
         return Parted(rows, None, [], "the choice was made on the held-out split itself")
     shown = [_split_off(row.records, held_out=False) for row in rows]
-    seen = {same_prompt(text) for text in {t for x in shown for t in texts(x, "prompt")}}
-    are_there = any((prompt_refs(row.records, "split") == HELD_OUT).any() for row in rows)
+    seen = {same_prompt(text) for text in distinct(join(shown), "prompt")}
+    are_there = any(is_ref(row.records, "split", HELD_OUT).any() for row in rows)
     negatives = _negatives(rows) if are_there else {}
-    leaked: Counter[str] = Counter()
-    strange: Counter[str] = Counter()
-
-    def held(record: Record) -> bool:
-        if same_prompt(record.trial.request.prompt) in seen:
-            leaked[record.trial.key] += 1
-            return False
-        request = record.trial.request
-        asked = negatives[request.task]
-        if asked and request.cfg > 1 and request.negative_prompt not in asked:
-            strange[record.trial.key] += 1
-            return False
-        return True
+    leaked: set[str] = set()
+    strange: set[str] = set()
 
     def are_held(records: Some) -> NDArray[np.bool_]:
-        found = prompt_refs(records, "split") == HELD_OUT
-        found[found] = [held(r) for r in pick(records, found)]
+        """Those of one row that count."""
+        found = is_ref(records, "split", HELD_OUT)
+        held = pick(records, found)
+        if not held:
+            return found
+        known = {text for text in distinct(held, "prompt") if same_prompt(text) in seen}
+        shared = among(held, "prompt", known)
+        leaked.update(texts(pick(held, shared), "key"))
+        request = held[0].trial.request
+        asked = negatives[request.task]
+        if asked and request.cfg > 1:
+            others = ~shared & ~among(held, "negative_prompt", asked)
+            strange.update(texts(pick(held, others), "key"))
+            shared |= others
+        found[found] = ~shared
         return found
 
-    for_choice = keep_records(rows, lambda x: prompt_refs(x, "split") != HELD_OUT)
+    for_choice = keep_records(rows, lambda x: ~is_ref(x, "split", HELD_OUT))
     held_out = keep_records(rows, are_held)
     notes = []
     if leaked:
@@ -157,16 +169,16 @@ def part_rows(rows: Iterable[Row]) -> Parted:
 
 def _remedy(rows: Iterable[Row]) -> str:
     """What makes a choice that can be confirmed."""
-    trials = [record.trial for row in rows for record in row.usable]
-    sets = {trial.prompt.set for trial in trials}
-    few = len({same_prompt(trial.request.prompt) for trial in trials}) < FEWEST_TO_SPLIT
+    usable = join([row.usable for row in rows])
+    sets = {name for (name,) in distinct_refs(usable, "set")}
+    few = len({same_prompt(text) for text in distinct(usable, "prompt")}) < FEWEST_TO_SPLIT
     if (few and not sets & _SET_SIZES.keys()) or "given" in sets:
         return f"half of {FEWEST_TO_SPLIT} or more in a file (prompts.path=FILE) is held out"
     return "choose on prompts.split=tune"
 
 
 def _split_off(records: Some, held_out: bool) -> Some:
-    return pick(records, (prompt_refs(records, "split") == HELD_OUT) == held_out)
+    return pick(records, is_ref(records, "split", HELD_OUT) == held_out)
 
 
 def read_held_out(table: Table, rows: Sequence[Row], task: Task, metric: str) -> HeldOut:
@@ -194,8 +206,8 @@ def prompts_run(held: Iterable[Row], task: Task) -> dict[str, int]:
     found: dict[str, int] = {}
     for row in held:
         if row.setting["task"] == task.value:
-            requests = [r.trial.request for r in row.records if r.status is not Status.SKIPPED]
-            count = len({(r.prompt, r.init_image) for r in requests})
+            ran = ~is_text(row.records, "status", Status.SKIPPED)
+            count = len(prompts(pick(row.records, ran)))
             key = row.setting["setting"]
             found[key] = max(count, found.get(key, 0))
     return found
@@ -243,9 +255,10 @@ def _set_size(prompt_set: str) -> int | None:
 
 def _negatives(rows: Iterable[Row]) -> dict[Task, tuple[str, ...] | None]:
     """Each task's negative prompts in the choice; ``None`` where prompts bring their own."""
-    records = [r for row in rows for r in _split_off(row.records, held_out=False)]
-    by_task = {task: [r for r in records if r.trial.request.task is task] for task in Task}
-    return {task: shared_negatives(found) for task, found in by_task.items()}
+    by_task: dict[Task, list[Some]] = {task: [] for task in Task}
+    for row in rows:
+        by_task[Task(row.setting["task"])].append(_split_off(row.records, held_out=False))
+    return {task: shared_negatives(join(found)) for task, found in by_task.items()}
 
 
 def _status(difference: Interval, margin: float) -> str:

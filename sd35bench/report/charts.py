@@ -10,7 +10,7 @@ import numpy as np
 from sd35bench import words
 from sd35bench.analysis.quality import facts
 from sd35bench.analysis.table import whys_untimed
-from sd35bench.columns import Some, seconds, texts
+from sd35bench.columns import Some, is_text, seconds
 from sd35bench.report.bars import (
     STAGES,
     Samples,
@@ -355,9 +355,9 @@ def throughput_figures(rows: Sequence[Row]) -> list[Figure]:
 
 
 def _latencies(records: Some) -> tuple[float, ...]:
-    why = np.array([text is None for text in whys_untimed(records)], bool)
+    why = np.equal(whys_untimed(records), None)
     taken = seconds(records)
-    known = why & (texts(records, "status") == Status.OK) & ~np.isnan(taken)
+    known = why & is_text(records, "status", Status.OK) & ~np.isnan(taken)
     return tuple(taken[known].tolist())
 
 

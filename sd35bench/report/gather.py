@@ -11,7 +11,7 @@ from typing import Any
 from sd35bench import words
 from sd35bench.analysis.settings import is_hosted
 from sd35bench.analysis.table import by_host
-from sd35bench.columns import Some, prompts, texts, unlike
+from sd35bench.columns import Some, is_text, moments, prompts, unlike
 from sd35bench.disk import is_locked
 from sd35bench.report.headline import (
     Headline,
@@ -158,10 +158,10 @@ def join_shares(parts: Sequence[Gathered]) -> Shares:
 def read_facts(one: Gathered) -> list[tuple[str, str]]:
     """Models, backends, counts: (name, value) of what there is to say."""
     rows, records, sessions = one.rows, one.records, one.sessions
-    ok = int((texts(records, "status") == Status.OK).sum())
+    ok = int(is_text(records, "status", Status.OK).sum())
     kinds = unlike(records)
     requests, loads = [r.trial.request for r in kinds], [r.trial.load for r in kinds]
-    started = min(texts(records, "started_at"), default=None)
+    started = records[int(moments(records).argmin())].started_at if records else None
     facts = [
         ("model", _listed(load.model.name for load in loads)),
         ("backend", _listed(load.backend.name for load in loads)),
@@ -194,7 +194,7 @@ def read_state(one: Gathered) -> list[tuple[str, str]]:
     """What a reader must know before any figure: (mark, sentence); nothing of a whole study."""
     study, rows, records = one.source.study, one.rows, one.records
     said = []
-    failed = int((texts(records, "status") != Status.OK).sum())
+    failed = int((~is_text(records, "status", Status.OK)).sum())
     if failed == len(records):
         return [("bad", "Every trial failed.")] if failed else [("open", "No trial yet.")]
     if is_locked(study.path / ".lock"):

@@ -11,7 +11,18 @@ import numpy as np
 
 from sd35bench import words
 from sd35bench.analysis.settings import is_hosted, tasks
-from sd35bench.columns import Some, by_text, numbers, pick, prompt_refs, prompts, texts, unlike
+from sd35bench.columns import (
+    Some,
+    by_text,
+    grouped,
+    is_text,
+    numbers,
+    pick,
+    prompts,
+    ref_codes,
+    split,
+    unlike,
+)
 from sd35bench.errors import count_error
 from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
 from sd35bench.recommend.reproduce import quoted, remote_overrides
@@ -90,8 +101,9 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Some]) -> dict[str, A
 
 
 def _highest(parts: Sequence[Some], name: str) -> int | None:
-    known = [v for part in parts for v in numbers(part, name).tolist() if v == v]
-    return int(max(known)) if known else None
+    found = np.concatenate([numbers(part, name) for part in parts] or [np.empty(0)])
+    known = found[~np.isnan(found)]
+    return int(known.max()) if len(known) else None
 
 
 def _plain(value: object) -> str:
@@ -105,7 +117,7 @@ def _plain(value: object) -> str:
 def list_failures(records: Some) -> list[dict[str, Any]]:
     """Failures grouped by status, phase and kind of message, the most frequent first."""
     groups: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    for record in pick(records, texts(records, "status") != Status.OK):
+    for record in pick(records, ~is_text(records, "status", Status.OK)):
         status = _STATUS.get(record.status, record.status.value)
         count_error(groups[status, record.phase or ""], record.error or "")
     found = [
@@ -140,11 +152,12 @@ def list_warnings(
 
 def rerun_commands(study: str, records: Some) -> list[dict[str, str]]:
     """Per task and prompt set, the sweep as a command line, from the axes that were recorded."""
-    groups: dict[Any, list[int]] = defaultdict(list)
-    parts = (prompt_refs(records, name).tolist() for name in ("set", "split"))
-    for number, key in enumerate(zip(tasks(records), *parts, strict=True)):
-        groups[key].append(number)
-    found = {key: pick(records, np.array(members)) for key, members in groups.items()}
+    parts = (tasks(records), ref_codes(records, "set"), ref_codes(records, "split"))
+    code, _ = grouped(*(codes for codes, _ in parts))
+    found = {
+        tuple(values[codes[members[0]]] for codes, values in parts): pick(records, members)
+        for members in split(code)
+    }
     return [_rerun(study, key, found[key]) for key in sorted(found, reverse=True)]
 
 

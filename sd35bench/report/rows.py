@@ -4,17 +4,14 @@
 without asking the analysis again. Missing keys are ``None``: a partial document is no error.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from sd35bench import words
 from sd35bench.analysis.quality import facts
-from sd35bench.analysis.settings import setting_keys
-from sd35bench.columns import Some, pick, texts
+from sd35bench.analysis.settings import setting_codes
+from sd35bench.columns import Some, coded, grouped, numbered, pick, split
 from sd35bench.fields import SETTING, value_text
 from sd35bench.types import Session, to_json
 from sd35bench.words import MISSING, Estimate
@@ -355,10 +352,10 @@ def match_records(
     # A record without a session (its worker died at once) belongs to the setting's first row.
     fallback = {r.setting_id: r.id for r in reversed(rows)}
     environments = {name: s.environment_id for name, s in sessions.items()}
-    found: dict[str, list[int]] = defaultdict(list)
-    where = zip(setting_keys(records).tolist(), texts(records, "session_id").tolist(), strict=True)
-    for number, (setting, name) in enumerate(where):
-        row_id = index.get((setting, environments.get(name)), fallback.get(setting))
-        if row_id is not None:
-            found[row_id].append(number)
-    return {row_id: pick(records, np.array(numbers)) for row_id, numbers in found.items()}
+    (settings, keys), (started, names) = setting_codes(records), coded(records, "session_id")
+    code, firsts = grouped(settings, started)
+    places = ((keys[settings[i]], environments.get(names[started[i]])) for i in firsts.tolist())
+    ids = [index.get((key, place), fallback.get(key)) for key, place in places]
+    which, known = numbered(ids)
+    found = ((known[which[code[members[0]]]], members) for members in split(which[code]))
+    return {row_id: pick(records, members) for row_id, members in found if row_id is not None}

@@ -21,9 +21,10 @@ from PIL import Image
 from sd35bench import words
 from sd35bench.analysis.settings import PairKey, pair_keys
 from sd35bench.analysis.table import GUARD
-from sd35bench.columns import Scores, Some, numbers, texts
+from sd35bench.columns import Some, is_text, numbers, texts
 from sd35bench.errors import StoreError
 from sd35bench.fields import label
+from sd35bench.latest import Scores
 from sd35bench.prompts import encoder_fields
 from sd35bench.report.rows import (
     Row,
@@ -178,7 +179,7 @@ def cells_of(rows: Sequence[Row], matched: Mapping[str, Some]) -> dict[PairKey, 
     cells: dict[PairKey, dict[str, int]] = defaultdict(dict)
     for row in rows:
         records = matched.get(row.id, [])
-        scored = texts(records, "status") == Status.OK
+        scored = is_text(records, "status", Status.OK)
         if row.quality_batch_size is not None:
             scored &= numbers(records, "batch_size") == row.quality_batch_size
         else:
