@@ -109,7 +109,10 @@ def _many(ordered: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
 
 
 def _matrix(ordered: Sequence[Mapping[str, Any]]) -> Table:
-    """Setting by dimension: each one's verdict; a dash where a dimension does not apply."""
+    """Setting by dimension: each one's verdict; a dash where a dimension does not apply.
+
+    A terminal of 80 columns has room for no more; on paper the worst verdict and the pairs, too.
+    """
     names = list(dict.fromkeys(name for c in ordered for name in c["dimensions"]))
     rows = [
         [_verdict_cell(verdict_of(c)), c["title"]]
@@ -117,8 +120,16 @@ def _matrix(ordered: Sequence[Mapping[str, Any]]) -> Table:
         + [words.count(c["n_pairs"])]
         for c in ordered
     ]
-    first, *others = text_table(("", "setting", *names, "pairs"), rows, ("pairs",))
-    return Table(columns=(replace(first, wraps=False), *others), layouts=WRAPPED, frame="edged")
+    first, setting, *others, pairs = text_table(
+        ("verdict", "setting", *names, "pairs"), rows, ("pairs",)
+    )
+    columns = (
+        replace(first, forms=(MARKDOWN,)),
+        setting,
+        *(replace(column, wraps=False) for column in others),
+        replace(pairs, forms=(MARKDOWN,)),
+    )
+    return Table(columns=columns, layouts=WRAPPED, frame="edged")
 
 
 def _verdict_in(comparison: Mapping[str, Any], name: str) -> str:

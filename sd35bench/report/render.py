@@ -257,6 +257,7 @@ def _print_table(table: Table, console: Console) -> None:
             escape(column.title),
             justify="right" if column.numeric else "left",
             no_wrap=not (layout.wraps and column.wraps),
+            overflow="fold" if layout.wraps else "ellipsis",  # a word cut in two is still there
         )
     for cells in zip(*(c.cells for c in shown), strict=True):
         drawn.add_row(*(_drawn(cell, layout.between) for cell in cells))

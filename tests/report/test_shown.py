@@ -145,6 +145,14 @@ def test_where_there_is_little_room_n_goes_first_then_threads(demo: Synthetic):
     assert ranks["steps"] == ranks["cfg"] == ranks["strength"] == 0
 
 
+def test_no_value_is_cut_where_there_is_no_room_for_all(demo: Synthetic):
+    """Mutant: rich's ellipsis, under which `heun` and `dpmpp_2m` were one letter each."""
+    document = {"study": "t", "settings": [copy.deepcopy(demo.show["settings"][0]) for _ in "ab"]}
+    for number, row in enumerate(document["settings"]):
+        row |= {"id": f"row {number}", "sampler": ("heun", "dpmpp_2m")[number]}
+    assert "…" not in printed(document, 24).split("latency: median")[0]
+
+
 def test_threads_stay_where_nothing_else_tells_two_settings_apart(demo: Synthetic):
     document = {"study": "t", "settings": [copy.deepcopy(demo.show["settings"][0]) for _ in "ab"]}
     for number, row in enumerate(document["settings"]):
