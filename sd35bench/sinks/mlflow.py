@@ -26,12 +26,12 @@ class MlflowSink(Sink):
         super().__init__(study, folder)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        mlflow: Any = importlib.import_module("mlflow")
         place, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         if place is None:
             folder.mkdir(parents=True, exist_ok=True)
             place = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
             artifacts = (folder.resolve() / "artifacts").as_uri()
-        mlflow: Any = importlib.import_module("mlflow")
         self._client = mlflow.MlflowClient(tracking_uri=place)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", f"sd35bench {study}")
         found = self._client.get_experiment_by_name(name)
