@@ -190,8 +190,11 @@ def _listed(values: Any) -> str:
     return ", ".join(found) if len(found) <= 4 else f"{len(found)} different"
 
 
-def read_state(one: Gathered) -> list[tuple[str, str]]:
-    """What a reader must know before any figure: (mark, sentence); nothing of a whole study."""
+def read_state(one: Gathered, pairs: Mapping[str, int]) -> list[tuple[str, str]]:
+    """What a reader must know before any figure: (mark, sentence); nothing of a whole study.
+
+    `pairs` is row id → of how many prompts and seeds there is a trial.
+    """
     study, rows, records = one.source.study, one.rows, one.records
     said = []
     failed = int((~is_text(records, "status", Status.OK)).sum())
@@ -210,7 +213,7 @@ def read_state(one: Gathered) -> list[tuple[str, str]]:
         )
     tuned = (study.path / "tune.json").exists()  # a race drops settings by design
     for task in () if tuned else dict.fromkeys(r.task for r in rows):
-        counts = sorted(r.n + r.failed for r in rows if r.task == task)
+        counts = sorted(pairs[r.id] for r in rows if r.task == task and r.id in pairs)
         fewer = [n for n in counts if n < counts[-1]]
         if fewer:
             said.append(

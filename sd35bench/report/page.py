@@ -145,7 +145,13 @@ def build_beside(sources: Sequence[Source], link: bool = False) -> Document:
     return Document(
         study=" beside ".join(part.name for part in parts),
         facts=tuple(_each(parts, lambda p: [*read_facts(p), *_clock(p.source.show)], _fact)),
-        state=tuple(_each(parts, read_state, lambda name, s: (s[0], f"{name}: {s[1]}"))),
+        state=tuple(
+            _each(
+                parts,
+                lambda p: read_state(p, wall["counts"]),
+                lambda name, said: (said[0], f"{name}: {said[1]}"),
+            )
+        ),
         headline=headline,
         heroes=heroes(rows, headline, wall, fronts, extra),
         extremes=_extremes(rows, headline, wall, extra),

@@ -422,6 +422,7 @@ def join_walls(
         "base": "",
         "lower": list(dict.fromkeys(name for wall in walls for name in wall["lower"])),
         "note": " ".join(wall["note"] for wall in walls),
+        "counts": {row_id: n for wall in walls for row_id, n in wall["counts"].items()},
         "left_out": 0,  # the note says it; each study's own report has a way to the rest
     }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sd35bench.report import linked, wall
+from sd35bench.report.gather import Source, gather, read_state
 from sd35bench.report.page import (
     build_document,
     embed_json,
@@ -158,6 +159,13 @@ def test_report_labels_failed_and_incomplete_studies_at_the_top(tmp_path, demo: 
         make_study(tmp_path, "none", steps=(4,), prompts=("a",), fail_every=1)
     )
     assert 'class="state"' not in top(demo.study)
+    (one,), _ = gather([Source(study=demo.study, show=demo.show, recommendation=None)])
+    pairs = dict.fromkeys((r.id for r in one.rows), 12)
+    assert read_state(one, pairs) == []
+    (mark, text), *others = read_state(one, {**pairs, one.rows[0].id: 5})
+    assert (mark, others) == ("open", [])
+    assert "1 of 9 settings of text-to-image have fewer images" in text
+    assert "(5 at the least, of 12)" in text
 
 
 def test_report_is_the_same_for_the_same_study(demo: Synthetic):
