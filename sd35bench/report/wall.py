@@ -93,6 +93,7 @@ def build_wall(
         "base": LINKED if wanted.link else "",
         "lower": lower,
         "note": _note(wall, rows, shown, cells, pairs),
+        "counts": Counter(row_id for by_row in cells.values() for row_id in by_row),
         "left_out": max(
             0, sum(r.n for r in rows) - sum(t["image"] is not None for t in wall.tiles)
         ),

@@ -153,17 +153,29 @@ function startImages(data) {
 
   const ranked = new Map();
 
-  // All rows in an order; sorted once, filtered often.
+  // All rows in an order; sorted once, filtered often. A key is the score as 31 bits over the row's
+  // number as 20: numbers sort ten times as fast as a comparison function does.
   function inOrder(order) {
     if (!ranked.has(order)) {
       const rows = Int32Array.from({ length: count }, (_, i) => i);
       if (order && scored.length) {
         const { values, sign } = scored[0];
-        const way = order === "best" ? sign : -sign;
         const known = rows.filter((i) => !Number.isNaN(values[i]));
-        known.sort((i, j) => way * (values[i] - values[j]) || i - j);
         const unknown = rows.filter((i) => Number.isNaN(values[i]));
-        rows.set(known);
+        let [low, high] = [Infinity, -Infinity];
+        for (const i of known) {
+          if (values[i] < low) low = values[i];
+          if (values[i] > high) high = values[i];
+        }
+        const rising = (order === "best") === sign > 0;
+        const scale = 2 ** 31 / (high - low || 1);
+        const keys = new Float64Array(known.length);
+        for (let k = 0; k < keys.length; k += 1) {
+          const value = values[known[k]];
+          keys[k] = Math.round((rising ? value - low : high - value) * scale) * 2 ** 20 + known[k];
+        }
+        keys.sort();
+        for (let k = 0; k < keys.length; k += 1) rows[k] = keys[k] % 2 ** 20;
         rows.set(unknown, known.length);
       }
       ranked.set(order, rows);
