@@ -83,6 +83,9 @@ def build_wall(
         wall.add_pair(pair, cells[pair])
     _add_extremes(wall, wanted, cells)
     lower = wall.add_scores()
+    counts = Counter(row_id for by_row in cells.values() for row_id in by_row)
+    ids = {r.id for r in shown}
+    others = [r for r in rows if r.id not in ids]
     refer(wall.prompts)
     return {
         "settings": [_setting(r, extra) for r in shown],
@@ -93,10 +96,8 @@ def build_wall(
         "base": LINKED if wanted.link else "",
         "lower": lower,
         "note": _note(wall, rows, shown, cells, pairs),
-        "counts": Counter(row_id for by_row in cells.values() for row_id in by_row),
-        "left_out": max(
-            0, sum(r.n for r in rows) - sum(t["image"] is not None for t in wall.tiles)
-        ),
+        "counts": counts,
+        "left_out": counts.total() - len(wall.tiles) + sum(r.n for r in others),
     }
 
 

@@ -119,7 +119,8 @@ function startImages(data) {
     if (b) controls.b.value = b;
     const names = fields.map((f) => f.name);
     controls.x.value = names.includes("steps") ? "steps" : names[0];
-    controls.y.value = names.includes("cfg") ? "cfg" : names[names.length - 1];
+    const varies = fields.filter((f) => f.values.length > 1 && !["steps", "task"].includes(f.name));
+    controls.y.value = (varies.find((f) => f.name === "cfg") || varies[0] || fieldOf("cfg")).name;
     holdLike(Object.values(data.chosen)[0] || a);
   }
 
