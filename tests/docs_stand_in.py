@@ -18,7 +18,10 @@ NEVER = {
     "page": "needs the vendor, or its stand-in: tests/server",
 }
 """What is parsed and no more, by a word of the command."""
-OF_THE_MODEL = ("model=", "model.", "noise_floor=", "keep_latents=", "starts=")
+OF_THE_MODEL = (
+    *("model=", "model.", "width=", "height="),
+    *("noise_floor=", "keep_latents=", "starts="),
+)
 FEW = 8
 
 
@@ -37,7 +40,8 @@ def arguments(shell: Shell, drifts: frozenset[str] = frozenset()) -> list[str]:
     """A command's arguments with the stand-ins; `drifts`: studies whose drift is scored."""
     verb, *rest = shell.words[1:]
     if verb not in ("run", "tune"):
-        return [verb, *_no_model(rest)]
+        # What the fake backend made is no pipeline of diffusers'.
+        return [verb, *("command" if w == "diffusers" else w for w in _no_model(rest))]
     study = next((w for w in rest if w.startswith("study=")), "study=")[6:]
     words = [_fewer(w, verb) for w in rest if not w.startswith(OF_THE_MODEL)]
     if study in drifts:

@@ -14,6 +14,8 @@ from tests.documents import ROOT, Shell, commands, pages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 READERS = (
+    "reference",
+    "data",
     "show",
     "recommend",
     "report",
@@ -23,6 +25,17 @@ READERS = (
     "merge",
     "verify",
     "clean",
+)
+NO_STUDIES = (
+    "make",
+    "both",
+    "drift",
+    "tables",
+    "balanced",
+    "diffusers",
+    "quality",
+    "exact",
+    "baseline",
 )
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in pages()}
 SERVED = "docs/providers.md"
@@ -46,11 +59,17 @@ def drifts(found: list[Shell]) -> frozenset[str]:
 
 
 def make_what_is_read(shell: Shell) -> None:
-    """Make the studies that a command reads and that no command of the page made."""
-    for name in shell.words[2:] if shell.words[1] in READERS else ():
-        is_study = name.isalpha() and name.islower() and name not in ("make", "both", "drift")
+    """Make the studies that a command reads and that no command of the page made.
+
+    A reference is one setting's images.
+    """
+    alone = shell.words[1] == "reference"
+    named = [w.removeprefix("study=") for w in shell.words[2:]]
+    for name in named if shell.words[1] in READERS else ():
+        is_study = name.isalpha() and name.islower() and name not in NO_STUDIES
         if is_study and not Path("results", name).exists():
-            words = ["steps=4,8", "cfg=4", "prompts.limit=8", "backend=fake", f"study={name}"]
+            steps = "steps=8" if alone else "steps=4,8"
+            words = [steps, "cfg=4", "prompts.limit=8", "backend=fake", f"study={name}"]
             assert main(["run", "-m", *words]) == 0
 
 
