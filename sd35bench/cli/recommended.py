@@ -16,6 +16,7 @@ from sd35bench.cli.parser import Given
 from sd35bench.errors import ConfigError, nearest
 
 _FROM, _PROFILE, _TASK = "from", "profile", "task"
+_SWEEP = "-m"
 _OWN_PROMPTS = ("prompts", "prompts.path")
 
 
@@ -31,12 +32,15 @@ def with_recommended(given: Given) -> Given:
     command = _command(Path(own[_FROM]), own.get(_PROFILE), own.get(_TASK))
     names = {_name(word) for word in words}
     replaced = names & set(_OWN_PROMPTS)
+    found = shlex.split(command)[2:]
     kept = [
         word
-        for word in shlex.split(command)[2:]
-        if _name(word) not in names and not (replaced and _is_of_prompts(word))
+        for word in found
+        if word != _SWEEP and _name(word) not in names and not (replaced and _is_of_prompts(word))
     ]
-    return replace(given, settings=[*kept, *words])
+    # A choice made on several seeds is a sweep over them.
+    flags = {**given.flags, **({_SWEEP: ""} if _SWEEP in found else {})}
+    return replace(given, settings=[*kept, *words], flags=flags)
 
 
 def _name(word: str) -> str:

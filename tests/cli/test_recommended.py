@@ -48,6 +48,16 @@ def test_own_prompts_replace_all_of_the_file_s(path):
     ]
 
 
+def test_a_choice_made_on_several_seeds_is_a_sweep_over_them(path):
+    """It said "'-m': expected NAME=VALUE"."""
+    path.write_text(path.read_text().replace("run model=", "run -m model=").replace("=0 ", "=0,1 "))
+    words = [f"from={path}", "profile=balanced"]
+    found = with_recommended(Given(verb="run", words=[], settings=words, flags={}, as_json=False))
+    assert found.has("-m")
+    assert "-m" not in found.settings
+    assert "seed=0,1" in found.settings
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
