@@ -67,6 +67,11 @@ def folder() -> Path | None:
     return _folders[0] if _folders else None
 
 
+def given() -> list[str]:
+    """What a process that works for this one is to be told: the folder, if there is one."""
+    return [str(path) for path in _folders]
+
+
 def _forget() -> None:
     """Let go of the folder of an earlier command, and of the modules that came from it."""
     for old in _folders:

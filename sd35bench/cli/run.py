@@ -91,14 +91,13 @@ class RunTask:
             "before": set(),
             "damaged": 0,
         }
-        code = None if plugins.folder() is None else f"{plugins.folder()}"
-        return {"dry_run": self.dry_run, "yes": self.yes, "plugin_dir": code, **gone}
+        known = {"dry_run": self.dry_run, "yes": self.yes, "plugins": plugins.given()}
+        return {**known, **gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take plug-ins from the same folder over there."""
-        code = state.pop("plugin_dir")
-        if code is not None:
-            plugins.use_folder(code)
+        for folder in state.pop("plugins"):
+            plugins.use_folder(folder)
         self.__dict__.update(state)
 
     @property

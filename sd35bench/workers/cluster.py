@@ -152,8 +152,8 @@ class RayWorker:
         """Ask for an actor and wait until a node has started it. Raises: WorkerLost."""
         ray = _ray()
         kind, on_cores = ray.remote(NodeWorker), not options.get("num_gpus")
-        code = None if plugins.folder() is None else f"{plugins.folder()}"
-        self._actor = kind.options(**options).remote(load, limits, on_cores, beside, code)
+        told = (load, limits, on_cores, beside, *plugins.given())
+        self._actor = kind.options(**options).remote(*told)
         self.node = self._get(self._actor.place.remote(), PLACE_S)
 
     def load(self) -> Ready | Failed:
@@ -212,8 +212,7 @@ class NodeWorker:
 
         `plugin_dir` must be at the same path on the node.
         """
-        if plugin_dir is not None:
-            plugins.use_folder(plugin_dir)
+        plugins.use_folder(plugin_dir)
         self._load, self._claim = load, contextlib.ExitStack()
         seat = Seat()
         if on_cores and occupies(load):
@@ -247,7 +246,9 @@ class RayFeatures:
 
     def __init__(self, threads: int, options: Mapping[str, Any]) -> None:
         """Ask for an actor; a node starts it while the first batch is on its way."""
-        self._actor = _ray().remote(NodeFeatures).options(**options).remote(threads)
+        self._actor = (
+            _ray().remote(NodeFeatures).options(**options).remote(threads, *plugins.given())
+        )
 
     def embed(self, key: bytes, name: str, images: Sequence[Any]) -> np.ndarray:
         """Rows [n, d] of one batch. Raises: WorkerDied, MetricError."""
@@ -265,8 +266,9 @@ class RayFeatures:
 class NodeFeatures:
     """What such an actor is: on its node, the host of one process that embeds."""
 
-    def __init__(self, threads: int) -> None:
-        """Take free cores and start the process."""
+    def __init__(self, threads: int, plugin_dir: str | None = None) -> None:
+        """Take free cores and start the process; `plugin_dir` must be there on the node too."""
+        plugins.use_folder(plugin_dir)
         self._claim = contextlib.ExitStack()
         self._process = FeatureProcess(threads, self._claim.enter_context(claim_cores(threads)))
 

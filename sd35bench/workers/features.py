@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sd35bench import plugins
 from sd35bench.errors import ConfigError, MetricError, SD35BenchError, WorkerDied
 from sd35bench.metrics.base import Extractor
 from sd35bench.pictures import decode_rgb
@@ -125,9 +126,10 @@ class FeatureProcess:
             "SD35BENCH_PARENT": str(os.getpid()),
             "HF_HUB_OFFLINE": "1",
         }
+        words = [str(theirs.fileno()), *plugins.given()]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sd35bench.workers.features", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "sd35bench.workers.features", *words],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -216,6 +218,7 @@ def _load(key: bytes, name: str) -> Any:
 
 if __name__ == "__main__":
     die_with_parent()
+    plugins.use_folder(*sys.argv[2:] or [None])
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError), Connection(int(sys.argv[1])) as ours:

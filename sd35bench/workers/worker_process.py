@@ -38,11 +38,6 @@ EXIT_WAIT_S = 10.0
 ANYWHERE = Seat()
 
 
-def _plugin_words() -> list[str]:
-    folder = plugins.folder()
-    return [] if folder is None else [str(folder)]
-
-
 class WorkerProcess:
     """One worker process; every method that waits for it raises `WorkerDied` or a kind of it."""
 
@@ -66,7 +61,7 @@ class WorkerProcess:
         self._dump = Path(path)
         with theirs, open(dump, "wb"):
             handle = theirs.fileno()
-            words = [str(handle), str(dump), *_plugin_words()]
+            words = [str(handle), str(dump), *plugins.given()]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sd35bench.workers.worker", *words],
                 pass_fds=[handle, dump],
