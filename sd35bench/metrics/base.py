@@ -239,7 +239,7 @@ def load_metric(name: str, **options: Any) -> Metric:
         raise ConfigError(f"metric={name!r} is unknown; known: {', '.join(families)}")
     family = max(known, key=len)
     if family not in METRICS:
-        make: Callable[..., Metric] = plugins.load_class("metrics", family, Metric)
+        make: Any = plugins.load_class("metrics", family, Metric)
         return make(name, **options)
     module, function = METRICS[family].split(":")
     load: Callable[..., Metric] = getattr(importlib.import_module(module), function)
