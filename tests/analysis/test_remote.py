@@ -203,7 +203,7 @@ def test_ambiguous_trials_are_counted_and_worded(tmp_path):
     assert row["remote"]["cost_usd"]["at_stake"] == pytest.approx(0.07)
     assert row["remote"]["cost_usd"]["total"] == pytest.approx(5 * 0.035)
     assert text in row["warnings"]
-    assert "1 trials failed" in row["warnings"]
+    assert "1 trial failed" in row["warnings"]
     assert text in document["warnings"]
     assert any(w.startswith("1 trials failed;") for w in document["warnings"])
 
