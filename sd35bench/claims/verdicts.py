@@ -16,6 +16,7 @@ from sd35bench.analysis.table import Table, read_table
 from sd35bench.claims import designs
 from sd35bench.claims.contrasts import Contrast, Judged, Verdict, judge_claims, more_images
 from sd35bench.claims.evidence import Evidence, Unmeasured, Untestable, read_evidence
+from sd35bench.columns import unlike
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import TAIL
 from sd35bench.types import to_json
@@ -199,7 +200,7 @@ def is_claims_study(study: Any, table: Table | None = None) -> bool:
 
     Cheap where it was not: other studies write one format.
     """
-    formats = {record.trial.request.output_format for record in study.records()}
+    formats = {record.trial.request.output_format for record in unlike(study.records())}
     if len(formats) < 3:
         return False
     claims = tuple(c for c in CLAIMS if c.name in ("cfg-start", "steps-previews", "output-format"))
