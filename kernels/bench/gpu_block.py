@@ -101,7 +101,7 @@ def passes(shape: Shape) -> list[Operation]:
     gains = tuple(shape.random(shape.head_dim) for _ in range(4))
     stream, joint = x.numel() * size, (image.numel() + text.numel()) * size
 
-    def heads(text: torch.Tensor | None) -> dict[str, Run]:
+    def heads(text: torch.Tensor | None) -> dict[str, Any]:
         return {
             "ours": lambda: gpu_joint_heads(image, text, gains, shape.heads, EPS),
             "reference": lambda: norms.joint_heads(image, text, gains, shape.heads, EPS),
@@ -148,8 +148,9 @@ def products(shape: Shape, kinds: list[torch.dtype]) -> list[Operation]:
 
         def plain(up: Any = up, down: Any = down) -> object:
             normed = norms.modulated_norm(x, scale, shift, EPS).view(rows, d)
-            hidden = gpu_w8a8_linear(normed, *up, shape.dtype)
-            return gpu_w8a8_linear(F.gelu(hidden, approximate="tanh"), *down, shape.dtype)
+            hidden = gpu_w8a8_linear(normed, up[0], up[1], up[2], shape.dtype)
+            hidden = F.gelu(hidden, approximate="tanh")
+            return gpu_w8a8_linear(hidden, down[0], down[1], down[2], shape.dtype)
 
         found.append(
             Operation(
@@ -212,7 +213,7 @@ def limits(shape: Shape, rounds: int) -> tuple[float, float]:
     a = torch.ones(side, side, device=shape.device, dtype=torch.int8)
     runs: dict[str, Run] = {
         "copy": lambda: target.copy_(source),
-        "product": lambda: torch._int_mm(a, a.t()),
+        "product": lambda: torch.ops.aten._int_mm(a, a.t()),
     }
     best = {name: min(taken) for name, taken in measure(runs, rounds, shape.device).items()}
     return 2 * source.nbytes / best["copy"], 2 * side**3 / best["product"]

@@ -97,7 +97,7 @@ def record(name: str, run: Callable[[], object]) -> list[Launch]:
         kept.append(Launch(name, kernel, args, options))
 
     launch = JITFunction.run
-    JITFunction.run = instead
+    JITFunction.run = instead  # pyright: ignore[reportAttributeAccessIssue]
     try:
         run()
     finally:

@@ -16,7 +16,7 @@ import triton.language as tl
 from sd35_kernels.w8a8.gpu import ROUNDING
 from sd35_kernels.w8a8.quantize import LIMITS, TINY
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton turns plain arguments into its constexpr at launch, which its types do not say.
 
 LARGEST_ROW = 8192

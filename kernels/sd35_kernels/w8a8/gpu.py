@@ -24,7 +24,7 @@ import triton.language as tl
 
 from sd35_kernels.w8a8.quantize import LIMITS, TINY
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 # Triton turns plain arguments into its constexpr at launch, which its types do not say.
 GROUP = 8
 CHUNK = 128
