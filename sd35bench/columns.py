@@ -263,13 +263,13 @@ def among(records: Some, name: str, some: Container[str]) -> NDArray[np.bool_]:
     """Whether a text field has one of some values: [n]."""
     codes, known = coded(records, name)
     unique, inverse = np.unique(codes, return_inverse=True)
-    return np.array([c >= 0 and known[c] in some for c in unique.tolist()], bool)[inverse]
+    return np.array([c >= 0 and known[int(c)] in some for c in unique], bool)[inverse]
 
 
 def distinct(records: Some, name: str) -> set[str]:
     """The texts that a field has; a record without one is left out."""
     codes, known = coded(records, name)
-    return {known[code] for code in np.unique(codes).tolist() if code >= 0}
+    return {known[int(code)] for code in np.unique(codes) if code >= 0}
 
 
 def texts(records: Some, name: str) -> NDArray[np.object_]:
@@ -412,7 +412,7 @@ def in_time(records: Some) -> Some:
 def by_text(records: Some, name: str) -> dict[str, Places]:
     """The numbers of the records of each text, in the order in which texts first appear."""
     codes, known = coded(records, name)
-    return {known[codes[places[0]]]: places for places in split(codes)}
+    return {known[int(codes[places[0]])]: places for places in split(codes)}
 
 
 def with_tags(records: Some, where: Mapping[str, str]) -> Some:
@@ -474,5 +474,5 @@ def prompts(records: Some) -> set[tuple[str, str | None]]:
     """Every prompt with its init image."""
     (asked, known), (inits, files) = (coded(records, n) for n in ("prompt", "init_image"))
     _, firsts = grouped(asked, inits)
-    pairs = zip(asked[firsts].tolist(), inits[firsts].tolist(), strict=True)
+    pairs = zip(map(int, asked[firsts]), map(int, inits[firsts]), strict=True)
     return {(known[prompt], files[init] if init >= 0 else None) for prompt, init in pairs}

@@ -289,8 +289,7 @@ class _LoneImages:
 
     def at(self, places: NDArray[Any]) -> "_LoneImages":
         """Some of them, by their places or a mask."""
-        parts = (self.latency_s, self.session_id, self.started)
-        return _LoneImages(*(part[places] for part in parts))
+        return _LoneImages(self.latency_s[places], self.session_id[places], self.started[places])
 
     def large_starts(self) -> list[NDArray[np.int64]]:
         """The places of each start that is a unit of its own, in the order of time."""
@@ -363,7 +362,7 @@ def _ratio_of(above: _LoneImages, below: _LoneImages) -> Interval:
         return _ratio(centres([x[:, None] for x in counted]), int(alike.sum()), len(counted))
     starts = [side.large_starts() for side in (above, below)]
     firsts = [
-        [(side.session_id[start[0]], side.started[start[0]]) for start in found]
+        [(f"{side.session_id[start[0]]}", side.started[start[0]]) for start in found]
         for side, found in zip((above, below), starts, strict=True)
     ]
     if all(len(side) == 1 for side in starts):

@@ -243,7 +243,8 @@ def whys_untimed(records: Some) -> NDArray[np.object_]:
     """The same of every record; only the hosted ones are looked at as a whole."""
     alone = (numbers(records, "batch_size") == 1) & (numbers(records, "batch_actual") == 1)
     alone &= ~np.isnan(numbers(records, "generate_s"))
-    found = np.where(alone, None, np.array(_BATCHED, object))
+    found = np.full(len(alone), _BATCHED, object)
+    found[alone] = None
     for number in np.flatnonzero(has(records, "remote")).tolist():
         found[number] = why_untimed(records[number])
     return found
@@ -297,6 +298,11 @@ def _split_of(places: Places, *codes: Places) -> list[Places]:
     return [places[part] for part in split(grouped(*(c[places] for c in codes))[0])]
 
 
+def is_none(values: NDArray[np.object_]) -> NDArray[np.bool_]:
+    """Where an array of objects holds ``None``: [n]."""
+    return np.array([value is None for value in values.tolist()], bool)
+
+
 def _sort_out(row: Row, guards: Found, whole: Container[str], damaged: Container[str]) -> None:
     """Fill in which of a row's records are timed, usable or excluded."""
     images, _ = coded(row.records, "image")
@@ -309,13 +315,13 @@ def _sort_out(row: Row, guards: Found, whole: Container[str], damaged: Container
     if repeated:
         reasons[among(ok, "image", repeated) & ~refused] = REPEATED
     gone, hurt = ~among(ok, "image", whole), among(ok, "image", damaged)
-    gone &= np.equal(reasons, None) | hurt
+    gone &= is_none(reasons) | hurt
     reasons[gone] = np.where(hurt, DAMAGED, MISSING)[gone]
-    usable = np.equal(reasons, None)
+    usable = is_none(reasons)
     row.excluded.update(reasons[~usable].tolist())
     # A file that is gone and an ignored seed say nothing against the time that was measured.
     whys = whys_untimed(ok)
-    timed = np.equal(whys, None)
+    timed = is_none(whys)
     row.untimed.update(whys[~timed & has(ok, "remote")].tolist())
     row.usable, row.timed = pick(ok, usable), pick(ok, timed & (~refused | gone))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sd35bench import words
 from sd35bench.analysis.quality import facts
-from sd35bench.analysis.table import whys_untimed
+from sd35bench.analysis.table import is_none, whys_untimed
 from sd35bench.columns import Some, is_text, seconds
 from sd35bench.report.bars import (
     STAGES,
@@ -355,7 +355,7 @@ def throughput_figures(rows: Sequence[Row]) -> list[Figure]:
 
 
 def _latencies(records: Some) -> tuple[float, ...]:
-    why = np.equal(whys_untimed(records), None)
+    why = is_none(whys_untimed(records))
     taken = seconds(records)
     known = why & is_text(records, "status", Status.OK) & ~np.isnan(taken)
     return tuple(taken[known].tolist())

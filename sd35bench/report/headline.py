@@ -91,7 +91,8 @@ class Headline:
             others = [r for r in members if r.rest == chosen.rest and r.id != chosen.id]
             others = others if others else [r for r in members if r.id != chosen.id]
             if others:
-                most = max(others, key=lambda r: (r.steps, -abs(r.cfg - chosen.cfg)))
+                cfg = chosen.cfg
+                most = max(others, key=lambda r: (r.steps, -abs(r.cfg - cfg)))
                 found[task] = most.id, "the most steps; no vendor's default is in this study"
         return found
 

@@ -161,7 +161,7 @@ def rerun_commands(study: str, records: Some) -> list[dict[str, str]]:
     return [_rerun(study, key, found[key]) for key in sorted(found, reverse=True)]
 
 
-def _rerun(study: str, key: tuple[str, str, str], records: Some) -> dict[str, str]:
+def _rerun(study: str, key: tuple[Any, ...], records: Some) -> dict[str, str]:
     task, prompt_set, split = key
     kinds = unlike(records)
     loads, requests = [r.trial.load for r in kinds], [r.trial.request for r in kinds]

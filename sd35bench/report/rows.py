@@ -354,8 +354,10 @@ def match_records(
     environments = {name: s.environment_id for name, s in sessions.items()}
     (settings, keys), (started, names) = setting_codes(records), coded(records, "session_id")
     code, firsts = grouped(settings, started)
-    places = ((keys[settings[i]], environments.get(names[started[i]])) for i in firsts.tolist())
+    places = (
+        (keys[int(settings[i])], environments.get(names[int(started[i])])) for i in firsts.tolist()
+    )
     ids = [index.get((key, place), fallback.get(key)) for key, place in places]
     which, known = numbered(ids)
     found = ((known[which[code[members[0]]]], members) for members in split(which[code]))
-    return {row_id: pick(records, members) for row_id, members in found if row_id is not None}
+    return {f"{i}": pick(records, members) for i, members in found if i is not None}

@@ -24,6 +24,7 @@ interval would be a guess, and none is given.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -338,11 +339,11 @@ def run_drift(latency_s: ArrayLike) -> RunDrift | None:
     return RunDrift(Interval(value, low, high, n, blocks))
 
 
-def couple_starts(baseline: Sequence[str], candidate: Sequence[str]) -> list[tuple[int, int]]:
+def couple_starts(baseline: Sequence[Any], candidate: Sequence[Any]) -> list[tuple[int, int]]:
     """Couple process starts of both sides that follow each other in time, each at most once.
 
-    Times are ISO 8601 in UTC. A B A B gives two couples, A B B A two, A A B B one: what ran in
-    blocks of its own side shares no state with the other.
+    Times are whatever sorts as they do: ISO 8601 in UTC, or ranks. A B A B gives two couples,
+    A B B A two, A A B B one: what ran in blocks of its own side shares no state with the other.
     """
     timeline = sorted(
         [(at, 0, i) for i, at in enumerate(baseline)]
