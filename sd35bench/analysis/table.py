@@ -37,6 +37,7 @@ from sd35bench.columns import (
 from sd35bench.contention import Timed, choose, clock_text, read_contention, sentences
 from sd35bench.measure import environment_id
 from sd35bench.types import CUT, Record, Session, Status, content_hash
+from sd35bench.words import plural
 
 GUARD = "guard"
 """Name under which `score` keeps what the guards saw in an image: value 1 passed, 0 refused."""
@@ -329,11 +330,13 @@ def _sort_out(row: Row, guards: Found, whole: Container[str], damaged: Container
 def _warnings(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     excluded: Counter[str] = sum((row.excluded for row in rows), Counter())
-    found = [f"{n} images left out of every metric: {why}" for why, n in excluded.most_common()]
+    found = [
+        f"{plural(n, 'image')} left out of every metric: {why}" for why, n in excluded.most_common()
+    ]
     failed, ambiguous = (sum(getattr(r, name) for r in rows) for name in ("failed", "ambiguous"))
     if failed > ambiguous:
-        count = failed - ambiguous
-        found.append(f"{count} trials failed; they count in `failed` and nowhere else")
+        count = plural(failed - ambiguous, "trial")
+        found.append(f"{count} failed, which counts in `failed` and nowhere else")
     if ambiguous:
         found.append(ambiguous_text(ambiguous))
     everything = join([row.records for row in rows])

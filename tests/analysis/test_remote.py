@@ -205,7 +205,7 @@ def test_ambiguous_trials_are_counted_and_worded(tmp_path):
     assert text in row["warnings"]
     assert "1 trial failed" in row["warnings"]
     assert text in document["warnings"]
-    assert any(w.startswith("1 trials failed;") for w in document["warnings"])
+    assert any(w.startswith("1 trial failed,") for w in document["warnings"])
 
 
 def test_a_setting_of_ambiguous_trials_only_has_a_row(tmp_path):
