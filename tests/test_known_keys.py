@@ -142,11 +142,12 @@ def test_a_journal_of_the_old_code_is_read_and_gone_on_with(tmp_path, monkeypatc
         same = {"load": trial.load, "request": trial.request, "prompt": trial.prompt}
         assert make_trial(**same, batch_size=trial.batch_size) == trial
     shown = json.loads((OLD / "show.json").read_text())
-    later = {"device_spread": None, "host_spread": None}
+    later = {"device_spread": None, "host_spread": None, "chosen_for": []}
+    later |= {"front": True, "weights": "nano"}
     shown["settings"] = [completed(row) | later for row in shown["settings"]]
     capsys.readouterr()
     assert main(["show", "old", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == shown
+    assert json.loads(capsys.readouterr().out) == shown | {"recommended": None}
     words = "backend=fake study=old prompts.limit=1 seed=0,1,2 steps=2,4 cfg=4 threads=2"
     assert main(["run", "-m", *words.split(), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
