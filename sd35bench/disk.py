@@ -21,6 +21,7 @@ from threading import get_ident
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
+import yaml
 
 from sd35bench.errors import DiskFull, StoreError, StudyGone
 
@@ -40,6 +41,17 @@ def decode_line(line: bytes, decoder: "msgspec.json.Decoder[T]", nan: bool = Fal
     except msgspec.DecodeError:
         # `json.dumps` writes a lone surrogate of a prompt as \\udXXX, which msgspec refuses.
         return msgspec.convert(parse_json(line, nan), decoder.type)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of somebody's own.
+
+    Raises: ValueError, one line, for what cannot be read or is no YAML (20,000 levels are none).
+    """
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as exc:
+        raise ValueError(" ".join(str(exc).split())) from exc
 
 
 def parse_json(data: bytes, nan: bool = False) -> Any:

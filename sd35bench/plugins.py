@@ -90,9 +90,9 @@ def name_place(group: str, name: str, place: str) -> None:
     Raises: ConfigError for what is no place, and for a name that an entry point has.
     """
     if not is_place(place):
-        raise ConfigError(f"{group.removesuffix('s')}.kind={place}: must be package.module:Class")
+        raise ConfigError(f"{_field(group)}.kind={place}: must be package.module:Class")
     if name in entry_points(group):
-        raise ConfigError(f"{group.removesuffix('s')} {name}: an installed package has this name")
+        raise ConfigError(f"{_field(group)} {name}: an installed package has this name")
     _named[group, name] = place
 
 
@@ -172,6 +172,11 @@ def _package(point: metadata.EntryPoint) -> str:
 # What a name means -------------------------------------------------------------------------------
 
 
+def _field(group: str) -> str:
+    """The field of a configuration that names a class of this group."""
+    return group if group == "prompts" else group.removesuffix("s")
+
+
 def is_place(kind: str) -> bool:
     """Whether a kind is a place, `package.module:Class`, and not a name."""
     return _PLACE.fullmatch(kind) is not None
@@ -194,7 +199,7 @@ def load_class(group: str, kind: str, base: type[T], known: Sequence[str] = ()) 
     folder of `--plugin-dir`, for what cannot be imported, and for another class than a `base`.
     """
     kind = _named.get((group, kind), kind)
-    where = f"{group.removesuffix('s')}.kind={kind}"
+    where = f"{_field(group)}.kind={kind}"
     added = entry_points(group)
     if is_place(kind):
         _refuse_foreign(kind, where)

@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sd35bench.cli.parser import Given
+from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError, nearest
 
 _FROM, _PROFILE, _TASK = "from", "profile", "task"
@@ -64,9 +63,9 @@ def _command(path: Path, profile: str | None, task: str | None) -> str:
 
 def _profiles(path: Path) -> Mapping[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise ConfigError(f"from={path}: cannot be read: {' '.join(str(exc).split())}") from exc
+        document = read_yaml(path)
+    except ValueError as exc:
+        raise ConfigError(f"from={path}: cannot be read: {exc}") from exc
     found = document.get("profiles") if isinstance(document, dict) else None
     if not isinstance(found, dict) or not found:
         raise ConfigError(f"from={path}: not a recommended.yaml; sd35bench recommend writes one")

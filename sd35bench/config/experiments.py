@@ -5,13 +5,13 @@ shapes, 24 images of 64 px a call. Another model gets its own prompts, and one i
 the command line says otherwise.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sd35bench.config.files import config_dir
+from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError
 
 _PROMPTS = ("prompts", "prompt", "prompts.path")
@@ -62,8 +62,9 @@ def _read(group: str, name: str, extra: Path | None) -> Mapping[str, Any]:
     for folder in filter(None, (extra, config_dir())):
         path = folder / group / f"{name}.yaml"
         if name and path.is_file():
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return found if isinstance(found, Mapping) else {}
+            with contextlib.suppress(ValueError):  # composing says what is wrong with it
+                found = read_yaml(path)
+                return found if isinstance(found, Mapping) else {}
     return {}
 
 

@@ -13,9 +13,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sd35bench.analysis.quality import facts, known_metrics
+from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError
 from sd35bench.stats.latency import Spread
 from sd35bench.stats.verdicts import Direction
@@ -105,8 +104,8 @@ def load_policy(name: str, folder: Path) -> Policy:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise ConfigError(f"--policy={name}: no such file; known: {known}, or a YAML file's path")
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raw = read_yaml(path)
+    except ValueError as exc:
         raise ConfigError(f"--policy={name}: cannot read {path}: {exc}") from exc
     return as_policy(path.stem, raw)
 

@@ -10,8 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError
 
 OBJECTIVES = ("fastest", "best-quality")
@@ -100,8 +99,8 @@ def load_profile(name: str, folder: Path, option: str = "--profile") -> Profile:
 def _read(path: Path) -> Profile:
     """Read one YAML file; a complaint about a field says which file it is in."""
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raw = read_yaml(path)
+    except ValueError as exc:
         raise ConfigError(f"profile: cannot read {path}: {exc}") from exc
     try:
         return _freeze(path.stem, raw)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.fields import value_text
 from sd35bench.report.leaderboard import front_ids, primary_metric
@@ -62,13 +61,13 @@ def mark_rows(document: dict[str, Any], folder: Path, written_at: float) -> None
 def _chosen(path: Path) -> dict[str, list[str]] | None:
     """Setting → profiles; ``None`` where there is no file, or one of somebody else's."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["profiles"]
+        found = read_yaml(path)["profiles"]
         chosen: dict[str, list[str]] = {}
         for profile, tasks in found.items():
             for answer in tasks.values():
                 if answer["setting"] is not None:
                     chosen.setdefault(answer["setting"]["setting"], []).append(profile)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return {setting: list(dict.fromkeys(names)) for setting, names in chosen.items()}
 

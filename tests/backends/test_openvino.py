@@ -16,7 +16,7 @@ from tests.backends.conftest import Loads
 from tests.backends.exported import CASES, PARITY, latents_error, make, nano_load, small_request
 
 pytestmark = pytest.mark.usefixtures("tiny_graph")
-REMEDY = r"pip install 'sd35bench\[openvino\]'"
+REMEDY = r"pip install 'nncf>=3\.0' 'openvino>=2025\.4'"
 HERE = importlib.util.find_spec("openvino") is not None
 NNCF = importlib.util.find_spec("nncf") is not None
 with_openvino = pytest.mark.skipif(not HERE, reason="openvino is not installed: an optional extra")

@@ -123,7 +123,7 @@ def test_gguf_without_its_package_is_refused_with_the_remedy(
 ) -> None:
     (tmp_path / "own.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"gguf.*is not installed; pip install 'sd35bench\[gguf"):
+    with pytest.raises(ConfigError, match=r"gguf.*is not installed; pip install 'gguf"):
         spec(nano, transformer=f"{tmp_path / 'own.gguf'}")
 
 
