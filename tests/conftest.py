@@ -1,8 +1,10 @@
 """What every test shares: which ones are too long for `make check`."""
 
 import gc
+import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,17 @@ MODEL = (
     "test_demo.py",
 )
 LONGEST = ("golden", "test_notebook.py")
+RULES = (HERE / "rules.js").read_text(encoding="utf-8")
+CHROMIUM_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def pytest_configure() -> None:
@@ -94,6 +107,36 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifact, "artifact_root", lambda: root)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; a module's own, as its event loop would be in the way of other tests."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on PATH: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="session")
+def faults() -> Callable[[Any], list[str]]:
+    """What of an open page breaks a rule of accessibility or its width, in all four looks."""
+
+    def look(page: Any) -> list[str]:
+        found = []
+        for width, scheme in itertools.product((1280, 400), ("light", "dark")):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.emulate_media(color_scheme=scheme)
+            over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            broken = page.evaluate(RULES) + [f"too-wide: {over} px"] * (over > 0)
+            found += [f"{width} {scheme}: {fault}" for fault in broken]
+        return found
+
+    return look
 
 
 @pytest.fixture

@@ -4,12 +4,46 @@ import pytest
 from PIL import Image
 
 from sd35bench.report.gate import compare_page
-from tests.report.test_browser import ARGUMENTS, CHROMIUM
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
-]
+pytestmark = pytest.mark.browser
+
+
+def figure(verdict: str, note: str | None = None) -> dict:
+    return {
+        "name": "prompt_accuracy",
+        "kind": "difference",
+        "unit": "metric",
+        "verdict": verdict,
+        "baseline": 0.9,
+        "candidate": 0.8,
+        "effect": -0.1,
+        "interval": [-0.2, -0.05],
+        "margin": 0.05,
+        "n": 64,
+        "note": note,
+    }
+
+
+def dimension(verdict: str, note: str | None = None) -> dict:
+    figures = [figure(verdict, note)]
+    return {"verdict": verdict, "required": True, "reason": "because", "figures": figures}
+
+
+def comparison(title: str, *verdicts: str, worst: int = 0) -> dict:
+    pair = {"by": "mean_abs", "value": 10.0, "baseline_image": "a", "candidate_image": "b"}
+    return {
+        "title": title,
+        "n_pairs": 2,
+        "n_prompts": 2,
+        "n_images": 2,
+        "n_identical": 0,
+        "differs": {"lora": [None, "a" * 70]},
+        "environment_differs": {},
+        "dimensions": {f"{v} {i}": dimension(v, f"n {i}") for i, v in enumerate(verdicts)},
+        "worst": [pair] * worst,
+    }
+
+
 DOCUMENT = {
     "baseline": "main",
     "candidate": "branch",
@@ -17,44 +51,39 @@ DOCUMENT = {
     "verdict": "fail",
     "undecided_fails": False,
     "n_pairs": 2,
-    "warnings": [],
-    "gate": {},
+    "warnings": ["drift is undecided"],
+    "gate": {"settings": {"verdict": "fail", "reason": "a setting is not there"}},
     "dimensions": {},
     "comparisons": [
-        {
-            "title": "eager, 8 steps",
-            "n_pairs": 2,
-            "n_prompts": 2,
-            "n_images": 2,
-            "n_identical": 0,
-            "differs": {},
-            "environment_differs": {},
-            "dimensions": {},
-            "worst": [
-                {"by": "mean_abs", "value": 10.0, "baseline_image": "a", "candidate_image": "b"}
-            ],
-        }
+        comparison("eager, 8 steps", "fail", "undecided", "not applicable", "pass", worst=1),
+        comparison("eager, 12 steps", "undecided"),
+        comparison("eager, 28 steps", "pass"),
     ],
 }
+"""Every verdict, of the whole, of settings and of figures; a pair of images to look at."""
 
 
 @pytest.fixture
-def page(tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+def page(browser, tmp_path):
     for name, colour in (("a", (100, 50, 20)), ("b", (110, 50, 20))):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
     path, noise = tmp_path / "compare.html", []
     find = lambda digest: tmp_path / f"{digest}.png"  # noqa: E731
     path.write_text(compare_page(DOCUMENT, find, find), encoding="utf-8")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        opened = browser.new_page()
-        opened.on("console", lambda m: noise.append(m.text))
-        opened.on("pageerror", lambda e: noise.append(str(e)))
-        opened.goto(path.as_uri())
-        yield opened
-        browser.close()
+    opened = browser.new_page()
+    opened.on("console", lambda m: noise.append(m.text))
+    opened.on("pageerror", lambda e: noise.append(str(e)))
+    opened.goto(path.as_uri())
+    yield opened
+    opened.close()
     assert noise == []
+
+
+def test_page_breaks_no_rule_of_accessibility(page, faults):
+    page.click("summary")
+    assert faults(page) == []
+    page.click("button[data-mode=slider]")
+    assert faults(page) == []
 
 
 def test_pairs_are_seen_in_every_way(page):

@@ -128,7 +128,7 @@ def test_image_is_made_by_keyboard_alone(visit, tmp_path):
 
 
 @pytest.mark.browser
-def test_ctrl_enter_generates_and_empty_seed_is_drawn(visit, still: Served):
+def test_ctrl_enter_generates_and_empty_seed_is_drawn(still: Served, visit):
     page = visit(still)
     page.wait_for_selector(READY)
     page.fill("#prompt", "one")
@@ -145,7 +145,7 @@ def test_ctrl_enter_generates_and_empty_seed_is_drawn(visit, still: Served):
 
 
 @pytest.mark.browser
-def test_bad_values_are_said_in_words_where_they_are(visit, still: Served):
+def test_bad_values_are_said_in_words_where_they_are(still: Served, visit):
     page = visit(still)
     page.wait_for_selector(READY)
     for field, value, words in BAD:
@@ -179,7 +179,7 @@ def test_ranges_and_defaults_are_the_servers(visit, still):
 
 
 @pytest.mark.browser
-def test_cancel_and_failure_are_seen(visit, still: Served):
+def test_cancel_and_failure_are_seen(still: Served, visit):
     page = visit(still)
     page.wait_for_selector(READY)
     for prompt in ("first", "second", "third"):
@@ -204,7 +204,7 @@ def test_cancel_and_failure_are_seen(visit, still: Served):
 
 
 @pytest.mark.browser
-def test_init_image_goes_up_and_strength_appears(visit, still: Served, tmp_path):
+def test_init_image_goes_up_and_strength_appears(still: Served, visit, tmp_path):
     path = tmp_path / "init.png"
     path.write_bytes(picture(40, 30, "orange"))
     page = visit(still)
@@ -232,7 +232,7 @@ def test_init_image_goes_up_and_strength_appears(visit, still: Served, tmp_path)
 
 
 @pytest.mark.browser
-def test_servers_refusals_are_said_in_words(visit, still: Served, tmp_path):
+def test_servers_refusals_are_said_in_words(still: Served, visit, tmp_path):
     (tmp_path / "good.png").write_bytes(picture())
     (tmp_path / "bad.png").write_bytes(b"no image at all")
     page = visit(still, refusals=True)
@@ -259,7 +259,7 @@ def test_model_without_init_images_has_no_field_for_them(visit, tmp_path):
 
 
 @pytest.mark.browser
-def test_key_is_asked_for_kept_in_the_tab_and_in_no_address(visit, tmp_path):
+def test_key_is_asked_for_kept_in_the_tab_and_in_no_address(visit, tmp_path, faults):
     key = make_key("me", tmp_path / "keys")
     with served(tmp_path / "state", key_file=tmp_path / "keys") as server:
         addresses: list[str] = []
@@ -272,6 +272,7 @@ def test_key_is_asked_for_kept_in_the_tab_and_in_no_address(visit, tmp_path):
         page.wait_for_function("() => document.getElementById('key-alert').textContent !== ''")
         said = page.locator("#key-alert").inner_text()
         assert said == "The server does not know this key."
+        assert faults(page) == []
         assert page.evaluate("sessionStorage.length") == 0
         page.get_by_label("API key").fill(key)
         page.keyboard.press("Enter")
@@ -295,7 +296,7 @@ def test_key_is_asked_for_kept_in_the_tab_and_in_no_address(visit, tmp_path):
 
 
 @pytest.mark.browser
-def test_curl_command_makes_the_same_request(visit, still: Served):
+def test_curl_command_makes_the_same_request(still: Served, visit):
     page = visit(still)
     page.wait_for_selector(READY)
     page.fill("#prompt", 'it\'s "quoted" $HOME `x` \\ é')
@@ -312,7 +313,7 @@ def test_curl_command_makes_the_same_request(visit, still: Served):
 
 
 @pytest.mark.browser
-def test_page_goes_on_after_the_server_was_away(visit, still: Served):
+def test_page_goes_on_after_the_server_was_away(still: Served, visit):
     page = visit(still, refusals=True)
     page.wait_for_selector(READY)
     page.route("**/v1/**", lambda route: route.abort())
@@ -327,7 +328,7 @@ def test_page_goes_on_after_the_server_was_away(visit, still: Served):
 
 
 @pytest.mark.browser
-def test_polls_stay_within_the_rate(visit, still: Served):
+def test_polls_stay_within_the_rate(still: Served, visit):
     """A prediction that never ends, on a clock that runs ahead; nothing while nobody looks."""
     page = visit(still)
     page.wait_for_selector(READY)

@@ -98,6 +98,10 @@
     if (node.querySelector("a[href], button, input, select, [tabindex='0']")) fail("aria-hidden-focus", node);
   }
 
+  for (const node of all("p, pre, code, span, div, strong, bdi").filter((n) => !n.hasAttribute("role"))) {
+    if (node.matches("[aria-label], [aria-labelledby]")) fail("aria-prohibited-attr", node);
+  }
+
   // keyboard: no order of one's own; what scrolls can be reached
   for (const node of all("[tabindex]")) if (node.tabIndex > 0) fail("tabindex", node);
   for (const node of all("body *")) {
@@ -114,23 +118,26 @@
     return { rgb: numbers.slice(0, 3), alpha: numbers.length > 3 ? numbers[3] : 1 };
   };
   const over = (top, bottom) => top.rgb.map((c, i) => c * top.alpha + bottom[i] * (1 - top.alpha));
+  const canvas = parse(getComputedStyle(document.body).backgroundColor);
+  const page = canvas.alpha === 0 ? [255, 255, 255] : canvas.rgb;
+  const known = new Map([[null, page]]);
   const backdrop = (node) => {
-    const layers = [];
-    for (let n = node; n; n = n.parentElement) layers.push(parse(getComputedStyle(n).backgroundColor));
-    const page = parse(getComputedStyle(document.body).backgroundColor).rgb;
-    return layers.reverse().reduce((below, layer) => over(layer, below), page);
+    if (!known.has(node)) {
+      known.set(node, over(parse(getComputedStyle(node).backgroundColor), backdrop(node.parentElement)));
+    }
+    return known.get(node);
   };
   const light = (rgb) => {
     const [r, g, b] = rgb.map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const judged = new Set();
+  const judged = new Set(all("input, select, textarea").filter((n) => n.value));
   for (let text = texts.nextNode(); text; text = texts.nextNode()) {
-    const node = text.parentElement;
-    if (!text.data.trim() || judged.has(node) || !seen(node)) continue;
-    if (node.closest("script, style, title, .sr, .skip, option, [disabled]")) continue;
-    judged.add(node);
+    if (text.data.trim()) judged.add(text.parentElement);
+  }
+  for (const node of judged) {
+    if (!seen(node) || node.closest("script, style, title, .sr, .skip, option, [disabled]")) continue;
     const style = getComputedStyle(node);
     const ink = parse(node.closest("svg") ? style.fill : style.color);
     const below = backdrop(node.closest("svg") ? node.closest("svg") : node);
