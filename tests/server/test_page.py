@@ -193,7 +193,7 @@ def test_cancel_and_failure_are_seen(still: Served, visit):
     page.get_by_role("button", name="Cancel: second").click()
     second = page.locator("#rows li").nth(1)
     second.locator(".badge.cancelled").wait_for()
-    assert not second.get_by_role("button", name="Cancel").is_visible()
+    assert not second.get_by_role("button", name="Cancel: second").is_visible()
     assert [p.status for p in still.listed()] == ["created", "cancelled", "created"]
     still.fail("fails by <b>design</b>")
     third = page.locator("#rows li").nth(2)

@@ -57,7 +57,6 @@ function makeRow(execution) {
   const item = element("li");
   const open = element("button", "open");
   open.type = "button";
-  open.setAttribute("aria-label", `Show: ${prompt}`);
   open.addEventListener("click", () => handlers.show(execution.id));
   const thumb = element("span", "thumb");
   const words = element("span", "words");
@@ -66,7 +65,7 @@ function makeRow(execution) {
   const times = element("span", "times");
   meta.append(badge, times);
   words.append(element("span", "row-prompt", prompt), meta);
-  open.append(thumb, words);
+  open.append(element("span", "sr", "Show: "), thumb, words);
   const stop = element("button", "cancel", "Cancel");
   stop.type = "button";
   stop.setAttribute("aria-label", `Cancel: ${prompt}`);
