@@ -260,7 +260,7 @@ class _Wall:
         known, metrics = _scores_by_key(self.study, {tile["key"] for tile in self.tiles})
         for tile in self.tiles:
             tile |= known.get(tile["key"], {"scores": [], "parts": []})
-        return [metric_label(name) for name in metrics if lower_is_better(name)]
+        return [metric_label(name) for name in sorted(metrics) if lower_is_better(name)]
 
     def _prompt(self, record: Record) -> int:
         request, ref = record.trial.request, record.trial.prompt
