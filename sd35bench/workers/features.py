@@ -28,11 +28,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from sd35bench import plugins
-from sd35bench.errors import ConfigError, MetricError, SD35BenchError, WorkerDied
+from sd35bench.errors import MetricError, SD35BenchError, WorkerDied
 from sd35bench.metrics.base import Extractor
 from sd35bench.pictures import decode_rgb
 from sd35bench.workers.leases import Lease
-from sd35bench.workers.seats import AUTO
+from sd35bench.workers.seats import share_cores
 from sd35bench.workers.worker import die_with_parent
 
 DEATHS = 3
@@ -173,20 +173,10 @@ def local_spread(workers: int | str, threads: int | None) -> Iterator[Spread]:
 
     Raises: ConfigError for more than fit.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) if threads is None else threads
-    most = len(cores) // each
-    count = max(most, 1) if workers == AUTO else int(workers)
-    if count > most:
-        fewer = max(1, len(cores) // count)
-        remedy = f"threads={fewer}" if count <= len(cores) else f"at most workers={len(cores)}"
-        raise ConfigError(
-            f"workers={workers}: scoring occupies threads={each} cores a worker, and this process"
-            f" may use {len(cores)}; give {remedy}"
-        )
-    parts = [tuple(cores[i * each : (i + 1) * each]) for i in range(count)]
+    each = len(os.sched_getaffinity(0)) if threads is None else threads
+    parts = share_cores(workers, each, "scoring")
     with contextlib.closing(
-        Spread(lambda seat: FeatureProcess(each, parts[seat]), count)
+        Spread(lambda seat: FeatureProcess(each, parts[seat]), len(parts))
     ) as spread:
         yield spread
 

@@ -63,16 +63,26 @@ def seats_of(load: Load, workers: int | str) -> tuple[Seat, ...]:
                 f" {len(gpus)} are visible here; give workers={len(gpus)}, or workers=auto"
             )
         return tuple(Seat(gpu=gpu) for gpu in gpus[:count])
-    most = len(cores) // load.threads
-    count = max(most, 1) if workers == AUTO else int(workers)
-    if count == 1:
+    fit = max(len(cores) // load.threads, 1)
+    if (fit if workers == AUTO else int(workers)) == 1:
         return (Seat(),)
+    parts = share_cores(workers, load.threads, f"backend={load.backend.name}")
+    return tuple(Seat(cores=part, beside=len(parts) - 1) for part in parts)
+
+
+def share_cores(workers: int | str, threads: int, who: str) -> list[tuple[int, ...]]:
+    """`threads` cores for each of `workers`, none of them twice; "auto" is as many as fit.
+
+    `who` occupies them, in the refusal's words. Raises: ConfigError for more than fit.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    most = len(cores) // threads
+    count = max(most, 1) if workers == AUTO else int(workers)
     if count > most:
         fewer = max(1, len(cores) // count)
         remedy = f"threads={fewer}" if count <= len(cores) else f"at most workers={len(cores)}"
         raise ConfigError(
-            f"workers={workers}: backend={load.backend.name} occupies threads={load.threads} cores"
-            f" a worker, and this process may use {len(cores)}; give {remedy}"
+            f"workers={workers}: {who} occupies threads={threads} cores a worker, and this process"
+            f" may use {len(cores)}; give {remedy}"
         )
-    parts = (cores[i * load.threads : (i + 1) * load.threads] for i in range(count))
-    return tuple(Seat(cores=tuple(part), beside=count - 1) for part in parts)
+    return [tuple(cores[i * threads : (i + 1) * threads]) for i in range(count)]
