@@ -49,8 +49,15 @@ def open_report(browser, written):
     assert noise == []
 
 
-def show_wall(page) -> None:
-    page.check("input[value=wall]", force=True)
+def show(page, view: str) -> None:
+    """Choose how images are shown; a click waits until nothing covers or moves the button."""
+    page.locator(f"label:has(input[name=view][value={view}])").click()
+    page.wait_for_selector(f"input[name=view][value={view}]:checked", state="attached")
+
+
+def close_viewer(page) -> None:
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#viewer", state="hidden")
 
 
 def tiles(page) -> int:
@@ -198,8 +205,8 @@ def test_address_leads_to_a_cell_a_pair_and_a_setting(open_report, demo: Synthet
     again = open_report(demo, at=address)
     assert again.locator("#viewer-title").inner_text() == title
     assert again.locator("#viewer figcaption").first.inner_text() == caption
-    again.keyboard.press("Escape")
-    again.check("input[value=compare]", force=True)
+    close_viewer(again)
+    show(again, "compare")
     again.select_option("#f-prompt", "")
     again.select_option("#f-seed", "")
     again.fill("#f-search", "green")
@@ -285,7 +292,7 @@ def test_100_000_images_are_filtered_without_an_element_each(
     path = tmp_path / "large.html"
     path.write_text(render_report(replace(document, wall=wall)), encoding="utf-8")
     page = open_report(path)
-    show_wall(page)
+    show(page, "wall")
     assert page.locator("#count").inner_text() == "1000 images"
     page.select_option("#f-setting", "")
     assert page.locator("#count").inner_text() == "100000 images"
@@ -319,7 +326,7 @@ def test_backends_fit_their_window_and_scroll_inside(open_report, backends: Synt
 
 def test_wall_filters_by_setting_prompt_seed_and_words(open_report, demo: Synthetic):
     page = open_report(demo)
-    show_wall(page)
+    show(page, "wall")
     assert tiles(page) == 12  # 6 prompts × 2 seeds at the recommended setting
     page.select_option("#f-seed", "1")
     assert tiles(page) == 6
@@ -337,7 +344,7 @@ def test_wall_filters_by_setting_prompt_seed_and_words(open_report, demo: Synthe
 
 def test_compare_lays_the_same_pairs_side_by_side(open_report, demo: Synthetic):
     page = open_report(demo)
-    page.check("input[value=compare]", force=True)
+    show(page, "compare")
     pairs = page.locator("#wall .pair")
     assert pairs.count() == 12
     assert pairs.first.locator("img").count() == 2
@@ -368,7 +375,7 @@ def test_hosted_calls_fit_their_window_and_scroll_inside(
 
 def test_compare_of_unlike_tasks_has_no_pairs(open_report, demo: Synthetic):
     page = open_report(demo)
-    page.check("input[value=compare]", force=True)
+    show(page, "compare")
     edit = page.locator("#f-b optgroup[label=image-to-image] option").first
     page.select_option("#f-b", edit.get_attribute("value"))
     assert page.locator("#wall .pair").count() == 0
@@ -377,7 +384,7 @@ def test_compare_of_unlike_tasks_has_no_pairs(open_report, demo: Synthetic):
 
 def test_viewer_enlarges_and_steps_by_keyboard(open_report, demo: Synthetic):
     page = open_report(demo)
-    show_wall(page)
+    show(page, "wall")
     page.locator("#wall .open").first.focus()
     page.keyboard.press("Enter")
     viewer = page.locator("#viewer")
@@ -389,7 +396,7 @@ def test_viewer_enlarges_and_steps_by_keyboard(open_report, demo: Synthetic):
     assert box["width"] >= 256
     page.keyboard.press("ArrowRight")
     assert "2 of 12" in viewer.inner_text()
-    page.keyboard.press("Escape")
+    close_viewer(page)
     assert not viewer.is_visible()
 
 
@@ -420,14 +427,14 @@ def test_metric_tabs_show_one_chart_at_a_time(open_report, demo: Synthetic):
 
 def test_hostile_prompts_stay_text_in_every_view(open_report, hostile: Synthetic):
     page = open_report(hostile)
-    show_wall(page)
+    show(page, "wall")
     page.click("#clear")
     page.locator("#wall .tile").nth(10).wait_for()
     page.locator("#wall .open").first.click()
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    page.keyboard.press("Escape")
-    page.check("input[value=compare]", force=True)
+    close_viewer(page)
+    show(page, "compare")
     assert page.locator("#wall .pair").count() > 0
     assert page.evaluate("window.pwned === undefined")
     assert page.locator("#wall script, #wall svg, #wall b").count() == 0
