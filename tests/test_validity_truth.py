@@ -69,7 +69,10 @@ def test_searches_and_choices_find_the_rule_s_best_without_an_image(small):
     assert all(0 < run["share"] <= 0.4 for run in found["all"]["runs"])
     assert found["half"]["chosen"]["8 steps, cfg 2"] >= 2, "16 prompts pay for 3 of 6 settings"
     small_budget = choices.measure(small, grid.SEED, 16, repetitions=4)
-    assert small_budget["profiles"]["final"]["all"]["chosen"] == {"8 steps, cfg 2": 4}
+    final = small_budget["profiles"]["final"]
+    assert final["all"]["chosen"] == {"8 steps, cfg 2": 4}
+    assert (final["definitive"] <= 4, final["definitive_beyond"]) == (True, 0)
+    assert "| definitive |" in page.choice_table({"16": small_budget})
     assert len(Study.open(small, "truth").records()) == count == 6 * 32
 
 

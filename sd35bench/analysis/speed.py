@@ -536,13 +536,18 @@ def _achieved_tflops(timed: Some) -> float | None:
 
 
 def _precision(sessions: Sequence[Session]) -> str:
-    """What the backend multiplies in: int8 where it says that it quantised, else its dtype.
+    """What the backend multiplies in: int8 where weights and activations are, else its dtype.
 
-    OpenVINO may compute in another precision than the graph's, and says so in its own words.
+    Weights alone in int8 are widened and multiplied in the dtype. The core names its tier. OpenVINO
+    may compute in another precision than the graph's, and says so in its own words.
     """
     in_force = sessions[-1].in_force if sessions else {}
     said = str(in_force.get("inference_precision", in_force.get("dtype")))
-    return "int8" if in_force.get("quantised") else OPENVINO_WORDS.get(said, said)
+    tier = (in_force.get("core") or {}).get("tier", "exact")
+    quantised = in_force.get("quantised") or {"activations": "none"}
+    if tier == "int8" or quantised.get("activations") != "none":
+        return "int8"
+    return OPENVINO_WORDS.get(said, said) if tier == "exact" else tier
 
 
 def _rates(sessions: Sequence[Session], machine: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -27,7 +27,8 @@ def measure(root: Path, seed: int, budget: int, repetitions: int = REPETITIONS) 
     """Hold `repetitions` choices from `budget` prompts against the truth, for each profile.
 
     Returns: ``{"seed", "budget", "prompts", "settings", "repetitions", "profiles": {name:
-    {"margin", "all": held_against(...), "unseen": the same on other prompts}}}``.
+    {"margin", "definitive": answers said to be shown, "definitive_beyond": those of them that
+    lose more than the margin, "all": held_against(...), "unseen": the same on other prompts}}}``.
     """
     view = open_grid(root, seed)
     truth = read_truth(view)
@@ -40,9 +41,13 @@ def measure(root: Path, seed: int, budget: int, repetitions: int = REPETITIONS) 
     others = [truth.without(part) for part in drawn]
     held = {}
     for name, profile in profiles.items():
-        chosen = [_setting(document[name]) for document in documents]
+        entries = [document[name][Task.TEXT_TO_IMAGE.value] for document in documents]
+        chosen = [_setting(entry) for entry in entries]
+        shown = [setting for setting, e in zip(chosen, entries, strict=True) if e.get("definitive")]
         held[name] = {
             "margin": profile.margin(truth.metric),
+            "definitive": len(shown),
+            "definitive_beyond": len(held_against(profile, truth, shown)["missed"]) if shown else 0,
             "all": held_against(profile, truth, chosen),
             "unseen": held_against(profile, others, chosen),
         }
@@ -56,7 +61,6 @@ def measure(root: Path, seed: int, budget: int, repetitions: int = REPETITIONS) 
     }
 
 
-def _setting(tasks: dict[str, Any]) -> str | None:
+def _setting(entry: dict[str, Any]) -> str | None:
     """The chosen setting's hash; an entry has it with its environment."""
-    entry = tasks[Task.TEXT_TO_IMAGE.value]
     return None if entry["setting"] is None else entry["setting_id"].partition("@")[0]

@@ -1,10 +1,10 @@
 """The grid that is run whole, once: what it says of every setting is taken for the truth.
 
-25 settings on 256 prompts, every image made alone and so timed: 6,400 images, about 40 minutes of
-one core on nano. Both `tune` (`searches`) and `recommend` (`choices`) are held against it, and both
+25 settings on 256 prompts, every image made alone and so timed: 6,400 images by the compiled core,
+two workers of one core each. Both `tune` (`searches`) and `recommend` (`choices`) are held against it, and both
 only read it: no image is made for either. The same in the words that a user types:
 
-    sd35bench run -m study=truth model=nano backend=eager threads=1 steps=2,4,8,16,28 \\
+    sd35bench run -m study=truth model=nano backend=core threads=1 workers=2 steps=2,4,8,16,28 \\
         cfg=1,2,4,7,12 prompts.split=tune prompts.limit=256
     sd35bench score truth
 
@@ -23,8 +23,10 @@ from sd35bench.store import Score, Study
 from sd35bench.types import Record, Session
 from tests.validity_runs.sides import command
 
-__all__ = ["PROMPTS", "SEED", "View", "grid_words", "open_grid", "run_grid"]
+__all__ = ["BACKEND", "PROMPTS", "SEED", "View", "grid_words", "open_grid", "run_grid"]
 
+BACKEND = "core"
+WORKERS = 2
 AXES = ("steps=2,4,8,16,28", "cfg=1,2,4,7,12")
 PROMPTS = 256
 SEED = 0
@@ -77,9 +79,10 @@ def grid_words(root: Path, seed: int, prompts: int, backend: str) -> list[str]:
     ]
 
 
-def run_grid(root: Path, seed: int, prompts: int = PROMPTS, backend: str = "eager") -> Study:
+def run_grid(root: Path, seed: int, prompts: int = PROMPTS, backend: str = BACKEND) -> Study:
     """Run and score what is missing of the grid below `root`."""
-    command("run", "-m", *grid_words(root, seed, prompts, backend), "prompts.split=tune")
+    words = grid_words(root, seed, prompts, backend)
+    command("run", "-m", *words, "prompts.split=tune", f"workers={WORKERS}")
     command("score", _name(seed), "--results-dir", str(root))
     return Study.open(root, _name(seed))
 

@@ -21,7 +21,7 @@ from sd35bench.plan import Plan
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.search import Search
 from sd35bench.tune.session import default_images, tune
-from tests.validity_runs.grid import View, grid_words, open_grid
+from tests.validity_runs.grid import BACKEND, View, grid_words, open_grid
 from tests.validity_runs.truth import Truth, held_against, read_truth
 
 __all__ = ["FIRST", "PROFILES", "SEARCHES", "Searched", "measure", "search"]
@@ -53,7 +53,7 @@ def measure(
     profile: str,
     first: int = FIRST,
     searches: int = SEARCHES,
-    backend: str = "eager",
+    backend: str = BACKEND,
 ) -> dict[str, Any]:
     """Search with seeds `first` and on for one profile; what it chose against the truth.
 

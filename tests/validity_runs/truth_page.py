@@ -97,7 +97,7 @@ def _search_row(name: str, row: Mapping[str, Any]) -> list[str]:
 def choice_table(rows: Mapping[str, Any]) -> str:
     """How small budgets chose, by profile, most prompts last."""
     head = ["prompts", "profile", "margin", "within the margin", "mean regret", "regret beyond"]
-    ends = ["slower", "no choice", "chosen", "on prompts it did not see"]
+    ends = ["slower", "no choice", "definitive", "chosen", "on prompts it did not see"]
     found = sorted(rows.values(), key=lambda row: row["budget"])
     return table(
         [*head, *ends],
@@ -115,9 +115,16 @@ def _choice_row(row: Mapping[str, Any], name: str) -> list[str]:
         f"**{seen['within']:.0%}**",
         *_lost(seen),
         str(seen["none"]),
+        _definitive(held),
         _chosen(seen),
         f"{unseen['within']:.0%}, mean regret {_number(unseen['mean_regret'])}",
     ]
+
+
+def _definitive(held: Mapping[str, Any]) -> str:
+    """How many choices were said to be shown, and how many of these lose more than the margin."""
+    shown, wrong = held["definitive"], held["definitive_beyond"]
+    return f"{shown}, {wrong} beyond the margin" if shown else "0"
 
 
 def _lost(held: Mapping[str, Any]) -> list[str]:
@@ -148,8 +155,8 @@ def grid_section(rows: Mapping[str, Any], made: str) -> str:
         f"**Brute-forced truth on nano:** {len(found['settings'])} settings on the same"
         f" {found['prompts']} prompts, one seed each, every image made alone; mean"
         f" {found['metric'].replace('_', ' ')} and median latency."
-        " `python -m tests.validity_runs grid` makes it (6,400 images, about 40 minutes of one"
-        " core), and what follows only reads it. Its own error: a regret is known to within"
+        " `python -m tests.validity_runs grid` makes it (6,400 images by `backend=core`, two"
+        " workers of one core), and what follows only reads it. Its own error: a regret is known to within"
         f" ± {ends}, the median half width of 95 % intervals, so a margin of 0.02 is finer than"
         " this truth.\n\n"
         f"{grid_table(rows)}\n\n{blind_table(rows)}\n\n*Slower*, here and below: the median"
@@ -182,7 +189,8 @@ def choice_section(rows: Mapping[str, Any], made: str) -> str:
     return (
         f"**Recommendations:** `recommend` on few random prompts of the grid, all"
         f" {any_row['settings']} settings, {any_row['repetitions']} times"
-        " (`python -m tests.validity_runs recommend`). The last column holds the same choices"
-        " against the prompts that each of them did not see.\n\n"
+        " (`python -m tests.validity_runs recommend`). *Definitive*: how many answers said that"
+        " they are shown; the others name the best-looking setting and say `provisional`. The last"
+        " column holds the same choices against the prompts that each of them did not see.\n\n"
         f"{choice_table(rows)}\n\n{made}"
     )
