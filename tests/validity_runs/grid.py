@@ -1,8 +1,8 @@
 """The grid that is run whole, once: what it says of every setting is taken for the truth.
 
 25 settings on 256 prompts, every image made alone and so timed: 6,400 images by the compiled core,
-two workers of one core each. Both `tune` (`searches`) and `recommend` (`choices`) are held against it, and both
-only read it: no image is made for either. The same in the words that a user types:
+two workers of one core each. Both `tune` (`searches`) and `recommend` (`choices`) are held against
+it, and both only read it: no image is made for either. The same in the words that a user types:
 
     sd35bench run -m study=truth model=nano backend=core threads=1 workers=2 steps=2,4,8,16,28 \\
         cfg=1,2,4,7,12 prompts.split=tune prompts.limit=256
