@@ -196,15 +196,19 @@ complete -o bashdefault -F _sd35bench sd35bench"""
 
 _ZSH = r"""
 _sd35bench() {
-  local cur=$words[CURRENT] verb=$words[2] last=$words[CURRENT-1] folder=results name=""
+  local cur=$words[CURRENT] verb=$words[2] last=$words[CURRENT-1] folder=results name="" at
   local -a found
   if ((CURRENT == 2)); then
     found=(${(f)"$(_sd35bench_verbs all)"})
     compadd -a found
     return
   fi
-  local at=${words[(i)--results-dir]}
-  ((at < CURRENT)) && folder=$words[at+1]
+  for ((at = 3; at < CURRENT; at++)); do
+    case $words[at] in
+      --results-dir=* | results_dir=*) folder=${words[at]#*=} ;;
+      --results-dir) folder=$words[at+1] ;;
+    esac
+  done
   if [[ $cur == *=* ]]; then
     name=${cur%%=*}
   elif [[ $last == --* && -n $(_sd35bench_valued $last) ]]; then
@@ -253,22 +257,51 @@ def zsh(verbs: list[Completed], listed: dict[str, tuple[str, ...]]) -> str:
 
 # fish ---------------------------------------------------------------------------------------------
 
-_FISH_STUDIES = "(for f in results/*/study.json; basename (dirname $f); end)"
+_FISH = r"""
+function __sd35bench_is
+  set -l words (commandline -opc)
+  test (count $words) -ge 2; and test $words[2] = $argv[1]
+end
+function __sd35bench_studies
+  set -l folder results
+  set -l words (commandline -opc)
+  for i in (seq (count $words))
+    switch $words[$i]
+      case '--results-dir=*' 'results_dir=*'
+        set folder (string split -m 1 = -- $words[$i])[2]
+      case --results-dir
+        test $i -lt (count $words); and set folder $words[(math $i + 1)]
+    end
+  end
+  for f in $folder/*/study.json
+    basename (dirname $f)
+  end
+end
+function __sd35bench_values
+  set -l cur (commandline -ct)
+  string match -q '*=*' -- $cur; or return
+  set -l head (string replace -r '[^=,]*$' '' -- $cur)
+  set -l values
+  switch (string split -m 1 = -- $cur)[1]
+"""
 
 
 def fish(verbs: list[Completed], listed: dict[str, tuple[str, ...]]) -> str:
-    """Write the script for fish; studies are those of ``results``."""
-    lines = ["# Made by `sd35bench completion fish`.", "complete -c sd35bench -f"]
+    """Write the script for fish (3.0 and later)."""
+    lines = ["# Made by `sd35bench completion fish`.", _FISH.strip("\n")]
+    for name in dict.fromkeys(name for verb in verbs for name in verb.names if name in listed):
+        lines += [f"    case {name}", f"      set values {' '.join(map(_fish, listed[name]))}"]
+    lines += ["  end", "  set -q values[1]; and printf '%s\\n' $head$values", "end"]
+    lines.append("complete -c sd35bench -f")
+    first = "complete -c sd35bench -n 'test (count (commandline -opc)) -eq 1'"
+    lines += [f"{first} -a {verb.verb} -d {_fish(verb.means)}" for verb in verbs]
+    lines += [f"{first} -l help -d 'every verb'", f"{first} -l version"]
     for verb in verbs:
-        lines.append(
-            f"complete -c sd35bench -n __fish_use_subcommand -a {verb.verb} -d {_fish(verb.means)}"
-        )
-        head = f"complete -c sd35bench -n '__fish_seen_subcommand_from {verb.verb}'"
+        head = f"complete -c sd35bench -n '__sd35bench_is {verb.verb}'"
         lines += [f"{head} {_fish_flag(flag, listed)}" for flag in verb.flags]
         words = [*verb.words, *(f"{name}=" for name in verb.names)]
-        words += [f"{n}={value}" for n in verb.names for value in listed.get(n, ())]
-        if verb.studies:
-            words.append(_FISH_STUDIES)
+        words += ["(__sd35bench_studies)"] if verb.studies else []
+        words += ["(__sd35bench_values)"] if verb.names else []
         if words:
             lines.append(f"{head} -a {_fish(' '.join(words))}")
     return "\n".join(lines)

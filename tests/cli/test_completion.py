@@ -1,5 +1,6 @@
 """Completion scripts: bash's is evaluated, all are made of what the verbs take."""
 
+import os
 import shutil
 import subprocess
 
@@ -44,23 +45,73 @@ def scripts():
     return {s: answer("completion", [s]).document["script"] for s in ("bash", "zsh", "fish")}
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on PATH")
-def test_bash_completes_verbs_flags_fields_values_and_studies(scripts, tmp_path):
+def _answers(command, script, folder):
+    """What a shell completes of each of `LINES`, in a folder with studies."""
     for name in ("results/grid", "results/gate", "other/third"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "study.json").touch()
+        (folder / name).mkdir(parents=True)
+        (folder / name / "study.json").touch()
     done = subprocess.run(
-        ["bash", "--norc", "-c", ASK],
+        command,
         input="\n".join(LINES) + "\n",
-        env={"SCRIPT": scripts["bash"], "PATH": "/usr/bin:/bin"},
-        cwd=tmp_path,
+        env={"SCRIPT": script, "PATH": os.environ["PATH"], "HOME": str(folder)},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.stderr == ""
-    found = dict(zip(LINES, (set(line.split()) for line in done.stdout.splitlines()), strict=True))
-    assert found == LINES
+    lines = done.stdout.splitlines()
+    return dict(zip(LINES, (set(line.split()) for line in lines), strict=True))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on PATH")
+def test_bash_completes_verbs_flags_fields_values_and_studies(scripts, tmp_path):
+    assert _answers(["bash", "--norc", "-c", ASK], scripts["bash"], tmp_path) == LINES
+
+
+ASK_FISH = """
+echo $SCRIPT | string split0 | source
+while read -l line
+  echo (complete -C "$line" | string replace -r '\\t.*' '')
+end
+"""
+ASK_ZSH = r"""
+compdef() { : }
+compset() { PREFIX=${PREFIX##${~2}} }
+compadd() {
+  local name=$@[-1]
+  answered+=(${(M)${(P)name}:#${PREFIX}*})
+}
+_files() { answered+=(${PREFIX}*(/N)) }
+eval "$SCRIPT"
+while IFS= read -r line; do
+  words=(${(s: :)line}) answered=()
+  [[ $line == *" " ]] && words+=("")
+  CURRENT=$#words PREFIX=$words[-1]
+  _sd35bench
+  print -r -- $answered
+done
+"""
+
+
+@pytest.mark.parametrize(("shell", "ask"), [("fish", ASK_FISH), ("zsh", ASK_ZSH)])
+def test_the_newer_shells_complete_the_same(scripts, shell, ask, tmp_path):
+    """Not in the default image; executed with fish 3.6 and zsh 5.9."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} on PATH")
+    found = _answers([shell, "-c", ask], scripts[shell], tmp_path)
+    wanted = dict(LINES)
+    if shell == "fish":
+        wanted |= {"sd35bench ": {*VERBS}, "sd35bench show --results-dir ot": {"other/"}}
+        wanted["sd35bench compare grid gate --policy=sp"] = {"--policy=speed"}
+        names = {"model": "sd35-m", "sampler": "he"}
+        whole = {f"sd35bench run {name}={text}": f"{name}=" for name, text in names.items()}
+        whole["sd35bench serve no_auth=t"] = "no_auth="
+        wanted |= {line: {head + w for w in LINES[line]} for line, head in whole.items()}
+        wanted["sd35bench run -m backend=eager,int8-w8a8-"] = {"backend=eager,int8-w8a8-bf16"}
+    else:
+        wanted["sd35bench run -m backend=eager,int8-w8a8-"] = {"int8-w8a8-bf16"}
+    assert found == wanted
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
