@@ -370,7 +370,7 @@ class Session:
     canary: CanaryFacts | None = None
 
 
-CUT = "were cut: they hold more tokens than the CLIP encoders read, which see the first ones only"
+CUT = "were cut: they hold more tokens than a text encoder reads, which sees the first ones only"
 """What is said of prompts whose records have `truncated_tokens`."""
 
 
@@ -380,9 +380,10 @@ class Record:
 
     `image` is the SHA-256 of the image file. `evaluations` counts the denoiser's calls per image,
     guidance's second half of the batch not counted. `truncated_tokens` counts prompt tokens that
-    the CLIP encoders did not see. `batch_actual` is how many images ran together. `latents` is the
-    SHA-256 of the kept latents (`store.Study.read_latents`), where they were asked for; `remote`
-    is there where a hosted service was asked, `surroundings` where the trial was timed here.
+    some text encoder (CLIP, T5) did not see. `batch_actual` is how many images ran together.
+    `latents` is the SHA-256 of the kept latents (`store.Study.read_latents`), where they were asked
+    for; `remote` is there where a hosted service was asked, `surroundings` where the trial was
+    timed here.
     """
 
     trial: Trial

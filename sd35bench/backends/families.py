@@ -202,16 +202,19 @@ class SD3(Family):
         return multiple, config.pos_embed_max_size * multiple
 
     def truncated_tokens(self, prompts: list[Text], tokens: int) -> tuple[int, ...]:
-        """Count CLIP's tokens beyond the limit: the worse of the two tokenizers."""
+        """Count tokens beyond the limit, of the encoder that is cut most; T5's is `tokens`."""
         if self._random_text is not None:
             return (0,) * len(prompts)
-        limit = self.pipe.tokenizer_max_length  # diffusers cuts both at the first one's
-        pairs = zip(
-            self.pipe.tokenizer([read_by(p, 0) for p in prompts]).input_ids,
-            self.pipe.tokenizer_2([read_by(p, 1) for p in prompts]).input_ids,
-            strict=True,
+        pipe = self.pipe
+        clip = pipe.tokenizer_max_length  # diffusers cuts both at the first one's
+        readers = [(pipe.tokenizer, clip), (pipe.tokenizer_2, clip)]
+        if pipe.text_encoder_3 is not None:
+            readers.append((pipe.tokenizer_3, tokens))
+        beyond = (
+            [len(ids) - limit for ids in read([read_by(p, number) for p in prompts]).input_ids]
+            for number, (read, limit) in enumerate(readers)
         )
-        return tuple(max(0, max(len(a), len(b)) - limit) for a, b in pairs)
+        return tuple(max(0, *each) for each in zip(*beyond, strict=True))
 
     def _embeddings(self, requests: Sequence[Request], tokens: int) -> dict[str, Any]:
         """Return embeddings instead of prompts: [B, T, 4096] and pooled [B, 2048]."""

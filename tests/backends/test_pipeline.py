@@ -165,8 +165,20 @@ def test_truncated_tokens_are_counted_and_the_warnings_dropped(
             [make_request(prompt=LONG_PROMPT), make_request(prompt="short")], [None, None]
         )
     letters = len(LONG_PROMPT.replace(" ", ""))
-    assert made.truncated_tokens == (letters + 2 - TOKENS, 0)
+    t5 = len(eager.family.pipe.tokenizer_3(LONG_PROMPT).input_ids)
+    assert made.truncated_tokens == (max(letters + 2, t5) - TOKENS, 0)
     assert not [r for r in caplog.records if "truncated" in r.getMessage()]
+
+
+def test_tokens_that_t5_alone_cuts_are_counted(eager: EagerBackend) -> None:
+    """Mutant: CLIP's tokenizers alone, which read all of it."""
+    prompt = "a b c d e"
+    made = eager.generate([make_request(prompt=prompt, max_sequence_length=4)], [None])
+    pipe = eager.family.pipe
+    read = [len(t(prompt).input_ids) for t in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3)]
+    assert max(read[:2]) <= TOKENS
+    assert made.truncated_tokens == (read[2] - 4,)
+    assert read[2] > 4
 
 
 def test_closed_backend_refuses_and_gives_the_modules_back(tiny_path: Path) -> None:
