@@ -362,6 +362,12 @@ GRIDS = {f.name: f.grid for f in _FIELDS if f.grid is not None}
 """Distance of neighbouring values of an axis that can be searched."""
 
 _SIZE = ("width", "height")
+_OF_LOADS = {
+    **dict.fromkeys(("model", "backend", "weights", "task", "what"), "{}"),
+    "weights_digest": "weights {}",
+    "environment_id": "environment {}",
+}
+"""How fields that are no request's are said, where that is not their name and value."""
 _LATER = tuple(f for f in _FIELDS if f.neutral is not KEYED)
 GUIDES = {
     name: FIELDS[name].neutral
@@ -497,15 +503,27 @@ def value_text(value: Any) -> str:
 
 def words(name: str, value: Any) -> str:
     """A field's value where no column says what it is: "4 steps", "cfg 4", "shift 3"."""
+    if name == "threads":
+        return f"{value} thread{'' if value == 1 else 's'}"
     field = FIELDS.get(name)
-    said = field.said if field is not None and field.said else f"{label(name)} {{}}"
-    return said.format(value_text(value))
+    known = _OF_LOADS.get(name, "") if field is None else field.said
+    said = known if known else f"{label(name)} {{}}"
+    return said.format(_short(value_text(value)))
+
+
+def told(setting: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Those fields of a row that are not as usual, each in words."""
+    known = ((name, setting.get(name)) for name in names)
+    return [
+        words(name, value)
+        for name, value in known
+        if value is not None and not (name in FIELDS and value in _left_out(name))
+    ]
 
 
 def describe(setting: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> str:
     """A setting in a few words: what is not as usual; size and backend where `beside` differs."""
-    told = (n for n in SETTING if n in setting and n not in _SIZE)
-    said = [words(n, setting[n]) for n in told if setting[n] not in _left_out(n)]
+    said = told(setting, (n for n in SETTING if n not in _SIZE))
     others = list(beside)
     if any(o[n] != setting[n] for o in others for n in _SIZE):
         said.append(f"{setting['width']}x{setting['height']}")

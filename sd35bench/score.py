@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sd35bench.analysis.facts import GUARD, declared
 from sd35bench.analysis.settings import HELD_OUT, setting_key
-from sd35bench.analysis.table import DAMAGED, GUARD, MISSING
+from sd35bench.analysis.table import DAMAGED, MISSING
 from sd35bench.errors import MetricError, StoreError
 from sd35bench.metrics.base import (
     Extractor,
@@ -125,6 +126,7 @@ class _Job:
         self.embedded: Counter[str] = Counter()
         self.refused: dict[str, str] = {}
         self.metrics: dict[str, Metric] = {}
+        self.declared: dict[str, dict[str, Any]] = {}
         self.pairings: dict[str, Mapping[str, Sequence[Record]]] = {}
         self.read = lru_cache(maxsize=_BATCH + _REMEMBERED)(study.read_image)
         self.features: dict[str, dict[str, np.ndarray]] = {}
@@ -142,7 +144,7 @@ class _Job:
 
     def add(self, metric: Metric) -> None:
         """Take a metric in, with the features that are kept for it."""
-        self.metrics[metric.name] = metric
+        self.metrics[metric.name], self.declared[metric.name] = metric, declared(metric)
         if isinstance(metric, FeatureMetric | SetMetric):
             metric.extractor.spread = self.spread
         if isinstance(metric, PairMetric):
@@ -364,7 +366,7 @@ class _Job:
         done = self.done[metric.name]
         for group in groups.values():
             try:
-                detail = self._reference(metric, group)
+                detail = self._reference(metric, group) | self.declared[metric.name]
             except MetricError as exc:
                 if self.by_name:
                     raise
@@ -396,7 +398,8 @@ class _Job:
         key, image = _where(record)
         if value.value is not None and not isfinite(value.value):
             value = Value(None, value.detail | {"reason": f"the metric gave {value.value}"})
-        score = Score(metric=metric, key=key, image=image, value=value.value, detail=value.detail)
+        detail = value.detail | self.declared.get(metric, {})
+        score = Score(metric=metric, key=key, image=image, value=value.value, detail=detail)
         self.rows[metric].append(score)
         self.done[metric][key, image] = score
         self.made[metric] += metric != GUARD

@@ -19,6 +19,8 @@ METRIC = """
 from sd35bench.metrics.base import ImageMetric, Value
 class Level(ImageMetric):
     quality = False
+    higher_is_better = False
+    bounds = (0, 255)
     def __init__(self, name, of):
         self.name, self.of = name, of
     def score_images(self, images, records, inits):
@@ -199,6 +201,7 @@ def test_a_metric_of_a_config_folder_is_scored(folder, tmp_path, monkeypatch):
     }
     scores = [s for s in Study.open(Path("results"), "s").scores() if s.metric == "level"]
     assert {s.detail["of"] for s in scores} == {3}
+    assert all(s.detail["declared"]["higher_is_better"] is False for s in scores)
     for wrong, said in (("metric.level.off=3", "no such option"), ("metric.level.of=x", "of type")):
         with pytest.raises(ConfigError, match=said):
             cli.answer("score", [*words[1:], wrong])

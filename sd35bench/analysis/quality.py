@@ -1,16 +1,16 @@
-"""What is known of each metric's numbers: direction, bounds, and how a row's value is computed.
+"""How a row's value of a metric is computed.
 
 Per-image metrics are means with intervals over prompts. Set metrics are computed here from
 features that `score` kept, against a reference file that `score` made; below the metric's minimum
 number of images there is no value, and the entry says how many it needs.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.analysis.facts import facts
 from sd35bench.analysis.reference import read_reference
 from sd35bench.analysis.scores import Found
 from sd35bench.analysis.set_metrics import FRECHET, compute
@@ -22,49 +22,6 @@ from sd35bench.prompts import same_prompt
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.kernel import Sample
-from sd35bench.types import Task
-
-
-@dataclass(frozen=True, slots=True)
-class MetricFacts:
-    """Whether more is better, and what a value can be at least and at most where that is known.
-
-    `ranks` is False for a description (sharpness), of which neither more nor less is better;
-    `task` is the only task that it can judge, ``None`` for any.
-    """
-
-    higher_is_better: bool
-    bounds: tuple[float, float] | None = None
-    ranks: bool = True
-    task: str | None = None
-
-
-_FACTS = {
-    "prompt_accuracy": MetricFacts(True, (0.0, 1.0)),
-    "init_kept": MetricFacts(True, (0.0, 1.0), task=Task.IMAGE_TO_IMAGE),
-    "clip_score": MetricFacts(True, (-100.0, 100.0)),
-    "fid": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
-    "kid": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
-    "cmmd": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
-    "precision": MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE),
-    "recall": MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE),
-    "sharpness": MetricFacts(True, ranks=False),
-    "contrast": MetricFacts(True, ranks=False),
-    "judge": MetricFacts(True),
-    # No bounds: where all are identical the interval is a point, not "never seen in k prompts".
-    "drift": MetricFacts(False),
-}
-
-
-def known_metrics() -> tuple[str, ...]:
-    """Families of metrics of which anything is known, in the order of the alphabet."""
-    return tuple(sorted(_FACTS))
-
-
-def facts(metric: str) -> MetricFacts:
-    """Return what is known of a metric by the longest known beginning of its name."""
-    known = [prefix for prefix in _FACTS if metric.startswith(prefix)]
-    return _FACTS[max(known, key=len)] if known else MetricFacts(True)
 
 
 def row_metric(study: Any, table: Table, row: Row, metric: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.analysis.facts import GUARD
 from sd35bench.analysis.scores import Found, ScoreIndex, ScoreLike
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_codes, setting_fields
 from sd35bench.columns import (
@@ -38,9 +39,6 @@ from sd35bench.contention import Timed, choose, clock_text, read_contention, sen
 from sd35bench.measure import environment_id
 from sd35bench.types import CUT, Record, Session, Status, content_hash
 from sd35bench.words import plural
-
-GUARD = "guard"
-"""Name under which `score` keeps what the guards saw in an image: value 1 passed, 0 refused."""
 
 REPEATED = "same image under different seeds"
 MISSING = "image file missing"

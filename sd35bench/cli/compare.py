@@ -69,8 +69,11 @@ def read_policy(name: str, extra: Path | None = None) -> "Policy":
     """
     from sd35bench.config import config_dir
     from sd35bench.config.files import own_file
+    from sd35bench.config.overrides import metric_options
     from sd35bench.gate.policy import load_policy
 
+    if extra is not None:
+        metric_options((), extra)  # names of metrics that the folder adds, which margins may name
     return load_policy(own_file("policy", name, extra), config_dir() / "policy")
 
 
@@ -87,14 +90,13 @@ def _plan(given: Given) -> Answer:
     from sd35bench.config import config_dir
     from sd35bench.gate.distances import ImageDistances
     from sd35bench.gate.plan import plan_document
-    from sd35bench.gate.policy import load_policy
     from sd35bench.gate.sides import match_sides
     from sd35bench.report.gate import plan_markdown, print_plan
 
     folder = config_dir() / "policy"
     named = given.text("--policy")
     names = sorted(p.stem for p in folder.glob("*.yaml")) if named is None else [named]
-    policies = [load_policy(name, folder) for name in names]
+    policies = [read_policy(name, given.config_dir) for name in names]
     sources = [Source(name, given.results_dir) for name in given.words]
     scored = any(map(_needs_scores, policies))
     sides = [source.sides(scored) for source in sources]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.quality import facts
+from sd35bench.analysis.facts import facts
 from sd35bench.contention import unlike
 from sd35bench.gate.figure import Figure, difference, missing, ratio
 from sd35bench.gate.policy import Dimension, MetricMargin

@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.quality import facts, known_metrics
+from sd35bench.analysis.facts import added_class, facts, known_metrics
 from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError
 from sd35bench.stats.latency import Spread
@@ -197,6 +197,7 @@ def _require_metrics(where: str, margins: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where}.{name}: drift is a dimension of its own; name it there")
         if not name.startswith(tuple(known)):
             raise ConfigError(f"{where}.{name}: no metric; known: {', '.join(known)}")
+        added_class(name)  # which way is worse is not guessed where a plug-in cannot be asked
 
 
 def _optional(where: str, given: Mapping[str, Any], margins: Mapping[str, Any]) -> frozenset[str]:

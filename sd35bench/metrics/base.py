@@ -111,11 +111,17 @@ class Metric(ABC):
     `remedy` says what to do where it applies to no image of a study, `note` which part of it is
     left out on this machine and how to get it. `quality` says that the number is about how good an
     image is: then it means nothing for a model of random weights.
+
+    A plug-in's class declares `higher_is_better`, `bounds` (the least and the greatest value, where
+    there are any) and `ranks` (False: it describes, and neither way is better).
     """
 
     name: str
     note: str = ""
     quality: bool = True
+    higher_is_better: bool = True
+    bounds: tuple[float, float] | None = None
+    ranks: bool = True
     tasks: frozenset[Task] = frozenset(Task)
     remedy: str = "choose another metric"
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from sd35bench import words
-from sd35bench.fields import label
+from sd35bench.fields import label, told
 from sd35bench.report.render import Cell, Column, Table, estimate_cell, text_column
 from sd35bench.report.rows import SETTING_FIELDS, UNTOLD, Row, setting_text, told_by_threads
 from sd35bench.words import MISSING, Estimate
@@ -176,7 +176,13 @@ def _drift_block(
     measures = [(k, t) for k, t in _DRIFT if any(_drift_estimate(r, k) for r in rows)]
     return block(
         title,
-        [text_column(label(n), (_text(r.get(n)) for r in rows)) for n in names],
+        [
+            replace(
+                text_column(label(n), (_text(r.get(n)) for r in rows)),
+                said=tuple(", ".join(told(r, [n])) for r in rows),
+            )
+            for n in names
+        ],
         [
             figures("pairs", (words.plain(r.get("n_pairs")) for r in rows)),
             *(figures(t, (_yes_no(r.get(k)) for r in rows)) for k, t in verdicts),
@@ -286,7 +292,13 @@ def title_columns(rows: Sequence[Row], names: Sequence[str] = _TITLES) -> list[C
     shown = [n for n in names if n == "backend" or _differs(settings, n)]
     if told_by_threads(rows):
         shown = [n for n in shown if n != "environment_id"]
-    return [text_column(label(n), (_shortened(r.text(n)) for r in rows)) for n in shown]
+    return [
+        replace(
+            text_column(label(n), (_shortened(r.text(n)) for r in rows)),
+            said=tuple(r.differences([n]) for r in rows),
+        )
+        for n in shown
+    ]
 
 
 def _differs(rows: Sequence[Mapping[str, Any]], name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sd35bench import words
-from sd35bench.analysis.quality import facts
+from sd35bench.analysis.facts import facts
 from sd35bench.analysis.table import is_none, whys_untimed
 from sd35bench.columns import Some, is_text, seconds
 from sd35bench.report.bars import (

@@ -43,6 +43,8 @@ _RULES = (
 )
 _LAYOUTS = (Layout(from_width=110, wraps=True), Layout(between="\n", wraps=True))
 """From 110 columns on an interval stands beside its value."""
+_LONG_VERDICT = 24
+"""Characters beyond which a verdict and its model may be broken, so that claims have room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +138,9 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
         replace(text_column("prompts", prompts, forms=(MARKDOWN,)), numeric=True),
         replace(text_column("p (Holm)", map(_p, claims), forms=(MARKDOWN,)), numeric=True),
     )
-    kept = tuple(replace(c, wraps=c.title == "claim") for c in columns)
+    long = max(len(cell.text) for cell in verdicts) > _LONG_VERDICT
+    breaks = ("claim", "verdict") if long else ("claim",)
+    kept = tuple(replace(c, wraps=c.title in breaks) for c in columns)
     return Table(columns=kept, layouts=_LAYOUTS)
 
 

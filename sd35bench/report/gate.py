@@ -26,7 +26,9 @@ from sd35bench.report.render import (
     TERMINAL,
     WRAPPED,
     Cell,
+    Column,
     Heading,
+    Layout,
     Part,
     Table,
     content_policy,
@@ -45,6 +47,8 @@ _COLUMNS = ("dimension", "figure", "baseline", "candidate", "effect", "interval"
 _COLOURS = {"pass": "green", "fail": "red", "undecided": "yellow", "not applicable": "dim"}
 _WORST_FIRST = ("fail", "undecided", "pass")
 _ORDER = ("fail", "undecided", "not applicable", "pass")
+_LEAST_SETTING = 26
+"""Characters of a setting's name and the table's edges, below which it would break at each word."""
 _PIXEL_ART_PX = 128
 _LONGEST_PX = 384
 """Images are kept without loss, since small differences are what matters; 24 of them in all."""
@@ -126,10 +130,19 @@ def _matrix(ordered: Sequence[Mapping[str, Any]]) -> Table:
     columns = (
         replace(first, forms=(MARKDOWN,)),
         setting,
-        *(replace(column, wraps=False) for column in others),
+        *(replace(c, wraps=False, said=_not_passed(c)) for c in others),
         replace(pairs, forms=(MARKDOWN,)),
     )
-    return Table(columns=columns, layouts=WRAPPED, frame="edged")
+    room = sum(max(len(c.title), *(len(cell.text) for cell in c.cells)) + 3 for c in others)
+    beside = Layout(wraps=True, from_width=_LEAST_SETTING + room)
+    layouts = (beside, Layout(wraps=True, folds=True))
+    return Table(columns=columns, layouts=layouts, frame="edged", folded="not passed")
+
+
+def _not_passed(column: Column) -> tuple[str, ...]:
+    """A dimension's verdicts with its name, for a terminal without room for a column of each."""
+    told = (_COLOURS["fail"], _COLOURS["undecided"])
+    return tuple(f"{column.title} {c.text}" if c.style in told else "" for c in column.cells)
 
 
 def _verdict_in(comparison: Mapping[str, Any], name: str) -> str:

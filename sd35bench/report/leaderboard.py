@@ -32,7 +32,27 @@ _PLAIN, _PAGE = (TERMINAL, MARKDOWN), (HTML,)
 # Columns of this rank and above are left out before intervals move below their values.
 _EXTRA = 3
 _FIRST_TO_GO = 9
-_SHOW = (Layout(drops=_EXTRA), Layout(between="\n", drops=1, wraps=True))
+_ALIKE, LAST_TO_GO = 0.75, 0.5
+_SHOW = (
+    Layout(drops=_EXTRA),
+    Layout(between="\n", drops=1),
+    Layout(between="\n", drops=_ALIKE),
+    Layout(between="\n", drops=_ALIKE, folds=True),
+    Layout(between=None, drops=LAST_TO_GO, folds=True, wraps=True),
+)
+_CURVES = ("steps", "cfg", "prompt_strength")
+_KEYS = {
+    "strength": "prompt_strength",
+    "latency s": "latency_s",
+    "× target": "latency_ratio",
+    "× eager": "speedup",
+    "TFLOP/s": "achieved_tflops",
+    "USD/image": "usd_per_image",
+    "VRAM": "peak_vram_bytes",
+    "peak RSS": "peak_rss_bytes",
+    "PSNR dB": "",
+}
+"""Columns whose name in ``show --columns`` is not their title."""
 
 Shares = Mapping[str, Mapping[str, float]]
 """Metric → row id → in which share of resamples the row is dominated."""
@@ -96,15 +116,23 @@ def setting_table(rows: Sequence[Row], extra: Sequence[str]) -> Table:
     """One task's `rows` as `show` prints them; `extra` are further setting fields that vary.
 
     Where there is little room, `n` goes first, then `threads` where other fields tell
-    the settings apart; what differs between them stays.
+    the settings apart, then what is alike in all; what differs between them stays, at last as
+    words of one column.
     """
     told = {row.id: row.name(f for f in extra if f != "threads") for row in rows}
-    ranks = {"n": _FIRST_TO_GO}
+    alike = [name for name in _CURVES if len({r.setting.get(name) for r in rows}) == 1]
+    ranks = dict.fromkeys(alike, _ALIKE) | {"n": _FIRST_TO_GO}
     if len(set(told.values())) == len(told):
         ranks["threads"] = _FIRST_TO_GO - 1
-    columns = (
-        replace(c, rank=ranks.get(c.title, c.rank)) for c in setting_columns(rows, extra, {})
-    )
+        alike.append("threads")
+    keys = _KEYS | {metric_label(name): name for name in metric_names(rows)}
+    differing = {*_CURVES, *extra} - {*alike}
+    columns = []
+    for column in setting_columns(rows, extra, {}):
+        key = keys.get(column.title, column.title.replace(" ", "_"))
+        said = tuple(r.differences([key]) for r in rows) if key in differing else ()
+        rank = ranks.get(key, LAST_TO_GO / 2 if key == "failed" else column.rank)
+        columns.append(replace(column, rank=rank, key=key, said=said))
     return Table(title=rows[0].task, columns=tuple(columns), layouts=_SHOW)
 
 

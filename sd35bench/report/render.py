@@ -8,7 +8,7 @@ each form decides where an interval goes. A further form is one more function ov
 import base64
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jinja2
@@ -101,16 +101,21 @@ class Column:
     """A column: its title and one cell per row.
 
     `rank`: on a narrow terminal the highest goes first, 0 never. `narrow` takes its place where
-    intervals do not stand beside their values. `wraps`: whether a terminal may break its cells.
+    intervals do not stand beside their values. `wraps`: whether a terminal may break its cells,
+    `flows`: whether it always may. `key` is its name for ``--columns``. `said`: each cell where no
+    title says what it is; columns that have it can be folded into one.
     """
 
     title: str
     cells: tuple[Cell, ...]
     numeric: bool = True
-    rank: int = 0
+    rank: float = 0
     hint: str = ""
     narrow: "Column | None" = None
     wraps: bool = True
+    flows: bool = False
+    key: str = ""
+    said: tuple[str, ...] = ()
     forms: tuple[str, ...] = ALL
 
 
@@ -120,28 +125,39 @@ class Layout:
 
     `between` a value and its interval is a space, a line break, or nothing, which leaves intervals
     out. Columns of a rank from `drops` on may be left out (0: none). Where cells may be broken
-    (`wraps`), the width is not asked for, but for `from_width`.
+    (`wraps`), the width is not asked for, but for `from_width`. Where the layout `folds`, columns
+    that can be said in words are one, "what differs".
     """
 
     between: str | None = " "
-    drops: int = 0
+    drops: float = 0
     from_width: int = 0
     wraps: bool = False
+    folds: bool = False
 
 
-FITTED = (Layout(), Layout(between="\n"), Layout(between=None, drops=1))
+FITTED = (
+    Layout(),
+    Layout(between="\n"),
+    Layout(between=None, drops=1),
+    Layout(between=None, drops=1, folds=True, wraps=True),
+)
 WRAPPED = (Layout(wraps=True),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table with its title and a note on how to read it; `frame` names its lines and padding."""
+    """A table with its title and a note on how to read it; `frame` names its lines and padding.
+
+    `folded` is the title of a column that others were folded into.
+    """
 
     columns: tuple[Column, ...]
     title: str = ""
     note: str = ""
     layouts: tuple[Layout, ...] = FITTED
     frame: str = "open"
+    folded: str = "what differs"
     forms: tuple[str, ...] = ALL
     kind: ClassVar[str] = "table"
 
@@ -252,11 +268,13 @@ def _print_table(table: Table, console: Console) -> None:
     layout, shown, left_out = _fit(table, console.width)
     drawn = rich.table.Table(title=escape(table.title) or None, **_FRAMES[table.frame])  # pyright: ignore[reportArgumentType]
     drawn.title_justify, drawn.title_style = "left", "bold"
+    drawn.leading = int(any(c.flows for c in shown))  # a blank line between rows of many lines
     for column in shown:
+        breaks = column.flows or (layout.wraps and column.wraps)
         drawn.add_column(
             escape(column.title),
             justify="right" if column.numeric else "left",
-            no_wrap=not (layout.wraps and column.wraps),
+            no_wrap=not breaks,
             overflow="fold" if layout.wraps else "ellipsis",  # a word cut in two is still there
         )
     for cells in zip(*(c.cells for c in shown), strict=True):
@@ -267,36 +285,63 @@ def _print_table(table: Table, console: Console) -> None:
     if table.note:
         console.print(Rich(table.note, style="dim"))
     if left_out:
-        console.print(f"too narrow for: {', '.join(left_out)} (--json has them)", style="dim")
+        console.print(left_out, style="dim")
 
 
-def _fit(table: Table, width: int) -> tuple[Layout, list[Column], list[str]]:
-    """The layout that fits, its columns, and the names of what it leaves out."""
+def _fit(table: Table, width: int) -> tuple[Layout, list[Column], str]:
+    """The layout that fits, its columns, and a line on what it leaves out."""
     for layout in table.layouts:
         columns = [_laid_out(c, layout) for c in table.of(TERMINAL)]
+        columns = _folded(columns, table.folded) if layout.folds else columns
         if layout.wraps and not layout.drops:
             shown, fits = columns, width >= layout.from_width
         else:
             shown = _drop(columns, width, layout) if layout.drops else columns
             fits = _width(shown, layout) <= width
-            fits = fits and all(c in shown or c.rank >= layout.drops for c in columns)
         if fits or layout is table.layouts[-1]:
-            left_out = [c.title.replace("\n", " ") for c in columns if c not in shown]
-            told = any(cell.beside for c in columns for cell in c.cells)
-            if left_out and layout.between is None and told:
-                left_out.insert(0, "intervals")
-            return layout, shown, left_out
+            return layout, shown, _left_out(columns, shown, layout)
     raise AssertionError("a table has a layout")
 
 
+def _left_out(columns: Sequence[Column], shown: Sequence[Column], layout: Layout) -> str:
+    """What a narrow terminal has no room for, and how to see it."""
+    gone = [c for c in columns if c not in shown]
+    names = [c.title.replace("\n", " ") for c in gone]
+    if layout.between is None and any(cell.beside for c in columns for cell in c.cells):
+        names.insert(0, "intervals")
+    if not names:
+        return ""
+    keys = ",".join(c.key for c in gone if c.key)
+    how = f"--columns {keys} shows them, --json all" if keys else "--json has them"
+    return f"too narrow for: {', '.join(names)} ({how})"
+
+
+_LEAST_FOLDED = 24
+"""Characters that a column of words gets at least: no word of a setting is longer."""
+
+
+def _folded(columns: list[Column], title: str) -> list[Column]:
+    """One column in place of those that can be said in words, where that is narrower."""
+    many = [c for c in columns if c.said]
+    if len(many) < 2 or _width(many, Layout()) <= _LEAST_FOLDED:
+        return columns
+    said = zip(*(c.said for c in many), strict=True)
+    cells = tuple(Cell(text=", ".join(filter(None, row)) or words.MISSING) for row in said)
+    one = Column(title=title, cells=cells, numeric=False, flows=True)
+    first = columns.index(many[0])
+    return [*columns[:first], one, *(c for c in columns[first:] if not c.said)]
+
+
 def _laid_out(column: Column, layout: Layout) -> Column:
-    return column if layout.between == " " or column.narrow is None else column.narrow
+    if layout.between == " " or column.narrow is None:
+        return column
+    return replace(column.narrow, rank=column.rank, key=column.key, said=column.said)
 
 
 def _drop(columns: list[Column], width: int, layout: Layout) -> list[Column]:
     """Leave out the least important columns until the rest fits into `width` characters."""
     shown = list(columns)
-    while _width(shown, layout) > width and any(c.rank for c in shown):
+    while _width(shown, layout) > width and any(c.rank >= layout.drops for c in shown):
         least = max(c.rank for c in shown)
         shown.remove([c for c in shown if c.rank == least][-1])
     # What had to go for a wide column may fit after that has gone.
@@ -313,7 +358,11 @@ def _width(columns: Sequence[Column], layout: Layout) -> int:
         max(_longest(c.title), *(_longest(_drawn(cell, layout.between).plain) for cell in c.cells))
         for c in columns
     )
-    return sum(inner) + 3 * (len(columns) - 1)
+    needed = (
+        min(most, _LEAST_FOLDED) if c.flows else most
+        for c, most in zip(columns, inner, strict=True)
+    )
+    return sum(needed) + 3 * (len(columns) - 1)
 
 
 def _longest(text: str) -> int:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sd35bench import words
-from sd35bench.analysis.quality import facts
+from sd35bench.analysis.facts import facts
 from sd35bench.analysis.settings import setting_codes
 from sd35bench.columns import Some, coded, grouped, numbered, pick, split
-from sd35bench.fields import SETTING, value_text
+from sd35bench.fields import SETTING, told, value_text
+from sd35bench.fields import words as in_words
 from sd35bench.types import Session, to_json
 from sd35bench.words import MISSING, Estimate
 
@@ -144,6 +145,11 @@ class Row:
             return MISSING
         return setting_text(self.setting.get(name))
 
+    def differences(self, fields: Iterable[str]) -> str:
+        """Those of some fields that are not as usual, in words; a service does not tell all."""
+        known = [f for f in fields if f not in UNTOLD or self.remote is None]
+        return ", ".join(told(self.setting, (f for f in known if not self.unsent(f))))
+
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4``, prompt_strength, and the `extra` fields that vary."""
         parts = [] if self.unsent("steps") else [f"{self.steps} steps"]
@@ -152,7 +158,7 @@ class Row:
             parts.append(f"prompt_strength {words.plain(self.prompt_strength)}")
         shown = [f for f in extra if f in self.setting and f not in _AXES]
         shown = [f for f in shown if f not in UNTOLD or self.remote is None]
-        parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
+        parts += [in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
         return " · ".join(parts) if parts else str(self.setting.get("model", MISSING))
 
 
@@ -267,17 +273,8 @@ def field_words(row: Row, fields: Sequence[str]) -> str:
         if name in _CURVES:
             said.append(f"{name} {words.plain(value)}" if name != "steps" else f"{value} steps")
         elif name not in UNTOLD or row.remote is None:
-            said.append(_in_words(name, value))
+            said.append(in_words(name, value))
     return " · ".join(said) if said else MISSING
-
-
-def _in_words(field: str, value: object) -> str:
-    """A varying field's value where no column title says what it is."""
-    if field == "threads":
-        return f"{value} thread" + "s" * (value != 1)
-    if field == "skip_layer_guidance":
-        return f"skip {setting_text(value)}"
-    return setting_text(value)
 
 
 def _hashable(value: Any) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 
 from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError, nearest
-from sd35bench.fields import value_text
-from sd35bench.report.leaderboard import front_ids, primary_metric
+from sd35bench.fields import label, value_text
+from sd35bench.report.leaderboard import LAST_TO_GO, front_ids, primary_metric
 from sd35bench.report.render import Cell, Column, Layout, Table, estimate_cell
 from sd35bench.report.rows import read_rows
 from sd35bench.words import MISSING, Estimate, plain
@@ -25,6 +25,8 @@ _LEFT_OUT = frozenset(
 )
 _QUANTILES = {"p90": "p90_s", "p99": "p99_s", "mean": "mean_s"}
 _ENDS = ("low", "high")
+_LEAST_PICKED = 13
+"""Characters of a column and its margin below which cells break into slivers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +166,9 @@ def picked_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], titl
     flat = [flatten(row) for row in rows]
     _check("--columns", columns, flat)
     found = tuple(_picked(name, flat) for name in columns)
-    return Table(title=title, columns=found, layouts=(Layout(), Layout(between="\n", wraps=True)))
+    wrapped = Layout(between="\n", wraps=True, from_width=_LEAST_PICKED * len(found))
+    folded = Layout(between="\n", wraps=True, folds=True)
+    return Table(title=title, columns=found, layouts=(Layout(), wrapped, folded), folded="values")
 
 
 def _picked(name: str, flat: Sequence[Mapping[str, Any]]) -> Column:
@@ -178,7 +182,8 @@ def _picked(name: str, flat: Sequence[Mapping[str, Any]]) -> Column:
         return Column(title=name, cells=tuple(map(estimate_cell, estimates)))
     numeric = all(isinstance(value, int | float) or value is None for value in values)
     cells = tuple(Cell(text=_text(value)) for value in values)
-    return Column(title=name, cells=cells, numeric=numeric)
+    said = tuple(f"{label(name)} {cell.text}" for cell in cells)
+    return Column(title=name, cells=cells, numeric=numeric, said=said)
 
 
 def _text(value: Any) -> str:
@@ -200,6 +205,8 @@ def marks_column(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
             title="front",
             cells=tuple(Cell(text=f"{on} {sep.join(chosen)}".strip()) for on, chosen in told),
             numeric=False,
+            rank=LAST_TO_GO,
+            key="front",
         )
         for sep in (", ", "\n")
     )

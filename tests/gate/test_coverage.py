@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from sd35bench.analysis.quality import known_metrics
+from sd35bench.analysis.facts import known_metrics
 from sd35bench.errors import ConfigError
 from sd35bench.gate.baseline import baseline_text, read_baseline
 from sd35bench.gate.judge import compare_sides, count_covered, gate_fails
