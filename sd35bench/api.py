@@ -209,6 +209,8 @@ class Study:
         from sd35bench.cli.study import score_missing
 
         plugins.use_folder(self._plugin_dir)
+        config_dir = None if self._config_dir is None else f"{self._config_dir}"
+        plugins.keep_flags(config_dir, self._plugin_dir)
         with _quiet():
             return score_missing(self._store, metrics, overrides, anew, self._config_dir)
 

@@ -41,6 +41,7 @@ from sd35bench.columns import (
 from sd35bench.fields import setting_identity
 from sd35bench.types import CanaryFacts, Record, Session, Status, Surroundings
 from sd35bench.view import name_number
+from sd35bench.words import plural
 
 TOLERANCE = 0.10
 REGIME = 0.8
@@ -413,7 +414,9 @@ def sentences(settings: Iterable[Timed], speeds: Mapping[str, float]) -> list[st
         marked = sum(each.marked for each in settings)
         said = "none of them is in a latency"
         if marked:
-            said = f"{marked} of {len(settings)} settings have more than half such and count them"
+            have, count = ("has", "counts") if marked == 1 else ("have", "count")
+            of = plural(len(settings), "setting")
+            said = f"{marked} of {of} {have} more than half such and {count} them"
         found.append(f"{disturbed} timed images ({share:.0%}) were {DISTURBED}; {said}")
     return found
 

@@ -203,8 +203,8 @@ def _references(images: pa.Table, asked: str | None) -> set[str]:
         if asked not in ids:
             known = sorted(set(ids))
             raise ConfigError(
-                f"--reference={asked}: no setting with images has this id; `sd35bench show --json`"
-                f" and settings.csv have them{nearest(asked, known)}"
+                f"--reference={asked}: no setting with images has this id; `show --json` and"
+                f" settings.csv have them{nearest(asked, known)}"
             )
         return {asked}
     task, work = dict(zip(ids, images["task"].to_pylist(), strict=True)), Counter[str]()

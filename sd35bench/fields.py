@@ -503,8 +503,6 @@ def value_text(value: Any) -> str:
 
 def words(name: str, value: Any) -> str:
     """A field's value where no column says what it is: "4 steps", "cfg 4", "shift 3"."""
-    if name == "threads":
-        return f"{value} thread{'' if value == 1 else 's'}"
     field = FIELDS.get(name)
     known = _OF_LOADS.get(name, "") if field is None else field.said
     said = known if known else f"{label(name)} {{}}"

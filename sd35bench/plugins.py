@@ -19,6 +19,7 @@ import importlib.machinery
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -70,6 +71,20 @@ def folder() -> Path | None:
 def given() -> list[str]:
     """What a process that works for this one is to be told: the folder, if there is one."""
     return [str(path) for path in _folders]
+
+
+_flags: list[str] = []
+
+
+def keep_flags(config_dir: str | None, plugin_dir: str | None) -> None:
+    """Let commands that are printed name these folders too, until the next command runs."""
+    named = {"--config-dir": config_dir, "--plugin-dir": plugin_dir}
+    _flags[:] = [f"{name}={shlex.quote(text)}" for name, text in named.items() if text is not None]
+
+
+def command(words: str) -> str:
+    """A command to print: what it has to say of the user's own files and code is added here."""
+    return " ".join(["sd35bench", words, *_flags])
 
 
 def _forget() -> None:

@@ -16,6 +16,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
-from sd35bench.config.files import choices, config_dir
+from sd35bench.config.files import choices, group_file
 from sd35bench.config.models import AXES, SWEEPER_MODULE, check_lists
 from sd35bench.config.overrides import LOAD_AXES, OWN_INPUTS, parse, sweep_values
 from sd35bench.errors import ConfigError, JobsLost, StoreError, nearest
@@ -41,6 +42,8 @@ _OURS = ("sd35bench", "builtins", "hydra", "omegaconf")
 REQUEST_AXES = tuple(name for name in AXES if name not in LOAD_AXES)
 
 Task = Callable[[DictConfig], Any]
+_extra: ContextVar[Path | None] = ContextVar("extra", default=None)
+"""The user's own folder of YAML files, while Hydra sweeps and makes the sweeper."""
 
 
 def sweep(
@@ -52,14 +55,18 @@ def sweep(
 
     Raises: ConfigError for what Hydra refuses; the task's own exceptions pass.
     """
-    with hydra_session(extra) as hydra, explained():
-        _register()
-        return hydra.multirun(
-            config_name=root,
-            task_function=task,
-            overrides=[*overrides, *search_path(extra)],
-            with_log_configuration=False,
-        )
+    token = _extra.set(extra)
+    try:
+        with hydra_session(extra) as hydra, explained():
+            _register()
+            return hydra.multirun(
+                config_name=root,
+                task_function=task,
+                overrides=[*overrides, *search_path(extra)],
+                with_log_configuration=False,
+            )
+    finally:
+        _extra.reset(token)
 
 
 def _register() -> None:
@@ -198,8 +205,11 @@ def _names_experiment(argument: str) -> bool:
 
 def _installed(backend: str) -> bool:
     """Whether the packages that a backend's own YAML requires are there; nothing is imported."""
-    conf = OmegaConf.load(config_dir() / "backend" / f"{backend}.yaml")
-    return all(importlib.util.find_spec(package) is not None for package in conf.requires)
+    path = group_file("backend", backend, _extra.get())
+    conf = OmegaConf.create() if path is None else OmegaConf.load(path)
+    return all(
+        importlib.util.find_spec(package) is not None for package in conf.get("requires", ())
+    )
 
 
 def noise_overrides(jobs: Sequence[Sequence[str]], backend: str | None) -> list[list[str]]:
@@ -232,10 +242,10 @@ def _noise_floor(arguments: Sequence[str], config: DictConfig) -> str | None:
     """The field's value: the command line's, else the experiment's."""
     given = [o.value() for o in map(parse, arguments) if o.get_key_element() == "noise_floor"]
     value: Any = given[-1] if given else config.noise_floor
-    if value is not None and value not in choices("backend"):
-        known = ", ".join(choices("backend"))
+    known = choices("backend", _extra.get())
+    if value is not None and value not in known:
         raise ConfigError(
-            f"noise_floor={value}: must be one of {known}{nearest(value, choices('backend'))}"
+            f"noise_floor={value}: must be one of {', '.join(known)}{nearest(value, known)}"
         )
     return value
 

@@ -130,7 +130,7 @@ def test_where_more_than_half_are_disturbed_all_count_and_that_is_said():
     assert (len(timed.kept), timed.disturbed, timed.marked) == (5, 3, True)
     (text,) = contention.sentences([timed], judged.speed)
     assert "3 timed images (60%) were disturbed" in text
-    assert "1 of 1 settings have more than half such and count them" in text
+    assert "1 of 1 setting has more than half such and counts them" in text
 
 
 def test_a_machine_that_was_slow_all_the_time_says_so():

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import sd35bench.config.overrides as overrides
+from sd35bench.analysis.commands import quoted as printed
 from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.models import FIELDS
 from sd35bench.config.overrides import OTHER_NAMES, parse, quoted, sweep_values, written
 from sd35bench.errors import ConfigError
 from sd35bench.plan import expand
 from sd35bench.prompts import PromptSpec, load_prompts
-from sd35bench.recommend.reproduce import quoted as printed
 
 PARTS = ["a", "b ", '"', "'", "\\", "${", "}", "$", "{", ",", "=", "\n", "1e5", "[", "(", ":", "#"]
 TEXTS = st.lists(st.sampled_from([*PARTS, "oc.env:HOME", "é"]), max_size=8).map("".join)

@@ -88,6 +88,28 @@ def test_noise_overrides_cover_every_model_once():
     assert models == ["model=nano", "model=nano", "model=big", "model=big"]
 
 
+def test_noise_floor_may_be_a_backend_of_the_users_own_folder(tmp_path):
+    """Mutant: the package's own backends alone, which refused it."""
+    (tmp_path / "backend").mkdir()
+    (tmp_path / "backend" / "mine.yaml").write_text("defaults: [fake]\nname: mine\n")
+    found = []
+
+    class Planned:
+        def prepare(self, configs):
+            found.extend(config.backend.name for config in configs)
+            return True
+
+        def __call__(self, config):
+            raise AssertionError("nothing is launched")
+
+    words = ["backend=fake", "noise_floor=mine", "steps=2"]
+    sweep(Planned(), words, tmp_path)
+    assert found[0] == "fake"
+    assert set(found[1:]) == {"mine"}
+    with pytest.raises(ConfigError, match="noise_floor=other: must be one of"):
+        sweep(Planned(), [*words[:1], "noise_floor=other"], tmp_path)
+
+
 def test_noise_overrides_nothing_unless_asked():
     assert noise_overrides([["backend=eager"]], None) == []
 

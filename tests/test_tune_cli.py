@@ -12,7 +12,7 @@ import sd35bench.cli.tune as verb
 from sd35bench.analysis.summary import show_document
 from sd35bench.cli import main
 from sd35bench.config import config_dir
-from sd35bench.config.tune import read_tuning
+from sd35bench.config.tune import _sorted_out, read_tuning
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profile, load_profiles
@@ -187,6 +187,21 @@ def test_tune_refuses_to_mix_two_searches_in_one_study(call):
     code, document = call("tune", *arguments, "steps=1,4")
     assert code == 2
     assert "another study name" in document["error"]["message"]
+
+
+def test_an_experiments_other_model_gets_its_own_prompts_and_images_alone(monkeypatch, call):
+    """As `run` does; mutant: the settings as they were typed, nano's shapes 24 at once."""
+    seen: list[str] = []
+
+    def read(settings, _):
+        seen.extend(settings)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(verb, "read_tuning", read)
+    assert call("tune", "experiment=defaults", "model=sd35-medium", "study=t")[0] == 2
+    assert {"prompts=starter", "batch_size=1"} <= set(seen)
+    _, _, fixed = _sorted_out([*seen, "steps=4,8"])
+    assert "batch_size=1" in fixed
 
 
 def test_tune_asks_before_it_spends(call, monkeypatch):

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.quality import facts
+from sd35bench import plugins
+from sd35bench.analysis.facts import facts
 from sd35bench.analysis.settings import PairKey, pair_clusters, pair_keys
 from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
@@ -246,7 +247,7 @@ def compare(metric: str, found: list[Candidate]) -> Comparison:
     if len(many) < 2:
         raise ConfigError(
             f"nothing to compare: {len(many)} setting with {metric}; sweep at least two, for"
-            " example `sd35bench run -m steps=4,16 cfg=1,4`"
+            f" example `{plugins.command('run -m steps=4,16 cfg=1,4')}`"
         )
     tally = Counter(key for o in outcomes for key in o)
     common = [key for key in outcomes[0] if tally[key] == len(kept)]

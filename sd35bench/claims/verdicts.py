@@ -6,12 +6,15 @@ that lacks a claim's trials gives "not measured" with the command that makes the
 cannot decide it "not testable" with the reason. The verdicts' logic is in `contrasts`.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp
 from typing import Any
 
+from sd35bench import plugins
+from sd35bench.analysis.commands import load_overrides
 from sd35bench.analysis.table import Table, read_table
 from sd35bench.claims import designs
 from sd35bench.claims.contrasts import Contrast, Judged, Verdict, judge_claims, more_images
@@ -304,10 +307,11 @@ def _contrast(contrast: Contrast, decisive: Interval) -> dict[str, Any]:
 
 
 def _command(claim: Claim, study: Any, table: Table) -> str:
-    """The run that makes what is missing, on the study's own model and backend."""
-    said = [f"sd35bench run experiment={claim.experiment}", f"study={study.name}"]
-    loads = {(row.setting["model"], row.setting["backend"]) for row in table.rows}
-    if len(loads) == 1 and loads != {("nano", "eager")}:
-        model, backend = loads.pop()
-        said += [f"model={model}", f"backend={backend}"]
-    return " ".join(said)
+    """The run that makes what is missing, on the study's own load."""
+    said = [f"run experiment={claim.experiment}", f"study={study.name}"]
+    loads = {load.key: load for row in table.rows for load in [row.records[0].trial.load]}
+    if len(loads) == 1:
+        usual = {"model": "nano", "backend": "eager"}
+        known = load_overrides(*loads.values()).items()
+        said += [shlex.quote(f"{n}={text}") for n, text in known if usual.get(n) != text]
+    return plugins.command(" ".join(said))

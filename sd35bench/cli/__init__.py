@@ -135,6 +135,7 @@ def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:
     command = _command(verb)
     given = parse(verb, command, arguments, as_json)
     plugins.use_folder(given.text("--plugin-dir"))
+    plugins.keep_flags(given.text("--config-dir"), given.text("--plugin-dir"))
     extra = given.config_dir
     if given.has("--help"):
         text = help_text(verb, VERBS[verb][1], command, extra)

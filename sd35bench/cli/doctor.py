@@ -40,6 +40,7 @@ METRICS = ("inception", "clip", "dinov2", "lpips")
 MOST_GPUS = 16
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LONG_REMEDY = 160
+WIDEST_NAME = 30
 STATES = {True: "[green]ok[/green]", False: "[red]broken[/red]", None: ""}
 
 
@@ -326,7 +327,7 @@ def _print(out: Console, checks: Sequence[Check], in_full: bool) -> None:
     for check in checks:
         if check.remedy is not None:
             short = check.remedy if in_full or len(check.remedy) <= LONG_REMEDY else None
-            names = remedies.setdefault(short or "steps: sd35bench doctor NAME", [])
+            names = remedies.setdefault(short or f"steps: {plugins.command('doctor NAME')}", [])
             names.append(_own_name(check))
     if remedies:
         out.print("\n[bold]What to do[/bold]")
@@ -338,7 +339,8 @@ def _print(out: Console, checks: Sequence[Check], in_full: bool) -> None:
 
 def _table(checks: Sequence[Check]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(overflow="fold", min_width=max(len(_own_name(c)) for c in checks) + 2)
+    widest = max(len(_own_name(c)) for c in checks) + 2
+    table.add_column(overflow="fold", min_width=min(widest, WIDEST_NAME))
     table.add_column(no_wrap=True, min_width=6)
     table.add_column(overflow="fold")
     for group, members in groupby(checks, key=lambda check: check.group):

@@ -32,10 +32,13 @@ def with_recommended(given: Given) -> Given:
     names = {_name(word) for word in words}
     replaced = names & set(_OWN_PROMPTS)
     found = shlex.split(command)[2:]
+    # Flags are of the command line alone: no file may name a folder of code.
     kept = [
         word
         for word in found
-        if word != _SWEEP and _name(word) not in names and not (replaced and _is_of_prompts(word))
+        if not word.startswith("-")
+        and _name(word) not in names
+        and not (replaced and _is_of_prompts(word))
     ]
     # A choice made on several seeds is a sweep over them.
     flags = {**given.flags, **({_SWEEP: ""} if _SWEEP in found else {})}

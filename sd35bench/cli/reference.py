@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd35bench import plugins
 from sd35bench.cli.output import Answer, console, show_progress
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.errors import ConfigError, StoreError, nearest
@@ -149,8 +150,10 @@ def _lines(document: dict[str, Any]) -> list[str]:
         )
     said.append(f"written: {document['path']} (digest {document['digest'][:16]})")
     said.append(
-        f"use it: sd35bench score STUDY --metric kid_{document['label']}"
-        f" metric.kid.reference={document['path']}"
+        "use it: "
+        + plugins.command(
+            f"score STUDY --metric kid_{document['label']} metric.kid.reference={document['path']}"
+        )
     )
     return said
 

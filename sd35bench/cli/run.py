@@ -283,13 +283,10 @@ def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> Estimate:
     return estimate(list(plans.values()), job.results_dir, job.study)
 
 
-def run_confirming(
-    runs: Sequence[dict[str, Any]], extra: Path | None = None, patient: bool = False
-) -> int:
+def run_confirming(runs: Sequence[dict[str, Any]], patient: bool = False) -> int:
     """Run the very commands that are printed, one after the other; the first bad code ends it.
 
-    `extra` is a folder of the user's own YAML files; `patient`: wait where another process makes
-    the same images, in place of refusing.
+    `patient`: wait where another process makes the same images, in place of refusing.
 
     Raises: ConfigError where a hosted service would be asked, which costs money; StudyLocked.
     """
@@ -298,8 +295,7 @@ def run_confirming(
         raise ConfigError(
             f"--run does not spend money on a hosted service; run it yourself: {hosted['command']}"
         )
-    own = [] if extra is None else [f"--config-dir={extra}"]
-    words = (shlex.split(each["command"])[2:] + own for each in runs)
+    words = (shlex.split(each["command"])[2:] for each in runs)
     left = [parse("run", COMMANDS["run"], each, as_json=True) for each in words]
     while left:
         try:
@@ -383,8 +379,8 @@ def _print_unnamed(say: Callable[[str], None], job: Job) -> None:
     if count:
         files = words.plural(count, "file")
         say(
-            f"{files} of images that no record names are kept; `sd35bench clean {job.study}` lists"
-            " them"
+            f"{files} of images that no record names are kept;"
+            f" `{plugins.command(f'clean {job.study}')}` lists them"
         )
 
 
@@ -422,7 +418,7 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
         out.print(f"prompts of {document['truncated']} images {CUT}", soft_wrap=True)
     if document["failed"]:
         out.print("the same command tries the failed ones again")
-    out.print(f"next: sd35bench show {name}", markup=False)
+    out.print(f"next: {plugins.command(f'show {name}')}", markup=False, soft_wrap=True)
 
 
 def _already(found: Estimate) -> str:

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from sd35bench.types import Status
 from sd35bench.words import MISSING, size, usd
 
 REMOVED = ".removed-"
+_RANKS = {"last written, UTC": 4, "size": 3, "cost": 2, "failed": 1}
+"""Columns that a narrow terminal leaves out, the highest first; a study's name stays whole."""
 
 
 # list ---------------------------------------------------------------------------------------------
@@ -96,7 +99,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         )
         for row in rows
     ]
-    return Table(columns=text_table(titles, shown, ("images", "failed", "size", "cost")))
+    columns = text_table(titles, shown, ("images", "failed", "size", "cost"))
+    return Table(columns=tuple(replace(c, rank=_RANKS.get(c.title, 0)) for c in columns))
 
 
 def _whole(value: int | None) -> str:

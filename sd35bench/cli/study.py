@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd35bench import plugins
 from sd35bench.cli.output import Answer, console, remark, show_progress, tell, write_line
 from sd35bench.cli.parser import (
     MARKDOWN,
@@ -128,7 +129,7 @@ def recommend(given: Given) -> Answer:
     document = recommend_document(study, profiles)
     exit_code = 0
     if given.has("--run"):
-        exit_code = run_confirming(document["confirm"]["commands"], given.config_dir)
+        exit_code = run_confirming(document["confirm"]["commands"])
         counts = score_missing(study)
         document = recommend_document(study, profiles)
     document["warnings"] += _refused(counts)
@@ -327,8 +328,9 @@ def _open(given: Given) -> Study:
         damaged = len(study.images().damaged)
         if damaged:
             raise ConfigError(
-                f"study {study.name!r} has no whole image: {damaged} are damaged; `sd35bench verify"
-                f" {study.name}` names them, and the same run makes them again"
+                f"study {study.name!r} has no whole image: {damaged} are damaged;"
+                f" `{plugins.command(f'verify {study.name}')}` names them, and the same run makes"
+                " them again"
             )
         raise ConfigError(f"study {study.name!r} has no image yet; see what failed with run again")
     return study
@@ -471,7 +473,11 @@ sd35bench score photos --metric clip_score engine=ray threads=8 ray.address=auto
         call=show,
         words=("[STUDY]",),
         about="""Scores what is missing first. Marks the settings that no other is both faster and
-better than, and those that `recommend` chose. Columns are named as in --json.""",
+better than, and those that `recommend` chose. Columns are named as in --json.
+
+On a narrow terminal columns go in this order: n; threads, where other fields tell the settings
+apart; memory; × target; metrics from the last on; × eager. What differs between settings stays,
+as words in one column where its columns do not fit. A line names what went; --columns shows it.""",
         examples="""
 sd35bench show grid
 sd35bench show grid --markdown > grid.md

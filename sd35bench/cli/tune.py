@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from sd35bench import plugins
 from sd35bench.cli.output import Answer, RunProgress, console, remark, show_progress, write_line
 from sd35bench.cli.parser import (
     DRY_RUN,
@@ -18,6 +18,7 @@ from sd35bench.cli.parser import (
 )
 from sd35bench.cli.run import run_confirming
 from sd35bench.config import Job
+from sd35bench.config.experiments import with_models_own
 from sd35bench.config.tune import Tuning, read_tuning
 from sd35bench.errors import ConfigError, Paused
 from sd35bench.estimate import Estimate, estimate
@@ -39,7 +40,10 @@ def tune(given: Given) -> Answer:
     Raises: ConfigError before anything is loaded; Paused, DiskFull, StoreError.
     """
     confirm, markdown = given.has("--confirm"), given.has("--markdown")
-    tuning = read_tuning(given.settings, given.config_dir)
+    settings, notes = with_models_own(given.settings, given.config_dir)
+    for note in notes:
+        remark(f"note: {note}", given.as_json or markdown)
+    tuning = read_tuning(settings, given.config_dir)
     _check_flags(given, tuning)
     _prepare(tuning, dry=given.has("--dry-run"))
     bill = _bill(tuning, confirm)
@@ -47,20 +51,21 @@ def tune(given: Given) -> Answer:
         _print_bill(console(given.as_json), bill)
         return Answer(document=bill)
     _agree(tuning, bill, given.has("--yes"))
-    document, exit_code = _tune(tuning, confirm, given.config_dir)
+    document, exit_code = _tune(tuning, confirm)
     if not given.as_json:
         _print_found(document, markdown)
     say = functools.partial(remark, as_json=given.as_json or markdown)
     say(f"written: {tuning.job.results_dir / tuning.job.study / 'tune.json'}")
     name = tuning.job.study
     say(
-        f"next: sd35bench show {name}, or recommend {name}: every profile, by its own rule, on the"
-        " prompts that the settings share (fewer than here, where some were dropped early)"
+        f"next: {plugins.command(f'show {name}')}, or recommend {name}: every profile, by its own"
+        " rule, on the prompts that the settings share (fewer than here, where some were dropped"
+        " early)"
     )
     return Answer(document=document, exit_code=exit_code)
 
 
-def _tune(tuning: Tuning, confirm: bool, extra: Path | None) -> tuple[dict[str, Any], int]:
+def _tune(tuning: Tuning, confirm: bool) -> tuple[dict[str, Any], int]:
     """Search, confirm the choice where asked, write down what was found; the exit code too."""
     from sd35bench.tune.document import tune_document, write_tuning
 
@@ -70,7 +75,7 @@ def _tune(tuning: Tuning, confirm: bool, extra: Path | None) -> tuple[dict[str, 
     held = confirm_choice(study, lab, found, tuning.profile)
     exit_code = 0
     if confirm and held.confirm["commands"]:
-        exit_code = run_confirming(held.confirm["commands"], extra, patient=True)
+        exit_code = run_confirming(held.confirm["commands"], patient=True)
         lab.score()
         held = confirm_choice(study, lab, found, tuning.profile)
     document = tune_document(study.name, lab, tuning.budget, tuning.profile, found, held)

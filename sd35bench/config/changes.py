@@ -93,10 +93,19 @@ def _need_gguf(text: str) -> None:
 
 
 def _lora_files(text: str) -> list[tuple[Path, float]]:
-    """Files and weights; a text that is a path as a whole is one file, commas included."""
-    whole = Path(text).expanduser().exists()
-    pieces = [text] if whole else [piece.strip() for piece in text.split(",")]
+    """Files and weights; commas of a file that is there belong to its name."""
+    found, held = [], ""
+    for piece in text.split(","):
+        held = f"{held},{piece}" if held else piece
+        if _is_there(held) or _is_there(held.rpartition(":")[0]):
+            found.append(held.strip())
+            held = ""
+    pieces = [piece.strip() for piece in text.split(",")] if held else found
     return [_lora_file(piece) for piece in pieces]
+
+
+def _is_there(text: str) -> bool:
+    return text.strip() != "" and Path(text.strip()).expanduser().exists()
 
 
 def _lora_file(piece: str) -> tuple[Path, float]:

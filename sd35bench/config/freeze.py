@@ -51,7 +51,7 @@ OFF = "none"
 GENEVAL_DRIFT = (
     "GenEval's own detector has drifted from human judgement by up to 17.7 points"
     " (arXiv 2512.16853): do not compare its accuracy across models; a judge reads these prompts"
-    " too (`sd35bench score STUDY --metric judge_vqa`)"
+    " too (`score STUDY --metric judge_vqa`)"
 )
 WRITTEN = "LAYERS@SCALE:START-STOP (such as 7-8-9@2.5:0.01-0.2)"
 

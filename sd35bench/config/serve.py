@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sd35bench import plugins
 from sd35bench.config.compose import explained, hydra_session, search_path
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.freeze import check_backend, check_family, sampler_axis
@@ -186,8 +187,9 @@ def _check_access(conf: ServeConf) -> None:
         )
     if not conf.no_auth and conf.key_file is None:
         raise ConfigError(
-            "key_file: give the file of the keys that may use this server (make one with: sd35bench"
-            " serve make_key=NAME key_file=FILE), or no_auth=true to ask for none"
+            "key_file: give the file of the keys that may use this server (make one with:"
+            f" {plugins.command('serve make_key=NAME key_file=FILE')}), or no_auth=true to ask for"
+            " none"
         )
 
 
@@ -268,7 +270,8 @@ def _stood_in_for(conf: ServeConf) -> dict[str, Schema]:
     """
     asked = f"{conf.stand_in_for}"
     found: dict[str, Schema] = {}
-    hosted = {name: model for name in choices("model") if (model := _hosted(name)) is not None}
+    files = sorted((config_dir() / "model").glob("*.yaml"))
+    hosted = {path.stem: model for path in files if (model := _hosted(path)) is not None}
     for name in VENDOR_PAGE if asked == "page" else asked.split():
         if name not in hosted:
             raise ConfigError(
@@ -279,8 +282,8 @@ def _stood_in_for(conf: ServeConf) -> dict[str, Schema]:
     return found
 
 
-def _hosted(name: str) -> ModelConf | None:
+def _hosted(path: Path) -> ModelConf | None:
     """A model's YAML, if some hosted service has it."""
-    plain: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{name}.yaml"))
+    plain: Any = OmegaConf.to_container(OmegaConf.load(path))
     del plain["defaults"]
     return ModelConf.model_validate(plain) if "hosted" in plain else None

@@ -142,7 +142,7 @@ def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, str], list[Axis], l
             )
         elif name in ("batch_size", "timed_limit") and value != "1":
             raise ConfigError(f"{name}={value}: {_ALONE}")
-        elif name not in ("batch_size", "timed_limit", "prompts.split"):
+        elif name not in ("timed_limit", "prompts.split"):
             fixed.append(text)
     if "study" not in given:
         raise ConfigError("study: name the study that the search is kept in, such as study=tuned")

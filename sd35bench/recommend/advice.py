@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sd35bench import plugins
+from sd35bench.analysis.commands import Elsewhere, results_dir_of
 from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
 from sd35bench.analysis.settings import HELD_OUT, is_hosted
 from sd35bench.analysis.table import Row, Table, read_table
@@ -26,7 +28,7 @@ from sd35bench.recommend.looks import Look, read_look
 from sd35bench.recommend.named_defaults import check_name, find_default
 from sd35bench.recommend.pareto import Front, Speeds, front_of, speeds
 from sd35bench.recommend.profiles import BEST, Profile, as_profiles
-from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command
+from sd35bench.recommend.reproduce import run_command
 from sd35bench.stats.verdicts import holm
 from sd35bench.types import Record, Task
 
@@ -340,5 +342,5 @@ def _nothing(study: Any, rows: list[Row], problems: list[str]) -> str:
         )
     return (
         f"nothing to compare: study {study.name!r} has no usable image; run a sweep first, for"
-        " example `sd35bench run -m steps=4,16 cfg=1,4`"
+        f" example `{plugins.command('run -m steps=4,16 cfg=1,4')}`"
     )

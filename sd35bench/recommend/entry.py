@@ -6,6 +6,7 @@ from math import exp
 from typing import Any
 
 from sd35bench import words
+from sd35bench.analysis.commands import Elsewhere, results_dir_of
 from sd35bench.analysis.pairs import Comparison
 from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.speed import Latency, latency_summary
@@ -25,7 +26,7 @@ from sd35bench.recommend.named_defaults import (
 )
 from sd35bench.recommend.pareto import RESAMPLES, Front, Speeds, peak_bytes, usd
 from sd35bench.recommend.profiles import Profile
-from sd35bench.recommend.reproduce import Elsewhere, api_body, results_dir_of, run_command, snippet
+from sd35bench.recommend.reproduce import api_body, run_command, snippet
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import POWER, TAIL, p_within
 from sd35bench.types import Record, Task, to_json

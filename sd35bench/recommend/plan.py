@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench.analysis.commands import Elsewhere, results_dir_of
 from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_family
 from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.speed import seconds_by_start
@@ -24,7 +25,7 @@ from sd35bench.recommend.confirm import part_rows
 from sd35bench.recommend.entry import setting_of
 from sd35bench.recommend.pareto import Speeds, check_limits, speeds
 from sd35bench.recommend.profiles import Profile, as_profiles
-from sd35bench.recommend.reproduce import Elsewhere, results_dir_of, run_command
+from sd35bench.recommend.reproduce import run_command
 from sd35bench.stats.decision import LEVEL, prompt_sums, shown_beyond
 from sd35bench.stats.samples import (
     margin_for,

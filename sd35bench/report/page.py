@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from sd35bench import words
+from sd35bench.analysis.commands import results_dir_of
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Table as StudyTable
 from sd35bench.analysis.table import read_table
@@ -42,9 +43,7 @@ from sd35bench.report.gather import (
     read_facts,
     read_state,
 )
-from sd35bench.report.headline import (
-    Headline,
-)
+from sd35bench.report.headline import Headline
 from sd35bench.report.hero import Extremes, Hero, extremes, heroes
 from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences
 from sd35bench.report.leaderboard import Leaderboard, build_leaderboard
@@ -175,8 +174,13 @@ def build_beside(sources: Sequence[Source], link: bool = False) -> Document:
                 lambda name, text: f"{name}: {text}",
             )
         ),
-        commands=tuple(_each(parts, lambda p: rerun_commands(p.name, p.records))),
+        commands=tuple(_each(parts, _commands)),
     )
+
+
+def _commands(part: Gathered) -> list[dict[str, str]]:
+    study = part.source.study
+    return rerun_commands(study.name, part.records, results_dir_of(study.path))
 
 
 T = TypeVar("T")

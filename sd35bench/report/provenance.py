@@ -9,35 +9,46 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench import words
-from sd35bench.analysis.settings import is_hosted, tasks
+from sd35bench import plugins, words
+from sd35bench.analysis.commands import (
+    SWEPT,
+    Elsewhere,
+    asked_overrides,
+    load_overrides,
+    negative_overrides,
+    prompt_overrides,
+)
+from sd35bench.analysis.settings import (
+    Numbered,
+    is_hosted,
+    setting_codes,
+    shared_negatives,
+    tasks,
+)
 from sd35bench.columns import (
     Some,
     by_text,
     grouped,
+    is_ref,
     is_text,
+    numbered,
     numbers,
     pick,
     prompts,
     ref_codes,
+    samples,
     split,
     unlike,
 )
 from sd35bench.errors import count_error
-from sd35bench.fields import FIELDS, PAIR, SETTING, is_unasked, value_text
-from sd35bench.recommend.reproduce import quoted, remote_overrides
+from sd35bench.fields import FIELDS, SETTING
 from sd35bench.report.rows import Row
-from sd35bench.types import Request, Session, Status
+from sd35bench.types import Session, Status
 
 _FACTS = (
     *("sd35bench", "commit", "dirty", "torch", "diffusers", "cpu_model", "gpu_name", "threads"),
     "service",
 )
-
-_RARE = tuple(
-    name for name in SETTING if name not in ("steps", "cfg", "prompt_strength") and name not in PAIR
-)
-"""Fields that a command names only where a run would not have them unasked."""
 
 
 def list_environments(sessions: Mapping[str, Session]) -> list[dict[str, Any]]:
@@ -150,66 +161,78 @@ def list_warnings(
     return found
 
 
-def rerun_commands(study: str, records: Some) -> list[dict[str, str]]:
-    """Per task and prompt set, the sweep as a command line, from the axes that were recorded."""
-    parts = (tasks(records), ref_codes(records, "set"), ref_codes(records, "split"))
+def rerun_commands(
+    study: str, records: Some, results_dir: str | None = None
+) -> list[dict[str, str]]:
+    """The sweeps as command lines, from the axes that were recorded: those that make these images.
+
+    One for each task, prompt set and what of a load no command can have several of.
+    """
+    refs = (ref_codes(records, name) for name in ("set", "split"))
+    parts = (tasks(records), *refs, _nano_sets(records), _fixed(records))
     code, _ = grouped(*(codes for codes, _ in parts))
     found = {
         tuple(values[codes[members[0]]] for codes, values in parts): pick(records, members)
         for members in split(code)
     }
-    return [_rerun(study, key, found[key]) for key in sorted(found, reverse=True)]
+    return [_rerun(study, found[key], results_dir) for key in sorted(found, reverse=True)]
 
 
-def _rerun(study: str, key: tuple[Any, ...], records: Some) -> dict[str, str]:
-    task, prompt_set, split = key
-    kinds = unlike(records)
-    loads, requests = [r.trial.load for r in kinds], [r.trial.request for r in kinds]
-    axes = {
-        "model": _axis(load.model.name for load in loads),
-        "backend": _axis(load.backend.name for load in loads),
-        "steps": _axis(r.steps for r in requests),
-        "cfg": _axis(r.cfg for r in requests),
-        "prompt_strength": _axis(
-            r.prompt_strength for r in requests if r.prompt_strength is not None
-        ),
-        "seed": _axis(r.seed for r in requests),
-        **{name: _rare_axis(name, requests) for name in _RARE},
-        **_prompts_of(prompt_set, records[0].trial.prompt.source),
-        "prompts.split": split,
-        "prompts.task": "edit" if prompt_set == "nano" and task == "image-to-image" else "",
-        "prompts.limit": str(len(prompts(records))),
-        **remote_overrides(loads),
-        **_batches(records),
-        "study": study,
+def _nano_sets(records: Some) -> Numbered:
+    """Which of nano's prompt sets each record's is, "" for another's, as a number into texts: [n].
+
+    A prompt's id says it: split-kind-seed-number.
+    """
+    codes, ids = ref_codes(records, "id")
+    numbers, texts = numbered([f"{each}".rpartition("-")[0] for each in ids])
+    is_nano = is_ref(records, "set", "nano")
+    return np.where(is_nano, numbers[codes], len(texts)), np.array([*texts, ""], object)
+
+
+def _fixed(records: Some) -> Numbered:
+    """What of each record's load takes one value in a command, as a number into texts: [n]."""
+    codes, firsts = grouped(setting_codes(records)[0])
+    loads = [load_overrides(record.trial.load) for record in pick(records, firsts)]
+    numbers, texts = numbered([f"{[*_not_swept(load).items()]}" for load in loads])
+    return numbers[codes], texts
+
+
+def _not_swept(load: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in load.items() if name not in SWEPT}
+
+
+def _rerun(study: str, records: Some, results_dir: str | None) -> dict[str, str]:
+    kinds, shown = unlike(records), samples(records)
+    loads = [load_overrides(r.trial.load) for r in kinds]
+    requests = [r.trial.request for r in kinds]
+    others = (r.remote for r in kinds if r.trial.load.model.family != "sd3")
+    unsent = {n for remote in others if remote for n in remote.unsent}  # a run refuses them
+    swept = {name: [load[name] for load in loads if name in load] for name in SWEPT}
+    seeds_of = sorted({r.trial.request.seed for r in shown})
+    words_of = {
+        **{name: ",".join(sorted(set(texts), key=_by_size)) for name, texts in swept.items()},
+        **asked_overrides(kinds[0].trial.load, requests),
+        "seed": ",".join(map(str, seeds_of)),
+        **_not_swept(loads[0]),
     }
-    typed = [shlex.quote(f"{k}={v}") for k, v in axes.items() if v]
-    names = ("steps", "cfg", "prompt_strength", "seed", *_RARE)
-    settings = {tuple(getattr(r, name) for name in names) for r in requests}
-    product = math.prod(len({getattr(r, name) for r in requests}) for name in names)
+    where = {"study": study, "results_dir": "" if results_dir is None else results_dir}
+    typed = [f"{n}={text}" for n, text in words_of.items() if text and n not in unsent]
+    typed += [*negative_overrides(shared_negatives(records))]
+    typed += prompt_overrides(shown, Elsewhere())
+    typed += [f"{name}={text}" for name, text in {**_batches(records), **where}.items() if text]
+    names = [*(name for name in SETTING if FIELDS[name].axis), "seed"]
+    settings = {
+        (*(load.get(n) for n in SWEPT), *(getattr(request, n) for n in names))
+        for load, request in zip(loads, requests, strict=True)
+    }
+    product = math.prod(len(set(values)) for values in zip(*settings, strict=True))
     note = "" if len(settings) == product else "The study holds only a part of this grid."
-    return {"task": task, "command": "sd35bench run -m " + " ".join(typed), "note": note}
+    command = plugins.command(shlex.join(["run", "-m", *typed]))
+    return {"task": requests[0].task.value, "command": command, "note": note}
 
 
-def _prompts_of(name: str, source: Mapping[str, str]) -> dict[str, str]:
-    """Overrides that read a prompt set again: a group's name, or a file's."""
-    if name in ("nano", "given"):
-        return {"prompts": name}
-    if name in ("geneval", "coco"):
-        path = source.get("path", f"{name.upper()}_FILE")
-        return {"prompts": name, "prompts.path": quoted(path)}
-    if name == "starter.txt":
-        return {"prompts": "starter"}
-    return {f"prompts.{key}": quoted(text) for key, text in {"path": name, **source}.items()}
-
-
-def _rare_axis(name: str, requests: Sequence[Request]) -> str:
-    """A field's values; empty where all are what a run has unasked."""
-    values = {getattr(r, name) for r in requests}
-    if all(is_unasked(name, value) for value in values):
-        return ""
-    none = "none" if FIELDS[name].unasked == "none" else "null"
-    return ",".join(sorted(none if value is None else value_text(value) for value in values))
+def _by_size(text: str) -> tuple[int, str]:
+    return int(text) if text.isdecimal() else 0, text
 
 
 def _batches(records: Some) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from sd35bench import words
+from sd35bench import plugins, words
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
@@ -225,10 +225,8 @@ def _terminal(document: Mapping[str, Any]) -> Iterator[Part]:
     yield say(f"{words.first_upper(document['confirmation'])}.")
     images = document["confirm"]["images"]
     if images:
-        yield say(
-            f"{images} held-out images would confirm it: sd35bench recommend"
-            f" {document['study']} --confirm"
-        )
+        confirm = plugins.command(f"recommend {document['study']} --confirm")
+        yield say(f"{images} held-out images would confirm it: {confirm}")
     for kind in ("notes", "warnings"):
         for text in document[kind]:
             yield say((kind.removesuffix("s"), "yellow"), f" {text}", wraps=True)

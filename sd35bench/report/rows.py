@@ -158,7 +158,7 @@ class Row:
             parts.append(f"prompt_strength {words.plain(self.prompt_strength)}")
         shown = [f for f in extra if f in self.setting and f not in _AXES]
         shown = [f for f in shown if f not in UNTOLD or self.remote is None]
-        parts += [in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
+        parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
         return " · ".join(parts) if parts else str(self.setting.get("model", MISSING))
 
 
@@ -273,8 +273,13 @@ def field_words(row: Row, fields: Sequence[str]) -> str:
         if name in _CURVES:
             said.append(f"{name} {words.plain(value)}" if name != "steps" else f"{value} steps")
         elif name not in UNTOLD or row.remote is None:
-            said.append(in_words(name, value))
+            said.append(_in_words(name, value))
     return " · ".join(said) if said else MISSING
+
+
+def _in_words(field: str, value: Any) -> str:
+    """A varying field's value where no column title says what it is."""
+    return words.plural(value, "thread") if field == "threads" else in_words(field, value)
 
 
 def _hashable(value: Any) -> Any:

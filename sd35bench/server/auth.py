@@ -15,6 +15,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd35bench import plugins
 from sd35bench.errors import ConfigError
 from sd35bench.server.envelope import log
 
@@ -126,4 +127,4 @@ def make_key(name: str, path: Path) -> str:
 
 
 def _remedy(path: Path) -> str:
-    return f"make a key with: sd35bench serve make_key=NAME key_file={path}"
+    return f"make a key with: {plugins.command(f'serve make_key=NAME key_file={path}')}"

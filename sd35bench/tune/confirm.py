@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sd35bench.analysis.commands import results_dir_of
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
 from sd35bench.analysis.settings import setting_key
 from sd35bench.analysis.table import Row, read_table
@@ -23,7 +24,6 @@ from sd35bench.recommend.confirm import (
 )
 from sd35bench.recommend.entry import confirmation_text, setting_of
 from sd35bench.recommend.profiles import Profile
-from sd35bench.recommend.reproduce import results_dir_of
 from sd35bench.store import Study
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS

@@ -32,14 +32,21 @@ def nothing_read(monkeypatch):
     monkeypatch.setattr(module, "_said", {})
 
 
-@pytest.fixture
-def grain(tmp_path):
+@pytest.fixture(scope="module")
+def grain(tmp_path_factory):
     """The class, named as a YAML of --config-dir names it."""
-    (tmp_path / "grain_metric.py").write_text(CODE)
-    plugins.use_folder(f"{tmp_path}")
+    folder = tmp_path_factory.mktemp("code")
+    (folder / "grain_metric.py").write_text(CODE)
+    plugins.use_folder(f"{folder}")
     plugins.name_place("metrics", "grain", "grain_metric:Grain")
     yield plugins.load_class("metrics", "grain", object)
     plugins.use_folder(None)
+
+
+@pytest.fixture
+def without_it(monkeypatch):
+    """Makes the plug-in unknown."""
+    return lambda: monkeypatch.setattr(plugins, "added_names", lambda _: [])
 
 
 def score(**detail) -> SimpleNamespace:
@@ -53,9 +60,9 @@ def test_a_class_says_which_way_is_better(grain):
     assert "grain" in known_metrics()
 
 
-def test_scores_say_it_where_the_class_is_not(grain):
+def test_scores_say_it_where_the_class_is_not(grain, without_it):
     said = declared(grain)
-    plugins.use_folder(None)
+    without_it()
     assert facts("grain") == MetricFacts()
     ScoreIndex([score(**said)])
     assert facts("grain") == MetricFacts(higher_is_better=False, bounds=(0.0, 1.0))
@@ -72,8 +79,9 @@ def test_bounds_that_are_none_are_refused_by_the_metrics_name(bounds):
         declared(odd)
 
 
-def test_show_and_front_go_the_way_that_scores_say():
+def test_show_and_front_go_the_way_that_scores_say(without_it):
     """Mutant: more is better of every metric that the package does not know."""
+    without_it()
     document = wide_document(1, seed=3, rows=3)
     for row, value in zip(document["settings"], (0.9, 0.5, 0.1), strict=True):
         row["metrics"] = {"grain": {"value": value, "ci95": [value, value], "n": 4}}
@@ -88,9 +96,10 @@ def test_show_and_front_go_the_way_that_scores_say():
     assert [c.hint for c in columns if c.title == "grain"] == ["lower is better; 95 % interval"]
 
 
-def test_a_gate_takes_its_margin_and_fails_the_right_way(grain):
+@pytest.mark.usefixtures("grain")
+def test_a_gate_takes_its_margin_and_fails_the_right_way(without_it):
     policy = as_policy("own", POLICY)
-    assert policy.dimensions["quality"].margins["grain"].worse is Direction.MORE
-    plugins.use_folder(None)
+    assert policy.dimensions["quality"].margins["grain"].direction is Direction.MORE
+    without_it()
     with pytest.raises(ConfigError, match="grain: no metric; known:"):
         as_policy("own", POLICY)

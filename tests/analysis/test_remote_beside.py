@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from sd35bench.analysis.commands import remote_overrides
 from sd35bench.analysis.drift import drift_document
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import read_table
@@ -13,7 +14,7 @@ from sd35bench.metrics.drift import Drift
 from sd35bench.metrics.selection import select_metrics
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import Profile
-from sd35bench.recommend.reproduce import remote_overrides, run_command, snippet
+from sd35bench.recommend.reproduce import run_command, snippet
 from sd35bench.types import (
     Load,
 )

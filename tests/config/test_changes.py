@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sd35bench.analysis.commands import load_overrides
 from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.config import compose
 from sd35bench.config.changes import notes_of
@@ -16,7 +17,6 @@ from sd35bench.config.overrides import check_overrides, parse, written
 from sd35bench.config.unread import refuse_unread
 from sd35bench.config.weights import ON_TOP, model_notes, model_spec
 from sd35bench.errors import ConfigError
-from sd35bench.recommend.reproduce import _weights
 from sd35bench.types import BackendSpec, Load, ModelSpec, from_json, to_json
 
 
@@ -160,6 +160,8 @@ def test_commas_between_lora_files_are_one_value(files: Path) -> None:
 
 def test_the_command_that_repeats_a_run_names_every_change(nano: ModelConf, files: Path) -> None:
     own = spec(nano, lora=f"{files}/a.safetensors:0.5,{files}/b.safetensors", vae=f"{NANO_WEIGHTS}")
-    words = shlex.split(shlex.join(_weights(own)))
+    load = Load(model=own, backend=BackendSpec(name="eager", kind="eager"), threads=1)
+    said = (f"{n}={text}" for n, text in load_overrides(load).items() if n.startswith("model."))
+    words = shlex.split(shlex.join(said))
     again = compose(["model=nano", *written(words)]).model
     assert model_spec(read(ModelConf, again)) == own

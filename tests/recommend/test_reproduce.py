@@ -5,23 +5,33 @@ The API body is one that the protocol's own server takes, and asks for the same 
 
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
+from sd35bench.analysis import commands
+from sd35bench.analysis.commands import Elsewhere
 from sd35bench.backends.base import load_backend
 from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
+from sd35bench.cli.parser import parse as parse_words
+from sd35bench.cli.run import COMMANDS as RUN
+from sd35bench.config import compose, freeze
 from sd35bench.config.files import config_dir
 from sd35bench.config.models import check_field
-from sd35bench.config.overrides import parse, sweep_values
-from sd35bench.recommend.reproduce import INIT_IMAGE, Elsewhere, api_body, run_command, snippet
+from sd35bench.config.overrides import check_overrides, parse, sweep_values, written
+from sd35bench.evaluations import parse_skip_layers
+from sd35bench.fields import FIELDS
+from sd35bench.plan import expand
+from sd35bench.recommend.reproduce import INIT_IMAGE, api_body, run_command, snippet
 from sd35bench.remote.providers.wire import schema_input
+from sd35bench.report.provenance import rerun_commands
 from sd35bench.server.schema import parse_json, read_create, to_request
 from sd35bench.server.settings import ServedModel
-from sd35bench.types import BackendSpec, SkipLayerGuidance
+from sd35bench.types import BackendSpec, Change, Load, ModelSpec, SkipLayerGuidance
 from tests.studies.memory import LOAD, record
 from tests.studies.tiny import TOKENS, write_tiny_sd3
 from tests.studies.tiny_families import write_tiny
@@ -206,6 +216,186 @@ def test_command_names_weights_that_a_run_would_not_find_by_itself(tmp_path):
     for model in (packaged, elsewhere):
         row = record(0, load=replace(LOAD, model=model))
         assert "model.path" not in run_command([row], "again")
+
+
+# The very same setting, read back ---------------------------------------------------------------
+
+OFF = {
+    "steps": 9,
+    "cfg": 3.25,
+    "prompt_strength": 0.61,
+    "sampler": "heun",
+    "shift": 1.2345678,
+    "skip_layer_guidance": SKIPPING,
+    "guidance": "apg",
+    "zero_init_steps": 3,
+    "apg_eta": 0.5,
+    "apg_norm": 7.5,
+    "apg_momentum": -0.5,
+    "guidance_interval": "0.1-0.7",
+    "step_cache": "0-1-3",
+    "max_sequence_length": 9,
+    "negative_prompt": "blurry, dark",
+    "seed": 2**64 - 1,
+    "width": 88,
+    "height": 48,
+    "output_format": "webp",
+    "output_quality": 71,
+    "extra": (("mode", "fast, cheap"),),
+    "images": (("mask", "f" * 64),),
+}
+"""A value of each field of a request that no run has unasked."""
+OF_PROMPTS = ("prompt", "init_image", "prompt_2", "prompt_3", "prompt_weights")
+"""Fields that the prompt set brings, which is named."""
+COMMANDS = {
+    "recommend": lambda row: run_command([row], "again"),
+    "report": lambda row: rerun_commands("again", [row])[0]["command"],
+}
+
+
+def _read_back(command: str) -> dict[str, tuple]:
+    """What our own parsers make of a command: name → values."""
+    given = parse_words("run", RUN["run"], shlex.split(command)[2:], as_json=True)
+    check_overrides(given.settings, given.has("-m"))
+    overrides = map(parse, written(given.settings))
+    return {o.get_key_element().lstrip("+"): tuple(sweep_values(o)) for o in overrides}
+
+
+def _asked(name: str, command: str) -> object:
+    """One field's value as a request has it."""
+    found = _read_back(command)
+    if name in ("extra", "images"):
+        return tuple((n.partition(".")[2], *v) for n, v in found.items() if n.startswith(name))
+    (value,) = found[name]
+    if name == "skip_layer_guidance":
+        return parse_skip_layers(value)
+    return check_field(name, value)
+
+
+def test_every_field_of_a_request_is_here():
+    assert set(OFF) | set(OF_PROMPTS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("made_by", COMMANDS)
+@pytest.mark.parametrize("name", OFF)
+def test_every_field_of_a_request_comes_back_from_the_command(name, made_by):
+    row = record(0, **{name: OFF[name]})
+    wanted = (("mask", "MASK_FILE"),) if name == "images" else OFF[name]
+    assert _asked(name, COMMANDS[made_by](row)) == wanted
+
+
+@pytest.mark.parametrize("made_by", COMMANDS)
+def test_mutant_that_forgets_a_field_of_a_request_fails(made_by, monkeypatch):
+    setting = [name for name in OFF if name in commands.SETTING and FIELDS[name].typed]
+    for name in setting:
+        left = tuple(n for n in commands.SETTING if n != name)
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "SETTING", left)
+            with pytest.raises(KeyError):
+                _asked(name, COMMANDS[made_by](record(0, **{name: OFF[name]})))
+
+
+CHANGES = (
+    Change(kind="vae", path="/w/my vae", digest="a"),
+    Change(kind="lora", path="/w/a, b.safetensors", digest="b", weight=0.8),
+    Change(kind="lora", path="/w/c.safetensors", digest="c", weight=-0.1234567),
+)
+LOADS = {
+    "model.name": ({"name": "mine"}, {"model": "mine"}),
+    "model.path": ({"path": "/w/my weights"}, {"model.path": "/w/my weights"}),
+    "model.components": ({"components": "/w/{c}"}, {"model.components": "/w/{c}"}),
+    "model.changes": (
+        {"changes": CHANGES},
+        {
+            "model.vae": "/w/my vae",
+            "model.lora": "/w/a, b.safetensors:0.8,/w/c.safetensors:-0.1234567",
+        },
+    ),
+    "model.variant": ({"variant": "fp16"}, {"model.variant": "fp16"}),
+    "model.weights": ({"name": "nano-random", "weights": "random"}, {"model.weights": "random"}),
+    "model.layers": (
+        {"name": "nano-random-4-layers", "weights": "random", "layers": 4},
+        {"model": "nano", "model.layers": 4},
+    ),
+    "model.text_encoders": (
+        {"name": "nano-random-text-encoders", "weights": "random", "text_encoders": True},
+        {"model": "nano", "model.text_encoders": True},
+    ),
+    "backend.name": ({"name": "compile"}, {"backend": "compile"}),
+    "backend.options": ({"options": {"pitch": 2, "t5": False}}, {"backend.options.pitch": 2}),
+    "threads": ({"threads": 3}, {"threads": 3}),
+}
+"""Each field of a load: another value, and what the command has to say of it."""
+
+
+@pytest.fixture
+def any_name(monkeypatch):
+    """A model may have a name that no YAML file has."""
+    monkeypatch.setattr("sd35bench.config.overrides._check_choice", lambda *_: None)
+
+
+def _load_of(name: str) -> Load:
+    part, _, field = name.rpartition(".")
+    other = LOADS[name][0]
+    if not part:
+        return replace(LOAD, **other)
+    plain = {"text_encoders": False} if "weights" in other and field != "text_encoders" else {}
+    return replace(LOAD, **{part: replace(getattr(LOAD, part), **plain, **other)})
+
+
+def test_every_field_of_a_load_is_said_or_follows_from_another():
+    parts = {"model.": ModelSpec, "backend.": BackendSpec}
+    known = {f"{part}{f.name}" for part, cls in parts.items() for f in fields(cls)}
+    assert set(commands.OF_LOADS) | set(commands.IMPLIED) == known | {"threads"}
+    assert set(commands.OF_LOADS) == set(LOADS)
+
+
+@pytest.mark.parametrize("made_by", COMMANDS)
+@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.usefixtures("any_name")
+def test_every_field_of_a_load_comes_back_from_the_command(name, made_by, monkeypatch):
+    row, wanted = record(0, load=_load_of(name)), LOADS[name][1]
+    found = _read_back(COMMANDS[made_by](row))
+    assert {n: found[n] for n in wanted} == {n: (value,) for n, value in wanted.items()}
+    monkeypatch.delitem(commands.OF_LOADS, name)  # the mutant
+    left = _read_back(COMMANDS[made_by](row))
+    assert any(n not in left for n in wanted)
+
+
+@pytest.mark.usefixtures("any_name")
+def test_settings_of_unlike_loads_are_commands_of_their_own():
+    """Mutant: one command with the options of the first, which the others do not take."""
+    rows = [record(0, load=_load_of(name), steps=n) for n, name in enumerate(LOADS, 4)]
+    found = [_read_back(entry["command"]) for entry in rerun_commands("again", rows, "elsewhere")]
+    assert len(found) >= len(LOADS) - 2  # names and threads are swept
+    assert all(each["results_dir"] == ("elsewhere",) for each in found)
+    swept = [record(0, steps=4), record(0, load=_load_of("threads"), steps=4)]
+    (together,) = rerun_commands("again", swept)
+    assert _read_back(together["command"])["threads"] == (2, 3)
+
+
+def test_the_command_freezes_to_the_very_same_trials(tmp_path):
+    """Every key of every trial comes back, with a LoRA on weights that lie elsewhere."""
+    (tmp_path / "my weights").symlink_to(NANO_WEIGHTS)
+    lora = tmp_path / "a, b.safetensors"
+    save_file({"transformer.x_embedder.lora_A.weight": np.ones((1, 1), np.float32)}, lora)
+    asked = [
+        *("backend=eager", "backend.dtype=bf16", "threads=1", "prompts.limit=2"),
+        f'model.path="{tmp_path}/my weights"',
+        f"model.lora={lora}:0.8",
+        *("steps=9", "cfg=3.25", "sampler=heun", "shift=1.2345678", "width=88", "height=48"),
+        *("guidance=apg", "apg_eta=0.5", "apg_norm=7.5", "guidance_interval=0.1-0.7"),
+        *("max_sequence_length=9", "negative_prompt=blurry", "seed=5"),
+        *("output_format=webp", "output_quality=71"),
+    ]
+    trials = expand(freeze(compose(written(asked))).sweep).trials
+    rows = [replace(record(0), trial=trial) for trial in trials]
+    command = run_command(rows, "again")
+    assert run_command(rows, "again") == command
+    words = shlex.split(rerun_commands("again", rows)[0]["command"])[3:]
+    for again in (shlex.split(command)[2:], words):
+        made = expand(freeze(compose(written(again))).sweep).trials
+        assert [t.key for t in made] == [t.key for t in trials]
 
 
 RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")

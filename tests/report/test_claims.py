@@ -58,7 +58,7 @@ def test_markdown_has_every_claim_with_effect_threshold_and_n(document):
         assert re.search(rf"\| \w[\w ]+ on nano \| {re.escape(says)} \|", text)
         assert re.search(rf"^## .{re.escape(says[1:])}: [\w ]+ on nano$", text, re.MULTILINE)
     assert text.startswith("# Claims of SD 3.5 Medium's model page, tested on nano: study ")
-    assert "`sd35bench run experiment=claims-edit study=synthetic`" in text
+    assert "`sd35bench run experiment=claims-edit study=synthetic backend.dtype=fp32 " in text
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])

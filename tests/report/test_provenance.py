@@ -40,12 +40,12 @@ def test_command_has_the_batch_sizes_that_were_asked_for(images, wanted):
         ("nano", {}, {"prompts": "nano"}),
         ("starter.txt", {}, {"prompts": "starter"}),
         ("geneval", {}, {"prompts": "geneval", "prompts.path": "GENEVAL_FILE"}),
-        ("mine.csv", {}, {"prompts.path": "mine.csv"}),
-        ("mine.csv", {"path": "my/mine.csv"}, {"prompts.path": "my/mine.csv"}),
+        ("mine.csv", {}, {"prompts": "file", "prompts.path": "mine.csv"}),
+        ("mine.csv", {"path": "my/mine.csv"}, {"prompts": "file", "prompts.path": "my/mine.csv"}),
         (
             "mine.csv",
             {"columns.prompt": "text"},
-            {"prompts.path": "mine.csv", "prompts.columns.prompt": "text"},
+            {"prompts": "file", "prompts.path": "mine.csv", "prompts.columns.prompt": "text"},
         ),
     ],
 )
@@ -56,6 +56,15 @@ def test_command_reads_the_same_prompts(name, source, wanted):
     words = dict(w.split("=", 1) for w in shlex.split(found["command"]) if "=" in w)
     own = {n: v for n, v in words.items() if n.partition(".")[0] == "prompts"}
     assert {n: v for n, v in own.items() if n not in ("prompts.split", "prompts.limit")} == wanted
+
+
+def test_each_of_nanos_prompt_sets_has_a_command():
+    """Mutant: one command a split, which asked for the first set's prompts alone."""
+    rows = [record(n) for n in range(3)]
+    overlap = replace(rows[2].trial.prompt, id="tune-overlap-0-0002")
+    rows[2] = replace(rows[2], trial=replace(rows[2].trial, prompt=overlap))
+    found = [command["command"] for command in rerun_commands("s", rows)]
+    assert sorted("prompts.task=overlap" in command for command in found) == [False, True]
 
 
 @pytest.mark.parametrize("path", ["my prompts.csv", "a, b.csv", "it's {1}.csv", 'say "no".csv'])

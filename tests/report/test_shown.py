@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import os
+import re
 from itertools import chain
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_threads_stay_where_nothing_else_tells_two_settings_apart(demo: Syntheti
     document = {"study": "t", "settings": [copy.deepcopy(demo.show["settings"][0]) for _ in "ab"]}
     for number, row in enumerate(document["settings"]):
         row |= {"id": f"row {number}", "threads": number + 1}
-    left_out = "too narrow for: threads"
-    assert left_out not in printed(document, 40)
+    left_out = re.compile(r"too narrow for:[^(]*threads")
+    assert not left_out.search(printed(document, 40))
     document["settings"][1]["steps"] = 99
-    assert left_out in printed(document, 40)
+    assert left_out.search(printed(document, 40))
