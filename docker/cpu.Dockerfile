@@ -3,7 +3,9 @@
 # Versions are those of constraints.txt; a test holds these two lines against it.
 FROM python:3.11-slim AS build
 ARG SETUPTOOLS=setuptools>=77
-RUN pip install --no-cache-dir "${SETUPTOOLS}" wheel
+# A range: what builds the wheel is not in the image.
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir "${SETUPTOOLS}"
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY sd35bench sd35bench
@@ -13,6 +15,8 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
 
 FROM python:3.11-slim
 # g++ builds the core's kernels and what torch.compile writes, once, into the user's cache.
+# No version: Debian keeps the latest one alone.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /opt/constraints.txt
@@ -24,7 +28,7 @@ RUN pip install --no-cache-dir -c /opt/constraints.txt "torch==${TORCH}" "torchv
 COPY --from=build /dist /dist
 RUN pip install --no-cache-dir -c /opt/constraints.txt /dist/*.whl
 RUN useradd --create-home --uid 1000 bench && mkdir /data && chown bench:bench /data
-USER bench
+USER 1000
 WORKDIR /data
 VOLUME /data
 ENV OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1

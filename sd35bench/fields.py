@@ -137,7 +137,7 @@ _FIELDS = (
     Field(
         name="shift",
         takes=Annotated[float, Interval(gt=0, le=100)],
-        means="the flow's timestep shift",
+        means="timestep shift of the noise schedule",
         default="the model's",
         grid=0.5,
     ),
@@ -183,7 +183,7 @@ _FIELDS = (
     Field(
         name="apg_norm",
         takes=Annotated[float, Interval(ge=0, le=1e6)],
-        means="apg: the largest norm of guidance before its scale; 0 is any",
+        means="apg: the largest norm of guidance before its scale; 0: no limit",
         default="0",
         unasked=0.0,
         neutral=0.0,
@@ -211,10 +211,8 @@ _FIELDS = (
     ),
     Field(
         name="step_cache",
-        takes=Annotated[
-            str, DocInfo("none, N (every N-th step is evaluated), or the steps 0-1-3-6-9 that are")
-        ],
-        means="the other steps are predicted",
+        takes=Annotated[str, DocInfo("none, N (every N-th step), or the steps, such as 0-1-3-6-9")],
+        means="which steps are evaluated; the others are predicted",
         default="none",
         unasked="none",
         neutral="none",
@@ -224,7 +222,7 @@ _FIELDS = (
     Field(
         name="max_sequence_length",
         takes=Annotated[int, Interval(ge=1, le=512)],
-        means="T5 tokens",
+        means="T5 tokens that a prompt is padded or cut to",
         default="the model's",
         work=lambda r: r.max_sequence_length,
         said="{} tokens",
@@ -232,7 +230,7 @@ _FIELDS = (
     Field(
         name="negative_prompt",
         takes=str,
-        means="what to stay away from; needs cfg > 1",
+        means="what the image should not show; needs cfg > 1",
         default="empty",
         unasked="",
         setting=False,
@@ -251,7 +249,7 @@ _FIELDS = (
     Field(
         name="width",
         takes=Annotated[int, Interval(ge=1, le=16384)],
-        means="px, a multiple of the model's size",
+        means="px, a multiple of the model's patch",
         default="the model's",
         pair=True,
         work=lambda r: r.width,
@@ -259,7 +257,7 @@ _FIELDS = (
     Field(
         name="height",
         takes=Annotated[int, Interval(ge=1, le=16384)],
-        means="px, a multiple of the model's size",
+        means="px, a multiple of the model's patch",
         default="the model's",
         pair=True,
         work=lambda r: r.height,
@@ -278,7 +276,7 @@ _FIELDS = (
     Field(
         name="output_format",
         takes=Literal["png", "jpg", "webp"],
-        means="the image file",
+        means="format of the image file",
         default="png",
         unasked="png",
         work=lambda r: r.output_format,
@@ -288,7 +286,7 @@ _FIELDS = (
     Field(
         name="output_quality",
         takes=Annotated[int, Interval(ge=0, le=100)],
-        means="of jpg and webp; png has none",
+        means="quality of jpg and webp files; png has none",
         default="90",
         unasked=90,
         sent=True,

@@ -16,6 +16,8 @@ ELSEWHERE = ("docs/ci.md", "docs/fine-tunes.md")
 NEVER = {
     "judge_vqa": "asks a server of a model",
     "page": "needs the vendor, or its stand-in: tests/server",
+    "ray": "starts a cluster: tests/workers",
+    "served": "needs a server beside it: the test of the served protocol",
 }
 """What is parsed and no more, by a word of the command."""
 OF_THE_MODEL = (
@@ -23,6 +25,11 @@ OF_THE_MODEL = (
     *("noise_floor=", "keep_latents=", "starts="),
 )
 FEW = 8
+DRIFTING = ("backend=eager,eager-bf16", "steps=1", "prompts.limit=2")
+DECIDED = ("backend=eager", "steps=3,4", "margin=0.5")
+"""What `prompts.limit=auto` plans from: patterns differ in no score, so that nothing is planned."""
+INSTEAD = {"diffusers": "command", "clip_score": "clip_score_nano"}
+"""Other words: no pipeline of diffusers' made the patterns, and nano has its own evaluator."""
 
 
 def refusal(shell: Shell) -> str | None:
@@ -40,25 +47,33 @@ def arguments(shell: Shell, drifts: frozenset[str] = frozenset()) -> list[str]:
     """A command's arguments with the stand-ins; `drifts`: studies whose drift is scored."""
     verb, *rest = shell.words[1:]
     if verb not in ("run", "tune"):
-        # What the fake backend made is no pipeline of diffusers'.
-        return [verb, *("command" if w == "diffusers" else w for w in _no_model(rest))]
+        return [verb, *(INSTEAD.get(w, _fewer(w)) for w in _no_model(rest))]
+    words = [_fewer(w) for w in rest if not w.startswith(OF_THE_MODEL)]
     study = next((w for w in rest if w.startswith("study=")), "study=")[6:]
-    words = [_fewer(w, verb) for w in rest if not w.startswith(OF_THE_MODEL)]
     if study in drifts:
-        kept = [w for w in words if not w.startswith(("backend=", "steps=", "prompts.limit="))]
-        return [verb, *kept, "backend=eager,eager-bf16", "steps=1", "prompts.limit=2"]
+        return [verb, *_without(words, DRIFTING), *DRIFTING]
+    if "prompts.limit=auto" in words:
+        return [verb, *_without(words, DECIDED), *DECIDED]
     if not any(w.startswith("from=") for w in words):
-        words = [w for w in words if not w.startswith("backend=")] + ["backend=fake"]
+        words = [*_without(words, ("backend=",)), "backend=fake"]
+    if any(w.startswith("experiment=") for w in words):
+        words.append("noise_floor=fake")
     if not any(w.startswith(("prompts.limit=", "prompt=")) for w in words):
         words.append(f"prompts.limit={FEW}")
     return [verb, *words]
+
+
+def _without(words: list[str], replaced: tuple[str, ...]) -> list[str]:
+    """The words but those whose name another word replaces."""
+    names = {w.partition("=")[0] for w in replaced}
+    return [w for w in words if w.partition("=")[0] not in names]
 
 
 def _no_model(words: list[str]) -> list[str]:
     return [w for w in words if not w.startswith(("model.path=", "model.weights="))]
 
 
-def _fewer(word: str, verb: str) -> str:
+def _fewer(word: str) -> str:
     """Fewer prompts, and as many workers and threads as two cores hold."""
     name, _, value = word.partition("=")
     if name == "prompts.limit" and value.isdigit():

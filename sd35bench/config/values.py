@@ -51,7 +51,7 @@ def no_minus_zero(value: float) -> float:
     return value + 0.0  # -0.0 would be another trial than 0.0
 
 
-AnyText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_plain_text), doc("a text")]
+AnyText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_plain_text), doc("text")]
 Text = Annotated[AnyText, AfterValidator(_some_text)]
 StudyName = Annotated[
     Text, AfterValidator(_study_name), doc("letters, digits, . _ - (at most 100)")
