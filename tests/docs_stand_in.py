@@ -1,12 +1,14 @@
 """What stands in for models, GPUs and services when the documents' commands are executed.
 
 The fake backend makes patterns in place of images, nano is the model, few prompts stand for many.
-Drift is between backends, so nano runs on two of them there.
+Drift is from a real backend, so nano runs there, one step of two prompts.
 """
 
 import csv
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.documents import Shell, blocks
 
@@ -24,9 +26,9 @@ OF_THE_MODEL = (
     *("model=", "model.", "width=", "height="),
     *("noise_floor=", "keep_latents=", "starts="),
 )
-FEW = 8
-DRIFTING = ("backend=eager,eager-bf16", "steps=1", "prompts.limit=2")
-DECIDED = ("backend=eager", "steps=3,4", "margin=0.5")
+FEW = 4
+DRIFTING = ("backend=", "steps=1", "prompts.limit=2", "threads=1")
+DECIDED = ("backend=eager", "steps=2,4", "margin=0.5", "threads=1")
 """What `prompts.limit=auto` plans from: patterns differ in no score, so that nothing is planned."""
 INSTEAD = {"diffusers": "command", "clip_score": "clip_score_nano"}
 """Other words: no pipeline of diffusers' made the patterns, and nano has its own evaluator."""
@@ -43,15 +45,25 @@ def refusal(shell: Shell) -> str | None:
     return None
 
 
-def arguments(shell: Shell, drifts: frozenset[str] = frozenset()) -> list[str]:
-    """A command's arguments with the stand-ins; `drifts`: studies whose drift is scored."""
+def drifts(found: Iterable[Shell]) -> dict[str, str]:
+    """The studies whose drift is scored, and the backend that they drift from."""
+    own = "metric.drift.reference="
+    return {
+        c.words[2]: next((w.removeprefix(own) for w in c.words if w.startswith(own)), "eager")
+        for c in found
+        if c.words[1] == "score" and "drift" in c.words
+    }
+
+
+def arguments(shell: Shell, drifting: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """A command's arguments with the stand-ins; `drifting`: what `drifts` finds on its page."""
     verb, *rest = shell.words[1:]
     if verb not in ("run", "tune"):
         return [verb, *(INSTEAD.get(w, _fewer(w)) for w in _no_model(rest))]
     words = [_fewer(w) for w in rest if not w.startswith(OF_THE_MODEL)]
     study = next((w for w in rest if w.startswith("study=")), "study=")[6:]
-    if study in drifts:
-        return [verb, *_without(words, DRIFTING), *DRIFTING]
+    if study in drifting:
+        return [verb, *_without(words, DRIFTING), f"backend={drifting[study]},fake", *DRIFTING[1:]]
     if "prompts.limit=auto" in words:
         return [verb, *_without(words, DECIDED), *DECIDED]
     if not any(w.startswith("from=") for w in words):

@@ -11,7 +11,7 @@ import pytest
 from sd35bench.cli import _command, main
 from sd35bench.cli.parser import parse
 from sd35bench.store import Study
-from tests.docs_stand_in import ELSEWHERE, arguments, refusal, write_files
+from tests.docs_stand_in import ELSEWHERE, arguments, drifts, refusal, write_files
 from tests.documents import ROOT, Shell, commands, pages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -42,11 +42,6 @@ def ours(name: str) -> list[Shell]:
         elif shell.words[:2] == ("docker", "run"):
             found.append(Shell(name, ("sd35bench", *shell.words[image[0] + 1 :]), shell.code))
     return found
-
-
-def drifts(found: list[Shell]) -> frozenset[str]:
-    """Studies whose drift the page scores."""
-    return frozenset(c.words[2] for c in found if c.words[1] == "score" and "drift" in c.words)
 
 
 def studies_read(shell: Shell) -> list[str]:
@@ -96,13 +91,13 @@ def test_the_served_protocol_gives_the_same_pictures(tmp_path, monkeypatch):
         c.words[1]: c for c in ours(SERVED) if "study=served" in c.words or "port=8000" in c.words
     }
     serve = [w for w in found["serve"].words if not w.startswith("port=")]
-    command = [sys.executable, "-m", *serve, "port=0", "--json"]
+    command = [sys.executable, "-m", *serve, "port=0", "threads=1", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
         try:
             url = json.loads(server.stdout.readline())["url"]
             words = [w for w in found["run"].words[1:] if not w.startswith("remote.base_url=")]
             monkeypatch.setenv("EACHLABS_API_KEY", "none")
-            assert main([*words, f"remote.base_url={url}"]) == 0
+            assert main([*words, "threads=1", f"remote.base_url={url}"]) == 0
         finally:
             server.terminate()
             server.wait(60)
