@@ -72,6 +72,8 @@ def arguments(shell: Shell, drifting: Mapping[str, str] = MappingProxyType({})) 
         words.append("noise_floor=fake")
     if not any(w.startswith(("prompts.limit=", "prompt=")) for w in words):
         words.append(f"prompts.limit={FEW}")
+    if verb == "tune":
+        words.append(f"first={FEW}")
     return [verb, *words]
 
 
