@@ -206,7 +206,7 @@ def _names_experiment(argument: str) -> bool:
 def _installed(backend: str) -> bool:
     """Whether the packages that a backend's own YAML requires are there; nothing is imported."""
     path = group_file("backend", backend, _extra.get())
-    conf = OmegaConf.create() if path is None else OmegaConf.load(path)
+    conf: Any = {} if path is None else OmegaConf.load(path)
     return all(
         importlib.util.find_spec(package) is not None for package in conf.get("requires", ())
     )
