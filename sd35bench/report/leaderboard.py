@@ -13,7 +13,16 @@ from markupsafe import Markup
 
 from sd35bench import words
 from sd35bench.recommend.pareto import pareto_front
-from sd35bench.report.render import HTML, MARKDOWN, TERMINAL, Cell, Column, Layout, Table
+from sd35bench.report.render import (
+    FIRST_TO_GO,
+    HTML,
+    MARKDOWN,
+    TERMINAL,
+    Cell,
+    Column,
+    Layout,
+    Table,
+)
 from sd35bench.report.rows import (
     Row,
     failed_text,
@@ -31,7 +40,6 @@ _GLYPH = 64.0
 _PLAIN, _PAGE = (TERMINAL, MARKDOWN), (HTML,)
 # Columns of this rank and above are left out before intervals move below their values.
 _EXTRA = 3
-_FIRST_TO_GO = 9
 _ALIKE, LAST_TO_GO = 0.75, 0.5
 _SHOW = (
     Layout(drops=_EXTRA),
@@ -121,9 +129,9 @@ def setting_table(rows: Sequence[Row], extra: Sequence[str]) -> Table:
     """
     told = {row.id: row.name(f for f in extra if f != "threads") for row in rows}
     alike = [name for name in _CURVES if len({r.setting.get(name) for r in rows}) == 1]
-    ranks = dict.fromkeys(alike, _ALIKE) | {"n": _FIRST_TO_GO}
+    ranks = dict.fromkeys(alike, _ALIKE) | {"n": FIRST_TO_GO + 1}
     if len(set(told.values())) == len(told):
-        ranks["threads"] = _FIRST_TO_GO - 1
+        ranks["threads"] = FIRST_TO_GO
         alike.append("threads")
     keys = _KEYS | {metric_label(name): name for name in metric_names(rows)}
     differing = {*_CURVES, *extra} - {*alike}
@@ -132,7 +140,13 @@ def setting_table(rows: Sequence[Row], extra: Sequence[str]) -> Table:
         key = keys.get(column.title, column.title.replace(" ", "_"))
         said = tuple(r.differences([key]) for r in rows) if key in differing else ()
         rank = ranks.get(key, LAST_TO_GO / 2 if key == "failed" else column.rank)
-        columns.append(replace(column, rank=rank, key=key, said=said))
+        narrow = column.narrow
+        if said:
+            narrow = replace(column, title=column.title.replace(" ", "\n"))
+        elif key == "failed":
+            cells = tuple(replace(c, text=c.text.replace(" (", "\n(")) for c in column.cells)
+            narrow = replace(column, cells=cells)
+        columns.append(replace(column, rank=rank, key=key, said=said, narrow=narrow))
     return Table(title=rows[0].task, columns=tuple(columns), layouts=_SHOW)
 
 

@@ -316,6 +316,8 @@ def _left_out(columns: Sequence[Column], shown: Sequence[Column], layout: Layout
     return f"too narrow for: {', '.join(names)} ({how})"
 
 
+FIRST_TO_GO = 8
+"""From this rank on a column that has gone comes back only after all others."""
 _LEAST_FOLDED = 24
 """Characters that a column of words gets at least: no word of a setting is longer."""
 
@@ -344,10 +346,15 @@ def _drop(columns: list[Column], width: int, layout: Layout) -> list[Column]:
     while _width(shown, layout) > width and any(c.rank >= layout.drops for c in shown):
         least = max(c.rank for c in shown)
         shown.remove([c for c in shown if c.rank == least][-1])
+
+    def left(shown: list[Column]) -> list[Column]:
+        return [c for c in columns if c not in shown]
+
     # What had to go for a wide column may fit after that has gone.
-    for column in sorted((c for c in columns if c not in shown), key=lambda c: c.rank):
+    for column in sorted(left(shown), key=lambda c: c.rank):
         more = [c for c in columns if c in shown or c is column]
-        if _width(more, layout) <= width:
+        may_return = column.rank < FIRST_TO_GO or not any(c.rank < column.rank for c in left(shown))
+        if may_return and _width(more, layout) <= width:
             shown = more
     return shown
 
