@@ -87,7 +87,7 @@ class Columns:
             import pyarrow as pa
 
             found = self._column(name)
-            return found.cast(pa.float64(), safe=False).to_numpy().astype(np.float64)
+            return found.cast(pa.float64(), safe=False).to_numpy().astype(np.float64, copy=False)
 
         return self.kept(f"numbers {name}", make)
 
@@ -128,9 +128,16 @@ class Columns:
 
     def records(self, places: Places) -> Iterator[Record]:
         """Whole records; those of small parts are remembered. Raises: StoreError."""
-        if len(places) <= _FEW and len(self._made) < _MOST_MADE:
-            yield from map(self.record, places.tolist())
+        if len(places) > _FEW or len(self._made) >= _MOST_MADE:
+            yield from self._read(places)
             return
+        asked = places.tolist()
+        new = [place for place in dict.fromkeys(asked) if place not in self._made]
+        self._made.update(zip(new, self._read(np.array(new, np.int64)), strict=True))
+        yield from (self._made[place] for place in asked)
+
+    def _read(self, places: Places) -> Iterator[Record]:
+        """The same, each file opened once for neighbours."""
         shards, names = self.codes("shard")
         offsets, lengths = self.whole("offset"), self.whole("length")
         for start, end in _runs(shards[places]):
@@ -262,14 +269,20 @@ def is_text(records: Some, name: str, text: str) -> NDArray[np.bool_]:
 def among(records: Some, name: str, some: Container[str]) -> NDArray[np.bool_]:
     """Whether a text field has one of some values: [n]."""
     codes, known = coded(records, name)
-    unique, inverse = np.unique(codes, return_inverse=True)
-    return np.array([c >= 0 and known[int(c)] in some for c in unique], bool)[inverse]
+    found = np.zeros(len(known) + 1, bool)  # the last is of those without a text
+    found[[c for c in _used(codes) if known[c] in some]] = True
+    return found[codes]
 
 
 def distinct(records: Some, name: str) -> set[str]:
     """The texts that a field has; a record without one is left out."""
     codes, known = coded(records, name)
-    return {known[int(code)] for code in np.unique(codes) if code >= 0}
+    return {known[code] for code in _used(codes)}
+
+
+def _used(codes: Places) -> list[int]:
+    """Which codes there are but for -1, in their order; counting takes a tenth of sorting."""
+    return np.flatnonzero(np.bincount(codes + 1)[1:]).tolist()
 
 
 def texts(records: Some, name: str) -> NDArray[np.object_]:
@@ -326,7 +339,7 @@ def tags(records: Some) -> dict[str, set[str]]:
     """The values that the prompts' own columns have."""
     if isinstance(records, Records):
         refs, codes = _refs(records.columns), coded(records, "ref")[0]
-        each = (refs[code].get("tags", {}) for code in np.unique(codes).tolist())
+        each = (refs[code].get("tags", {}) for code in _used(codes))
     else:
         each = (r.trial.prompt.tags for r in records)
     found: dict[str, set[str]] = {}
@@ -454,6 +467,27 @@ def unlike(records: Some) -> Sequence[Record]:
     code = columns.kept("unlike", lambda: grouped(*parts, columns.whole("seed"))[0])
     _, firsts = np.unique(code[records.places], return_index=True)
     return list(pick(records, np.sort(firsts)))
+
+
+def kinds(records: Some) -> tuple[Places, list[Record]]:
+    """A number for the kind of each record [n], and the first record of each kind.
+
+    Those of one kind are alike in their load and in what was asked for, but for the words of the
+    texts and the seed. A hosted one is a kind of its own.
+    """
+    if not isinstance(records, Records):
+        return np.arange(len(records)), [*records]
+    columns = records.columns
+
+    def make() -> Places:
+        prompts, known = columns.codes("prompt")
+        parts = [columns.codes(name)[0] for name in ("load", "asked")]
+        parts += [columns.codes("init_image")[0] >= 0, np.array([t == "" for t in known])[prompts]]
+        own = np.where(columns.whole("has_remote"), np.arange(columns.size) + 1, 0)
+        return grouped(*parts, own)[0]
+
+    codes, firsts = grouped(columns.kept("kinds", make)[records.places])
+    return codes, [*pick(records, firsts)]
 
 
 def samples(records: Some) -> Sequence[Record]:

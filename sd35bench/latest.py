@@ -7,20 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.columns import Columns, Floats, Places, Records, dense, pick, texts
+from sd35bench.columns import Columns, Floats, Places, Records, dense, grouped, pick, texts
 from sd35bench.types import Score, Status
 
 
 def in_order(columns: Columns, shards: Sequence[str]) -> Records:
     """Every record of a view in the order of its journal, whose shards are named in theirs."""
-    codes, names = columns.codes("shard")
-    ranks = {name: rank for rank, name in enumerate(shards)}
-    rank = np.array([ranks[name] for name in names], np.int64)[codes]
-    places, offsets = np.arange(columns.size), columns.whole("offset")
-    after = np.diff(rank)
-    if np.any(after < 0) or np.any((after == 0) & (np.diff(offsets) < 0)):
-        places = np.lexsort((offsets, rank))
-    return Records(columns, places)
+
+    def make() -> Places:
+        codes, names = columns.codes("shard")
+        ranks = {name: rank for rank, name in enumerate(shards)}
+        rank = np.array([ranks[name] for name in names], np.int64)[codes]
+        places, offsets = np.arange(columns.size), columns.whole("offset")
+        after = np.diff(rank)
+        if np.any(after < 0) or np.any((after == 0) & (np.diff(offsets) < 0)):
+            places = np.lexsort((offsets, rank))
+        return places
+
+    return Records(columns, columns.kept(("order", *shards), make))
 
 
 def last_of_each(records: Records, whole: Callable[[], Container[str]]) -> Records:
@@ -72,8 +76,8 @@ class Scores(Iterable[Score]):
     def metrics(self) -> list[str]:
         """Every metric, in the order in which they first appear."""
         codes, names = self.columns.codes("metric")
-        unique, first = np.unique(codes[self._places], return_index=True)
-        return [names[code] for code in unique[np.argsort(first)]]
+        _, firsts = grouped(codes[self._places])
+        return [names[code] for code in codes[self._places[firsts]].tolist()]
 
     def details(self) -> list[dict[str, Any]]:
         """Every detail that some score has, by its number."""
@@ -109,6 +113,13 @@ class Scores(Iterable[Score]):
             )
         yield from found.values()
 
+    def refusals(self, metric: str) -> Iterator[Score]:
+        """The last scores of a metric that are 0, or no number; the others are not made."""
+        places = self._of(metric, self._places)
+        latest = places[_lasts(self.columns.whole("where")[places])]
+        values = self.columns.numbers("value")[latest]
+        return self._made(metric, np.sort(latest[~(np.abs(values) > 0.0)]))
+
     def aligned(self, metric: str, columns: Columns) -> tuple[Places, Floats]:
         """The number of each record's detail, -1 without a score, and its value: [all records]."""
         places = self._of(metric, self._places)
@@ -128,7 +139,12 @@ class Scores(Iterable[Score]):
 
     def _of(self, metric: str, places: Places) -> Places:
         codes, names = self.columns.codes("metric")
-        return places[codes[places] == names.index(metric)]
+        return places[codes[places] == (names.index(metric) if metric in names else -2)]
+
+
+def _lasts(values: Places) -> Places:
+    """Where each value appears last."""
+    return len(values) - 1 - np.unique(values[::-1], return_index=True)[1]
 
 
 def _ordered(values: Places) -> tuple[Places, Places]:

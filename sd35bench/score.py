@@ -5,20 +5,45 @@ name `guard` and no other score. What is there already is not made again, so sco
 nothing, and a killed run loses at most the last `_FLUSH` images' work. Set metrics leave a row per
 image that names its features' extractor and its reference; the distance is computed by `analysis`.
 Drift holds an image against another one of the study, which is remembered from just before.
+
+What is there is looked up in columns (`sd35bench.columns`): of a large study only records that
+something is still wanted of are read as a whole, but for drift, which pairs all of them.
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import GUARD, declared
-from sd35bench.analysis.settings import HELD_OUT, setting_key
+from sd35bench.analysis.scores import ScoreIndex, ScoreLike
+from sd35bench.analysis.settings import (
+    HELD_OUT,
+    of_requests,
+    request_codes,
+    setting_codes,
+    tasks,
+)
 from sd35bench.analysis.table import DAMAGED, MISSING
+from sd35bench.columns import (
+    Places,
+    Some,
+    among,
+    coded,
+    grouped,
+    is_ref,
+    is_text,
+    numbers,
+    pick,
+    samples,
+    split,
+    texts,
+)
 from sd35bench.errors import MetricError, StoreError
 from sd35bench.metrics.base import (
     Extractor,
@@ -31,7 +56,8 @@ from sd35bench.metrics.base import (
     PairMetric,
     SetMetric,
     Value,
-    judges,
+    is_own,
+    judged,
 )
 from sd35bench.metrics.reference import keep_reference
 from sd35bench.metrics.selection import select_metrics
@@ -110,18 +136,29 @@ def guard_image(image: Image, record: Record) -> str | None:
 
 
 class _Job:
-    """What is there, what is missing, and what was made."""
+    """What is there, what is missing, and what was made.
+
+    Records of `ok`, all that ended OK with an image, are known by their places in it.
+    """
 
     def __init__(self, study: Study, by_name: bool, spread: "Spread | None") -> None:
         self.study, self.by_name, self.spread = study, by_name, spread
         self.out: deque[tuple[str, list[str], Future[np.ndarray]]] = deque()
-        self.ok = [r for r in study.records() if r.status is Status.OK and r.image is not None]
-        self.done: dict[str, dict[Where, Score]] = defaultdict(dict)
-        for score in study.scores():
-            self.done[score.metric][score.key, score.image] = score
-        self.excluded = {w: str(s.detail["reason"]) for w, s in self._guards() if not s.value}
-        whole = study.images().whole
-        self.missing_files = {_where(r) for r in self.ok if r.image not in whole}
+        everything = study.records()
+        made = is_text(everything, "status", Status.OK) & (coded(everything, "image")[0] >= 0)
+        self.ok: Some = pick(everything, made)
+        self.index = ScoreIndex(study.scores())
+        guards = self.index.found(GUARD, self.ok)
+        self.bad = guards.there & ~(np.abs(guards.values) > 0.0)
+        self.excluded: dict[Where, str] = {
+            (s.key, s.image): str(s.detail["reason"]) for s in self.index.refusals(GUARD)
+        }
+        gone = ~among(self.ok, "image", study.images().whole)
+        self.bad |= gone
+        named = (texts(pick(self.ok, gone), name).tolist() for name in ("key", "image"))
+        self.missing_files: set[Where] = {*zip(*named, strict=True)}
+        self.scored = {GUARD: guards.there}
+        self.kept: dict[str, dict[Where, Score]] = defaultdict(dict)
         self.made: Counter[str] = Counter()
         self.embedded: Counter[str] = Counter()
         self.refused: dict[str, str] = {}
@@ -133,14 +170,20 @@ class _Job:
         self.rows: dict[str, list[Score]] = defaultdict(list)
         self.fresh: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)
 
-    def _guards(self) -> Iterable[tuple[Where, Score]]:
-        return list(self.done[GUARD].items())
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each trial's record, by key."""
+        return {key: place for place, key in enumerate(texts(self.ok, "key").tolist())}
 
     @property
-    def records(self) -> list[Record]:
+    def sound(self) -> Places:
+        """Places of the records whose image nothing speaks against so far."""
+        return np.flatnonzero(~self.bad)
+
+    @property
+    def records(self) -> Some:
         """OK records whose image nothing speaks against so far."""
-        out = self.excluded.keys() | self.missing_files
-        return [r for r in self.ok if _where(r) not in out]
+        return pick(self.ok, self.sound)
 
     def add(self, metric: Metric) -> None:
         """Take a metric in, with the features that are kept for it."""
@@ -149,78 +192,92 @@ class _Job:
             metric.extractor.spread = self.spread
         if isinstance(metric, PairMetric):
             self.pairings[metric.name] = metric.pairing(self.records)
+        else:
+            found = self.index.found(metric.name, self.ok)
+            by_features = isinstance(metric, FeatureMetric)
+            about = {"features": metric.extractor.name} if by_features else {}
+            self.scored[metric.name] = found.has(about)
         if isinstance(metric, SetMetric) or (
-            isinstance(metric, FeatureMetric) and self.todo(metric)
+            isinstance(metric, FeatureMetric) and len(self.todo(metric))
         ):
             name = metric.extractor.name
             if name not in self.features:
                 self.features[name] = self.study.features(name)
 
-    def todo(self, metric: Metric) -> list[Record]:
+    def todo(self, metric: Metric) -> Places:
         """Records that a metric applies to and has no score for, from these very weights."""
-        done = self.done[metric.name]
-        if isinstance(metric, FeatureMetric):
-            name = metric.extractor.name
-            done = {w: s for w, s in done.items() if s.detail.get("features") == name}
+        sound = self.sound
         if isinstance(metric, PairMetric):
-            return [r for r in self.records if self._stale(metric, r)]
-        return [r for r in self.records if _where(r) not in done and judges(metric, r)]
+            return sound[[self._stale(metric, r) for r in pick(self.ok, sound)]]
+        return self._judged(metric, sound[~self.scored[metric.name][sound]])
+
+    def _judged(self, metric: Metric, places: Places) -> Places:
+        return places[judged(metric, pick(self.ok, places))[1]]
+
+    def _score(self, metric: str, where: Where) -> ScoreLike | None:
+        """The last score of an image, of this run or an earlier one."""
+        return self.kept[metric].get(where, self.index.get(metric, {}).get(where))
 
     def _stale(self, metric: PairMetric, record: Record) -> bool:
         """Whether a record has a reference, and no score against this very one."""
         reference = self._beside(metric, record)
         if reference is None:
             return False
-        score = self.done[metric.name].get(_where(record))
+        score = self._score(metric.name, _where(record))
         about = metric.about(record, reference)
         return score is None or any(score.detail.get(k) != v for k, v in about.items())
 
     def _beside(self, metric: PairMetric, record: Record) -> Record | None:
         """The best reference whose image is there and that nothing speaks against so far."""
         for other in self.pairings[metric.name].get(record.trial.key, ()):
-            where = _where(other)
-            if where in self.excluded or where in self.missing_files:
+            if self.bad[self.places[other.trial.key]]:
                 continue
             try:
-                self.study.image_path(where[1])
+                self.study.image_path(_where(other)[1])
             except StoreError:
-                self.missing_files.add(where)
+                self._miss(other)
                 continue
             return other
         return None
+
+    def _miss(self, record: Record) -> None:
+        """Take in that a record's image is not there, or not whole."""
+        self.missing_files.add(_where(record))
+        self.bad[self.places[record.trial.key]] = True
 
     # Looking at images -------------------------------------------------------------------------
 
     def look(self, progress: Progress | None) -> None:
         """Read every image that something still needs, once, in batches of one size."""
-        needs: dict[Where, list[str]] = defaultdict(list)
-        by_where = {_where(r): r for r in self.records}
-        for where in by_where:
-            if where not in self.done[GUARD]:
-                needs[where].append(GUARD)
+        wanted = {GUARD: ~self.bad & ~self.scored[GUARD]}
         for metric in self.metrics.values():
-            unseen = list(self._unseen(metric))
+            unseen = self._unseen(metric)
             if isinstance(metric, ImageMetric):
-                metric.prepare(unseen)
-            for record in unseen:
-                needs[_where(record)].append(metric.name)
-        place: dict[Any, int] = {}
-        for record in by_where.values():
-            place.setdefault(record.trial.request, len(place))
-        ordered = [by_where[w] for w in needs]
-        ordered.sort(key=lambda r: (_size(r), place[r.trial.request]))
+                metric.prepare(pick(self.ok, unseen))
+            wanted[metric.name] = np.zeros(len(self.ok), bool)
+            wanted[metric.name][unseen] = True
+        near = np.flatnonzero(np.logical_or.reduce([*wanted.values()]))
+        sizes = self._sizes(near)
+        order = np.lexsort((request_codes(pick(self.ok, near)), sizes))
         seen = 0
-        for batch in _same_size(ordered):
-            self._batch(batch, needs)
+        for batch in _same_size(near[order], sizes[order]):
+            self._batch(batch, wanted)
             seen += len(batch)
             if sum(map(len, self.rows.values())) + sum(map(len, self.fresh.values())) > _FLUSH:
                 self.flush()
             if progress is not None:
-                progress(seen, len(ordered))
+                progress(seen, len(near))
         self._take_rows(0)
         self.flush()
 
-    def _unseen(self, metric: Metric) -> list[Record]:
+    def _sizes(self, places: Places) -> Places:
+        """A number for the size that each record asked for, which sorts as width and height do."""
+        codes, sizes = of_requests(
+            pick(self.ok, places), "size", lambda r: r.width << 32 | r.height
+        )
+        return sizes.astype(np.int64)[codes]
+
+    def _unseen(self, metric: Metric) -> Places:
         """Records whose image a metric, or what extracts its features, has to look at.
 
         A set metric needs all features, also where its rows are there: their file may be damaged.
@@ -228,16 +285,17 @@ class _Job:
         if not isinstance(metric, FeatureMetric | SetMetric):
             return self.todo(metric)
         if isinstance(metric, SetMetric):
-            wanted = [r for r in self.records if judges(metric, r)]
+            wanted = self._judged(metric, self.sound)
         else:
             wanted = self.todo(metric)
         kept = self.features.get(metric.extractor.name, {})
-        return [r for r in wanted if r.image not in kept]
+        return wanted[~among(pick(self.ok, wanted), "image", kept)]
 
-    def _batch(self, records: list[Record], needs: Mapping[Where, list[str]]) -> None:
-        pairs = [(r, i) for r in records if (i := self._healthy(r)) is not None]
+    def _batch(self, places: Places, wanted: Mapping[str, NDArray[np.bool_]]) -> None:
+        read = zip(places.tolist(), pick(self.ok, places), strict=True)
+        pairs = [(p, r, i) for p, r in read if (i := self._healthy(r)) is not None]
         for metric in self.metrics.values():
-            part = [(r, i) for r, i in pairs if metric.name in needs[_where(r)]]
+            part = [(r, i) for place, r, i in pairs if wanted[metric.name][place]]
             if not part:
                 continue
             if isinstance(metric, ImageMetric):
@@ -250,18 +308,19 @@ class _Job:
     def _healthy(self, record: Record) -> Image | None:
         """Read an image and guard it; ``None`` if it must not be scored."""
         assert record.image is not None
-        where = _where(record)
         try:
             image = self.read(record.image)
         except (StoreError, OSError):
-            self.missing_files.add(where)
+            self._miss(record)
             return None
-        if where not in self.done[GUARD]:
+        place = self.places[record.trial.key]
+        if not self.scored[GUARD][place]:
             reason = guard_image(image, record)
             detail = {} if reason is None else {"reason": reason}
             self.keep(GUARD, record, Value(float(reason is None), detail))
             if reason is not None:
-                self.excluded[where] = reason
+                self.excluded[_where(record)] = reason
+                self.bad[place] = True
                 return None
         return image
 
@@ -337,15 +396,15 @@ class _Job:
     def _withdraw(self, metric: PairMetric) -> None:
         """Take back scores of records that have no reference any more, or have become it."""
         for record in self.records:
-            there = self.done[metric.name].get(_where(record))
+            there = self._score(metric.name, _where(record))
             paired = record.trial.key in self.pairings[metric.name]
             if there is not None and there.value is not None and not paired:
                 self.keep(metric.name, record, Value(None, {"reason": "no reference for it"}))
 
     def _score_features(self, metric: FeatureMetric) -> None:
-        records = self.todo(metric)
-        for start in range(0, len(records), _FLUSH):
-            part = records[start : start + _FLUSH]
+        places = self.todo(metric)
+        for start in range(0, len(places), _FLUSH):
+            part = [*pick(self.ok, places[start : start + _FLUSH])]
             kept = self.features[metric.extractor.name]
             rows = np.stack([kept[r.image] for r in part if r.image is not None])
             for record, value in zip(part, metric.score_features(rows, part), strict=True):
@@ -358,13 +417,12 @@ class _Job:
         One reference per task and size, held-out prompts apart: settings that were not made on
         them would lie farther from a reference that has them.
         """
-        groups: dict[Any, list[Record]] = defaultdict(list)
-        for record in self.records:
-            if judges(metric, record):
-                held_out = record.trial.prompt.split == HELD_OUT
-                groups[record.trial.request.task, held_out, *_size(record)].append(record)
-        done = self.done[metric.name]
-        for group in groups.values():
+        places = self._judged(metric, self.sound)
+        mine = pick(self.ok, places)
+        held_out = is_ref(mine, "split", HELD_OUT)
+        scores = self.index.found(metric.name, mine)
+        for members in split(grouped(tasks(mine)[0], held_out, self._sizes(places))[0]):
+            group = pick(mine, members)
             try:
                 detail = self._reference(metric, group) | self.declared[metric.name]
             except MetricError as exc:
@@ -373,22 +431,21 @@ class _Job:
                 # A default that cannot be had must not cost the scores that can.
                 self.refused[metric.name] = str(exc)
                 continue
-            for record in group:
-                there = done.get(_where(record))
-                if there is None or there.detail != detail:
-                    self.keep(metric.name, record, Value(None, detail))
+            for record in pick(group, ~scores.has(detail, whole=True)[members]):
+                self.keep(metric.name, record, Value(None, detail))
 
-    def _reference(self, metric: SetMetric, group: list[Record]) -> dict[str, Any]:
+    def _reference(self, metric: SetMetric, group: Some) -> dict[str, Any]:
         """Make the reference if it is missing and some setting has images enough to use it."""
         extractor, least = metric.extractor.name, metric.min_images
         detail: dict[str, Any] = {"extractor": extractor, "reference": None, "min_images": least}
         if metric.statistic is not None:
             detail |= {"statistic": metric.statistic, "parameters": metric.parameters}
-        sizes = Counter((setting_key(r.trial), r.trial.batch_size) for r in group)
-        if max(sizes.values()) < least:
+        alike, _ = grouped(setting_codes(group)[0], numbers(group, "batch_size"))
+        if np.bincount(alike).max() < least:
             return detail
-        name = f"{extractor}-{metric.reference_key(group)}"
-        keep_reference(self.study, metric, name, group)
+        asked = samples(group) if is_own(metric) else group
+        name = f"{extractor}-{metric.reference_key(asked)}"
+        keep_reference(self.study, metric, name, asked)
         return detail | {"reference": name}
 
     # Keeping -----------------------------------------------------------------------------------
@@ -401,7 +458,9 @@ class _Job:
         detail = value.detail | self.declared.get(metric, {})
         score = Score(metric=metric, key=key, image=image, value=value.value, detail=detail)
         self.rows[metric].append(score)
-        self.done[metric][key, image] = score
+        self.kept[metric][key, image] = score
+        if metric in self.scored:
+            self.scored[metric][self.places[key]] = True
         self.made[metric] += metric != GUARD
 
     def flush(self) -> None:
@@ -426,7 +485,7 @@ class _Job:
             excluded[DAMAGED if image in damaged else MISSING] += 1
         return {
             "study": self.study.name,
-            "images": len(self.records),
+            "images": len(self.sound),
             "scored": scored,
             "embedded": dict(self.embedded),
             "excluded": dict(excluded),
@@ -441,17 +500,8 @@ def _where(record: Record) -> Where:
     return record.trial.key, str(record.image)
 
 
-def _size(record: Record) -> tuple[int, int]:
-    return record.trial.request.width, record.trial.request.height
-
-
-def _same_size(records: Sequence[Record]) -> Iterable[list[Record]]:
+def _same_size(places: Places, sizes: Places) -> Iterator[Places]:
     """Batches of at most `_BATCH` neighbours of one size."""
-    batch: list[Record] = []
-    for record in records:
-        if batch and (len(batch) == _BATCH or _size(batch[0]) != _size(record)):
-            yield batch
-            batch = []
-        batch.append(record)
-    if batch:
-        yield batch
+    for part in np.split(places, np.flatnonzero(np.diff(sizes)) + 1):
+        for start in range(0, len(part), _BATCH):
+            yield part[start : start + _BATCH]

@@ -254,6 +254,10 @@ class Study:
         """Where a file of `images`, `inits` or `latents` is, or would be; it is not read."""
         return self._stored(kind).find(digest)
 
+    def stored_names(self, kind: str) -> dict[str, str]:
+        """The name of every file of `images`, `inits` or `latents`, by its digest."""
+        return self._stored(kind).names()
+
     def put_stored(self, kind: str, data: bytes, suffix: str) -> str:
         """Keep a file of one of these kinds under its SHA-256 and return that."""
         return self._stored(kind).put(data, suffix)

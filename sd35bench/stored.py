@@ -131,6 +131,13 @@ class StoredFiles:
         paths = [stem.with_name(f"{digest}{suffix}") for suffix in self._suffixes]
         return next((path for path in paths if os.path.lexists(path)), paths[0])
 
+    def names(self) -> dict[str, str]:
+        """The name of the file of each digest that is there, by listing the folder once."""
+        there = [entry.name for entry in self._entries() if entry.is_file()]
+        ranks = {suffix: rank for rank, suffix in enumerate(self._suffixes)}
+        there.sort(key=lambda name: -ranks.get(name[name.find(".") :], len(ranks)))
+        return {name.partition(".")[0]: name for name in there}  # the first ending stays
+
     def put(self, data: bytes, suffix: str) -> str:
         """Keep a file under its digest and return that; a damaged one is moved out of its way.
 

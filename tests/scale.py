@@ -4,8 +4,9 @@
 
 makes each study once (10 loads x 20 settings x so many prompts; ten records share an image, as
 backends do that agree to the bit) and prints the commit, the machine, and a table row for each
-verb: seconds of wall and CPU, and the largest resident set. The journal's lines, scores and images
-are those of a real study of SD3.5 Medium with CLIP-score; trial keys are made up.
+verb: seconds of wall and CPU, the largest resident set, and the size of the page that it wrote. The
+journal's lines, scores and images are those of a real study of SD3.5 Medium with CLIP-score; trial
+keys are made up. The last command of a size reads it after one more record was appended.
 """
 
 import argparse
@@ -24,7 +25,6 @@ from pathlib import Path
 
 from sd35bench.journal import new_shard_id
 from sd35bench.measure import environment
-from sd35bench.scored import keep_scored
 from sd35bench.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
@@ -52,8 +52,6 @@ PER_PROMPT = LOADS * len(SETTINGS)
 METRIC = "clip_score_ViT-B-32_openai"
 FAILED_EVERY = 211
 SIDE_PX = 64
-SCORED_UP_TO = 100_000
-"""Records up to which the first `show`, which looks for what is not scored, is timed too."""
 ENVIRONMENT = {"sd35bench": "0.0", "torch": "2.9", "cpu_model": "synthetic", "gpu_name": "H200"}
 
 
@@ -244,29 +242,34 @@ _RESUME = (
 )
 
 
-def commands(path: Path, size: int) -> dict[str, list[str]]:
+def commands(path: Path) -> dict[str, list[str]]:
     """What is timed on one study, each in a process of its own."""
     verb = [sys.executable, "-m", "sd35bench"]
     where = ["--results-dir", str(path.parent)]
+    show = [*verb, "show", path.name, *where, "--json"]
     return {
         "first reading": [sys.executable, "-c", _RESUME, str(path)],
-        **(
-            {"first show": [*verb, "show", path.name, *where, "--json"]}
-            if size <= SCORED_UP_TO
-            else {}
-        ),
+        "first show": show,
         "resume scan": [sys.executable, "-c", _RESUME, str(path)],
-        **{
-            name: [*verb, name, path.name, *where, *more]
-            for name, more in (("show", ["--json"]), ("recommend", ["--json"]), ("report", []))
-        },
+        "show": show,
+        "recommend": [*verb, "recommend", path.name, *where, "--json"],
+        "report": [*verb, "report", path.name, *where],
+        "report, linked": [*verb, "report", path.name, *where, "--images", "link"],
         "verify": [*verb, "verify", path.name, *where],
+        "show, 1 added": show,
     }
 
 
-def remember(path: Path) -> None:
-    """Say that all is scored, as the first `show` would after minutes on a million records."""
-    keep_scored(Study.open(path.parent, path.name), {"total": 0, "refused": {}, "damaged": []})
+PAGES = {"report": "report.html", "report, linked": "report/index.html"}
+
+
+def append_one(path: Path) -> None:
+    """Time one trial again: a shard of its own with the first shard's session and record."""
+    first = min((path / "journal").glob("*.jsonl"))
+    with first.open() as file:
+        lines = [next(file), next(file)]
+    shard = Study.open(path.parent, path.name).new_shard_id()
+    (path / "journal" / f"{shard}.jsonl").write_text("".join(lines))
 
 
 def measure(command: list[str]) -> dict[str, float]:
@@ -292,17 +295,19 @@ def rows(folder: Path, sizes: list[int], only: list[str]) -> Iterator[str]:
         path = folder / f"n{size}"
         if not (path / "study.json").exists():
             make_study(folder, path.name, size)
-        for name, command in commands(path, size).items():
+        for name, command in commands(path).items():
             if only and name not in only:
                 continue
             if name == "first reading":
                 shutil.rmtree(path / "view", ignore_errors=True)
-            if name == "show" and size > SCORED_UP_TO:
-                remember(path)
+            if name == "show, 1 added":
+                append_one(path)
             found = measure(command)
+            page = path / PAGES[name] if name in PAGES else None
+            wrote = "" if page is None else f"{page.stat().st_size / 1e6:.1f}"
             yield (
                 f"| {size:,} | {name} | {found['wall_s']:.1f} | {found['cpu_s']:.1f}"
-                f" | {found['peak_mb']:,.0f} |"
+                f" | {found['peak_mb']:,.0f} | {wrote} |"
             )
 
 
@@ -325,8 +330,8 @@ def main(write: Callable[[str], object] = print) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="VERB", help="these verbs alone")
     found = parser.parse_args()
     write(f"{machine()}\n")
-    write("| records | command | wall (s) | CPU (s) | peak (MB) |")
-    write("| ---: | --- | ---: | ---: | ---: |")
+    write("| records | command | wall (s) | CPU (s) | peak (MB) | page (MB) |")
+    write("| ---: | --- | ---: | ---: | ---: | ---: |")
     for line in rows(found.folder, found.records, found.only):
         write(line)
     return 0

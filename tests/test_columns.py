@@ -18,6 +18,7 @@ from sd35bench.columns import dense, grouped, prompts, samples, split, tags
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.report.page import build_document, render_report
+from sd35bench.score import score_study
 from sd35bench.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
@@ -278,6 +279,24 @@ def test_columns_that_are_wrong_are_seen(one, tmp_path, monkeypatch, mutant):
     monkeypatch.setattr(*mutant)
     ((columns, records),) = compared(path, monkeypatch, shown)
     assert columns != records
+
+
+def scored(path: Path) -> list[str]:
+    """What scoring says, and every score that is there then."""
+    study = Study.open(path.parent, path.name)
+    counts = score_study(study, ["sharpness", "drift"])
+    assert set(counts["scored"]) == {"sharpness", "drift"}
+    again = score_study(Study.open(path.parent, path.name), ["sharpness", "drift"])
+    return [json.dumps([counts, again["total"]]), *sorted(map(repr, study.scores()))]
+
+
+def test_scoring_by_columns_makes_the_scores_that_records_make(one, tmp_path, monkeypatch):
+    found = []
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(view, "LEAST_BYTES", least)
+        path = tmp_path / str(least) / "s"
+        found.append(scored(Path(shutil.copytree(one, path))))
+    assert found[0] == found[1]
 
 
 def test_moments_sort_as_their_texts_do():

@@ -16,6 +16,7 @@ from sd35bench.columns import Records
 from sd35bench.errors import StoreError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.report.page import build_document, render_report
+from sd35bench.score import score_study
 from sd35bench.scored import keep_scored, read_scored
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Status, to_json
@@ -280,3 +281,21 @@ def test_nothing_to_score_is_remembered_until_something_changes(study):
     assert read_scored(opened(study)) is None
     keep_scored(opened(study), {"total": 3, "refused": {}})
     assert read_scored(opened(study)) is None
+
+
+def test_scoring_after_an_append_reads_one_record_of_each_kind_and_what_is_new(study, monkeypatch):
+    score_study(opened(study), ["sharpness"])
+    first = next(r for r in by_line(study) if r.status is Status.OK)
+    again = replace(first, trial=replace(first.trial, key="new"))
+    append(study, again)
+    read: list[int] = []
+    whole = columns.Columns._read
+
+    def counted(self, places):
+        read.extend(places.tolist())
+        return whole(self, places)
+
+    monkeypatch.setattr(columns.Columns, "_read", counted)
+    assert score_study(opened(study), ["sharpness"])["scored"] == {"sharpness": 1}
+    kinds = 200  # 10 loads of 20 settings
+    assert len(read) <= kinds + 1 < RECORDS

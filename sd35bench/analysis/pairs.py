@@ -9,8 +9,7 @@ A trial that failed made nothing, which is worth 0: left out, it would spare its
 take the prompt away from all others.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +18,10 @@ from numpy.typing import NDArray
 
 from sd35bench import plugins
 from sd35bench.analysis.facts import facts
-from sd35bench.analysis.settings import PairKey, pair_clusters, pair_keys
+from sd35bench.analysis.settings import PairKey, PairNumbers, pair_clusters
 from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
-from sd35bench.columns import Some, distinct_refs, is_text, numbers, pick, seconds, texts
+from sd35bench.columns import Floats, Some, distinct_refs, is_text, numbers, pick, seconds, texts
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import sequences
 from sd35bench.stats.clustered import mean_bounds, mean_t
@@ -33,6 +32,47 @@ EDIT_QUALITY = "edit_quality"
 _ENOUGH_PAIRS = 0.5
 """A setting with fewer than this share of the largest one's pairs is not compared."""
 _NO_IMAGE = 0.0
+Numbers = NDArray[np.int64]
+
+
+class PairValues(Mapping[PairKey, float]):
+    """A value of each of n pairs: the pairs' numbers [n], and the values [n]."""
+
+    def __init__(self, numbers: PairNumbers, codes: Numbers, values: Floats) -> None:
+        """Of a pair that is there several times the last value counts, in the first one's place."""
+        unique, firsts = np.unique(codes, return_index=True)
+        if len(unique) < len(codes):
+            lasts = len(codes) - 1 - np.unique(codes[::-1], return_index=True)[1]
+            order = np.argsort(firsts)
+            codes, values = unique[order], values[lasts[order]]
+        self.numbers, self.codes, self.values_of = numbers, codes, values
+        self._made: dict[PairKey, float] = {}
+
+    def __getitem__(self, pair: PairKey) -> float:
+        if not self._made:
+            self._made.update(zip(self, self.values_of.tolist(), strict=True))
+        return self._made[pair]
+
+    def __iter__(self) -> Iterator[PairKey]:
+        keys = self.numbers.keys
+        return (keys[code] for code in self.codes.tolist())
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @classmethod
+    def of(cls, found: Mapping[PairKey, float], numbers: PairNumbers | None = None) -> "PairValues":
+        """Any values by pair as such, under these numbers where some are given."""
+        if isinstance(found, PairValues) and numbers in (None, found.numbers):
+            return found
+        numbers = PairNumbers() if numbers is None else numbers
+        values = np.array([*found.values()], np.float64)
+        return cls(numbers, numbers.of_keys(found), values)
+
+    def under(self, codes: Numbers, values: Floats) -> "PairValues":
+        """These values after others, which they take the place of."""
+        joined = np.concatenate([codes, self.codes]), np.concatenate([values, self.values_of])
+        return PairValues(self.numbers, *joined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +84,8 @@ class Candidate:
     """
 
     row: Row
-    quality: dict[PairKey, float]
-    latency_s: dict[PairKey, float]
+    quality: Mapping[PairKey, float]
+    latency_s: Mapping[PairKey, float]
     work: float
     refused: frozenset[str] = frozenset()
     _tried: list[tuple[Some, Some]] = field(default_factory=list, init=False, compare=False)
@@ -80,13 +120,14 @@ class Candidate:
             return found
         return {(k[0], *k[2:]): found[k] for k in sorted(found, key=lambda k: k in known)}
 
-    def outcomes(self) -> dict[PairKey, float]:
+    def outcomes(self) -> PairValues:
         """Quality per pair, 0 where the trial failed."""
         size, failed = self.row.quality_batch_size, self.failed
+        quality = PairValues.of(self.quality)
         if size is None:
-            return dict(self.quality)
+            return quality
         lost = pick(failed, numbers(failed, "batch_size") == size)
-        return dict.fromkeys(pair_keys(lost), _NO_IMAGE) | self.quality
+        return quality.under(quality.numbers.of(lost), np.full(len(lost), _NO_IMAGE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +202,7 @@ class Comparison:
 
 def paired_difference(metric: str, a: Candidate, b: Candidate) -> Interval | None:
     """Mean of a's quality minus b's over the pairs that both have; ``None`` without any."""
-    mine, theirs = a.outcomes(), b.outcomes()
+    mine, theirs = (dict(side.outcomes()) for side in (a, b))
     common = [key for key in mine if key in theirs]
     if not common:
         return None
@@ -218,8 +259,15 @@ def all_candidates(table: Table, rows: list[Row], task: Task) -> tuple[str, list
     Raises: ConfigError where no metric that can judge this task was scored.
     """
     metric, names = _objective(table, rows, task)
+    pairs = PairNumbers()
     found = [
-        Candidate(row, _quality(table, row, names), _latency(row), _work(row), _refused(table, row))
+        Candidate(
+            row,
+            _quality(table, row, names, pairs),
+            _latency(row, pairs),
+            _work(row),
+            _refused(table, row),
+        )
         for row in rows
     ]
     return metric, _under_every_negative(found)
@@ -233,11 +281,11 @@ def compare(metric: str, found: list[Candidate]) -> Comparison:
 
     Raises: ConfigError with fewer than two candidates, or where they share no pair.
     """
-    outcomes = [c.outcomes() if c.quality else {} for c in found]
+    outcomes = _in_common([c.outcomes() if c.quality else PairValues.of({}) for c in found])
     enough = _ENOUGH_PAIRS * max(map(len, outcomes), default=0)
     many = [i for i, o in enumerate(outcomes) if len(o) >= max(enough, 1)]
     alike = _on_the_same_pairs(outcomes, many)
-    shared = set().union(*(outcomes[i] for i in alike))
+    shared = set(_counted([outcomes[i] for i in alike])[0].tolist())
     left_out = [
         (c, _why_left_out(metric, c, outcomes[i], shared))
         for i, c in enumerate(found)
@@ -249,37 +297,66 @@ def compare(metric: str, found: list[Candidate]) -> Comparison:
             f"nothing to compare: {len(many)} setting with {metric}; sweep at least two, for"
             f" example `{plugins.command('run -m steps=4,16 cfg=1,4')}`"
         )
-    tally = Counter(key for o in outcomes for key in o)
-    common = [key for key in outcomes[0] if tally[key] == len(kept)]
-    if not common or len(kept) < 2:
+    codes, tally = _counted(outcomes)
+    common = np.array([], np.int64)
+    if kept:
+        everywhere = codes[tally == len(kept)]
+        common = outcomes[0].codes[np.isin(outcomes[0].codes, everywhere)]
+    if not len(common) or len(kept) < 2:
         raise ConfigError(
             "nothing to compare: the settings share no pair of prompt, seed, size and init image;"
             " sweep them over the same prompts and seeds"
         )
-    quality = np.array([[o[key] for key in common] for o in outcomes])
+    quality = np.array([_at(o, common) for o in outcomes])
     counts = [len(shared) - len(o) for o in outcomes]
     lacking = {i: count for i, count in enumerate(counts) if count}
-    return Comparison(metric, kept, quality, common, pair_clusters(common), left_out, lacking)
+    keys = [outcomes[0].numbers.keys[code] for code in common.tolist()]
+    return Comparison(metric, kept, quality, keys, pair_clusters(keys), left_out, lacking)
 
 
-def _on_the_same_pairs(outcomes: Sequence[Mapping[PairKey, float]], among: list[int]) -> list[int]:
+def _in_common(outcomes: Sequence[PairValues]) -> list[PairValues]:
+    """The same under the same numbers."""
+    kinds = {id(o.numbers.keys): o.numbers for o in outcomes if o}
+    if len(kinds) <= 1:
+        return [*outcomes]
+    numbers = PairNumbers()
+    return [PairValues.of(o, numbers) for o in outcomes]
+
+
+def _counted(outcomes: Sequence[PairValues]) -> tuple[Numbers, Numbers]:
+    """The pairs that some have, and how many have each."""
+    found = np.concatenate([np.empty(0, np.int64), *(o.codes for o in outcomes)])
+    counts = np.bincount(found)
+    used = np.flatnonzero(counts)
+    return used, counts[used]
+
+
+def _at(found: PairValues, codes: Numbers) -> Floats:
+    """The values of pairs, all of which are there: [n]."""
+    order = np.argsort(found.codes)
+    return found.values_of[order[np.searchsorted(found.codes, codes, sorter=order)]]
+
+
+def _on_the_same_pairs(outcomes: Sequence[PairValues], among: list[int]) -> list[int]:
     """Of these, the most that share half of the pairs of one of them, in their order."""
-    pairs = [outcomes[i].keys() for i in among]
-    if len(set().union(*pairs)) == max(map(len, pairs), default=0):
+    pairs = [outcomes[i].codes for i in among]
+    if len(_counted([outcomes[i] for i in among])[0]) == max(map(len, pairs), default=0):
         return among  # somebody has all pairs
     groups = [
-        [i for i, others in zip(among, pairs, strict=True) if 2 * len(mine & others) >= len(mine)]
+        [
+            i
+            for i, others in zip(among, pairs, strict=True)
+            if 2 * len(np.intersect1d(mine, others, assume_unique=True)) >= len(mine)
+        ]
         for mine in pairs
     ]
     return max(groups, key=len, default=[])
 
 
-def _why_left_out(
-    metric: str, candidate: Candidate, own: Mapping[PairKey, float], shared: set[PairKey]
-) -> str:
+def _why_left_out(metric: str, candidate: Candidate, own: PairValues, shared: set[int]) -> str:
     if not own:
         return f"not scored: none of its {len(candidate.row.usable)} images has {metric}"
-    if shared and not shared & own.keys():
+    if shared and shared.isdisjoint(own.codes.tolist()):
         sets = sorted(name for (name,) in distinct_refs(candidate.row.quality_records(), "set"))
         return f"judged on other prompts: {len(own)} pairs of {', '.join(sets)}"
     return f"too few pairs: {len(own)}"
@@ -304,12 +381,15 @@ def _objective(table: Table, rows: list[Row], task: Task) -> tuple[str, list[str
     raise ConfigError(f"nothing to compare: {task.value} needs {needs}, which was not scored")
 
 
-def _quality(table: Table, row: Row, names: list[str]) -> dict[PairKey, float]:
+def _quality(table: Table, row: Row, names: list[str], pairs: PairNumbers) -> PairValues:
     records = row.quality_records()
     found = [table.scores.found(name, records) for name in names]
     valued = np.logical_and.reduce([each.valued for each in found])
-    values = zip(*(each.values[valued].tolist() for each in found), strict=True)
-    return dict(zip(pair_keys(pick(records, valued)), map(_harmonic, values), strict=True))
+    values = [each.values[valued] for each in found]
+    quality = (
+        values[0] if len(values) == 1 else np.array([*map(_harmonic, zip(*values, strict=True))])
+    )
+    return PairValues(pairs, pairs.of(pick(records, valued)), quality)
 
 
 def _refused(table: Table, row: Row) -> frozenset[str]:
@@ -325,17 +405,25 @@ def _under_every_negative(found: list[Candidate]) -> list[Candidate]:
     At cfg <= 1 a negative prompt does nothing, so a plan has its image once, and a command that
     asks for it again may not even name the negative prompt.
     """
-    guided = dict.fromkeys(key for c in found if c.row.setting["cfg"] > 1 for key in c.quality)
-    if len({key[1] for c in found for key in c.quality}) == 1 or not guided:
+    values = [PairValues.of(c.quality) for c in found]
+    keys = next((each.numbers.keys for each in values), [])
+    negatives = {keys[code][1] for code in _counted(values)[0].tolist()}
+    of_guided = [v for c, v in zip(found, values, strict=True) if c.row.setting["cfg"] > 1]
+    if len(negatives) == 1 or not any(of_guided):
         return found
-    return [c if c.row.setting["cfg"] > 1 else _spread_out(c, guided) for c in found]
+    guided = dict.fromkeys(code for each in of_guided for code in each.codes.tolist())
+    return [c if c.row.setting["cfg"] > 1 else _spread_out(c, [*guided]) for c in found]
 
 
-def _spread_out(candidate: Candidate, keys: Iterable[PairKey]) -> Candidate:
-    def spread(values: dict[PairKey, float]) -> dict[PairKey, float]:
+def _spread_out(candidate: Candidate, codes: Sequence[int]) -> Candidate:
+    def spread(found: Mapping[PairKey, float]) -> PairValues:
+        values = PairValues.of(found)
+        keys = values.numbers.keys
         by_image = {(key[0], *key[2:]): value for key, value in values.items()}
-        found = {key: by_image.get((key[0], *key[2:])) for key in keys}
-        return values | {key: value for key, value in found.items() if value is not None}
+        found = {code: by_image.get((keys[code][0], *keys[code][2:])) for code in codes}
+        known = {code: value for code, value in found.items() if value is not None}
+        more = np.array([*known], np.int64), np.array([*known.values()], np.float64)
+        return PairValues(values.numbers, *more).under(values.codes, values.values_of)
 
     quality, latency_s = spread(candidate.quality), spread(candidate.latency_s)
     return replace(candidate, quality=quality, latency_s=latency_s)
@@ -347,9 +435,9 @@ def _harmonic(values: Sequence[float]) -> float:
     return 0.0 if min(values) <= 0.0 else len(values) / sum(1.0 / v for v in values)
 
 
-def _latency(row: Row) -> dict[PairKey, float]:
+def _latency(row: Row, pairs: PairNumbers) -> PairValues:
     known = pick(row.timed, ~np.isnan(seconds(row.timed)))
-    return dict(zip(pair_keys(known), seconds(known).tolist(), strict=True))
+    return PairValues(pairs, pairs.of(known), seconds(known))
 
 
 def _work(row: Row) -> float:

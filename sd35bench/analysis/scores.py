@@ -56,6 +56,14 @@ class Found:
         """What the score of one record says besides its value; one without a score is an error."""
         return self.details[self.codes[number]]
 
+    def has(self, about: Mapping[str, Any], whole: bool = False) -> NDArray[np.bool_]:
+        """Where there is a score whose detail has these entries; `whole`: and no others."""
+        fits = [
+            detail == about if whole else all(detail.get(k) == v for k, v in about.items())
+            for detail in self.details
+        ]
+        return np.array([*fits, False], bool)[self.codes]
+
     def count(self, name: str) -> int:
         """How many have a detail that is true."""
         codes, counts = np.unique(self.codes[self.there], return_counts=True)
@@ -93,6 +101,12 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def refusals(self, metric: str) -> list[ScoreLike]:
+        """The scores of a metric that are 0, or no number."""
+        if self._view is not None:
+            return [*self._view.refusals(metric)]
+        return [score for score in self.get(metric, {}).values() if not score.value]
 
     def found(self, metric: str, records: Some) -> Found:
         """One metric's scores of records, for the images that they have now."""

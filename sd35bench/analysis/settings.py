@@ -23,6 +23,7 @@ from sd35bench.columns import (
     grouped,
     numbered,
     pick,
+    seeds,
 )
 from sd35bench.fields import FIRST_PAIR, asked_fields, pair_identity, setting_identity
 from sd35bench.prompts import same_prompt
@@ -80,6 +81,14 @@ def of_requests(records: Some, name: str, value: Callable[[Request], Any]) -> Nu
     return codes[records.places], found
 
 
+def request_codes(records: Some) -> NDArray[np.int64]:
+    """A number for the request of each record, in the order of appearance: [n]."""
+    if not isinstance(records, Records):
+        return numbered([r.trial.request for r in records])[0]
+    parts = (coded(records, name)[0] for name in ("asked", *_FREE[:3]))
+    return grouped(*parts, seeds(records))[0]
+
+
 def tasks(records: Some) -> Numbered:
     """The task of each record by number into a list of names: [n]."""
     return of_requests(records, "task", lambda request: request.task.value)
@@ -89,6 +98,36 @@ def pair_codes(records: Records) -> tuple[NDArray[np.int64], int]:
     """A number for the pair of each record of a view [n], and how many pairs the view has."""
     codes, keys, _ = _pairs(records.columns)
     return codes[records.places], len(keys)
+
+
+class PairNumbers:
+    """Numbers of the pairs of records of one study, which are told apart by them in columns."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[PairKey, int] = {}
+        self._keys: list[PairKey] = []
+
+    def of(self, records: Some) -> NDArray[np.int64]:
+        """The number of each record's pair: [n]."""
+        if isinstance(records, Records):
+            codes, self._keys, _ = _pairs(records.columns)
+            return codes[records.places]
+        return self.of_keys(pair_keys(records))
+
+    def of_keys(self, keys: Iterable[PairKey]) -> NDArray[np.int64]:
+        """The numbers of pairs, of which those that are new get the next ones: [n]."""
+        found = []
+        for key in keys:
+            number = self._numbers.setdefault(key, len(self._keys))
+            if number == len(self._keys):
+                self._keys.append(key)
+            found.append(number)
+        return np.array(found, np.int64)
+
+    @property
+    def keys(self) -> list[PairKey]:
+        """The pairs by their numbers."""
+        return self._keys
 
 
 def pair_keys(records: Some) -> list[PairKey]:

@@ -284,7 +284,7 @@ class _LoneImages:
     """The same of n images as columns; `started` sorts as their starts do."""
 
     latency_s: Floats
-    session_id: NDArray[np.object_]
+    session_id: NDArray[Any]
     started: NDArray[Any]
 
     def at(self, places: NDArray[Any]) -> "_LoneImages":
@@ -319,8 +319,9 @@ def _row_ratio(above: Row, below: Row) -> Interval | None:
     last[mine], match[theirs] = np.arange(len(mine)), np.arange(len(theirs))
     shared = mine[np.sort(firsts)]
     shared = shared[match[shared] >= 0]
+    # Starts as numbers: they are told apart only, and a text of each image takes longer.
     images = (
-        _LoneImages(seconds(x), texts(x, "session_id"), moments(x)).at(places[shared])
+        _LoneImages(seconds(x), coded(x, "session_id")[0], moments(x)).at(places[shared])
         for x, places in ((one, last), (other, match))
     )
     return _ratio_of(*images) if len(shared) else None
@@ -362,11 +363,11 @@ def _ratio_of(above: _LoneImages, below: _LoneImages) -> Interval:
         return _ratio(centres([x[:, None] for x in counted]), int(alike.sum()), len(counted))
     starts = [side.large_starts() for side in (above, below)]
     firsts = [
-        [(f"{side.session_id[start[0]]}", side.started[start[0]]) for start in found]
+        [(side.session_id[start[0]], side.started[start[0]]) for start in found]
         for side, found in zip((above, below), starts, strict=True)
     ]
     if all(len(side) == 1 for side in starts):
-        kept = {name for side in firsts for name, _ in side}
+        kept = {name for side in firsts for name, _ in side} - {None}
         own = zip(above.session_id.tolist(), below.session_id.tolist(), strict=True)
         paired = logs[[one in kept and other in kept for one, other in own]]
         return _ratio(centres([paired[:, None]]), len(paired), 1)

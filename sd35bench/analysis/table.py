@@ -7,7 +7,7 @@ file that another seed gave in the same setting. One pass over the records, one 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,11 @@ class Row:
     @property
     def quality_batch_size(self) -> int | None:
         """The batch size that made most usable images; on a tie, the larger."""
+        if not self.usable:
+            return None
         found = np.unique(numbers(self.usable, "batch_size"), return_counts=True)
         sizes = zip(*(part.tolist() for part in reversed(found)), strict=True)
-        return int(max(sizes)[1]) if self.usable else None
+        return int(max(sizes)[1])
 
     def quality_records(self) -> Some:
         """Usable records of the batch size that quality figures come from."""
@@ -140,12 +142,15 @@ def read_table(study: Any, pool_hosts: bool = False) -> Table:
     records = study.records()
     images = study.images()
     damaged = {path.name.partition(".")[0]: path for path in images.damaged}
-    rows = _rows(records, sessions)
     found = read_contention(study.all_records(), sessions)
-    for row in rows:
-        _sort_out(row, scores.found(GUARD, row.records), images.whole, damaged)
+    # Looked up once for all: each setting has images of its own, thousands of them.
+    lost = _lost(records, images.whole, damaged)
+    rows = []
+    for row, places in _rows(records, sessions):
+        _sort_out(row, scores.found(GUARD, row.records), lost[places])
         row.clock = choose(row.timed, found)
         row.timed = row.clock.kept
+        rows.append(row)
     named = distinct(records, "image") if damaged else set()
     paths = [p.relative_to(study.path) for digest, p in damaged.items() if digest in named]
     warnings = [*damaged_text(paths), *_warnings(rows)]
@@ -238,15 +243,19 @@ def why_untimed(record: Record) -> str | None:
     return None if alone and record.timings is not None else _BATCHED
 
 
-def whys_untimed(records: Some) -> NDArray[np.object_]:
-    """The same of every record; only the hosted ones are looked at as a whole."""
+def made_alone(records: Some) -> tuple[NDArray[np.bool_], Counter[str]]:
+    """Whether each OK record's time is a latency [n], and why hosted ones are none, counted.
+
+    Only hosted ones are looked at as a whole.
+    """
     alone = (numbers(records, "batch_size") == 1) & (numbers(records, "batch_actual") == 1)
     alone &= ~np.isnan(numbers(records, "generate_s"))
-    found = np.full(len(alone), _BATCHED, object)
-    found[alone] = None
+    whys: Counter[str] = Counter()
     for number in np.flatnonzero(has(records, "remote")).tolist():
-        found[number] = why_untimed(records[number])
-    return found
+        why = why_untimed(records[number])
+        alone[number] = why is None
+        whys.update([] if why is None else [why])
+    return alone, whys
 
 
 def ambiguous_text(count: int) -> str:
@@ -264,8 +273,8 @@ def repeated_seeds(records: Some) -> set[str]:
     return {known[code] for code, members in found.items() if len(members) > 1}
 
 
-def _rows(records: Some, sessions: Mapping[str, Session]) -> list[Row]:
-    """Group records; those whose worker died before it described itself go to the first row."""
+def _rows(records: Some, sessions: Mapping[str, Session]) -> Iterator[tuple[Row, Places]]:
+    """Group records, with their places; those whose worker died nameless go to the first row."""
     settings, _ = setting_codes(records)
     started, names = coded(records, "session_id")
     environments: dict[str | None, int] = {None: 0}
@@ -284,10 +293,9 @@ def _rows(records: Some, sessions: Mapping[str, Session]) -> list[Row]:
         key = first.get(setting, (setting, 0))
         groups[key] = np.concatenate([groups.get(key, members[:0]), members])
     ids = [*environments]
-    return [
-        Row(setting_fields(records[int(members[0])]), ids[key[1]], pick(records, members))
-        for key, members in groups.items()
-    ]
+    for key, members in groups.items():
+        setting = setting_fields(records[int(members[0])])
+        yield Row(setting, ids[key[1]], pick(records, members)), members
 
 
 def _split_of(places: Places, *codes: Places) -> list[Places]:
@@ -297,31 +305,34 @@ def _split_of(places: Places, *codes: Places) -> list[Places]:
     return [places[part] for part in split(grouped(*(c[places] for c in codes))[0])]
 
 
-def is_none(values: NDArray[np.object_]) -> NDArray[np.bool_]:
-    """Where an array of objects holds ``None``: [n]."""
-    return np.array([value is None for value in values.tolist()], bool)
+_WHOLE, _MISSING, _DAMAGED = range(3)
 
 
-def _sort_out(row: Row, guards: Found, whole: Container[str], damaged: Container[str]) -> None:
+def _lost(records: Some, whole: Container[str], damaged: Collection[str]) -> NDArray[np.int8]:
+    """Whether each record's image is whole, missing or damaged: [n]."""
+    gone = ~among(records, "image", whole)
+    hurt = gone & among(records, "image", damaged) if damaged else np.zeros(len(gone), bool)
+    return np.where(hurt, _DAMAGED, np.where(gone, _MISSING, _WHOLE)).astype(np.int8)
+
+
+def _sort_out(row: Row, guards: Found, lost: NDArray[np.int8]) -> None:
     """Fill in which of a row's records are timed, usable or excluded."""
     images, _ = coded(row.records, "image")
     made = np.flatnonzero(is_text(row.records, "status", Status.OK) & (images >= 0))
-    ok = pick(row.records, made)
+    ok, lost = pick(row.records, made), lost[made]
     refused = (guards.there & ~(guards.values > 0.0))[made]
-    reasons = np.full(len(made), None, object)
-    reasons[refused] = [str(guards.detail(i).get("reason")) for i in made[refused].tolist()]
     repeated = repeated_seeds(ok)
-    if repeated:
-        reasons[among(ok, "image", repeated) & ~refused] = REPEATED
-    gone, hurt = ~among(ok, "image", whole), among(ok, "image", damaged)
-    gone &= is_none(reasons) | hurt
-    reasons[gone] = np.where(hurt, DAMAGED, MISSING)[gone]
-    usable = is_none(reasons)
-    row.excluded.update(reasons[~usable].tolist())
+    again = among(ok, "image", repeated) if repeated else np.zeros(len(made), bool)
     # A file that is gone and an ignored seed say nothing against the time that was measured.
-    whys = whys_untimed(ok)
-    timed = is_none(whys)
-    row.untimed.update(whys[~timed & has(ok, "remote")].tolist())
+    gone = (lost == _DAMAGED) | ((lost == _MISSING) & ~refused & ~again)
+    usable = ~(refused | again | gone)
+    for i in np.flatnonzero(~usable).tolist():
+        if gone[i]:
+            why = DAMAGED if lost[i] == _DAMAGED else MISSING
+        else:
+            why = str(guards.detail(int(made[i])).get("reason")) if refused[i] else REPEATED
+        row.excluded[why] += 1
+    timed, row.untimed = made_alone(ok)
     row.usable, row.timed = pick(ok, usable), pick(ok, timed & (~refused | gone))
 
 

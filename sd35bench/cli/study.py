@@ -366,15 +366,18 @@ def score_missing(
 
     Returns: what `score_study` does; at least ``{"refused": {metric: why}}``.
     """
-    from sd35bench.config.overrides import metric_options
     from sd35bench.scored import keep_scored, read_scored
+
+    # Asked before Hydra is loaded for options, which takes half a second.
+    unasked = names is None and not overrides and extra is None
+    known = read_scored(study) if unasked and not anew else None
+    if known is not None:
+        return known
+    from sd35bench.config.overrides import metric_options
 
     options = metric_options(overrides, extra)
     defaults = names is None and not options
-    known = read_scored(study) if defaults and not anew else None
-    if known is not None:
-        return known
-    if not study.done_keys():
+    if not study.has_image():
         return {"refused": {}, "damaged": []}
     from sd35bench.score import score_study
 

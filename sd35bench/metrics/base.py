@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench import plugins
+from sd35bench.columns import Some, kinds
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.types import Record, Task
 
@@ -277,10 +278,22 @@ def is_nano(model: str) -> bool:
     return model == "nano" or model.startswith("nano-")
 
 
-def judges(metric: Metric, record: Record) -> bool:
-    """Whether a metric has anything to say about a record: quality of random weights is none."""
-    random = record.trial.load.model.weights == "random"
-    return metric.applies(record) and not (metric.quality and random)
+def is_own(metric: Metric) -> bool:
+    """Whether a metric is of this package, whose metrics ask the same of records of one kind."""
+    return type(metric).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def judged(metric: Metric, records: Some) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which records a metric applies to, and of which of these it has anything to say: [n] each.
+
+    Quality of random weights is none. Our own metrics are asked of one record of each kind, others
+    of every record.
+    """
+    codes, unlike = kinds(records) if is_own(metric) else (np.arange(len(records)), [*records])
+    fit = np.array([metric.applies(r) for r in unlike], bool)
+    random = np.array([r.trial.load.model.weights == "random" for r in unlike], bool)
+    useful = fit & ~random if metric.quality else fit
+    return fit[codes], useful[codes]
 
 
 def require_uint8_rgb(images: Sequence[Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sd35bench.analysis.settings import known_digest
+from sd35bench.columns import Some, kinds
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import (
     FeatureMetric,
@@ -17,7 +18,7 @@ from sd35bench.metrics.base import (
     SetMetric,
     default_metrics,
     is_nano,
-    judges,
+    judged,
     known_families,
     load_metric,
     maker,
@@ -45,7 +46,7 @@ class Selection:
 
 
 def select_metrics(
-    asked: Sequence[str | Metric] | None, records: Sequence[Record], options: Options
+    asked: Sequence[str | Metric] | None, records: Some, options: Options
 ) -> Selection:
     """Load the metrics for these records; ``asked=None`` means the defaults.
 
@@ -55,7 +56,7 @@ def select_metrics(
     if asked is None:
         chosen, refused = _defaults(records, options)
     else:
-        only_nano = bool(records) and all(is_nano(maker(r)) for r in records)
+        only_nano = bool(records) and all(is_nano(maker(r)) for r in kinds(records)[1])
         chosen = [m if isinstance(m, Metric) else _load(m, options, only_nano) for m in asked]
         refused = {}
     selection = Selection(refused=refused)
@@ -64,34 +65,31 @@ def select_metrics(
     return selection
 
 
-def _admit(
-    metric: Metric, records: Sequence[Record], selection: Selection, *, by_name: bool
-) -> None:
+def _admit(metric: Metric, records: Some, selection: Selection, *, by_name: bool) -> None:
     """Take a metric in if there is something for it to judge."""
     if isinstance(metric, PairMetric):
-        fit = list(metric.pairing(records))
-        judged = len(fit)
+        fit = count = len(metric.pairing(records))
     else:
-        fit = [r for r in records if metric.applies(r)]
-        judged = sum(judges(metric, r) for r in fit)
+        fit, count = (int(part.sum()) for part in judged(metric, records))
     if not fit:
         why = f"applies to no image of this study: {metric.remedy}"
         selection.refused[metric.name] = why
         return
-    if judged:
+    if count:
         selection.metrics.append(metric)
     elif by_name:
         raise MetricError(f"{metric.name}: the images of this study were {RANDOM_WEIGHTS}")
-    if judged < len(fit):
-        selection.refused[metric.name] = f"{len(fit) - judged} images {RANDOM_WEIGHTS}"
+    if count < fit:
+        selection.refused[metric.name] = f"{fit - count} images {RANDOM_WEIGHTS}"
 
 
-def _defaults(records: Sequence[Record], options: Options) -> tuple[list[Metric], dict[str, str]]:
+def _defaults(records: Some, options: Options) -> tuple[list[Metric], dict[str, str]]:
     """Load the defaults of each model and task; note those that cannot be had."""
     refused: dict[str, str] = {}
     names: dict[str, None] = {}
+    _, unlike = kinds(records)
     pairs = {
-        (maker(r), r.trial.request.task, r.trial.load.model.weights == "random") for r in records
+        (maker(r), r.trial.request.task, r.trial.load.model.weights == "random") for r in unlike
     }
     for model, task, random in sorted(pairs):
         for name in default_metrics(model, task):
@@ -110,7 +108,7 @@ def _defaults(records: Sequence[Record], options: Options) -> tuple[list[Metric]
             refused[name] = str(exc)
         else:
             found.append(metric)
-    if _has_contestants(records, options):
+    if _has_contestants(unlike, options):
         found.append(_load("drift", options, False))
     return found, refused
 

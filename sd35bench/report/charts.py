@@ -9,7 +9,7 @@ import numpy as np
 
 from sd35bench import words
 from sd35bench.analysis.facts import facts
-from sd35bench.analysis.table import is_none, whys_untimed
+from sd35bench.analysis.table import made_alone
 from sd35bench.columns import Some, is_text, seconds
 from sd35bench.report.bars import (
     STAGES,
@@ -355,9 +355,9 @@ def throughput_figures(rows: Sequence[Row]) -> list[Figure]:
 
 
 def _latencies(records: Some) -> tuple[float, ...]:
-    why = is_none(whys_untimed(records))
+    alone, _ = made_alone(records)
     taken = seconds(records)
-    known = why & is_text(records, "status", Status.OK) & ~np.isnan(taken)
+    known = alone & is_text(records, "status", Status.OK) & ~np.isnan(taken)
     return tuple(taken[known].tolist())
 
 

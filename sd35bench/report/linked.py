@@ -1,7 +1,8 @@
 """Pages that show every image of a study from its file: no script, 200 images each.
 
 They stand beside a report with links (`report --images link`) and are what it points to for the
-images beyond its own list. A page costs no more than its text: browsers load what is scrolled to.
+images beyond its own list. An image that several settings made alike is shown once, under the names
+of all. A page costs no more than its text: browsers load what is scrolled to.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from sd35bench.analysis.settings import PairKey
 from sd35bench.analysis.table import by_host
 from sd35bench.columns import Some, texts
 from sd35bench.disk import write_atomic
@@ -25,7 +25,7 @@ IMAGES_A_PAGE = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """One prompt and seed: (setting, address of its image) of all settings; "" where it is gone."""
+    """One prompt and seed: (settings, address of their image) of each; "" where it is gone."""
 
     prompt: str
     seed: str
@@ -57,24 +57,24 @@ def write_pages(study: Study, rows: Sequence[Row], folder: Path) -> int:
 
 def _groups(study: Study, rows: Sequence[Row], matched: Mapping[str, Some]) -> Iterator[Group]:
     """Prompt by prompt, every setting's image."""
-    images = {row_id: texts(records, "image") for row_id, records in matched.items()}
-    extra = varying_fields(rows)
-    names = {r.id: r.name(extra) for r in rows}
+    files, extra = study.stored_names("images"), varying_fields(rows)
+    names = [row.name(extra) for row in rows]
     cells = cells_of(rows, matched)
-    for pair in sorted(cells, key=repr):
-        found = [(names[i], _address(study, images[i][n])) for i, n in cells[pair].items()]
-        yield Group(prompt=pair[0], seed=_seed(pair), images=tuple(found))
+    images = cells.taken([texts(matched.get(row.id, []), "image") for row in rows]).tolist()
+    settings = [names[place] for place in cells.row.tolist()]
+    starts = cells.starts.tolist()
+    for i in sorted(range(len(cells.pairs)), key=lambda i: repr(cells.pairs[i])):
+        by_image: dict[str, list[str]] = {}
+        for k in range(starts[i], starts[i + 1]):
+            file = files.get(images[k] or "", "")
+            by_image.setdefault(file, []).append(settings[k])
+        found = ((" · ".join(made), _address(file)) for file, made in by_image.items())
+        pair = cells.pairs[i]
+        yield Group(prompt=pair[0], seed=str(pair[2]), images=tuple(found))
 
 
-def _seed(pair: PairKey) -> str:
-    return str(pair[2])
-
-
-def _address(study: Study, digest: str | None) -> str:
-    path = None if digest is None else study.find_stored("images", digest)
-    if path is None or not path.is_file():
-        return ""
-    return f"../../images/{path.parent.name}/{path.name}"
+def _address(file: str) -> str:
+    return f"../../images/{file[:2]}/{file}" if file else ""
 
 
 def _pages(groups: Iterator[Group]) -> Iterator[list[Group]]:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from sd35bench import words
-from sd35bench.analysis.settings import PairKey, pair_keys
+from sd35bench.analysis.settings import PairKey, PairNumbers, tasks
 from sd35bench.analysis.table import GUARD
-from sd35bench.columns import Some, is_text, numbers, texts
+from sd35bench.columns import Some, is_text, numbers, ref_codes, texts
 from sd35bench.errors import StoreError
 from sd35bench.fields import label
 from sd35bench.latest import Scores
@@ -35,7 +36,7 @@ from sd35bench.report.rows import (
     setting_text,
 )
 from sd35bench.store import Study
-from sd35bench.types import Record, Score, Status
+from sd35bench.types import Record, Score, Status, Task
 
 MAX_TILES = 960
 MAX_BYTES = 12_000_000
@@ -62,6 +63,37 @@ class Wanted:
     share: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Which image each setting has of each pair, as columns [n] in the order of pairs, then rows.
+
+    `starts` [P + 1] says where each pair's cells begin; `row` is the place of the setting among
+    `ids`, `number` the record's among the setting's own.
+    """
+
+    pairs: list[PairKey]
+    ids: list[str]
+    starts: NDArray[np.int64]
+    row: NDArray[np.int64]
+    number: NDArray[np.int64]
+
+    def of(self, pair: int) -> dict[str, int]:
+        """Row id → which of its records."""
+        part = slice(self.starts[pair], self.starts[pair + 1])
+        places = zip(self.row[part].tolist(), self.number[part].tolist(), strict=True)
+        return {self.ids[row]: number for row, number in places}
+
+    def sizes(self) -> NDArray[np.int64]:
+        """How many settings have each pair: [P]."""
+        return np.diff(self.starts)
+
+    def taken(self, columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """A field of each cell's record, of the field of each setting's records."""
+        edges = np.concatenate([[0], np.cumsum([len(column) for column in columns])])
+        everything = np.concatenate(columns) if columns else np.empty(0, object)
+        return everything[edges[self.row] + self.number]
+
+
 def build_wall(
     study: Study,
     rows: Sequence[Row],
@@ -76,14 +108,14 @@ def build_wall(
     shown = list(rows) if wanted.link else _choose_rows(rows, wanted.rows)
     cells = cells_of(shown, matched)
     wall = _Wall(study, matched, wanted.link, wanted.share)
-    pairs = choose_pairs({pair: wall.first(by_row) for pair, by_row in cells.items()})
-    for count, pair in enumerate(pairs):
-        if count and wall.is_full(len(cells[pair])):
+    sizes = cells.sizes().tolist()
+    for count, pair in enumerate(choose_pairs(cells, matched)):
+        if count and wall.is_full(sizes[pair]):
             break
-        wall.add_pair(pair, cells[pair])
+        wall.add_pair(pair, cells.of(pair))
     _add_extremes(wall, wanted, cells)
     lower = wall.add_scores()
-    counts = Counter(row_id for by_row in cells.values() for row_id in by_row)
+    counts = np.bincount(cells.row, minlength=len(shown)).tolist()
     ids = {r.id for r in shown}
     others = [r for r in rows if r.id not in ids]
     refer(wall.prompts)
@@ -95,9 +127,9 @@ def build_wall(
         "images": wall.images,
         "base": LINKED if wanted.link else "",
         "lower": lower,
-        "note": _note(wall, rows, shown, cells, pairs),
-        "counts": counts,
-        "left_out": counts.total() - len(wall.tiles) + sum(r.n for r in others),
+        "note": _note(wall, rows, shown, cells),
+        "counts": {r.id: count for r, count in zip(shown, counts, strict=True) if count},
+        "left_out": sum(counts) - len(wall.tiles) + sum(r.n for r in others),
     }
 
 
@@ -105,23 +137,21 @@ LINKED = "../images/"
 """Where a linked page finds the study's images."""
 
 
-def _add_extremes(
-    wall: "_Wall", wanted: Wanted, cells: Mapping[PairKey, Mapping[str, int]]
-) -> None:
+def _add_extremes(wall: "_Wall", wanted: Wanted, cells: Cells) -> None:
     """Add the best and the worst images of the chosen settings, beside what those are held against.
 
     They are few, and the first that a person asks for.
     """
-    by_row: dict[str, dict[str, PairKey]] = {row_id: {} for row_id in wanted.rows}
-    for pair, members in cells.items():
-        for row_id in by_row.keys() & members.keys():
-            by_row[row_id][str(wall.of(row_id, "key")[members[row_id]])] = pair
-    for row_id, pair_of in by_row.items():
+    of_cells = np.repeat(np.arange(len(cells.pairs)), cells.sizes())
+    for row_id in dict.fromkeys(i for i in wanted.rows if i in cells.ids and i in wall.matched):
+        mine = np.flatnonzero(cells.row == cells.ids.index(row_id))
+        keys = wall.of(row_id, "key")[cells.number[mine]].tolist()
+        pair_of = dict(zip(keys, of_cells[mine].tolist(), strict=True))
         ranked = _ranked(wall.study, set(pair_of))
         for key in dict.fromkeys((*ranked[:EXTREMES], *ranked[-EXTREMES:])):
-            pair = pair_of[key]
-            ids = {row_id, wanted.beside.get(row_id, row_id)} & cells[pair].keys()
-            wall.add_pair(pair, {i: cells[pair][i] for i in sorted(ids)})
+            by_row = cells.of(pair_of[key])
+            ids = {row_id, wanted.beside.get(row_id, row_id)} & by_row.keys()
+            wall.add_pair(pair_of[key], {i: by_row[i] for i in sorted(ids)})
 
 
 EXTREMES = 2
@@ -141,25 +171,37 @@ def _ranked(study: Study, keys: set[str]) -> list[str]:
     return sorted(found[metric], key=lambda key: (sign * found[metric][key], key))
 
 
-def choose_pairs(cells: Mapping[PairKey, Record]) -> list[PairKey]:
+def choose_pairs(cells: Cells, matched: Mapping[str, Some]) -> list[int]:
     """All pairs in the order in which they enter the wall: balanced by task and level, seeded."""
-    groups: dict[tuple[Any, ...], dict[Any, list[PairKey]]] = defaultdict(lambda: defaultdict(list))
-    for pair in sorted(cells, key=repr):
-        record = cells[pair]
-        level = record.trial.prompt.level or ""
-        groups[record.trial.request.task, level][pair[0], pair[1], pair[5]].append(pair)
+    groups: dict[tuple[Any, ...], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
+    kinds = _kinds(cells, matched)
+    for place in sorted(range(len(cells.pairs)), key=lambda i: repr(cells.pairs[i])):
+        pair = cells.pairs[place]
+        groups[kinds[place]][pair[0], pair[1], pair[5]].append(place)
     queues = []
     for group in sorted(groups, key=repr):
-        prompts = sorted(groups[group].values(), key=repr)
+        prompts = sorted(
+            groups[group].values(), key=lambda own: repr([cells.pairs[i] for i in own])
+        )
         random.Random(f"wall {group}").shuffle(prompts)
         first = [p for seeds in prompts for p in seeds[:_SEEDS_FIRST]]
         queues.append(first + [p for seeds in prompts for p in seeds[_SEEDS_FIRST:]])
     return _round_robin(queues, _SEEDS_FIRST)
 
 
-def _round_robin(queues: Sequence[list[PairKey]], hand: int) -> list[PairKey]:
+def _kinds(cells: Cells, matched: Mapping[str, Some]) -> list[tuple[Any, str]]:
+    """Task and level of each pair, as the first of its settings has them."""
+    parts = [matched.get(row_id, []) for row_id in cells.ids]
+    found = []
+    for read in (tasks, lambda records: ref_codes(records, "level")):
+        columns = (values[codes] for codes, values in map(read, parts))
+        found.append(cells.taken([*columns])[cells.starts[:-1]].tolist())
+    return [(Task(task), level or "") for task, level in zip(*found, strict=True)]
+
+
+def _round_robin(queues: Sequence[list[int]], hand: int) -> list[int]:
     """Deal `hand` items from each queue in turn until all are empty."""
-    dealt: list[PairKey] = []
+    dealt: list[int] = []
     for start in range(0, max((len(q) for q in queues), default=0), hand):
         for queue in queues:
             dealt += queue[start : start + hand]
@@ -176,21 +218,37 @@ def _choose_rows(rows: Sequence[Row], preferred: Sequence[str]) -> list[Row]:
     return [r for r in rows if r.id in keep]
 
 
-def cells_of(rows: Sequence[Row], matched: Mapping[str, Some]) -> dict[PairKey, dict[str, int]]:
-    """Pair → row id → which of its records: the one that quality was read from, of several."""
-    cells: dict[PairKey, dict[str, int]] = defaultdict(dict)
-    for row in rows:
-        records = matched.get(row.id, [])
-        scored = is_text(records, "status", Status.OK)
-        if row.quality_batch_size is not None:
-            scored &= numbers(records, "batch_size") == row.quality_batch_size
-        else:
-            scored[:] = False
-        found = zip(pair_keys(records), scored.tolist(), strict=True)
-        for number, (pair, is_scored) in enumerate(found):
-            if is_scored or row.id not in cells[pair]:
-                cells[pair][row.id] = number
-    return dict(cells)
+def cells_of(rows: Sequence[Row], matched: Mapping[str, Some]) -> Cells:
+    """Of several records of a pair, the one that quality was read from."""
+    parts = [matched.get(row.id, []) for row in rows]
+    numbered = PairNumbers()
+    codes = [numbered.of(part) for part in parts]
+    keys = numbered.keys
+    found = [_chosen(*each) for each in zip(rows, parts, codes, strict=True)]
+    row = np.repeat(np.arange(len(rows)), np.array([len(number) for number in found], np.int64))
+    number = np.concatenate([*found, np.empty(0, np.int64)])
+    pair = np.concatenate([c[n] for c, n in zip(codes, found, strict=True)] or [number])
+    used = np.flatnonzero(np.bincount(pair, minlength=len(keys)))
+    order = np.argsort(pair, kind="stable")
+    counts = np.bincount(pair, minlength=len(keys))[used]
+    return Cells(
+        pairs=[keys[i] for i in used.tolist()],
+        ids=[r.id for r in rows],
+        starts=np.concatenate([[0], np.cumsum(counts)]),
+        row=row[order],
+        number=number[order],
+    )
+
+
+def _chosen(row: Row, records: Some, codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of the record that stands for each pair: the last scored, else the first."""
+    scored = is_text(records, "status", Status.OK)
+    scored &= numbers(records, "batch_size") == (row.quality_batch_size or -1)
+    judged = np.flatnonzero(scored)[::-1]
+    pairs, found = np.unique(codes, return_index=True)
+    better, last = np.unique(codes[judged], return_index=True)
+    found[np.searchsorted(pairs, better)] = judged[last]
+    return found
 
 
 @dataclass
@@ -205,11 +263,11 @@ class _Wall:
     prompts: list[dict[str, Any]] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     size: int = 0
-    pairs: set[PairKey] = field(default_factory=set)
+    pairs: set[int] = field(default_factory=set)
     _prompt_ids: dict[Any, int] = field(default_factory=dict)
     _image_ids: dict[str, int | None] = field(default_factory=dict)
     _columns: dict[tuple[str, str], Any] = field(default_factory=dict)
-    _up: set[tuple[PairKey, str]] = field(default_factory=set)
+    _up: set[tuple[int, str]] = field(default_factory=set)
 
     def is_full(self, more: int) -> bool:
         """Whether so many tiles more are too many."""
@@ -228,7 +286,7 @@ class _Wall:
         row_id, number = next(iter(by_row.items()))
         return self.matched[row_id][number]
 
-    def add_pair(self, pair: PairKey, by_row: Mapping[str, int]) -> None:
+    def add_pair(self, pair: int, by_row: Mapping[str, int]) -> None:
         """Add a pair in these settings, but for those in which it is there."""
         new = {i: n for i, n in by_row.items() if (pair, i) not in self._up}
         if not new:
@@ -475,16 +533,14 @@ def _note(
     wall: _Wall,
     rows: Sequence[Row],
     shown: Sequence[Row],
-    cells: Mapping[PairKey, Mapping[str, int]],
-    pairs: Sequence[PairKey],
+    cells: Cells,
 ) -> str:
     """What is on the wall and what was left out."""
-    total = sum(len(by_row) for by_row in cells.values())
     text = f"{words.count(len(wall.tiles))} images of {len(wall.pairs)} prompt–seed pairs"
-    if len(wall.pairs) < len(pairs):
+    if len(wall.pairs) < len(cells.pairs):
         text += (
-            f", a seeded choice balanced over difficulty, out of {words.count(total)} images of"
-            f" {words.count(len(pairs))} pairs"
+            f", a seeded choice balanced over difficulty, out of {words.count(len(cells.row))}"
+            f" images of {words.count(len(cells.pairs))} pairs"
         )
     if len(shown) < len(rows):
         text += (

@@ -292,15 +292,38 @@ def test_100_000_images_are_filtered_without_an_element_each(
     path = tmp_path / "large.html"
     path.write_text(render_report(replace(document, wall=wall)), encoding="utf-8")
     page = open_report(path)
+
+    def counted() -> tuple[str, int]:
+        """What is shown, and how many of the rows were read for it."""
+        wall = page.locator("#wall")
+        return page.locator("#count").inner_text(), int(f"{wall.get_attribute('data-read')}")
+
+    prompts = "prompt 1 of 1000, seed 0"
+    assert counted() == (prompts, 100)  # the rows of one prompt
     show(page, "wall")
-    assert page.locator("#count").inner_text() == "1000 images"
-    page.select_option("#f-setting", "")
-    assert page.locator("#count").inner_text() == "100000 images"
+    assert counted() == ("1000 images", 0)
+    page.select_option("#f-order", "best")
+    assert counted() == ("1000 images", 1000)
+    page.select_option("#f-order", "")
+    page.select_option("#f-seed", "0")  # which all have
+    assert counted() == ("1000 images", 0)
     page.fill("#f-search", "number 77")
-    assert page.locator("#count").inner_text() == "1900 images"
+    assert counted() == ("19 images", 1000)
+    page.select_option("#f-setting", "")
+    assert counted() == ("1900 images", 1900)
     page.select_option("#f-order", "worst")
+    assert counted() == ("1900 images", 2 * 1900)
+    page.fill("#f-search", "")
+    assert counted()[0] == "100000 images"
+    page.select_option("#f-order", "")
+    assert counted() == ("100000 images", 0)
+    page.select_option("#f-prompt", "p7")
+    assert counted() == ("100 images", 0)
     assert tiles(page) == 60
     assert page.locator("#wall *").count() < 60 * 12
+    show(page, "compare")
+    page.select_option("#f-prompt", "")
+    assert counted() == ("1000 pairs", 0)
 
 
 @pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 400])

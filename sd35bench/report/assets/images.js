@@ -1,6 +1,7 @@
 // The images: a grid over two fields, a wall, a comparison, and a viewer. Tiles are columns of
-// numbers, so a filter is one loop over them; only what is shown becomes elements. What is shown
-// is in the address, after "#". Data reaches the page as text nodes only.
+// numbers with an index by setting, prompt and seed, so a filter reads the rows of its rarest value
+// alone; only what is shown becomes elements. What is shown is in the address, after "#". Data
+// reaches the page as text nodes only.
 
 const dataElement = document.getElementById("wall-data");
 if (dataElement) startImages(JSON.parse(dataElement.textContent));
@@ -65,7 +66,7 @@ function startImages(data) {
   // Of very many prompts those that the search finds are listed, and of these the first.
   function fillPrompts() {
     const kept = controls.prompt.value;
-    const found = promptMask();
+    const { found } = searched();
     const shown = [];
     let more = 0;
     for (let i = 0; i < prompts.length; i += 1) {
@@ -143,63 +144,113 @@ function startImages(data) {
 
   const texts = prompts.map((p) => [p.text, ...ownColumns(p)].join(" ").toLowerCase());
 
-  function promptMask() {
-    const words = controls.search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  // Rows of each value of a column, one value after the other, each in order.
+  function indexed(values, kinds) {
+    const starts = new Int32Array(kinds + 1);
+    for (let i = 0; i < count; i += 1) starts[values[i] + 1] += 1;
+    for (let k = 0; k < kinds; k += 1) starts[k + 1] += starts[k];
+    const [next, rows] = [starts.slice(), new Int32Array(count)];
+    for (let i = 0; i < count; i += 1) rows[next[values[i]]++] = i;
+    return (k) => rows.subarray(starts[k], starts[k + 1]);
+  }
+
+  const rowsOf = {
+    setting: indexed(columns.setting, settings.length),
+    prompt: indexed(columns.prompt, prompts.length),
+    seed: indexed(columns.seed, seeds.length),
+  };
+  let read = 0; // rows that were looked at since the last drawing: what a filter costs
+
+  let search = { text: "", found: new Uint8Array(prompts.length).fill(1), rows: count };
+
+  // Which prompts have the words that were searched, and how many rows these have.
+  function searched() {
+    const text = controls.search.value.toLowerCase();
+    if (text === search.text) return search;
+    const words = text.split(/\s+/).filter(Boolean);
     const found = new Uint8Array(prompts.length);
+    let rows = 0;
     for (let i = 0; i < found.length; i += 1) {
       found[i] = words.every((word) => texts[i].includes(word)) ? 1 : 0;
+      if (found[i]) rows += rowsOf.prompt(i).length;
     }
+    search = { text, found, rows };
+    return search;
+  }
+
+  function rowsSearched({ found, rows }) {
+    const kept = new Int32Array(rows);
+    let size = 0;
+    for (let i = 0; i < found.length; i += 1) {
+      if (!found[i]) continue;
+      const own = rowsOf.prompt(i);
+      kept.set(own, size);
+      size += own.length;
+    }
+    read += rows;
+    return kept.sort();
+  }
+
+  // Rows by the first score. A key is the score as 31 bits over the row's number as 20: numbers
+  // sort ten times as fast as a comparison function does.
+  function ordered(rows, order) {
+    if (!order || !scored.length) return rows;
+    const { values, sign } = scored[0];
+    const known = rows.filter((i) => !Number.isNaN(values[i]));
+    let [low, high] = [Infinity, -Infinity];
+    for (const i of known) {
+      if (values[i] < low) low = values[i];
+      if (values[i] > high) high = values[i];
+    }
+    const rising = (order === "best") === sign > 0;
+    const scale = 2 ** 31 / (high - low || 1);
+    const keys = new Float64Array(known.length);
+    for (let k = 0; k < keys.length; k += 1) {
+      const value = values[known[k]];
+      keys[k] = Math.round((rising ? value - low : high - value) * scale) * 2 ** 20 + known[k];
+    }
+    keys.sort();
+    read += rows.length;
+    const found = new Int32Array(rows.length);
+    for (let k = 0; k < keys.length; k += 1) found[k] = keys[k] % 2 ** 20;
+    found.set(rows.filter((i) => Number.isNaN(values[i])), known.length);
     return found;
   }
 
-  const ranked = new Map();
-
-  // All rows in an order; sorted once, filtered often. A key is the score as 31 bits over the row's
-  // number as 20: numbers sort ten times as fast as a comparison function does.
-  function inOrder(order) {
-    if (!ranked.has(order)) {
-      const rows = Int32Array.from({ length: count }, (_, i) => i);
-      if (order && scored.length) {
-        const { values, sign } = scored[0];
-        const known = rows.filter((i) => !Number.isNaN(values[i]));
-        const unknown = rows.filter((i) => Number.isNaN(values[i]));
-        let [low, high] = [Infinity, -Infinity];
-        for (const i of known) {
-          if (values[i] < low) low = values[i];
-          if (values[i] > high) high = values[i];
-        }
-        const rising = (order === "best") === sign > 0;
-        const scale = 2 ** 31 / (high - low || 1);
-        const keys = new Float64Array(known.length);
-        for (let k = 0; k < keys.length; k += 1) {
-          const value = values[known[k]];
-          keys[k] = Math.round((rising ? value - low : high - value) * scale) * 2 ** 20 + known[k];
-        }
-        keys.sort();
-        for (let k = 0; k < keys.length; k += 1) rows[k] = keys[k] % 2 ** 20;
-        rows.set(unknown, known.length);
-      }
-      ranked.set(order, rows);
-    }
-    return ranked.get(order);
-  }
-
-  // Rows that the filters leave, of one setting where `setting` is one.
+  // Rows that the filters leave, of one setting where `setting` is one: those of the value, or of
+  // the words, that has the fewest, without those that another filter takes away.
   function select(setting) {
-    const found = promptMask();
-    const chosen = controls.prompt.value;
-    const prompt = chosen === "" ? -1 : promptOf.get(chosen);
-    const seed = controls.seed.value === "" ? -1 : seeds.indexOf(controls.seed.value);
-    const kept = new Int32Array(count);
-    let size = 0;
-    for (const i of inOrder(controls.order.value)) {
-      if (setting >= 0 && columns.setting[i] !== setting) continue;
-      if (prompt >= 0 && columns.prompt[i] !== prompt) continue;
-      if (seed >= 0 && columns.seed[i] !== seed) continue;
-      if (found[columns.prompt[i]]) kept[size++] = i;
+    const words = searched();
+    const chosen = { setting, prompt: -1, seed: -1 };
+    if (controls.prompt.value !== "") chosen.prompt = promptOf.get(controls.prompt.value);
+    if (controls.seed.value !== "") chosen.seed = seeds.indexOf(controls.seed.value);
+    const filters = Object.entries(chosen)
+      .filter(([, value]) => value >= 0)
+      .map(([name, value]) => {
+        const rows = rowsOf[name](value);
+        return { size: rows.length, rows: () => rows, keeps: (i) => columns[name][i] === value };
+      });
+    const keeps = (i) => words.found[columns.prompt[i]] === 1;
+    filters.push({ size: words.rows, rows: () => rowsSearched(words), keeps });
+    const told = filters.filter((f) => f.size < count).sort((a, b) => a.size - b.size);
+    if (!told.length) return all(controls.order.value);
+    let rows = told[0].rows();
+    for (const { keeps } of told.slice(1)) {
+      read += rows.length;
+      rows = rows.filter(keeps);
     }
-    return kept.subarray(0, size);
+    return ordered(rows, controls.order.value);
   }
+
+  const orders = new Map();
+
+  // All rows in an order, which is found once.
+  function all(order) {
+    if (!orders.has(order)) orders.set(order, ordered(everyRow(), order));
+    return orders.get(order);
+  }
+
+  const everyRow = () => Int32Array.from({ length: count }, (_, i) => i);
 
   const pairKey = (i) => columns.prompt[i] * seeds.length + columns.seed[i];
 
@@ -215,10 +266,9 @@ function startImages(data) {
 
   function partner(i, id) {
     const setting = settingOf.get(id);
-    for (let j = 0; j < count; j += 1) {
-      if (columns.setting[j] === setting && pairKey(j) === pairKey(i)) return j;
-    }
-    return -1;
+    const same = (j) => columns.setting[j] === setting && columns.seed[j] === columns.seed[i];
+    const found = rowsOf.prompt(columns.prompt[i]).find(same);
+    return found === undefined ? -1 : found;
   }
 
   // Pieces ------------------------------------------------------------------------------------
@@ -365,13 +415,32 @@ function startImages(data) {
     );
   }
 
-  function gridPrompts(kept) {
-    const found = promptMask();
+  let reached = { by: "", there: null };
+
+  // Which prompts some of these settings have a row of; looked for once for the same settings.
+  function reachedBy(kept) {
+    const by = kept.map(Number).join("");
+    if (by === reached.by) return reached.there;
     const there = new Uint8Array(prompts.length);
-    for (let i = 0; i < count; i += 1) {
-      if (kept[columns.setting[i]] && found[columns.prompt[i]]) there[columns.prompt[i]] = 1;
+    if (kept.every(Boolean)) {
+      for (let i = 0; i < there.length; i += 1) there[i] = rowsOf.prompt(i).length ? 1 : 0;
+    } else {
+      kept.forEach((on, setting) => {
+        if (!on) return;
+        const rows = rowsOf.setting(setting);
+        read += rows.length;
+        for (const i of rows) there[columns.prompt[i]] = 1;
+      });
     }
-    return prompts.map((_, i) => i).filter((i) => there[i]);
+    reached = { by, there };
+    return there;
+  }
+
+  function gridPrompts(kept) {
+    const [{ found }, there] = [searched(), reachedBy(kept)];
+    const shown = [];
+    for (let i = 0; i < there.length; i += 1) if (there[i] && found[i]) shown.push(i);
+    return shown;
   }
 
   function heading(field, place, kept) {
@@ -399,8 +468,10 @@ function startImages(data) {
     const prompt = grid.prompts[grid.at];
     const rows = new Map();
     let seed = seeds.indexOf(controls.seed.value);
-    for (let i = 0; i < count; i += 1) {
-      if (columns.prompt[i] !== prompt || !kept[columns.setting[i]]) continue;
+    const own = prompt === undefined ? [] : rowsOf.prompt(prompt);
+    read += own.length;
+    for (const i of own) {
+      if (!kept[columns.setting[i]]) continue;
       if (seed < 0) seed = columns.seed[i];
       if (columns.seed[i] === seed) rows.set(columns.setting[i], i);
     }
@@ -473,7 +544,12 @@ function startImages(data) {
   // Drawing -----------------------------------------------------------------------------------
 
   function draw() {
-    const kind = view();
+    read = 0;
+    drawView(view());
+    byId("wall").dataset.read = read;
+  }
+
+  function drawView(kind) {
     byId("wall").className = kind;
     for (const node of form.querySelectorAll("[data-only]")) {
       node.hidden = !node.dataset.only.split(" ").includes(kind);
