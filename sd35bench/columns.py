@@ -53,12 +53,9 @@ class Columns:
         """Numbers into a list of texts, -1 where there is none; of a column that is `coded`."""
 
         def make() -> tuple[Places, list[str]]:
-            import pyarrow as pa
-
             found = self._column(name).unify_dictionaries()
-            codes = [c.indices.fill_null(-1).to_numpy(zero_copy_only=False) for c in found.chunks]
+            codes = [_plain(chunk.indices, -1) for chunk in found.chunks]
             texts = found.chunk(0).dictionary.to_pylist() if found.num_chunks else []
-            assert pa.types.is_dictionary(found.type)
             return np.concatenate([*codes, np.empty(0, np.int32)]).astype(np.int64), texts
 
         return self.kept(f"codes {name}", make)
@@ -78,29 +75,34 @@ class Columns:
         """A text column of some records; of few, the others' texts are not made."""
         if name in self._view.coded or len(places) * _FEW_OF > self.size:
             return self.texts(name)[places]
-        return self.arrow(name).take(places).to_numpy()
+        if not len(places):  # the column is not even read
+            return np.empty(0, object)
+        return np.array(self.arrow(name).take(_arrow(places)).to_pylist(), object)
 
     def numbers(self, name: str) -> Floats:
         """A column of numbers."""
 
         def make() -> Floats:
-            import pyarrow as pa
-
-            found = self._column(name)
-            return found.cast(pa.float64(), safe=False).to_numpy().astype(np.float64, copy=False)
+            parts = [_plain(chunk, np.nan) for chunk in self._column(name).chunks]
+            return np.concatenate([*parts, np.empty(0)])
 
         return self.kept(f"numbers {name}", make)
 
     def whole(self, name: str) -> NDArray[Any]:
         """A column of whole numbers (or truth values) that every record has."""
-        return self.kept(f"whole {name}", lambda: self._column(name).to_numpy())
+
+        def make() -> NDArray[Any]:
+            parts = [_plain(chunk) for chunk in self._column(name).chunks]
+            return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+        return self.kept(f"whole {name}", make)
 
     def lists(self, name: str) -> tuple[Places, Floats]:
         """Where each record's numbers begin and end, and all of them."""
 
         def make() -> tuple[Places, Floats]:
             found = self._column(name).combine_chunks()
-            return found.offsets.to_numpy().astype(np.int64), found.values.to_numpy()
+            return _plain(found.offsets).astype(np.int64), _plain(found.values)
 
         return self.kept(f"lists {name}", make)
 
@@ -108,8 +110,7 @@ class Columns:
         """Numbers that sort as `started_at` does; ``None`` where some are of another form."""
 
         def make() -> Places | None:
-            found = self._column("moment")
-            return None if found.null_count else found.to_numpy()
+            return None if self._column("moment").null_count else self.whole("moment")
 
         return self.kept("moments", make)
 
@@ -148,6 +149,40 @@ class Columns:
 
     def _column(self, name: str) -> Any:
         return self._view.column(self._parts, name)
+
+
+def _plain(found: Any, unknown: float | None = None) -> NDArray[Any]:
+    """An Arrow array of numbers or truth values, with a value for what is not known.
+
+    Its own conversion imports pandas, which takes half a second.
+    """
+    import pyarrow as pa
+
+    if not len(found):
+        return np.empty(0, found.type.to_pandas_dtype())
+    valid, data = found.buffers()
+    part = slice(found.offset, found.offset + len(found))
+
+    def bits(buffer: Any) -> NDArray[np.bool_]:
+        return np.unpackbits(np.frombuffer(buffer, np.uint8), bitorder="little")[part].astype(bool)
+
+    if pa.types.is_boolean(found.type):
+        return bits(data)
+    values = np.frombuffer(data, found.type.to_pandas_dtype())[part]
+    if unknown is None:
+        return values
+    values = values.astype(np.result_type(values, unknown), copy=True)
+    if found.null_count:
+        values[~bits(valid)] = unknown
+    return values
+
+
+def _arrow(values: NDArray[Any]) -> Any:
+    """Whole numbers as an Arrow array, without its own conversion."""
+    import pyarrow as pa
+
+    data = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, data])
 
 
 class Records(Sequence[Record]):
@@ -220,9 +255,7 @@ def dense(values: NDArray[Any]) -> Places:
         rank = np.empty(len(firsts), np.int64)
         rank[np.argsort(firsts)] = np.arange(len(firsts))
         return rank[found]
-    import pyarrow as pa
-
-    return pa.array(plain).dictionary_encode().indices.to_numpy().astype(np.int64)
+    return _plain(_arrow(plain).dictionary_encode().indices).astype(np.int64)
 
 
 def grouped(*columns: NDArray[Any]) -> tuple[Places, Places]:

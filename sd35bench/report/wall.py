@@ -89,7 +89,8 @@ class Cells:
 
     def taken(self, columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """A field of each cell's record, of the field of each setting's records."""
-        edges = np.concatenate([[0], np.cumsum([len(column) for column in columns])])
+        lengths = np.array([0, *map(len, columns)], np.int64)
+        edges = np.cumsum(lengths)
         everything = np.concatenate(columns) if columns else np.empty(0, object)
         return everything[edges[self.row] + self.number]
 
