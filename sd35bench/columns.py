@@ -97,14 +97,10 @@ class Columns:
 
         return self.kept(f"whole {name}", make)
 
-    def lists(self, name: str) -> tuple[Places, Floats]:
-        """Where each record's numbers begin and end, and all of them."""
-
-        def make() -> tuple[Places, Floats]:
-            found = self._column(name).combine_chunks()
-            return _plain(found.offsets).astype(np.int64), _plain(found.values)
-
-        return self.kept(f"lists {name}", make)
+    def lists(self, name: str, places: Places) -> Floats:
+        """The numbers of some records' lists, one list after the other."""
+        found = self.kept(f"lists {name}", lambda: self._column(name).combine_chunks())
+        return _plain(found.take(_arrow(places)).flatten())
 
     def moments(self) -> Places | None:
         """Numbers that sort as `started_at` does; ``None`` where some are of another form."""
@@ -425,11 +421,7 @@ def step_seconds(records: Some) -> Floats:
     """Seconds of all steps of all records, one after the other."""
     if not isinstance(records, Records):
         return np.array([s for r in records if r.timings is not None for s in r.timings.step_s])
-    edges, values = records.columns.lists("step_s")
-    starts, ends = edges[records.places], edges[records.places + 1]
-    counts = ends - starts
-    first = np.repeat(starts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-    return values[first + np.arange(int(counts.sum()))]
+    return records.columns.lists("step_s", records.places)
 
 
 def has(records: Some, part: str) -> NDArray[np.bool_]:
