@@ -92,7 +92,7 @@ def _forget() -> None:
     for old in _folders:
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
-            if file is not None and Path(file).resolve().is_relative_to(old):
+            if file is not None and Path(file).is_relative_to(old):
                 del sys.modules[name]
         if str(old) in sys.path:
             sys.path.remove(str(old))

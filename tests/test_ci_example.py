@@ -112,6 +112,7 @@ def test_what_stands_instead_of_nano_is_known(repository, text):
     compose(written(asked), repository / "gate")
 
 
+@pytest.mark.usefixtures("fakes_here")
 def test_the_whole_path_on_a_backend_without_a_model(repository):
     """Baseline, workflow, then a repeated run that passes and a broken one that fails."""
     assert call(next(a for a, _ in commands(STEPS["Compare"]["run"]))) == 2  # no baseline yet

@@ -11,6 +11,8 @@ from sd35bench.cli import main
 from sd35bench.disk import open_lock
 from sd35bench.store import Study
 
+pytestmark = pytest.mark.usefixtures("fakes_here")
+
 
 @pytest.fixture
 def study(monkeypatch, tmp_path, capsys):

@@ -15,7 +15,7 @@ from sd35bench.config.models import FIELDS
 FAKE = ["backend=fake", "prompts.limit=2", "study=t"]
 GRID = ["-m", *FAKE, "steps=4,16", "cfg=1,4", "seed=0,1"]
 
-pytestmark = pytest.mark.usefixtures("empty_folder")
+pytestmark = pytest.mark.usefixtures("empty_folder", "fakes_here")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -13,6 +13,8 @@ from sd35bench.gate.sides import read_sides
 from sd35bench.store import Study
 from sd35bench.types import Status
 
+pytestmark = pytest.mark.usefixtures("all_fakes_here")
+
 POLICY = """
 dimensions:
   failures: {required: true, margins: {failed: 0.05}}

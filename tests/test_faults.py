@@ -31,6 +31,8 @@ DEATHS = {
     "allocate": (Status.OUT_OF_MEMORY, "over memory_limit_gb=0.4"),
 }
 """All are tried in generation; elsewhere a signal's number is nothing new."""
+IN_THREADS = pytest.mark.usefixtures("fakes_here")
+"""Of faults that no process dies of."""
 
 
 def limits(fault: str, **fields) -> Limits:
@@ -126,6 +128,7 @@ def test_fault_takes_the_batch_that_was_in_flight_and_no_other(study):
     assert sum(r.status is Status.OK for r in study.records()) == 6
 
 
+@IN_THREADS
 def test_memory_error_is_recorded_without_a_new_worker(study):
     plan, index = faulty_plan(4, fault="memory-error")
     summary = run_plan(plan, study)
@@ -150,7 +153,7 @@ def test_a_limit_below_what_loading_takes_ends_the_load(study):
 # After K failures --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_failures", [1, 2])
+@pytest.mark.parametrize("max_failures", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_after_so_many_deaths_the_rest_is_skipped_and_said(study, max_failures):
     plan = fake_plan(fake_load(fault="exit"), 5)
     summary = run_plan(plan, study, limits=Limits(max_failures=max_failures))
@@ -186,7 +189,7 @@ def test_deaths_are_counted_over_all_starts(study):
 # In loading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["exit", "allocate"])
+@pytest.mark.parametrize("fault", ["exit", pytest.param("allocate", marks=pytest.mark.slow)])
 def test_fault_in_load_has_its_phase(study, fault):
     plan = fake_plan(fake_load(fault=fault, fault_phase="load"), 3)
     summary = run_plan(plan, study, limits=limits(fault, max_failures=2))
@@ -210,6 +213,7 @@ def test_hang_in_load_ends_at_ten_times_the_deadline(study):
     assert second.status is Status.SKIPPED
 
 
+@IN_THREADS
 def test_memory_error_in_load_fails_every_trial_of_every_start_once(study):
     plan = fake_plan(fake_load(fault="memory-error", fault_phase="load"), 4)
     summary = run_plan(plan, study, limits=Limits(starts=2))
@@ -231,7 +235,9 @@ def two_kinds(fault: str) -> Plan:
     return replace(plans[0], batches=plans[0].batches + plans[1].batches)
 
 
-@pytest.mark.parametrize("fault", ["exit", "hang", "allocate"])
+@pytest.mark.parametrize(
+    "fault", ["exit", "hang", pytest.param("allocate", marks=pytest.mark.slow)]
+)
 def test_fault_in_warm_up_takes_its_kind_and_leaves_the_others(study, fault, monkeypatch):
     plan = two_kinds(fault)
     bounds = limits(fault)
@@ -251,6 +257,7 @@ def test_fault_in_warm_up_takes_its_kind_and_leaves_the_others(study, fault, mon
     assert lines_per_key(study) == {1}
 
 
+@IN_THREADS
 def test_memory_error_in_warm_up_leaves_the_verdict_to_the_trials(study):
     plan = fake_plan(fake_load(fault="memory-error", fault_phase="warm-up"), 2)
     summary = run_plan(plan, study)
@@ -267,6 +274,7 @@ def test_what_died_in_warm_up_is_left_alone_by_later_starts(study):
     assert summary.done == 3
 
 
+@IN_THREADS
 def test_failure_to_settle_fails_every_trial_once(study):
     plan = fake_plan(fake_load(unproven=True), 4)
     summary = run_plan(plan, study, limits=Limits(starts=2))
@@ -330,17 +338,16 @@ def test_ctrl_c_while_a_worker_hangs_keeps_what_is_done_and_exits_3(tmp_path):
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (tmp_path / "s" / "study.json").exists():
             study = Study.open(tmp_path, "s")
             if study.sessions() and len(study.records()) == index:
                 break
         time.sleep(0.1)
-    time.sleep(0.3)
     workers = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 3
     assert json.loads(out)["error"]["type"] == "KeyboardInterrupt"
     assert len(Study.open(tmp_path, "s").done_keys()) == index

@@ -8,6 +8,8 @@ import pytest
 
 from sd35bench.cli import main
 
+pytestmark = pytest.mark.usefixtures("all_fakes_here")
+
 STUDIES = {"a": "steps=2,4", "b": "steps=2"}
 COMPARE = ("compare", "a", "b", "--policy", "speed")
 OUTPUTS = {

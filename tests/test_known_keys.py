@@ -130,7 +130,7 @@ def test_known_loads_keep_their_keys():
     assert {EAGER.key: "eager", HOSTED.key: "hosted"} == LOAD_KEYS
 
 
-@pytest.mark.usefixtures("two_cores")
+@pytest.mark.usefixtures("two_cores", "fakes_here")
 def test_a_journal_of_the_old_code_is_read_and_gone_on_with(tmp_path, monkeypatch, capsys):
     """Six trials: five done, one failed; the run that asks for them makes that one only."""
     monkeypatch.chdir(tmp_path)

@@ -27,8 +27,7 @@ class FailedJobError(Exception):
     __module__ = "submitit.core.utils"
 
 
-@pytest.mark.usefixtures("two_cores")
-@pytest.mark.usefixtures("empty_folder")
+@pytest.mark.usefixtures("two_cores", "empty_folder", "fakes_here")
 def test_a_job_that_the_launcher_loses_gives_the_summary_and_exit_code_3(call, monkeypatch):
     """The first job is made, the second is killed before it writes anything."""
     name = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"

@@ -1,21 +1,27 @@
 """A field added to `Request` and to `fields.py` alone is known everywhere, and pools nothing.
 
-The field is real: a copy of the two files with `eta` in them is laid over the package, and a
-process of its own runs the command line on the fake backend. The same is done with two mutants of
-the table: one that leaves the field out of settings, as every list did that did not know it, and
-one that puts it into the key at its neutral value, which would make every older study anew.
+The field is real: a copy of the two files with `eta` in them is laid over the package, and a fork
+of this process imports it and runs the command line on the fake backend. The same is done with two
+mutants of the table: one that leaves the field out of settings, as every list did that did not know
+it, and one that puts it into the key at its neutral value, which would make every older study anew.
 """
 
+import contextlib
+import importlib
+import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sd35bench
 from sd35bench.cli import main
+from tests.forked import forget, in_fork
+
+pytestmark = pytest.mark.usefixtures("fakes_here")
 
 PACKAGE = Path(sd35bench.__file__).resolve().parent
 IN_TYPES = "    eta: float = 0.0\n"
@@ -33,37 +39,44 @@ MUTANTS = {
     "if getattr(request, field.name) == field.neutral:": "if False:",
 }
 ASKED = ["backend=fake", "steps=4", "cfg=4", "prompts.limit=2"]
-SCRIPT = """
-import contextlib, io, json, sys
-from sd35bench.cli import main
 
-def said(*arguments):
+
+def _said(*arguments: str) -> tuple[Any, int]:
+    cli = importlib.import_module("sd35bench.cli")
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        code = main([*arguments, "--json"])
+        code = cli.main([*arguments, "--json"])
     return json.loads(text.getvalue() or "null"), code
 
-asked, where = json.loads(sys.argv[1]), ["--results-dir", "results"]
-old, _ = said("run", *asked, "eta=0", "study=old")
-made, _ = said("run", *asked, "eta=0,0.5,1", "study=new", "-m")
-shown, _ = said("show", "new", *where)
-known = {"skipped": old["skipped"], "rows": [[s["eta"], s["n"]] for s in shown["settings"]]}
-if sys.argv[2] == "briefly":
-    sys.exit(print(json.dumps(known)))
-said("run", *asked, "study=unasked")
-compared, _ = said("compare", "old", "unasked", "--policy", "drift", *where)
-advice, _ = said("recommend", "new", *where)
-best = advice["profiles"]["final"]["text-to-image"] if "profiles" in advice else None
-comparisons = compared.get("comparisons", [])
-print(json.dumps(known | {
-    "titles": [c["title"] for c in comparisons],
-    "differs": [c["differs"] for c in comparisons],
-    "refused": said("run", *asked, "eta=2")[1],
-    "said": best and best["evidence"]["headline"],
-    "command": best and best["command"],
-    "eta": best and best["setting"]["eta"],
-}))
-"""
+
+def _known(folder: Path, briefly: bool) -> dict[str, Any]:
+    """In a fork: what the commands say whose package lies in the folder `code`."""
+    forget("sd35bench", "tests")
+    os.chdir(folder)
+    sys.path.insert(0, str(folder / "code"))
+    importlib.invalidate_caches()
+    here = importlib.import_module("tests.studies.in_process").HereWorker
+    importlib.import_module("sd35bench.workers.process").WorkerProcess = here
+    asked, where = ASKED, ["--results-dir", "results"]
+    old, _ = _said("run", *asked, "eta=0", "study=old")
+    _said("run", *asked, "eta=0,0.5,1", "study=new", "-m")
+    shown, _ = _said("show", "new", *where)
+    known = {"skipped": old["skipped"], "rows": [[s["eta"], s["n"]] for s in shown["settings"]]}
+    if briefly:
+        return known
+    _said("run", *asked, "study=unasked")
+    compared, _ = _said("compare", "old", "unasked", "--policy", "drift", *where)
+    advice, _ = _said("recommend", "new", *where)
+    best = advice["profiles"]["final"]["text-to-image"] if "profiles" in advice else None
+    comparisons = compared.get("comparisons", [])
+    return known | {
+        "titles": [c["title"] for c in comparisons],
+        "differs": [c["differs"] for c in comparisons],
+        "refused": _said("run", *asked, "eta=2")[1],
+        "said": best and best["evidence"]["headline"],
+        "command": best and best["command"],
+        "eta": best and best["setting"]["eta"],
+    }
 
 
 def _with_eta(folder: Path, mutants: dict[str, str]) -> Path:
@@ -89,20 +102,11 @@ def _with_eta(folder: Path, mutants: dict[str, str]) -> Path:
 def _trial(tmp_path: Path, mutants: dict[str, str], briefly: bool = True) -> dict:
     """What a contributor sees: an old study, three values of the new field, their comparison.
 
-    `briefly`: only what `run` and `show` say, which is half of the 18 s.
+    `briefly`: only what `run` and `show` say.
     """
     assert main(["run", *ASKED, "study=old", f"results_dir={tmp_path / 'results'}"]) == 0
-    paths = [_with_eta(tmp_path / "code", mutants), *os.environ.get("PYTHONPATH", "").split(":")]
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(ASKED), "briefly" if briefly else "in full"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ":".join(map(str, paths))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout)
+    _with_eta(tmp_path / "code", mutants)
+    return in_fork(_known, tmp_path, briefly)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def sweeps(draw):
 
 
 @given(sweeps())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 def test_expand_keys_are_unique_and_the_plan_is_the_same_each_time(given_sweep):
     plan = expand(given_sweep)
     keys = [t.key for t in plan.trials]
@@ -90,7 +90,7 @@ def test_expand_keys_are_unique_and_the_plan_is_the_same_each_time(given_sweep):
 
 
 @given(sweeps())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 def test_expand_batches_are_homogeneous_and_small_enough(given_sweep):
     for batch in expand(given_sweep).batches:
         shapes = {
@@ -114,7 +114,7 @@ def test_expand_batches_are_homogeneous_and_small_enough(given_sweep):
 
 
 @given(sweeps(), st.integers(4, 99))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_expand_another_order_seed_permutes_the_same_trials(given_sweep, seed):
     other = replace(given_sweep, order_seed=seed)
     assert Counter(t.key for t in expand(given_sweep).trials) == Counter(
@@ -123,7 +123,7 @@ def test_expand_another_order_seed_permutes_the_same_trials(given_sweep, seed):
 
 
 @given(sweeps())
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_expand_covers_every_prompt_seed_and_step_count(given_sweep):
     requests = [t.request for t in expand(given_sweep).trials]
     wanted = itertools.product(

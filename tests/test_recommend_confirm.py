@@ -9,7 +9,7 @@ import yaml
 from sd35bench.cli import main
 from sd35bench.store import Study
 
-pytestmark = pytest.mark.usefixtures("empty_folder")
+pytestmark = pytest.mark.usefixtures("empty_folder", "fakes_here")
 
 NEGATIVE = "blurry, low quality"
 GRID = [

@@ -174,6 +174,7 @@ def test_score_reads_each_image_once(study, monkeypatch):
     assert reads == Counter(path.name for path in images_of(study))
 
 
+@pytest.mark.usefixtures("fakes_here")
 @pytest.mark.parametrize("how", ["swapped", "pipe", "folder"])
 def test_run_makes_a_damaged_image_again_and_keeps_what_took_its_place(study, how):
     path, other = images_of(study)[:2]

@@ -1,8 +1,6 @@
 import importlib.util
 import pickle
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hydra.core.plugins import Plugins
@@ -11,8 +9,7 @@ from sd35bench.config import compose
 from sd35bench.config.overrides import parse, sweep_values
 from sd35bench.errors import ConfigError
 from sd35bench.sweeper import job_overrides, noise_overrides, sweep
-
-ROOT = Path(__file__).parent.parent
+from tests.forked import forget, in_fork
 
 
 def jobs(*arguments: str, experiment: dict | None = None) -> list[list[str]]:
@@ -174,14 +171,16 @@ def test_sweep_refuses_a_wrong_job_before_the_first_is_launched(tmp_path, monkey
     assert task.calls == []
 
 
+def _unpickle_elsewhere(state: bytes) -> bool:
+    forget("sd35bench", "hydra", "hydra_plugins")
+    pickle.loads(state)
+    return "hydra_plugins" in sys.modules
+
+
 def test_sweeper_can_be_unpickled_where_hydra_has_not_seen_it():
     sweep(Task(stop=True), ARGUMENTS)
     state = pickle.dumps(Plugins.instance().class_name_to_class)  # part of what launchers send
-    code = (
-        "import pickle, sys; pickle.load(sys.stdin.buffer); print('hydra_plugins' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], input=state, capture_output=True, cwd=ROOT)
-    assert done.stdout == b"False\n", done.stderr
+    assert in_fork(_unpickle_elsewhere, state) is False
 
 
 @pytest.mark.parametrize(("package", "joins"), [("json", True), ("no_such_package", False)])

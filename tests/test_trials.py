@@ -17,6 +17,9 @@ from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.workers.worker import Answer, Made, Ready, Settled, encode_image
 from tests.studies.fakes import fake_load, fake_plan
 
+IN_THREADS = pytest.mark.usefixtures("fakes_here")
+"""Of tests that are not about processes."""
+
 
 @pytest.fixture
 def study(tmp_path):
@@ -53,6 +56,7 @@ def test_run_stores_every_trial_with_its_timings(study):
     assert session.environment["python"]
 
 
+@IN_THREADS
 def test_run_repeated_does_nothing_and_loads_nothing(study):
     plan = fake_plan(fake_load(), 4)
     run_plan(plan, study)
@@ -61,6 +65,7 @@ def test_run_repeated_does_nothing_and_loads_nothing(study):
     assert len(study.sessions()) == 1
 
 
+@IN_THREADS
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_run_redoes_exactly_the_image_that_is_gone(study, batch_size):
     plan = fake_plan(fake_load(), 6, batch_size=batch_size)
@@ -77,6 +82,7 @@ def test_run_redoes_exactly_the_image_that_is_gone(study, batch_size):
     assert all(before[k] == after[k] for k in unchanged)
 
 
+@IN_THREADS
 def test_run_records_failures_and_a_rerun_retries_only_them(study):
     plan = fake_plan(fake_load(fail_every=2), 12)
     first = run_plan(plan, study)
@@ -95,6 +101,7 @@ def test_run_second_writer_is_refused(study):
         run_plan(plan, study)
 
 
+@IN_THREADS
 def test_run_full_disk_pauses_and_resumes(study, monkeypatch):
     plan = fake_plan(fake_load(), 5)
     real, calls = Study.put_image, []
@@ -144,6 +151,7 @@ def test_run_overhead_is_the_time_not_measured(study):
     assert summary.overhead_frac < 0.9  # 0.1 seen; a busy disk takes its time over an fsync
 
 
+@IN_THREADS
 @pytest.mark.parametrize("scale", [1, 2], ids=["same-size", "larger"])
 def test_run_init_images_reach_the_backend(study, scale):
     rng = np.random.default_rng(0)
@@ -178,6 +186,7 @@ def test_shares_are_contiguous_and_leave_blocks_whole():
     assert [len(share) for share in shares(plan.batches, 100)] == [2] * 7
 
 
+@IN_THREADS
 def test_starts_share_the_trials_and_every_one_sees_every_setting(study):
     plan = grid_plan(fake_load(), 4)
     summary = run_plan(plan, study, limits=Limits(starts=2))
@@ -192,6 +201,7 @@ def test_starts_share_the_trials_and_every_one_sees_every_setting(study):
     assert summary.warmup_s == pytest.approx(sum(s.warmup_s for s in sessions.values()))
 
 
+@IN_THREADS
 def test_starts_that_are_done_are_not_started_again(study):
     plan = grid_plan(fake_load(), 4)
     run_plan(plan, study, limits=Limits(starts=2))
@@ -289,6 +299,7 @@ def test_deadlines_follow_the_warm_up_of_the_same_kind_or_the_work(study):
     assert Recorder.last.deadlines == [1800.0, *[200.0] * 5, pytest.approx(800.0), 200.0]
 
 
+@IN_THREADS
 @pytest.mark.parametrize("keep", [True, False])
 def test_run_keeps_latents_of_each_image_when_asked(study, keep):
     plan = fake_plan(fake_load(), 3, batch_size=3)
@@ -305,6 +316,7 @@ def test_run_keeps_latents_of_each_image_when_asked(study, keep):
         assert np.array_equal(np.rint(last * 255).transpose(1, 2, 0), colours)
 
 
+@IN_THREADS
 def test_latents_that_no_record_names_are_kept_by_the_next_writer(study):
     run_plan(fake_plan(fake_load(), 1), study, limits=Limits(keep_latents=True))
     orphan = study.put_latents(np.zeros(1), np.zeros(1))

@@ -9,6 +9,8 @@ from sd35bench.store import Study
 from tests.tune_driver import accuracy, score
 from tests.validity_runs import choices, grid, kept, page, searches, truth
 
+pytestmark = pytest.mark.usefixtures("all_fakes_here")
+
 MARGINS = {"prompt_accuracy": 0.05}
 ANY = Profile(name="any", margins=MARGINS)
 QUICK = Profile(name="quick", margins=MARGINS, evaluations_limit=16)

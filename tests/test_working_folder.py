@@ -23,7 +23,8 @@ def starts() -> list[tuple[str, int, list[str]]]:
     """Every command line in the package that begins with this Python: file, line, next words."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)) if "sys.executable" in text else ():
             words = list(map(ast.unparse, node.elts)) if isinstance(node, ast.List) else []
             if words[:1] == ["sys.executable"]:
                 found.append((path.name, node.lineno, words[1:]))

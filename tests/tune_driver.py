@@ -1,5 +1,7 @@
 """`sd35bench tune` on the fake backend, scored by a rule in place of a model; also as a process.
 
+That process starts none of its own.
+
 The rule: more steps are better up to 8, cfg 2 is best, and prompts are hard or easy for all alike.
 """
 
@@ -10,6 +12,8 @@ import sd35bench.cli.tune as verb
 from sd35bench.cli import main
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Request, Status
+from sd35bench.workers import process
+from tests.studies.in_process import HereWorker
 
 
 def score(study: Study) -> None:
@@ -39,4 +43,5 @@ def _uniform(text: str | Request) -> float:
 
 if __name__ == "__main__":
     verb._score = score
+    process.WorkerProcess = HereWorker
     sys.exit(main(["tune", *sys.argv[1:]]))

@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
-from hydra._internal.config_repository import ConfigRepository
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -18,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sd35bench.config.files import PLUGIN_GROUPS, config_dir, folders, unwritten
 from sd35bench.config.group_files import check_group_file
+from sd35bench.config.kept import KeepingLoader, store
 from sd35bench.config.models import (
     FIELDS,
     RUN,
@@ -69,27 +68,26 @@ def hydra_session(roots: Path | None = None) -> Iterator[Any]:
     _register()
     with initialize_config_dir(str(config_dir()), job_name="sd35bench", version_base="1.3"):
         hydra: Any = GlobalHydra.instance().hydra
+        places = hydra.config_loader.config_search_path
         if roots is not None:
-            loader = hydra.config_loader
-            path = f"file://{roots.resolve()}"
-            loader.config_search_path.append("sd35bench", path, anchor="main")
-            loader.repository = ConfigRepository(loader.config_search_path)
+            places.append("sd35bench", f"file://{roots.resolve()}", anchor="main")
+        hydra.config_loader = KeepingLoader(places)
         yield hydra
 
 
 def _register() -> None:
     """Put every field's default where run.yaml's defaults list finds it."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=defaults_of(RUN))
+    nodes: list[dict[str, Any]] = [{"name": "schema", "node": defaults_of(RUN)}]
     for group, model in (("model", ModelConf), ("backend", BackendConf), ("prompts", PromptsConf)):
-        store.store(group=group, name="schema", node=defaults_of(model))
-    node = {"_target_": f"{SWEEPER_MODULE}.GroupingSweeper"}
+        nodes.append({"group": group, "name": "schema", "node": defaults_of(model)})
     for group in PLUGIN_GROUPS:
         for name in unwritten(group):
             own = {"kind": name} if group == "prompts" else {"kind": name, "name": name}
             base = PromptsConf if group == "prompts" else BackendConf
-            store.store(group=group, name=name, node={**defaults_of(base), **own})
-    store.store(group="hydra/sweeper", name="grouping", node=node, provider="sd35bench")
+            nodes.append({"group": group, "name": name, "node": {**defaults_of(base), **own}})
+    sweeper = {"_target_": f"{SWEEPER_MODULE}.GroupingSweeper"}
+    own = {"group": "hydra/sweeper", "name": "grouping", "provider": "sd35bench"}
+    store([*nodes, {**own, "node": sweeper}])
 
 
 def search_path(extra: Path | None) -> list[str]:

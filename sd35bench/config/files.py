@@ -1,6 +1,7 @@
 """Where the YAML files are, beside the package or inside it, and which names there are."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from sd35bench import plugins
@@ -9,6 +10,7 @@ from sd35bench.errors import ConfigError
 GROUPS = ("model", "backend", "prompts", "metric", "profile", "experiment")
 
 
+@cache
 def config_dir() -> Path:
     """Absolute path of the folder that holds run.yaml.
 
@@ -39,6 +41,12 @@ def group_file(group: str, name: str, extra: Path | None = None) -> Path | None:
     """A choice's YAML file, the first of all folders; ``None`` where it has none."""
     found = (folder / group / f"{name}.yaml" for folder in folders(extra))
     return next((path for path in found if path.is_file()), None)
+
+
+def file_state(path: Path) -> tuple[str, int, int, int]:
+    """A file's path, size in bytes, time of change in ns and inode. Raises: OSError."""
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def own_file(group: str, name: str, extra: Path | None) -> str:

@@ -7,8 +7,10 @@ those of a backend and of metrics, whose names a YAML declares: beside `options`
 for each option its choices, or its type as one word.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from sd35bench import plugins
-from sd35bench.config.files import choices, config_dir, group_file
+from sd35bench.config.files import choices, config_dir, file_state, group_file
 from sd35bench.config.group_files import check_group_file
 from sd35bench.config.models import FIELDS, BackendConf, check_field
 from sd35bench.errors import ConfigError, nearest
@@ -304,7 +306,7 @@ def _metric_file(name: str, extra: Path | None) -> Mapping[str, Any]:
     assert path is not None
     if not path.is_relative_to(config_dir()):
         check_group_file(path, path.parents[1])
-    conf: Any = OmegaConf.to_container(OmegaConf.load(path))
+    conf: Any = copy.deepcopy(_parsed(*file_state(path)))
     if not isinstance(conf, dict) or not isinstance(conf.get("family"), str):
         raise ConfigError(f"{path}: `family`, the metric's name, is missing")
     unknown = sorted(conf.keys() - {"family", "kind", "options", "allowed"})
@@ -313,6 +315,12 @@ def _metric_file(name: str, extra: Path | None) -> Mapping[str, Any]:
     if "kind" in conf:
         plugins.name_place("metrics", conf["family"], f"{conf['kind']}")
     return conf
+
+
+@lru_cache(256)
+def _parsed(path: str, *_: int) -> Any:
+    """The plain values of a file; the rest of its state has it parsed anew when it changed."""
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def _metric(name: str, conf: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Scalar]:

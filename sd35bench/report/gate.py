@@ -515,7 +515,7 @@ def _decode(data: bytes) -> Image.Image:
 
 def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=True, quality=60, method=4)
+    image.save(buffer, "WEBP", lossless=True, quality=50, method=3)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -375,7 +375,7 @@ def encode_thumbnail(data: bytes) -> str:
         image = opened.convert("RGB")
     buffer = io.BytesIO()
     if max(image.size) <= _PIXEL_ART_PX:
-        image.save(buffer, "WEBP", lossless=True, quality=80, method=4)
+        image.save(buffer, "WEBP", lossless=True, quality=50, method=3)
     else:
         image.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
         image.save(buffer, "WEBP", quality=82, method=4)

@@ -55,8 +55,18 @@ def bare_images(
 
     The dtype is said: without it transformers 5 keeps the file's and diffusers takes float32.
     """
+    return list(_bare_images(path, tuple(requests), dtype, tuple(parts.items())))
+
+
+@lru_cache(maxsize=64)
+def _bare_images(
+    path: Path,
+    requests: tuple[Request, ...],
+    dtype: torch.dtype,
+    parts: tuple[tuple[str, Any], ...],
+) -> list[np.ndarray]:
     first = requests[0]
-    pipe: Any = _loaded(path, dtype, tuple(parts.items()))
+    pipe: Any = _loaded(path, dtype, parts)
     pipe.scheduler = bare_scheduler(_own_scheduler(path), first)
     extra: dict[str, Any] = {}
     if first.task is Task.IMAGE_TO_IMAGE:

@@ -33,7 +33,7 @@ def captured_only() -> Iterator[None]:
     """Run Dynamo's graphs as they were captured, where `aot_eager` is asked for.
 
     Tracing the tiny transformer once more for AOT takes three quarters of its compilation; the
-    bookkeeping and the images are the same. The contract's `compile` goes the whole way.
+    bookkeeping and the images are the same. The contract's `compile-traced` goes the whole way.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "lookup_backend", lambda _: lookup_backend("eager"))

@@ -43,8 +43,8 @@ class Contestant:
 
     `batch_levels`: how far, in 8-bit levels, an image may move when it is made in a batch.
     `reference_levels`: how far, in 8-bit levels on average, images may be from bare diffusers'
-    in fp32; ``None`` where no model makes them. `traced`: whether Dynamo captures the graphs; one
-    contestant's are enough, the others' are in the slow tests.
+    in fp32; ``None`` where no model makes them. `traced`: whether Dynamo captures the graphs, as in
+    the slow tests.
     """
 
     name: str
@@ -60,26 +60,12 @@ BF16_LEVELS = 1.8
 CONTESTANTS = [
     Contestant(name="fake", kind="fake", reference_levels=None),
     Contestant(name="eager", kind="eager", batch_levels=1, reference_levels=0),
-    Contestant(
-        name="eager-bf16",
-        kind="eager",
-        options={"dtype": "bf16"},
-        batch_levels=4,
-        reference_levels=BF16_LEVELS,
-    ),
-    # Dynamo takes 3 s a shape for the VAE: its compiled images are in test_compile.
+    # Dynamo takes 6 s a shape; what it captures and its images are in test_compile.
     Contestant(
         name="compile",
         kind="compile",
         options={"compiler": "aot_eager", "vae": False},
         batch_levels=1,
-    ),
-    Contestant(
-        name="compile-bf16",
-        kind="compile",
-        options={"compiler": "aot_eager", "dtype": "bf16"},
-        batch_levels=4,
-        reference_levels=BF16_LEVELS,
         traced=False,
     ),
     Contestant(
@@ -99,9 +85,23 @@ CONTESTANTS = [
     ),
     Contestant(name="int8", kind="int8", batch_levels=1, reference_levels=1.8),
 ]
-# Inductor runs g++ for a minute per contestant.
+# Inductor runs g++ for a minute per contestant. bf16 is in test_eager.
 SLOW_CONTESTANTS = [
+    Contestant(
+        name="eager-bf16",
+        kind="eager",
+        options={"dtype": "bf16"},
+        batch_levels=4,
+        reference_levels=BF16_LEVELS,
+    ),
     Contestant(name="compile-inductor", kind="compile", options={"dynamic": True}, batch_levels=1),
+    Contestant(
+        name="compile-bf16",
+        kind="compile",
+        options={"compiler": "aot_eager", "dtype": "bf16"},
+        batch_levels=4,
+        reference_levels=BF16_LEVELS,
+    ),
 ]
 W8A8_CONTESTANTS = [
     # A product summed in another order tips a rounding over here and there.
@@ -300,8 +300,9 @@ def test_guidance_and_step_cache_cost_what_is_planned(backend: Backend) -> None:
 
 
 def test_size_is_what_was_asked(contestant: Contestant, backend: Backend) -> None:
-    # One more graph of `compile` takes 6 s, and test_compile has another size.
-    width, height = (64, 32) if contestant.name == "compile" else (32, 80)
+    # One more graph of Dynamo takes 6 s, and test_compile has another size.
+    is_traced = contestant.kind == "compile" and contestant.traced
+    width, height = (64, 32) if is_traced else (32, 80)
     made = image(backend, width=width, height=height)
     assert made.shape == (height, width, 3)
     assert made.dtype == np.uint8

@@ -93,7 +93,7 @@ def test_a_log_file_gets_lines_until_the_work_is_done(monkeypatch, tmp_path):
 FAKE = ["run", "backend=fake", "prompts.limit=2", "steps=2", "study=t"]
 
 
-@pytest.mark.usefixtures("empty_folder")
+@pytest.mark.usefixtures("empty_folder", "fakes_here")
 def test_quiet_says_only_what_failed_and_verbose_a_line_at_every_change(capsys):
     assert main([*FAKE, "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")

@@ -1,7 +1,8 @@
 """The core's exact tier: the eager backend's final latents to 1e-4, in all that eager can do."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +48,29 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=["cpp", "torch"])
-def pair(tiny_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Backend, Backend]]:
-    """The core and its reference, on one checkpoint."""
-    core = CoreBackend(make_load(tiny_path, "core", executor=request.param))
-    backends = (core, EagerBackend(make_load(tiny_path)))
-    for backend in backends:
-        backend.keep_latents = True
-    yield backends
-    for backend in backends:
+@pytest.fixture(scope="module")
+def pairs(tiny_path: Path) -> Iterator[Callable[[str], tuple[Backend, Backend]]]:
+    """The core with an executor and its reference, on one checkpoint, loaded once."""
+
+    @cache
+    def load(executor: str) -> tuple[Backend, Backend]:
+        core = CoreBackend(make_load(tiny_path, "core", executor=executor))
+        core.keep_latents = eager.keep_latents = True
+        loaded.append(core)
+        return core, eager
+
+    eager = EagerBackend(make_load(tiny_path))
+    loaded: list[Backend] = [eager]
+    yield load
+    for backend in loaded:
         backend.close()
+
+
+@pytest.fixture(params=["cpp", "torch"])
+def pair(
+    pairs: Callable[[str], tuple[Backend, Backend]], request: pytest.FixtureRequest
+) -> tuple[Backend, Backend]:
+    return pairs(request.param)
 
 
 def apart(pair: Sequence[Backend], requests: Sequence[Request]) -> float:
@@ -78,7 +92,6 @@ FEW = ("batch-of-3", "portrait", "no-guidance", "skip-layers", "one-step", "imag
     ("pair", "case"),
     [*(("cpp", case) for case in CASES), *(("torch", case) for case in FEW)],
     indirect=["pair"],
-    scope="module",
 )
 def test_latents_are_eagers(pair: tuple[Backend, Backend], case: str) -> None:
     assert apart(pair, CASES[case]) <= EXACT

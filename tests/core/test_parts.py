@@ -1,6 +1,6 @@
 """What stands around the denoiser: kept texts, the decoder's layout, the package's borders."""
 
-import subprocess
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from sd35bench.core.text import CachedText, Embeddings, Shelf
 from sd35bench.core.vae import WAYS, Choices, Vae
+from tests.forked import forget, in_fork
 from tests.studies.tiny import build_tiny_sd3
 
 
@@ -95,11 +96,14 @@ def test_every_way_makes_the_same_pixels() -> None:
     assert all(torch.allclose(made[0], other, atol=1e-5) for other in made[1:])
 
 
+def _load_the_core() -> list[str]:
+    forget("sd35bench")
+    importlib.import_module("sd35bench.core.generate")
+    importlib.import_module("sd35bench.core.weights")
+    return [each for each in sys.modules if each.startswith("sd35bench.")]
+
+
 def test_the_core_loads_nothing_else_of_ours() -> None:
-    code = (
-        "import sys, sd35bench.core.generate, sd35bench.core.weights\n"
-        "ours = {m for m in sys.modules if m.startswith('sd35bench.')}\n"
-        "print(sorted(m for m in ours if not m.startswith('sd35bench.core')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    loaded = in_fork(_load_the_core)
+    assert "sd35bench.core.weights" in loaded
+    assert [each for each in loaded if not each.startswith("sd35bench.core")] == []

@@ -85,11 +85,11 @@ def test_every_tile_of_every_chip_compiles_as_kept() -> None:
         assert bool(faults(launch, chip, found)) != divisible, (launch.name, chip, found)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["few", pytest.param("every", marks=pytest.mark.slow)])
+def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What the interpreter found for kernels and mutants; it takes 4 s to start."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted", request.param]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )

@@ -15,6 +15,7 @@ from sd35_kernels import (
     reference_w8a8_linear,
     w8a8_linear,
 )
+from sd35_kernels.w8a8 import op
 from sd35_kernels.w8a8.cpu import EXACT
 from tests.kernels.cases import EPS, make_case, scaled, tolerance
 
@@ -239,7 +240,14 @@ def test_layer_survives_casts_and_its_own_state() -> None:
     assert list(half.parameters()) == []
 
 
-@pytest.mark.parametrize("isa", ["AVX2", pytest.param("AVX512_CORE", marks=pytest.mark.slow)])
+def test_cpu_whose_products_are_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "EXACT", False)
+    with pytest.raises(KernelUnavailable, match="VNNI"):
+        check_available(torch.device("cpu"))
+
+
+@pytest.mark.slow  # a process that loads torch: 7 s of CPU
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_cpu_without_vnni_is_refused_or_exact(isa: str) -> None:
     code = (
         "import torch, sd35_kernels as k\n"

@@ -1,7 +1,5 @@
 import importlib
 import inspect
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from sd35bench.metrics.base import (
 from sd35bench.metrics.reference import ReferencedMetric
 from sd35bench.metrics.selection import ON_FEATURES
 from sd35bench.types import Task
+from tests.forked import in_fork, refuse_torch
 from tests.studies.hosted_calls import HOSTED, call
 from tests.studies.memory import LOAD, record
 
@@ -125,13 +124,25 @@ def test_anything_but_uint8_rgb_is_refused(image):
         require_uint8_rgb([image])
 
 
+def _name_metrics_without_torch():
+    refuse_torch()
+    for name in ("analysis.summary", "report.recommend", "recommend.advice", "score"):
+        importlib.import_module(f"sd35bench.{name}")
+    base = importlib.import_module("sd35bench.metrics.base")
+    return [base.load_metric(n).name for n in ("fid_nano", "clip_score_nano", "init_kept")]
+
+
 def test_analysis_and_metric_names_load_without_torch():
-    code = (
-        "import sys, sd35bench.analysis.summary, sd35bench.report.recommend,"
-        " sd35bench.recommend.advice, sd35bench.score\n"
-        "from sd35bench.metrics.base import load_metric\n"
-        "[load_metric(n).name for n in ('fid_nano', 'clip_score_nano', 'init_kept')]\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert in_fork(_name_metrics_without_torch) == ["fid_nano", "clip_score_nano", "init_kept"]
+
+
+def _load_what_needs_torch():
+    refuse_torch()
+    try:
+        importlib.import_module("sd35bench.backends.pipeline")
+    except ImportError:
+        return "refused"
+
+
+def test_probe_refuses_what_needs_torch():
+    assert in_fork(_load_what_needs_torch) == "refused"

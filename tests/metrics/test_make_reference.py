@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -29,13 +30,19 @@ def evaluator(monkeypatch, weights):
     monkeypatch.setattr(NanoEvaluator, "__init__", lambda self: setattr(self, "folder", weights))
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "photos" / "more").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    made = tmp_path_factory.mktemp("photos")
+    (made / "more").mkdir()
     for i, image in enumerate(pictures(70)):
         name = f"{i:02d}.png" if i < 60 else f"more/{i:02d}.jpg"
-        Image.fromarray(image).save(tmp_path / "photos" / name)
-    return tmp_path / "photos"
+        Image.fromarray(image).save(made / name)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path, photos):
+    return shutil.copytree(photos, tmp_path / "photos")
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -44,10 +51,11 @@ def _png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-@pytest.fixture
-def study(tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
     """70 healthy images of 35 prompts, a black one, and a second setting of 2."""
-    study = Study.open(tmp_path / "results", "s", create=True)
+    root = tmp_path_factory.mktemp("made") / "results"
+    study = Study.open(root, "s", create=True)
     shard = study.shard("a")
     shard.append_session(session())
     for i, image in enumerate([*pictures(70), np.zeros((64, 64, 3), np.uint8)]):
@@ -56,7 +64,14 @@ def study(tmp_path):
     for i, image in enumerate(pictures(2, seed=9)):
         shard.append_record(record(i, image=study.put_image(_png(image), ".png"), steps=99))
     shard.close()
-    return study
+    return root
+
+
+@pytest.fixture
+def study(tmp_path, results):
+    """A copy of the study, which a test may write into."""
+    shutil.copytree(results, tmp_path / "results")
+    return Study.open(tmp_path / "results", "s")
 
 
 def _make(tmp_path, capsys, *words: str) -> tuple[int, dict]:

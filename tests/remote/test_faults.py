@@ -154,7 +154,7 @@ def test_one_fault_is_survived_or_becomes_a_status(
             server.script(route, fault)
         start = time.monotonic()
         client.run()
-        assert time.monotonic() - start < timeout_s + 2 * REQUEST_S + 10  # decoding is a process
+        assert time.monotonic() - start < timeout_s + 2 * REQUEST_S + 60  # decoding is a process
         assert [record.status in statuses for record in client.records] == [True], client.records
         assert client.most_paid == paid
 

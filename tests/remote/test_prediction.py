@@ -49,8 +49,8 @@ def test_a_deadline_starts_late_and_ends():
         deadline = Deadline(0.05)
         await asyncio.sleep(0.06)  # waiting for a turn is no part of it
         started = time.perf_counter()
-        await deadline.wait(10.0, "first")  # cut to what is left
-        assert time.perf_counter() - started < 9.0
+        await deadline.wait(1000.0, "first")  # cut to what is left
+        assert time.perf_counter() - started < 60
         with pytest.raises(
             PredictionFailed, match=r"not done after remote\.timeout_s=0\.05: why"
         ) as caught:

@@ -1,3 +1,4 @@
+import copy
 import errno
 import io
 import json
@@ -31,9 +32,15 @@ def study(tmp_path):
     return planted(tmp_path, GRID, prompts=60)
 
 
-@pytest.fixture
-def document(study):
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    study = planted(tmp_path_factory.mktemp("planted"), GRID, prompts=60)
     return recommend_document(study, load_profiles(PROFILES))
+
+
+@pytest.fixture
+def document(kept):
+    return copy.deepcopy(kept)
 
 
 def test_write_recommended_has_the_answers_on_few_lines(study, document):

@@ -1,11 +1,21 @@
-"""Chromium for the tests of the page."""
+"""Workers without a process, and Chromium for the tests of the page."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from sd35bench.server import generation
 from tests.server.page_server import Served, served
+from tests.studies.in_process import hire
+
+
+@pytest.fixture(scope="module")
+def served_here() -> Iterator[None]:
+    """Have servers of the fake backend make images in this process, for tests of the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "WorkerProcess", hire)
+        yield
 
 
 @pytest.fixture

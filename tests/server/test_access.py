@@ -8,6 +8,8 @@ import pytest
 from sd35bench.server.auth import make_key
 from tests.server.live import live, make_settings
 
+pytestmark = pytest.mark.usefixtures("served_here")
+
 PRICE = 0.035
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from tests.server.live import MODEL, Live, live, make_settings
 
+pytestmark = pytest.mark.usefixtures("served_here")
+
 JSON = {"Content-Type": "application/json"}
 
 

@@ -21,8 +21,9 @@ from sd35bench.server.auth import KeyRing, make_key
 from sd35bench.server.connection import Door
 from tests.server.live import live, make_settings
 
+pytestmark = pytest.mark.usefixtures("served_here")
+
 MOST = 20
-QUICK_S = 1.0
 HALF_HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
 BOTH = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"
 JSON_HEAD = b"POST /v1/prediction HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -61,13 +62,11 @@ def answer_of(wire: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def fresh_health_s(opened) -> float:
-    """Seconds of /healthz on a connection of its own."""
-    started = time.monotonic()
+def assert_fresh_health(opened) -> None:
+    """/healthz answers on a connection of its own, within the 30 s of `dial`."""
     with dial(opened) as wire:
         wire.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert answer_of(wire).startswith(b"HTTP/1.1 200")
-    return time.monotonic() - started
 
 
 @pytest.fixture
@@ -92,9 +91,11 @@ def hold_half_heads(opened, stack: contextlib.ExitStack, count: int) -> None:
 def test_half_heads_do_not_keep_others_out(small_door, server, log_lines):
     with contextlib.ExitStack() as stack:
         hold_half_heads(server, stack, 5 * MOST)
-        assert fresh_health_s(server) < 10 * QUICK_S
-        time.sleep(1.1)
-    assert '"pushed out' in "".join(log_lines)
+        assert_fresh_health(server)
+        until = time.monotonic() + 60
+        while '"pushed out' not in "".join(log_lines):
+            assert time.monotonic() < until
+            time.sleep(0.05)
     assert len([line for line in log_lines if '"refused"' in line]) < 10  # one a second
 
 
@@ -147,7 +148,7 @@ def test_chunks_of_one_byte_are_refused_and_hold_nobody_up(server):
         wire.sendall(JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             wire.sendall(b"1\r\n \r\n" * 50_000)
-        assert fresh_health_s(server) < 10 * QUICK_S
+        assert_fresh_health(server)
         assert answer_of(wire).startswith(b"HTTP/1.1 400")
 
 

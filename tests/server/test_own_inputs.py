@@ -19,6 +19,8 @@ from tests.remote.test_inputs import PAGE, RATIOS, URLS, asked
 from tests.server.live import live, make_settings
 from tests.studies.page import OWN, backend_conf, model_conf, schema_of
 
+pytestmark = pytest.mark.usefixtures("served_here")
+
 
 @cache
 def served(model: str, stand_in_for: str | None = None, backend: str = "fake") -> ServedModel:

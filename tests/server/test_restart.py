@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 
 from sd35bench.cli import main
@@ -84,11 +85,21 @@ def served(folder: Path, *overrides: str) -> Iterator[Served]:
 FREE = ("no_auth=true", "requests_per_minute=null", "backend.delay_s=0.15")
 
 
-def test_killed_in_the_middle_everything_is_made(tmp_path):
+def wait_until(state: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not state():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def begun(server: Served, prediction_id: str) -> bool:
+    return server.client.get(f"/v1/prediction/{prediction_id}").json()["status"] != "created"
+
+
+def test_killed_or_stopped_in_the_middle_everything_is_made_once(tmp_path):
     with served(tmp_path, *FREE) as first:
         ids = [first.create(number) for number in range(4)]
-        while first.client.get(f"/v1/prediction/{ids[1]}").json()["status"] == "created":
-            time.sleep(0.01)
+        wait_until(lambda: begun(first, ids[1]))
         one = first.ended(ids[0])
         first.process.kill()
     with served(tmp_path, *FREE) as second:
@@ -100,35 +111,43 @@ def test_killed_in_the_middle_everything_is_made(tmp_path):
             assert second.client.get(row["output"]).content.startswith(b"RIFF")
         ended = [row["completed_at"] for row in found]
         assert ended == sorted(ended)
-
-
-def test_sigterm_finishes_what_is_being_made_and_keeps_the_rest(tmp_path):
-    with served(tmp_path, *FREE) as first:
-        ids = [first.create(number) for number in range(10)]
-        while first.client.get(f"/v1/prediction/{ids[0]}").json()["status"] == "created":
-            time.sleep(0.01)
-        assert first.end(signal.SIGTERM) == 0
-        log = [json.loads(line) for line in first.errors.read_text().splitlines()]
-    made = [e["prediction"] for e in log if e["event"] == "prediction made"]
-    assert made == ids[: len(made)]
-    assert 1 <= len(made) < len(ids)  # the first alone, where the signal did not have to wait
+        more = [second.create(number) for number in range(4, 14)]
+        wait_until(lambda: begun(second, more[0]))
+        assert second.end(signal.SIGTERM) == 0
+        log = [json.loads(line) for line in second.errors.read_text().splitlines()]
+    logged = [e["prediction"] for e in log if e["event"] == "prediction made"]
+    made = [each for each in logged if each in more]
+    assert made == more[: len(made)]
+    assert 1 <= len(made) < len(more)  # the first alone, where the signal did not have to wait
     requests = [entry for entry in log if entry["event"] == "request"]
     assert {"time", "request_id", "method", "path", "status", "ms"} <= set(requests[0])
     assert "secret prompt" not in json.dumps(log)
-    with served(tmp_path, *FREE) as second:
-        assert [second.ended(made)["status"] for made in ids] == ["success"] * 10
-        assert second.end(signal.SIGINT) == 0
+    with served(tmp_path, *FREE) as third:
+        assert [third.ended(made)["status"] for made in more] == ["success"] * 10
+        assert third.end(signal.SIGINT) == 0
 
 
 def test_sigterm_while_loading_ends_it_quietly(tmp_path):
     server = Served(tmp_path, "no_auth=true", "backend.load_delay_s=60")
-    until = time.monotonic() + WAIT_S
-    while "loading" not in server.errors.read_text():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: "loading" in server.errors.read_text())
     assert server.end(signal.SIGTERM) == 0
     assert "Traceback" not in server.errors.read_text()
     server.process.stdout.close()
+
+
+def has_taken(server: Served, wire: socket.socket) -> bool:
+    """Whether the server holds its end of a connection."""
+    ours = psutil.Process(server.process.pid).net_connections("tcp")
+    return any(each.raddr == wire.getsockname() for each in ours)
+
+
+def is_deaf(address: tuple[str, int]) -> bool:
+    """Whether nobody listens there any more."""
+    try:
+        socket.create_connection(address).close()
+    except ConnectionError:
+        return True
+    return False
 
 
 def test_a_second_server_is_refused_and_a_second_ctrl_c_ends_at_once_in_silence(tmp_path):
@@ -141,9 +160,9 @@ def test_a_second_server_is_refused_and_a_second_ctrl_c_ends_at_once_in_silence(
         head = "POST /v1/prediction/run HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body) + 1}\r\n\r\n"
         wire.sendall(head.encode() + body)  # one byte is missing: the request is never whole
-        time.sleep(0.3)
+        wait_until(lambda: has_taken(server, wire))
         server.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        wait_until(lambda: is_deaf(server.address))
         assert server.end(signal.SIGINT) == 0
         said = server.errors.read_text()
     assert "CancelledError" not in said

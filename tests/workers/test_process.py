@@ -142,6 +142,7 @@ def test_progress_says_what_every_worker_does(study):
     assert seen[-1].doing == ()
 
 
+@pytest.mark.usefixtures("fakes_here")
 @pytest.mark.usefixtures("two_cores")
 @pytest.mark.usefixtures("empty_folder")
 def test_the_command_shares_loads_out_to_workers_and_refuses_too_many(call, capsys):
