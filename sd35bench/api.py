@@ -49,9 +49,7 @@ def run(
 
     Raises: ConfigError for wrong settings, before anything is loaded; StudyLocked, DiskFull.
     """
-    flags = {"--config-dir": config_dir, "--plugin-dir": plugin_dir}
-    words = [f"{name}={folder}" for name, folder in flags.items() if folder is not None]
-    words += ["--yes"] if yes else []
+    words = [*_folders(config_dir, plugin_dir), *(["--yes"] if yes else [])]
     odd = [text for text in settings if text.startswith("-")]
     if odd:
         raise ConfigError(f"{odd[0]}: expected NAME=VALUE, such as steps=4,16")
@@ -197,7 +195,8 @@ class Study:
 
     def report(self) -> Path:
         """Write the HTML report and return its path."""
-        document = _answer("report", self.name, f"--results-dir={self.path.parent}")
+        own = _folders(self._config_dir, self._plugin_dir)
+        document = _answer("report", self.name, f"--results-dir={self.path.parent}", *own)
         return Path(document["path"])
 
     def _score(
@@ -262,6 +261,12 @@ class Plots:
         from sd35bench.report.sheet import contact_sheet
 
         return contact_sheet(self._study._store, prompt, x, y, seed, fixed)
+
+
+def _folders(config_dir: str | Path | None, plugin_dir: str | Path | None) -> list[str]:
+    """The flags that name the user's own folders."""
+    flags = {"--config-dir": config_dir, "--plugin-dir": plugin_dir}
+    return [f"{name}={folder}" for name, folder in flags.items() if folder is not None]
 
 
 def _answer(verb: str, *arguments: str) -> dict[str, Any]:
