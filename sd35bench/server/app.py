@@ -33,6 +33,7 @@ DAY_S = 86400.0
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } code, pre { font-family: ui-monospace, monospace }
+code { overflow-wrap: anywhere }
 pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem }
 table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1rem .2rem 0;
 vertical-align: top } .method { font-weight: 700 }

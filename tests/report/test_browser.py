@@ -133,6 +133,7 @@ def test_printed_tables_fit_the_paper(open_report, demo: Synthetic, backends: Sy
 def test_report_breaks_no_rule_of_accessibility(open_report, demo, backends, faults):
     for study in (backends, demo):
         page = open_report(study)
+        page.eval_on_selector_all("details", "(l) => l.forEach((d) => { d.open = true; })")
         assert faults(page) == []
     page.locator("#wall .open").first.click()
     assert faults(page) == []

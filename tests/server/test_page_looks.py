@@ -35,6 +35,8 @@ def test_page_fits_and_breaks_no_rule_of_accessibility(still: Served, visit, fau
     assert faults(page) == []
     page.set_viewport_size({"width": 360, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.goto(f"{still.url}/docs")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
 def test_every_control_has_a_name(still: Served, visit, tmp_path, faults):
