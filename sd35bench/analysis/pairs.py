@@ -420,8 +420,8 @@ def _spread_out(candidate: Candidate, codes: Sequence[int]) -> Candidate:
         values = PairValues.of(found)
         keys = values.numbers.keys
         by_image = {(key[0], *key[2:]): value for key, value in values.items()}
-        found = {code: by_image.get((keys[code][0], *keys[code][2:])) for code in codes}
-        known = {code: value for code, value in found.items() if value is not None}
+        every = {code: by_image.get((keys[code][0], *keys[code][2:])) for code in codes}
+        known = {code: value for code, value in every.items() if value is not None}
         more = np.array([*known], np.int64), np.array([*known.values()], np.float64)
         return PairValues(values.numbers, *more).under(values.codes, values.values_of)
 
