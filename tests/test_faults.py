@@ -326,6 +326,8 @@ def test_ctrl_c_while_a_worker_hangs_keeps_what_is_done_and_exits_3(tmp_path):
     every = one_victim(plan)[0]
     code = (
         "import sys; import sd35bench.workers.process; from sd35bench.cli import main\n"
+        # A suite that was started in the background ignores SIGINT, and so would its children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests.studies.fakes import fake_load, fake_plan\n"
         f"plan = fake_plan(fake_load(fault='hang', fault_every={every}), 6)\n"
         "real = sd35bench.workers.process.run_plan\n"

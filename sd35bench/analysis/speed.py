@@ -363,11 +363,11 @@ def _ratio_of(above: _LoneImages, below: _LoneImages) -> Interval:
         return _ratio(centres([x[:, None] for x in counted]), int(alike.sum()), len(counted))
     starts = [side.large_starts() for side in (above, below)]
     firsts = [
-        [(side.session_id[start[0]], side.started[start[0]]) for start in found]
+        [(side.session_id.item(int(start[0])), side.started[start[0]]) for start in found]
         for side, found in zip((above, below), starts, strict=True)
     ]
     if all(len(side) == 1 for side in starts):
-        kept = {name for side in firsts for name, _ in side} - {None}
+        kept = {name for side in firsts for name, _ in side} - {None, -1}  # no start is known
         own = zip(above.session_id.tolist(), below.session_id.tolist(), strict=True)
         paired = logs[[one in kept and other in kept for one, other in own]]
         return _ratio(centres([paired[:, None]]), len(paired), 1)

@@ -164,7 +164,8 @@ def document(view: Any) -> dict[str, Any]:
         "images": {
             name: sorted({str(place.get(name)) for place in places})
             for name in ("commit", "cpu_model", "torch")
-        },
+        }
+        | {"backend": sorted({record.trial.load.backend.name for record in view.records()})},
         "profiles": {
             name: _best(profile, truth)
             for name, profile in profiles.items()

@@ -123,6 +123,8 @@ def _choice_row(row: Mapping[str, Any], name: str) -> list[str]:
 
 def _definitive(held: Mapping[str, Any]) -> str:
     """How many choices were said to be shown, and how many of these lose more than the margin."""
+    if "definitive" not in held:  # made by the rule before, which knew no provisional answer
+        return "–"
     shown, wrong = held["definitive"], held["definitive_beyond"]
     return f"{shown}, {wrong} beyond the margin" if shown else "0"
 
@@ -155,14 +157,15 @@ def grid_section(rows: Mapping[str, Any], made: str) -> str:
         f"**Brute-forced truth on nano:** {len(found['settings'])} settings on the same"
         f" {found['prompts']} prompts, one seed each, every image made alone; mean"
         f" {found['metric'].replace('_', ' ')} and median latency."
-        " `python -m tests.validity_runs grid` makes it (6,400 images by `backend=core`, two"
-        " workers of one core), and what follows only reads it. Its own error: a regret is known to"
-        f" within ± {ends}, the median half width of 95 % intervals, so a margin of 0.02 is finer"
-        " than this truth.\n\n"
+        " `python -m tests.validity_runs grid` makes such a grid (6,400 images by `backend=core`,"
+        " two workers of one core), and what follows only reads it. Its own error: a regret is"
+        f" known to within ± {ends}, the median half width of 95 % intervals, so a margin of 0.02"
+        " is finer than this truth.\n\n"
         f"{grid_table(rows)}\n\n{blind_table(rows)}\n\n*Slower*, here and below: the median"
         " latency over that of the fastest setting truly within the margin; `preview` wants the"
         " best within a latency limit, not the fastest.\n\n"
-        f"Images made by commit {', '.join(c[:10] for c in places['commit'])}, torch"
+        f"Images made by {', '.join(places.get('backend', ['eager']))} at commit"
+        f" {', '.join(c[:10] for c in places['commit'])}, torch"
         f" {', '.join(places['torch'])}. {made}"
     )
 
