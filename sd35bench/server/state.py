@@ -38,7 +38,8 @@ class RequestLimit:
             return 0.0
         now = self._clock()
         times = self._times.setdefault(caller_id, array("d"))
-        del times[: bisect_right(times, now - WINDOW_S)]
+        # The sum that a refusal waits for, so that no rounding lets one pass without counting it.
+        del times[: bisect_right(times, now, key=lambda at: at + WINDOW_S)]
         if len(times) < self._most:
             times.append(now)
             return 0.0
