@@ -1,5 +1,7 @@
 """Choices held against a whole grid: the harness itself, on a grid whose rule is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -73,9 +75,29 @@ def test_searches_and_choices_find_the_rule_s_best_without_an_image(small):
     small_budget = choices.measure(small, grid.SEED, 16, repetitions=4)
     final = small_budget["profiles"]["final"]
     assert final["all"]["chosen"] == {"8 steps, cfg 2": 4}
-    assert (final["definitive"] <= 4, final["definitive_beyond"]) == (True, 0)
+    assert (final["definitive"], final["definitive_beyond"]) == (0, 0), "16 prompts show nothing"
     assert "| definitive |" in page.choice_table({"16": small_budget})
     assert len(Study.open(small, "truth").records()) == count == 6 * 32
+
+
+def test_answers_that_say_they_are_shown_are_counted_and_held_against_the_truth(small, monkeypatch):
+    """Every answer says so; every second one names a setting that loses most of the quality."""
+    known = truth.read_truth(grid.open_grid(small, grid.SEED))
+    hopeless = next(key for key, i in known.numbers.items() if known.settings[i] == (1, 7.0))
+    real, calls = choices.recommend_document, itertools.count()
+
+    def sure(view, profiles):
+        document = real(view, profiles)
+        odd = next(calls) % 2
+        for tasks in document["profiles"].values():
+            entry = tasks["text-to-image"]
+            entry["definitive"] = True
+            entry["setting_id"] = hopeless if odd else entry["setting_id"]
+        return document
+
+    monkeypatch.setattr(choices, "recommend_document", sure)
+    held = choices.measure(small, grid.SEED, 16, repetitions=4)["profiles"]["final"]
+    assert (held["definitive"], held["definitive_beyond"]) == (4, 2)
 
 
 def test_document_of_a_grid_has_its_truth_and_what_looking_away_costs(small):
