@@ -8,7 +8,6 @@ each with one worker process, and any Hydra launcher can take the jobs elsewhere
 Every job is composed and validated before the first one starts.
 """
 
-import copy
 import importlib
 import importlib.util
 import itertools
@@ -251,11 +250,10 @@ def _noise_floor(arguments: Sequence[str], config: DictConfig) -> str | None:
 
 
 def _own(config: DictConfig) -> DictConfig:
-    """A job's configuration without Hydra's node, as the task function gets it."""
-    own = copy.deepcopy(config)
-    with read_write(own), open_dict(own):
-        del own["hydra"]
-    return own
+    """Take Hydra's node out of a job's configuration: so the task function gets it."""
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def _one_each(name: str, override: Override) -> list[str]:

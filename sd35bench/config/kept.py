@@ -4,11 +4,11 @@ A composition is 20 YAML files and 500 nodes in pure Python, 0.25 s. A sweep mak
 and one of each companion's, most of them of the same files, and only then puts the command line's
 values on top. So what the files come to is kept here, by the groups that were chosen and the state
 of all files of the search path (path, size, time of change, inode); every composition gets a copy
-and its values: 0.03 s.
+and its values. What is kept is kept pickled: a copy of 500 nodes takes 2.5 ms, and 13 by deepcopy.
 """
 
-import copy
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ class KeepingLoader(ConfigLoaderImpl):
             return super()._load_configuration_impl(config_name, overrides, *flags)
         key = (*flags, *others)
         if key not in repo.composed:
-            repo.composed[key] = super()._load_configuration_impl(config_name, others, *flags)
-        config = copy.deepcopy(repo.composed[key])
+            made = super()._load_configuration_impl(config_name, others, *flags)
+            repo.composed[key] = pickle.dumps(made)
+        config: DictConfig = pickle.loads(repo.composed[key])
         plain = [each for each in values if not each.is_sweep_override()]
         self._apply_overrides_to_config(plain, config)
         own = [each for each in parsed if not each.is_hydra_override()]
@@ -89,7 +90,7 @@ class KeepingLoader(ConfigLoaderImpl):
     ) -> DictConfig:
         assert isinstance(repo, _Repository)
         given = CachingConfigRepository(repo.delegate)
-        given.cache = copy.deepcopy(repo.cache)  # merging changes what it is given
+        given.cache = pickle.loads(pickle.dumps(repo.cache))  # merging changes what it is given
         return super()._compose_config_from_defaults_list(defaults, given)
 
 
@@ -98,7 +99,7 @@ class _Repository(CachingConfigRepository):
 
     def __init__(self, delegate: Any) -> None:
         super().__init__(delegate)
-        self.composed: dict[Any, DictConfig] = {}
+        self.composed: dict[Any, bytes] = {}
 
 
 def _is_value(override: Override, repo: IConfigRepository) -> bool:
