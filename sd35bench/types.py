@@ -418,6 +418,9 @@ class Score:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
 def content_hash(value: Any) -> str:
     """SHA-256 (hex) of `value`'s canonical JSON: sorted keys, no spaces, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -426,6 +429,8 @@ def content_hash(value: Any) -> str:
 
 def to_json(value: Any) -> Any:
     """Turn records into plain JSON values; mappings and scalars pass through."""
+    if type(value) in _PLAIN:  # nine of ten values
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {f.name: to_json(getattr(value, f.name)) for f in fields}

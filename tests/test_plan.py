@@ -57,8 +57,8 @@ def sweeps(draw):
     inits = draw(st.integers(0, count))
     axes = {
         "steps": tuple(draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))),
-        "cfg": tuple(draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 7.5]), min_size=1, max_size=3))),
-        "seed": tuple(draw(st.lists(st.integers(0, 99), min_size=1, max_size=3))),
+        "cfg": tuple(draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 7.5]), min_size=1, max_size=2))),
+        "seed": tuple(draw(st.lists(st.integers(0, 99), min_size=1, max_size=2))),
         "negative_prompt": tuple(
             draw(st.lists(st.sampled_from(["", "x"]), min_size=1, max_size=2))
         ),
@@ -68,13 +68,13 @@ def sweeps(draw):
     }
     if inits:
         axes["prompt_strength"] = tuple(
-            draw(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3))
+            draw(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=2))
         )
     return sweep(
         items(count, inits),
         axes,
         sizes=draw(st.sampled_from([((64, 64),), ((64, 64), (72, 48))])),
-        batch_sizes=tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))),
+        batch_sizes=tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))),
         timed_limit=draw(st.integers(0, 3)),
         order_seed=draw(st.integers(0, 3)),
     )
