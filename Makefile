@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
+# Setup compiles no module: Python keeps each when it is first imported, unless this forbids it. Then
+# torch and diffusers are compiled anew by every process, 10 s each, and the tests start some 150.
+export PYTHONDONTWRITEBYTECODE :=
 # The compiled core makes eager's latents to 1e-4 in a third of its time, and needs a C++ compiler once.
 DEMO_BACKEND ?= $(shell command -v $(CXX) >/dev/null 2>&1 && echo core || echo eager)
 
