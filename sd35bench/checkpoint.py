@@ -14,6 +14,7 @@ import json
 import os
 import re
 import struct
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
 INDEX = "model_index.json"
 REMEDY = "give a complete diffusers folder, or a .safetensors file"
 CACHE_ABOVE_BYTES = 64_000_000
+SETTLED_NS = 2_000_000_000
+"""A file that changed less than this ago may change again within one tick of its clock."""
 LAYOUT = {
     "transformer": "model.diffusion_model.",
     "vae": "first_stage_model.",
@@ -400,8 +403,12 @@ def _in_hub_cache(hub_id: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+_hashed: dict[str, str] = {}
+"""Small files of this process: nano's 22 MB take 0.1 s, and every configuration asks for them."""
+
+
 class _Cache:
-    """Hashes of large files by path, size, inode and time of change; small ones are just read."""
+    """Hashes by path, size, inode and time of change: of small files in memory, else on disk."""
 
     def __init__(self) -> None:
         root = os.environ.get("XDG_CACHE_HOME")
@@ -412,11 +419,14 @@ class _Cache:
 
     def file_hash(self, path: Path) -> str:
         stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_ino}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
         if stat.st_size < CACHE_ABOVE_BYTES:
-            return _hash_file(path)
+            found = _hashed.get(key) or _hash_file(path)
+            if time.time_ns() - stat.st_ctime_ns > SETTLED_NS:
+                _hashed[key] = found
+            return found
         if self._known is None:
             self._known = self._read()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_ino}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
         if key not in self._known:
             self._known[key] = _hash_file(path)
             self._changed = True

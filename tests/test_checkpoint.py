@@ -90,6 +90,24 @@ def test_weights_digest_of_large_files_is_cached_until_they_change(folder, tmp_p
     assert (tmp_path / "cache" / "sd35bench" / "digests.json").is_file()
 
 
+@pytest.mark.parametrize(("settled_ns", "again"), [(-1, 0), (checkpoint.SETTLED_NS, 1)])
+def test_a_small_file_that_has_not_just_changed_is_hashed_once(
+    folder, monkeypatch, settled_ns, again
+):
+    """One that has may change once more within a tick of the file system's clock, unseen."""
+    hashed = []
+    real = checkpoint._hash_file
+    monkeypatch.setattr(checkpoint, "SETTLED_NS", settled_ns)
+    monkeypatch.setattr(
+        checkpoint, "_hash_file", lambda path: hashed.append(path.name) or real(path)
+    )
+    first = weights_digest(folder)
+    assert weights_digest(folder) == first
+    assert hashed.count("model.safetensors") == 1 + again
+    (folder / "vae" / "model.safetensors").write_bytes(b"other weights")
+    assert weights_digest(folder) != first
+
+
 def test_weights_digest_survives_a_broken_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoint, "CACHE_ABOVE_BYTES", 0)
