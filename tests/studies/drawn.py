@@ -1,5 +1,6 @@
 """A synthetic study with known figures, written through the real store; nothing is generated."""
 
+import functools
 import io
 import random
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Synthetic:
     recommend: dict[str, Any] | None
 
 
+@functools.cache
 def draw(colour: str, clarity: float, seed: int) -> bytes:
     """PNG of a disc, the blurrier the lower `clarity` in [0, 1]."""
     rng = random.Random(seed)
