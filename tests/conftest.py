@@ -17,6 +17,7 @@ import yaml
 import sd35bench.export.artifact as artifact
 from sd35bench import measure
 from sd35bench.cli import main
+from tests import preforked
 from tests.studies import in_process
 
 HERE = Path(__file__).parent
@@ -142,6 +143,13 @@ def all_fakes_here() -> Iterator[None]:
     """Do so for a whole module and its fixtures."""
     with pytest.MonkeyPatch.context() as patch:
         in_process.fakes_here(patch)
+        yield
+
+
+@pytest.fixture
+def forked_python() -> Iterator[None]:
+    """Have `subprocess` fork Python commands, in a test of what becomes of them."""
+    with preforked.forks_of_python():
         yield
 
 

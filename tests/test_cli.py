@@ -300,6 +300,7 @@ def test_mutant_that_handles_no_sigterm_dies_of_it(mutant, code):
     assert done.returncode == code
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_sigterm_keeps_what_a_run_has_made(call):
     command = [sys.executable, "-m", "sd35bench", "run", "backend=fake", "backend.delay_s=0.1"]
     command += ["prompts.limit=40", "study=t", "--json"]

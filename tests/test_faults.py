@@ -20,8 +20,10 @@ from sd35bench.store import Study
 from sd35bench.types import Record, Status
 from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.workers.worker import Failed, Ready
+from tests import preforked
 from tests.studies.fakes import fake_load, fake_plan
 
+pytestmark = pytest.mark.usefixtures("forked_python")
 MEMORY_LIMIT_BYTES = 400_000_000  # a worker with the fake backend holds about 100 MB
 DEATHS = {
     "segfault": (Status.CRASHED, "signal 11, SIGSEGV"),
@@ -86,7 +88,8 @@ def children() -> list[psutil.Process]:
     """Our workers that still run; other tests leave compile pools and trackers behind."""
     found = psutil.Process().children(recursive=True)
     alive = [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in alive if "sd35bench.workers.worker" in p.cmdline()]
+    ours = [p for p in alive if "sd35bench.workers.worker" in p.cmdline()]
+    return ours + [p for p in alive if p.pid in preforked.started]
 
 
 # In generation -----------------------------------------------------------------------------------

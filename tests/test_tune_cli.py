@@ -247,6 +247,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_tune_survives_a_kill_and_makes_nothing_twice():
     victim = subprocess.Popen([*DRIVER, *SLOW, "--json"], env=_environment())
     _wait_for(lambda: len(list(Path("results/t/images").glob("*/*"))) >= 10)
@@ -267,6 +268,7 @@ def test_tune_survives_a_kill_and_makes_nothing_twice():
     assert len(keys) == len(set(keys)) == document["images"]["used"]
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_tune_is_shared_by_two_processes():
     workers = [
         subprocess.Popen([*DRIVER, *SLOW, "--json"], env=_environment(), stdout=subprocess.PIPE)

@@ -21,7 +21,7 @@ from tests.remote.hosted import HASTY, hosted_plan, hosted_settings, ledger_line
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("apart")
+pytestmark = pytest.mark.usefixtures("apart", "forked_python")
 
 
 HELD = FAULTS["silence"]

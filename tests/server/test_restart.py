@@ -20,6 +20,8 @@ from sd35bench.cli import main
 pytestmark = pytest.mark.model  # many processes
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
+FORKED = pytest.mark.usefixtures("forked_python")
+"""The last server of this file starts from nothing: 3 s of CPU."""
 
 
 class Served:
@@ -96,6 +98,7 @@ def begun(server: Served, prediction_id: str) -> bool:
     return server.client.get(f"/v1/prediction/{prediction_id}").json()["status"] != "created"
 
 
+@FORKED
 def test_killed_or_stopped_in_the_middle_everything_is_made_once(tmp_path):
     with served(tmp_path, *FREE) as first:
         ids = [first.create(number) for number in range(4)]
@@ -150,6 +153,7 @@ def is_deaf(address: tuple[str, int]) -> bool:
     return False
 
 
+@FORKED
 def test_a_second_server_is_refused_and_a_second_ctrl_c_ends_at_once_in_silence(tmp_path):
     slow = ("no_auth=true", "backend.delay_s=3")
     with served(tmp_path, *slow) as server, socket.create_connection(server.address) as wire:
@@ -169,6 +173,7 @@ def test_a_second_server_is_refused_and_a_second_ctrl_c_ends_at_once_in_silence(
     assert "Traceback" not in said
 
 
+@FORKED
 def test_sighup_reads_the_keys_again_and_they_are_in_no_log_and_no_file(
     tmp_path, monkeypatch, capsys
 ):
