@@ -100,7 +100,10 @@ class Columns:
     def lists(self, name: str, places: Places) -> Floats:
         """The numbers of some records' lists, one list after the other."""
         found = self.kept(f"lists {name}", lambda: self._column(name).combine_chunks())
-        return _plain(found.take(_arrow(places)).flatten())
+        some = found.take(_arrow(places))
+        _, ends, data = some.buffers()
+        count = int(np.frombuffer(ends, np.int64)[len(some)]) // 8 if len(some) else 0
+        return np.frombuffer(data, np.float64, count) if count else np.empty(0)
 
     def moments(self) -> Places | None:
         """Numbers that sort as `started_at` does; ``None`` where some are of another form."""
@@ -246,6 +249,14 @@ def dense(values: NDArray[Any]) -> Places:
     if values.dtype == object:
         return numbered(values.tolist())[0]
     plain = values.view(np.int8 if values.dtype == bool else f"i{values.itemsize}")
+    low = int(plain.min(initial=0))
+    size = int(plain.max(initial=0)) - low + 1
+    if size <= 4 * len(plain):  # of small numbers the first place of each is looked up
+        near, order = plain.astype(np.int64) - low, np.arange(len(plain))
+        firsts = np.empty(size, np.int64)
+        firsts[near[::-1]] = order[::-1]  # of equal places the last one stays
+        first = firsts[near]
+        return (np.cumsum(first == order) - 1)[first]
     if len(plain) < _FEW:
         _, firsts, found = np.unique(plain, return_index=True, return_inverse=True)
         rank = np.empty(len(firsts), np.int64)
@@ -449,8 +460,12 @@ def in_time(records: Some) -> Some:
 
 def by_text(records: Some, name: str) -> dict[str, Places]:
     """The numbers of the records of each text, in the order in which texts first appear."""
-    codes, known = coded(records, name)
-    return {known[int(codes[places[0]])]: places for places in split(codes)}
+
+    def make() -> dict[str, Places]:
+        codes, known = coded(records, name)
+        return {known[int(codes[places[0]])]: places for places in split(codes)}
+
+    return records.kept(f"by {name}", make) if isinstance(records, Records) else make()
 
 
 def with_tags(records: Some, where: Mapping[str, str]) -> Some:

@@ -1,6 +1,5 @@
 """Which of a view's lines count: the last record of each trial, the last score of each image."""
 
-import importlib
 import json
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ def last_of_each(records: Records, whole: Callable[[], Container[str]]) -> Recor
 
     It is the last, but that an image that is `whole` wins over later failures.
     """
-    if not records.columns.kept("made again", lambda: _made_again(records.columns)):
+    if not _made_again(records.columns):
         return records
     codes = dense(records.columns.whole("number")[records.places])
     keys, firsts, counts = np.unique(codes, return_index=True, return_counts=True)
@@ -55,8 +54,12 @@ def last_of_each(records: Records, whole: Callable[[], Container[str]]) -> Recor
 
 def _made_again(columns: Columns) -> bool:
     """Whether some trial has several records."""
-    numbers = np.sort(columns.whole("number"))
-    return bool(np.any(numbers[1:] == numbers[:-1]))
+
+    def make() -> bool:
+        numbers = np.sort(columns.whole("number"))
+        return bool(np.any(numbers[1:] == numbers[:-1]))
+
+    return columns.kept("made again", make)
 
 
 # Scores ----------------------------------------------------------------------------------------
@@ -84,23 +87,11 @@ class Scores(Iterable[Score]):
         _, known = self.columns.codes("detail")
         return self.columns.kept("details", lambda: [json.loads(text) for text in known])
 
-    def of_keys(self, keys: Iterable[str]) -> Iterator[Score]:
-        """The scores of some trials."""
-        import pyarrow as pa
-
-        pc: Any = importlib.import_module("pyarrow.compute")
-
-        found = pc.is_in(self.columns.arrow("key"), pa.array([*keys], pa.string()))
-        some = self._places[found.to_numpy()[self._places]]
-        for metric in self.metrics():
-            yield from self._made(metric, some)
-
     def of(self, metric: str) -> Iterator[Score]:
         """One metric's scores."""
-        return self._made(metric, self._places)
+        return self._made(metric, self._of(metric))
 
     def _made(self, metric: str, places: Places) -> Iterator[Score]:
-        places = self._of(metric, places)
         details = self.details()
         found: dict[tuple[str, str], Score] = {}
         parts = (self.columns.texts(n)[places].tolist() for n in ("key", "image"))
@@ -115,31 +106,43 @@ class Scores(Iterable[Score]):
 
     def refusals(self, metric: str) -> Iterator[Score]:
         """The last scores of a metric that are 0, or no number; the others are not made."""
-        places = self._of(metric, self._places)
+        places = self._of(metric)
         latest = places[_lasts(self.columns.whole("where")[places])]
         values = self.columns.numbers("value")[latest]
         return self._made(metric, np.sort(latest[~(np.abs(values) > 0.0)]))
 
     def aligned(self, metric: str, columns: Columns) -> tuple[Places, Floats]:
         """The number of each record's detail, -1 without a score, and its value: [all records]."""
-        places = self._of(metric, self._places)
-        where = self.columns.whole("where")[places]
-        order = np.argsort(where)
-        known = where[order]
-        if np.any(known[1:] == known[:-1]):  # of several scores of an image the last one counts
-            order = np.argsort(where, kind="stable")
-        asked, wanted = columns.kept("where", lambda: _ordered(columns.whole("where")))
-        last = np.searchsorted(known, wanted, side="right") - 1
-        there = (last >= 0) & (known[last] == wanted) if len(known) else np.zeros(len(last), bool)
-        found, mine = places[order[last[there]]], asked[there]
+        return self.columns.kept(("aligned", metric, columns), lambda: self._align(metric, columns))
+
+    def _align(self, metric: str, columns: Columns) -> tuple[Places, Floats]:
+        places = self._of(metric)
+        which, mine = _matched(self.columns.whole("where")[places], columns)
+        found = places[which]
         codes, values = np.full(columns.size, -1, np.int64), np.full(columns.size, np.nan)
         codes[mine] = self.columns.codes("detail")[0][found]
         values[mine] = self.columns.numbers("value")[found]
         return codes, values
 
-    def _of(self, metric: str, places: Places) -> Places:
+    def _of(self, metric: str) -> Places:
         codes, names = self.columns.codes("metric")
-        return places[codes[places] == (names.index(metric) if metric in names else -2)]
+        code = names.index(metric) if metric in names else -2
+        return self._places[codes[self._places] == code]
+
+
+def _matched(where: Places, columns: Columns) -> tuple[Places, Places]:
+    """Which scores, of all by their `where`, count for some record, and the places of these."""
+    images = columns.kept("images", lambda: np.flatnonzero(columns.codes("image")[0] >= 0))
+    # Mostly every image has one score, in the order of the records: then nothing is sorted.
+    if np.array_equal(where, columns.whole("where")[images]) and not _made_again(columns):
+        return np.arange(len(where)), images
+    order = np.argsort(where, kind="stable")  # of several scores of an image the last one counts
+    known = where[order]
+    asked, wanted = columns.kept("where", lambda: _ordered(columns.whole("where")))
+    last = np.searchsorted(known, wanted, side="right") - 1
+    there = last >= 0
+    there[there] = known[last[there]] == wanted[there]
+    return order[last[there]], asked[there]
 
 
 def _lasts(values: Places) -> Places:

@@ -14,7 +14,7 @@ from PIL import Image
 from sd35bench import contention, latest, view
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import read_table
-from sd35bench.columns import dense, grouped, prompts, samples, split, tags
+from sd35bench.columns import Columns, dense, grouped, prompts, samples, split, tags
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.report.page import build_document, render_report
@@ -255,6 +255,7 @@ def test_columns_say_what_records_say_of_many_studies(tmp_path, monkeypatch, see
         assert columns == records
 
 
+MATCHED, LISTS = latest._matched, Columns.lists
 MUTANTS = {
     "a score of another image of the trial counts": (
         view, "name_number", lambda *names: hash(names[0])
@@ -263,6 +264,12 @@ MUTANTS = {
         contention, "_marked", lambda columns, stamps: np.zeros(columns.size, bool)
     ),
     "no trial was made again": (latest, "_made_again", lambda columns: False),
+    "a record has its neighbour's score": (
+        latest, "_matched", lambda *of: tuple(map(np.roll, MATCHED(*of), (1, 0)))
+    ),
+    "a record has its neighbour's steps": (
+        Columns, "lists", lambda of, name, places: LISTS(of, name, np.maximum(places - 1, 0))
+    ),
     "texts of moments sort as they come": (
         view, "moment_number", lambda text: hash(text) % 1000
     ),
@@ -321,9 +328,10 @@ def test_a_moment_of_another_form_has_no_number(text):
     assert moment_number(text) is None
 
 
+@pytest.mark.parametrize("step", [1, -1, 10**15], ids=["near", "below 0", "far"])
 @pytest.mark.parametrize("n", [0, 7, 9000])
-def test_equal_values_are_numbered_in_the_order_of_appearance(n):
-    values = np.array([(7 * i) % 5 for i in range(n)], np.int64)
+def test_equal_values_are_numbered_in_the_order_of_appearance(n, step):
+    values = np.array([(7 * i) % 5 * step for i in range(n)], np.int64)
     known: dict[int, int] = {}
     wanted = [known.setdefault(v, len(known)) for v in values.tolist()]
     assert dense(values).tolist() == wanted

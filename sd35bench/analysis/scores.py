@@ -78,7 +78,6 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
         """Of a view's scores a metric's are made only where they are asked for one by one."""
         self._view = scores if isinstance(scores, Scores) else None
         self._made: dict[str, dict[Where, ScoreLike]] = defaultdict(dict)
-        self._aligned: dict[str, tuple[NDArray[np.int64], Floats]] = {}
         if self._view is None:
             for score in scores:
                 self._made[score.metric][score.key, score.image] = score
@@ -124,7 +123,5 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
 
     def _columns(self, metric: str, records: Records) -> Found:
         assert self._view is not None
-        if metric not in self._aligned:
-            self._aligned[metric] = self._view.aligned(metric, records.columns)
-        codes, values = self._aligned[metric]
+        codes, values = self._view.aligned(metric, records.columns)
         return Found(codes[records.places], values[records.places], self._view.details())

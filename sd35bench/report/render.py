@@ -9,9 +9,8 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import jinja2
 import rich.table
 from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
@@ -22,6 +21,9 @@ from rich.text import Text as Rich
 from sd35bench import words
 from sd35bench.report.svg import element, mark, read_asset, swatch
 from sd35bench.words import Estimate
+
+if TYPE_CHECKING:
+    import jinja2
 
 TERMINAL, MARKDOWN, HTML = "terminal", "markdown", "html"
 ALL = (TERMINAL, MARKDOWN, HTML)
@@ -450,8 +452,10 @@ def _fenced(code: Code) -> list[str]:
 # HTML -----------------------------------------------------------------------------------------
 
 
-def html_templates() -> jinja2.Environment:
+def html_templates() -> "jinja2.Environment":
     """The templates; every value that is no `Markup` is escaped."""
+    import jinja2  # which only pages need
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sd35bench.report"),
         autoescape=True,

@@ -11,7 +11,7 @@ import io
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd35bench import words
+from sd35bench.analysis.scores import Found, ScoreIndex
 from sd35bench.analysis.settings import PairKey, PairNumbers, tasks
 from sd35bench.analysis.table import GUARD
-from sd35bench.columns import Some, is_text, numbers, ref_codes, texts
+from sd35bench.columns import Some, is_text, numbers, pick, ref_codes, texts
 from sd35bench.errors import StoreError
 from sd35bench.fields import label
-from sd35bench.latest import Scores
 from sd35bench.prompts import encoder_fields
 from sd35bench.report.rows import (
     Row,
@@ -36,7 +36,7 @@ from sd35bench.report.rows import (
     setting_text,
 )
 from sd35bench.store import Study
-from sd35bench.types import Record, Score, Status, Task
+from sd35bench.types import Record, Status, Task
 
 MAX_TILES = 960
 MAX_BYTES = 12_000_000
@@ -146,30 +146,34 @@ def _add_extremes(wall: "_Wall", wanted: Wanted, cells: Cells) -> None:
     of_cells = np.repeat(np.arange(len(cells.pairs)), cells.sizes())
     for row_id in dict.fromkeys(i for i in wanted.rows if i in cells.ids and i in wall.matched):
         mine = np.flatnonzero(cells.row == cells.ids.index(row_id))
-        keys = wall.of(row_id, "key")[cells.number[mine]].tolist()
-        pair_of = dict(zip(keys, of_cells[mine].tolist(), strict=True))
-        ranked = _ranked(wall.study, set(pair_of))
-        for key in dict.fromkeys((*ranked[:EXTREMES], *ranked[-EXTREMES:])):
-            by_row = cells.of(pair_of[key])
+        ranked = _ranked(wall.index, pick(wall.matched[row_id], cells.number[mine]))
+        for place in dict.fromkeys((*ranked[:EXTREMES], *ranked[-EXTREMES:])):
+            pair = int(of_cells[mine[place]])
+            by_row = cells.of(pair)
             ids = {row_id, wanted.beside.get(row_id, row_id)} & by_row.keys()
-            wall.add_pair(pair_of[key], {i: by_row[i] for i in sorted(ids)})
+            wall.add_pair(pair, {i: by_row[i] for i in sorted(ids)})
 
 
 EXTREMES = 2
 """Best and worst images that stand beside an answer."""
 
 
-def _ranked(study: Study, keys: set[str]) -> list[str]:
-    """Trial keys from the best to the worst by the first metric, in reading order, that has any."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for score in _some_scores(study, keys):
-        if score.metric != GUARD and score.key in keys and score.value is not None:
-            found[score.metric][score.key] = score.value
-    if not found:
-        return []
-    metric = min(found, key=metric_rank)
-    sign = 1.0 if lower_is_better(metric) else -1.0
-    return sorted(found[metric], key=lambda key: (sign * found[metric][key], key))
+def _ranked(index: ScoreIndex, records: Some) -> list[int]:
+    """Records from the best to the worst by the first metric, in reading order, that has any."""
+    for metric in _metrics(index):
+        found = index.found(metric, records)
+        judged = np.flatnonzero(found.valued)
+        if len(judged):
+            values = found.values[judged] * (1.0 if lower_is_better(metric) else -1.0)
+            keys = texts(pick(records, judged), "key").tolist()
+            ranked = sorted(zip(values.tolist(), keys, judged.tolist(), strict=True))
+            return [place for _, _, place in ranked]
+    return []
+
+
+def _metrics(index: ScoreIndex) -> list[str]:
+    """What an image is judged by, in reading order."""
+    return sorted((name for name in index if name != GUARD), key=metric_rank)
 
 
 def choose_pairs(cells: Cells, matched: Mapping[str, Some]) -> list[int]:
@@ -269,6 +273,11 @@ class _Wall:
     _image_ids: dict[str, int | None] = field(default_factory=dict)
     _columns: dict[tuple[str, str], Any] = field(default_factory=dict)
     _up: set[tuple[int, str]] = field(default_factory=set)
+    _numbers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Read the scores."""
+        self.index = ScoreIndex(self.study.scores())
 
     def is_full(self, more: int) -> bool:
         """Whether so many tiles more are too many."""
@@ -304,7 +313,6 @@ class _Wall:
                 "width": request.width,
                 "height": request.height,
                 "image": self._image(self.of(row_id, "image")[number], is_init=False),
-                "key": self.of(row_id, "key")[number],
                 "scores": [],
                 "parts": [],
             }
@@ -313,13 +321,28 @@ class _Wall:
                 why = self.of(row_id, "error")[number] or "no message"
                 tile["error"] = f"{Status(status).value}: {why}"[:300]
             self.tiles.append(tile)
+            self._numbers.append(number)
 
     def add_scores(self) -> list[str]:
         """Give every tile its scores; returns the labels of those of which less is better."""
-        known, metrics = _scores_by_key(self.study, {tile["key"] for tile in self.tiles})
-        for tile in self.tiles:
-            tile |= known.get(tile["key"], {"scores": [], "parts": []})
-        return [metric_label(name) for name in sorted(metrics) if lower_is_better(name)]
+        names = _metrics(self.index)
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, tile in enumerate(self.tiles):
+            places[tile["setting"]].append(place)
+        for name in names:
+            for row_id, mine in places.items():
+                which = np.array([self._numbers[place] for place in mine], np.int64)
+                self._add(name, mine, self.index.found(name, pick(self.matched[row_id], which)))
+        return [metric_label(name) for name in sorted(names) if lower_is_better(name)]
+
+    def _add(self, metric: str, places: Sequence[int], found: Found) -> None:
+        label, codes = metric_label(metric), found.codes.tolist()
+        parts = {code: _parts(found.details[code]) for code in {*codes} - {-1}}
+        for place, code, value in zip(places, codes, found.values.tolist(), strict=True):
+            if code >= 0:
+                self.tiles[place]["parts"] += parts[code]
+                if value == value:
+                    self.tiles[place]["scores"].append([label, round(value, 3)])
 
     def _prompt(self, record: Record) -> int:
         request, ref = record.trial.request, record.trial.prompt
@@ -380,30 +403,6 @@ def encode_thumbnail(data: bytes) -> str:
         image.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
         image.save(buffer, "WEBP", quality=82, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _scores_by_key(study: Study, keys: set[str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """Trial key → per-image scores [(label, value)] and what the verifier saw [(part, holds)].
-
-    Beside it: the names of the metrics.
-    """
-    found: dict[str, dict[str, Any]] = defaultdict(lambda: {"scores": [], "parts": []})
-    ranks: dict[str, tuple[int, str]] = {}
-    for score in sorted(
-        _some_scores(study, keys),
-        key=lambda s: ranks.setdefault(s.metric, metric_rank(s.metric)),
-    ):
-        if score.metric == GUARD or score.key not in keys:
-            continue
-        if score.value is not None:
-            found[score.key]["scores"].append([metric_label(score.metric), round(score.value, 3)])
-        found[score.key]["parts"] += _parts(score.detail)
-    return dict(found), set(ranks)
-
-
-def _some_scores(study: Study, keys: set[str]) -> Iterable[Score]:
-    scores = study.scores()
-    return scores.of_keys(keys) if isinstance(scores, Scores) else scores
 
 
 def _parts(detail: Mapping[str, Any]) -> list[list[Any]]:

@@ -92,7 +92,7 @@ def test_wall_adds_the_best_and_the_worst_of_a_chosen_setting(tmp_path, monkeypa
     first, other, third = (r.id for r in read_rows(show_of(study)))
     monkeypatch.setattr(wall, "MAX_TILES", 12)
     found = build(study, Wanted(rows=[first], beside={first: other}))
-    shown = [values[t["key"]] for t in found["tiles"] if t["setting"] == first]
+    shown = [t["scores"][0][1] for t in found["tiles"] if t["setting"] == first]
     keys = {r.trial.key for r in study.records() if r.trial.request.cfg == 1.0}
     assert sorted(shown)[:2] == sorted(values[k] for k in keys)[:2]
     assert sorted(shown)[-2:] == sorted(values[k] for k in keys)[-2:]
@@ -133,6 +133,14 @@ def test_wall_keeps_failed_trials_with_their_reason(tmp_path):
     failed = [t for t in build(study)["tiles"] if t["image"] is None]
     assert len(failed) == 3
     assert {t["error"] for t in failed} == {"invalid-image: the image is black"}
+
+
+def test_wall_has_scores_of_the_image_that_it_shows_alone(tmp_path):
+    study = make_study(tmp_path, "again", steps=(4,), strengths=(), prompts=("a",))
+    wanted = build(study)["tiles"]
+    old = [replace(s, image="0" * 64, value=0.123) for s in study.scores()]
+    study.append_scores("prompt_accuracy", [s for s in old if s.metric == "prompt_accuracy"])
+    assert build(study)["tiles"] == wanted
 
 
 def png(size: tuple[int, int]) -> bytes:

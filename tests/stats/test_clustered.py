@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from sd35bench.stats import clustered
 from sd35bench.stats.clustered import (
     SAME_SIDE,
     mean_bounds,
@@ -170,3 +171,15 @@ def test_quantile_covers_over_prompts(q, k):
 
 def test_quantile_that_the_sample_cannot_tell_has_no_ends():
     assert quantile_t(np.arange(12.0), np.arange(12), 0.99).ci95 is None
+
+
+@pytest.mark.parametrize(
+    "mutant", [None, lambda labels: labels.dtype == np.int64], ids=["", "gaps too"]
+)
+def test_labels_that_are_numbers_without_gaps_are_not_sorted_and_give_the_same(monkeypatch, mutant):
+    rng = np.random.default_rng(5)
+    values, labels = rng.normal(size=60), rng.permutation(np.arange(60) % 9)
+    if mutant is not None:
+        monkeypatch.setattr(clustered, "_are_dense", mutant)
+    found = [mean_t(values, names) for names in (labels, labels * 3, labels.astype(str))]
+    assert all(each == found[0] for each in found) is (mutant is None)
