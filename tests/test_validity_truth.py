@@ -91,7 +91,7 @@ def test_answers_that_say_they_are_shown_are_counted_and_held_against_the_truth(
         odd = next(calls) % 2
         for tasks in document["profiles"].values():
             entry = tasks["text-to-image"]
-            entry["definitive"] = True
+            entry["evidence"]["definitive"] = True
             entry["setting_id"] = hopeless if odd else entry["setting_id"]
         return document
 

@@ -43,7 +43,7 @@ def measure(root: Path, seed: int, budget: int, repetitions: int = REPETITIONS) 
     for name, profile in profiles.items():
         entries = [document[name][Task.TEXT_TO_IMAGE.value] for document in documents]
         chosen = [_setting(entry) for entry in entries]
-        shown = [setting for setting, e in zip(chosen, entries, strict=True) if e.get("definitive")]
+        shown = [s for s, entry in zip(chosen, entries, strict=True) if _is_shown(entry)]
         held[name] = {
             "margin": profile.margin(truth.metric),
             "definitive": len(shown),
@@ -59,6 +59,11 @@ def measure(root: Path, seed: int, budget: int, repetitions: int = REPETITIONS) 
         "repetitions": repetitions,
         "profiles": held,
     }
+
+
+def _is_shown(entry: dict[str, Any]) -> bool:
+    """Whether an answer says that it is shown, not provisional."""
+    return entry["setting"] is not None and entry["evidence"]["definitive"]
 
 
 def _setting(entry: dict[str, Any]) -> str | None:
