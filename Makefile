@@ -16,7 +16,8 @@ help:
 	@echo "make setup      create $(VENV) with the sd35bench command (no-op when up to date)"
 	@echo "make demo       sweep the embedded model, score, recommend, write the HTML report"
 	@echo "make decide     on nano: the vendor's claims, an adaptive search, a recommendation, a gate that fails"
-	@echo "make bench      the 8-bit linear, the compiled core against its peers, SD3.5-Medium's true width"
+	@echo "make bench      the compiled core against its peers, with its targets: results/tables/core.md, 25 min"
+	@echo "                (PARTS=block,nano runs some parts only, and keeps the others' figures)"
 	@echo "make bench-gpu  the full SD3.5-Medium on a GPU, random weights; writes results/tables/gpu.md"
 	@echo "make bench-gpu-rehearsal  the same chain at one layer and 256 px, on any machine"
 	@echo "make test       the default test suite"
@@ -55,7 +56,7 @@ decide: setup
 	@$(BIN)/sd35bench compare main branch --policy quality --html results/branch/gate.html; test $$? = 1
 
 bench: setup
-	@$(BIN)/python kernels/bench/core_page.py
+	@$(BIN)/python kernels/bench/core_page.py $(if $(PARTS),--only $(PARTS))
 
 bench-gpu: setup
 	@$(BIN)/python kernels/bench/w8a8_linear.py --device cuda

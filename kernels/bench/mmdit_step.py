@@ -1,7 +1,7 @@
 """Time one MMDiT-X block, or nano's whole step, on this CPU against every peer, in one process.
 
     python kernels/bench/mmdit_step.py [--case block|block-1024px|nano] [--threads N] [--rounds N]
-                                       [--peers NAME,…] [--markdown FILE]
+                                       [--peers NAME,…] [--without NAME,…] [--markdown FILE]
 
 All variants compute the same function on the same weights and inputs: patch embedding, the blocks
 of the case, final layer. `block` is SD3.5-Medium's first block (1536 wide, 24 heads, dual
@@ -13,8 +13,11 @@ threads of the process) are kept too: on a machine shared with other work they r
 
 The error is that of the update: ‖out − eager‖ / ‖eager − the same without blocks‖, eager in
 float64 for nano and float32 for a block. A speed at a large error is no peer. Random weights, so
-NNCF's int8 error says nothing of its quality on a trained model. The last line is one JSON
-document.
+NNCF's int8 error says nothing of its quality on a trained model.
+
+Then each of our tiers is run a few times with the executor's clock on: seconds of each part of the
+step, its operations, and which fraction of the register loop's rate they reach, that loop timed
+right before. The last line is one JSON document.
 """
 
 import argparse
@@ -28,7 +31,7 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +41,7 @@ from torch import nn
 
 from sd35_kernels import reference
 from sd35_kernels.cpu.build import cpu_flags
-from sd35_kernels.mmdit import KernelUnavailable, load, peak_rate
+from sd35_kernels.mmdit import Executor, KernelUnavailable, load, peak_rate
 
 WIDE: dict[str, Any] = {
     "layers": 2,
@@ -60,6 +63,10 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, tuple[int, ...]]] = {
 }
 """Model, batch, side of the latents, text tokens, layers left out."""
 OURS = ("exact", "int8")
+PROFILED = 7
+"""Runs with the clock on; medians count."""
+FLOAT_PARTS = ("embed", "final")
+"""Parts that every tier computes in float32."""
 Run = Callable[[], torch.Tensor]
 
 
@@ -100,6 +107,7 @@ class Case:
         self.weights = reference.random_weights(self.config)
         self.inputs = reference.random_inputs(self.config, batch, (side, side), text)
         self.module = Step(self.config, self.weights, self.skip).eval()
+        self.executors: dict[str, Executor] = {}
         exact = torch.float64 if name == "nano" else torch.float32
         with torch.inference_mode():
             self.expected, self.without = (
@@ -119,6 +127,7 @@ class Case:
     def ours(self, tier: str) -> Run:
         """Our executor."""
         executor = load(self.config, dict(self.weights), tier, self.threads)
+        self.executors[tier] = executor
         return functools.partial(executor.step, **self.inputs, skip=self.skip)
 
     def eager(self) -> Run:
@@ -219,16 +228,22 @@ def main() -> None:
     """Measure one case, print its table and its JSON."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    case, runs, missing = Case(arguments.case, arguments.threads), {}, {}
-    for name in arguments.peers.split(","):
+    case, runs, errors, missing = Case(arguments.case, arguments.threads), {}, {}, {}
+    for name in (peer for peer in arguments.peers.split(",") if peer not in arguments.without):
         try:
-            runs[name] = PEERS[name](case)
-        except (ImportError, KernelUnavailable) as exc:
-            missing[name] = str(exc).splitlines()[0]
+            run = PEERS[name](case)
+            with torch.inference_mode():
+                errors[name] = case.error(run())
+        except Exception as exc:  # a peer that cannot be built is named, and the others measured
+            if name in OURS and not isinstance(exc, KernelUnavailable):
+                raise
+            missing[name] = (str(exc) or type(exc).__name__).splitlines()[0]
+        else:
+            runs[name] = run
     with torch.inference_mode():
-        errors = {name: case.error(run()) for name, run in runs.items()}
         rounds = measure(runs, arguments.rounds, arguments.threads)
-    document = summarise(arguments, rounds, errors, missing)
+        profiles = {tier: profile(case, tier) for tier in case.executors}
+    document = summarise(arguments, rounds, errors, missing) | {"profile": profiles}
     table = render(document)
     print(table)
     if arguments.markdown:
@@ -244,6 +259,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--without", default=(), type=lambda text: text.split(","))
     parser.add_argument("--markdown", help="append the table to this file")
     return parser.parse_args()
 
@@ -263,6 +279,61 @@ def measure(runs: dict[str, Run], rounds: int, threads: int) -> list[dict[str, d
         if number >= 2:
             result.append(one)
     return result
+
+
+def operations(
+    config: Mapping[str, Any], batch: int, image: int, text: int, skip: tuple[int, ...]
+) -> dict[str, int]:
+    """Operations of a step's parts, a multiply-add counted as two; norms count as none."""
+    d, patch = config["width"], config["patch"] ** 2
+    rows = {"qkv": 0, "out": 0, "up": 0}  # in units of D² multiply-adds
+    scores = 0
+    for i in (i for i in range(config["layers"]) if i not in skip):
+        streams, last = 1 + (i in config["dual"]), i == config["layers"] - 1
+        asking = 0 if last else text  # the last block's text gives keys and values only
+        rows["qkv"] += 3 * streams * image + (2 if last else 3) * text
+        rows["out"] += streams * image + asking
+        rows["up"] += 4 * (image + asking)
+        scores += (image + asking) * (image + text) + (streams - 1) * image**2
+    found = {part: 2 * batch * d * d * count for part, count in rows.items()}
+    ends = {
+        "embed": 2 * batch * image * d * patch * config["in_channels"],
+        "final": 2 * batch * image * d * patch * config["out_channels"],
+    }
+    return found | {"down": found["up"], "attention": 4 * batch * d * scores} | ends
+
+
+def profile(case: Case, tier: str) -> dict[str, dict[str, float]]:
+    """Seconds of each part of one of our tiers, its share, and its fraction of the limit.
+
+    Parts without products have no `of_limit`.
+    """
+    batch, text = case.inputs["context"].shape[:2]
+    work = operations(case.config, batch, case.inputs["position"].shape[0], text, case.skip)
+    runs: list[dict[str, float]] = []
+    rates: dict[str, list[float]] = {"exact": [], tier: []}
+    for _ in range(PROFILED):
+        for kind in rates:
+            rates[kind].append(peak_rate(kind, case.threads))
+        times: dict[str, float] = {}
+        case.executors[tier].step(**case.inputs, skip=case.skip, profile=times)
+        runs.append(times)
+    return parts_of(runs, work, {kind: median(found) for kind, found in rates.items()}, tier)
+
+
+def parts_of(
+    runs: list[dict[str, float]], work: Mapping[str, int], rates: Mapping[str, float], tier: str
+) -> dict[str, dict[str, float]]:
+    """Summarise profiles: `work` in operations, `rates` of the register loops a second."""
+    seconds = {part: median([times[part] for times in runs]) for part in runs[0]}
+    whole = sum(seconds.values())
+    found: dict[str, dict[str, float]] = {}
+    for part, took in seconds.items():
+        found[part] = {"s": took, "share": took / whole}
+        if part in work and took:
+            rate = rates["exact" if part in FLOAT_PARTS else tier]
+            found[part] |= {"operations": work[part], "of_limit": work[part] / took / rate}
+    return found
 
 
 def summarise(
@@ -341,6 +412,27 @@ def render(document: dict[str, Any]) -> str:
             f"{row['cpu_s'] * 1e3:.1f} | " + " | ".join(cells) + f" | {row['error']:.1e} |"
         )
     lines += [f"\n{name} is missing: {why}" for name, why in document["missing"].items()]
+    return "\n".join(lines) + "\n" + render_profile(document["profile"])
+
+
+def render_profile(profiles: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Where the time goes: parts of a step, a column group for each tier."""
+    if not profiles:
+        return ""
+    lines = [
+        "",
+        "Where the time goes: the first thread's time on a core, in brackets the fraction of the "
+        "register loop's rate that the part's products reach.",
+        "",
+        "| part | " + " | ".join(f"{tier}, ms | share" for tier in profiles) + " |",
+        "| --- " + "| ---: | ---: " * len(profiles) + "|",
+    ]
+    for part in next(iter(profiles.values())):
+        cells = []
+        for found in (parts[part] for parts in profiles.values()):
+            limit = f" ({found['of_limit']:.0%})" if "of_limit" in found else ""
+            cells.append(f"{found['s'] * 1e3:.1f}{limit} | {found['share']:.0%}")
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
