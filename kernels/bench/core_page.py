@@ -246,9 +246,10 @@ def surroundings(threads: int) -> Row:
     found: Row = dict(environment(threads=threads))
     found["instructions"] = pick_level()
     found["compiler"] = _first_line([os.environ.get("CXX", "g++"), "--version"])
+    distributions = importlib.metadata.packages_distributions()  # onnxruntime has several names
     for name in PEERS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        for distribution in distributions.get(name, ())[:1]:
+            found[name] = importlib.metadata.version(distribution)
     return found
 
 
@@ -375,10 +376,10 @@ def _quotient(
     """A figure of ours over eager's, at most `wanted`; `faster`: eager's over ours, at least so."""
     target = {"case": case, "tier": tier, "peer": "eager", "wanted": wanted}
     if tier not in rows or "eager" not in rows:
-        return target | _unknown("this part was not run, or without one of both")
+        return target | _unknown("this part was not run, or without one of both", not faster)
     ours, eager = figure(rows[tier]), figure(rows["eager"])
     if not ours or not eager:
-        return target | _unknown("not in the records")
+        return target | _unknown("not in the records", not faster)
     n = rows[tier]["latency_s"]["n"]
     if faster:
         return target | _came([eager / ours, None, None], wanted, n, "of means")
@@ -394,8 +395,8 @@ def _came(
     return {"ratio": ratio, "n": n, "note": note, "at_most": at_most, "met": met}
 
 
-def _unknown(why: str) -> Row:
-    return {"ratio": None, "n": 0, "note": why, "at_most": False, "met": None}
+def _unknown(why: str, at_most: bool = False) -> Row:
+    return {"ratio": None, "n": 0, "note": why, "at_most": at_most, "met": None}
 
 
 # The page -------------------------------------------------------------------------------------
