@@ -347,19 +347,17 @@ def _image(rows: Mapping[str, Row], case: str, tier: str, peer: str, wanted: flo
     target = {"case": case, "tier": tier, "peer": peer, "wanted": wanted}
     if tier not in rows or peer not in rows:
         return target | _unknown("this part was not run, or without one of both")
+    n, note = rows[tier]["latency_s"]["n"], quality(rows[tier])
     ours, theirs = rows[tier]["speedup"], rows[peer]["speedup"]
-    if ours is None or (theirs is None and peer != "eager"):
-        seconds = [rows[name]["latency_s"]["p50"] for name in (peer, tier)]
-        if None in seconds:
-            return target | _unknown("no image was timed")
-        note = f"of medians: the machine was not alike; {quality(rows[tier])}"
-        ratio = [seconds[0] / seconds[1], None, None]
-        return target | _came(ratio, wanted, rows[tier]["latency_s"]["n"], note)
-    if peer == "eager":
-        ratio = [ours["value"], *(ours["ci95"] or (None, None))]
-    else:
-        ratio = [ours["value"] / theirs["value"], None, None]
-    return target | _came(ratio, wanted, ours["n"], quality(rows[tier]))
+    if ours is not None and peer == "eager":
+        return target | _came([ours["value"], *(ours["ci95"] or (None, None))], wanted, n, note)
+    if ours is not None and theirs is not None:
+        return target | _came([ours["value"] / theirs["value"], None, None], wanted, n, note)
+    slow, fast = (rows[name]["latency_s"]["p50"] for name in (peer, tier))
+    if not slow or not fast:
+        return target | _unknown("no image was timed")
+    note = f"of medians: the machine was not alike; {note}"
+    return target | _came([slow / fast, None, None], wanted, n, note)
 
 
 def quality(row: Mapping[str, Any]) -> str:
