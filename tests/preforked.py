@@ -132,6 +132,7 @@ def serve(handle: int) -> None:
         importlib.import_module(name)
     with contextlib.redirect_stdout(io.StringIO()):  # what the configuration comes to is kept
         main(["run", "backend=fake", "study=none", "prompts.limit=1", "--dry-run"])
+    os.fsync = lambda handle: None  # as in the tests' own process
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=handle) as wire:

@@ -11,7 +11,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,12 @@ class NanoEvaluator(ClipExtractor):
         self.folder = own if folder is None else folder
 
     @cached_property
-    def _files(self) -> list[bytes]:
-        """Configuration and weights as they are on disk, read without torch."""
+    def _files(self) -> tuple[bytes, str]:
+        """The configuration, and the digest of it and the weights, read without torch."""
         names = ("open_clip_config.json", "open_clip_model.safetensors")
+        paths = [self.folder / name for name in names]
         try:
-            return [(self.folder / name).read_bytes() for name in names]
+            return _read(*((path, *_state(path)) for path in paths))
         except OSError as exc:
             raise MetricError(
                 f"nano's evaluator is not in {self.folder}; reinstall sd35bench, or make it with"
@@ -82,7 +83,7 @@ class NanoEvaluator(ClipExtractor):
     @cached_property
     def name(self) -> str:  # type: ignore[override]
         """Name with the weights' digest, the one that the evaluator itself gives."""
-        return f"nano-{hashlib.sha256(b''.join(self._files)).hexdigest()[:12]}"
+        return f"nano-{self._files[1][:12]}"
 
     @cached_property
     def min_images(self) -> int:  # type: ignore[override]
@@ -323,6 +324,18 @@ def _token_count(tokenizer: Any, prompt: str) -> int:
     if hasattr(tokenizer, "encode"):
         return len(tokenizer.encode(prompt)) + 2
     return len(tokenizer.tokenizer(prompt, truncation=False)["input_ids"])
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+@lru_cache(maxsize=4)
+def _read(*files: tuple[Any, ...]) -> tuple[bytes, str]:
+    """The first file, and the digest of all; `files`: path and state. Every command asks for it."""
+    found = [Path(path).read_bytes() for path, *_ in files]
+    return found[0], hashlib.sha256(b"".join(found)).hexdigest()
 
 
 def _file_digest(path: Path) -> str:
