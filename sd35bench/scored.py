@@ -1,15 +1,20 @@
-"""That nothing of a large study was left to score, remembered until something changes.
+"""What a large study's files say, remembered until one of them changes.
 
-To find that out takes loading the evaluators (10 s and 900 MB) and a look at every record. What was
-found is kept in `view/scored.json` beside what it was found from: the journal, the scores, the
-features, the image folders, which images were found whole, this code, and the caches in which
-weights may appear. The verb `score` looks anew.
+    view/scored.json   that nothing was left to score: finding that out takes loading the evaluators
+                       (10 s and 900 MB) and a look at every record
+    view/shown.json    the document of `show`
+
+Each is kept beside a digest of what it was found from: the files of the study by size, inode and
+times, which images were found whole, and the code; of scoring also the caches in which weights may
+appear, of `show` the numeric libraries. The verb `score` looks anew.
 """
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +26,72 @@ from sd35bench.view import FOLDER
 _CACHES = ("~/.cache/huggingface/hub", "~/.cache/clip", "~/.cache/torch/hub/checkpoints")
 _SAY_WHERE = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME")
 _PACKAGE = Path(__file__).parent
+_SCORED, _SHOWN = "scored.json", "shown.json"
 
 
 def read_scored(study: Study) -> dict[str, Any] | None:
     """What the last scoring said, where all is as it was then and it left nothing to do."""
-    if not (study.path / FOLDER).is_dir():
-        return None
-    try:
-        found = parse_json(read_regular(_file(study))[0])
-        return found["said"] if found["state"] == _state(study) else None
-    except (StoreError, ValueError, KeyError, TypeError):
-        return None
+    return _read(study, _SCORED, _scoring(study)) if _keeps(study) else None
 
 
 def keep_scored(study: Study, said: dict[str, Any]) -> None:
     """Remember that nothing is left to score; of small studies, and of others, nothing is kept."""
-    if said["total"] == 0 and (study.path / FOLDER).is_dir():
-        data = json.dumps({"state": _state(study), "said": said}).encode()
-        write_atomic(_file(study), data)
+    if said["total"] == 0 and _keeps(study):
+        _keep(study, _SCORED, _scoring(study), said)
 
 
-def _file(study: Study) -> Path:
-    return study.path / FOLDER / "scored.json"
+def kept_show(study: Study, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A study's whole `show` document: as it is kept, or else made, and kept of a large study."""
+    if study.is_part or not _keeps(study):
+        return make()
+    study.images()  # a file that was changed in place is found by looking, and noted
+    state = _showing(study)
+    found = _read(study, _SHOWN, state)
+    if found is None:
+        found = make()
+        _keep(study, _SHOWN, state, found)
+    return found
 
 
-def _state(study: Study) -> str:
-    parts: list[Any] = [study.image_changes(), [os.environ.get(name) for name in _SAY_WHERE]]
-    for folder in ("journal", "scores", "features", "references"):
-        parts += _listed(study.path / folder)
-    for folder in (_PACKAGE / "metrics", _PACKAGE / "nano", _PACKAGE / "score.py"):
-        parts += _listed(folder)
+def _keeps(study: Study) -> bool:
+    return (study.path / FOLDER).is_dir()
+
+
+def _read(study: Study, name: str, state: str) -> dict[str, Any] | None:
+    try:
+        found = parse_json(read_regular(study.path / FOLDER / name)[0])
+        return found["said"] if found["state"] == state else None
+    except (StoreError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(study: Study, name: str, state: str, said: dict[str, Any]) -> None:
+    data = json.dumps({"state": state, "said": said}).encode()
+    with contextlib.suppress(StoreError):  # a study that cannot be written is looked at again
+        write_atomic(study.path / FOLDER / name, data)
+
+
+def _scoring(study: Study) -> str:
+    """What scoring follows from."""
+    parts: list[Any] = [[os.environ.get(name) for name in _SAY_WHERE]]
     for cache in (os.environ.get("HF_HUB_CACHE"), *_CACHES):
         path = Path(cache or "").expanduser()
         parts.append(path.stat().st_mtime_ns if cache and path.is_dir() else None)
+    code = (_PACKAGE / "metrics", _PACKAGE / "nano", _PACKAGE / "score.py")
+    return _digest(study, code, parts)
+
+
+def _showing(study: Study) -> str:
+    """What `show` follows from."""
+    libraries = [importlib.metadata.version(name) for name in ("numpy", "scipy")]
+    return _digest(study, (_PACKAGE, study.path / "machine"), [study.name, libraries])
+
+
+def _digest(study: Study, more: tuple[Path, ...], parts: list[Any]) -> str:
+    parts.append(study.image_changes())
+    folders = (study.path / name for name in ("journal", "scores", "features", "references"))
+    for path in (*folders, *more):
+        parts += _listed(path)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -61,5 +99,6 @@ def _listed(path: Path) -> Iterator[list[Any]]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         if file.suffix != ".pyc":
-            found = file.stat()
-            yield [str(file.relative_to(path)), found.st_size, found.st_mtime_ns]
+            at = file.stat()
+            stamp = (at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns)
+            yield [str(file.relative_to(path)), *stamp]

@@ -169,6 +169,11 @@ class Study:
         found._where = {**self._where, **where}
         return found
 
+    @property
+    def is_part(self) -> bool:
+        """Whether it has a part of its records only."""
+        return bool(self._where)
+
     def all_records(self) -> Iterable[Record]:
         """Read every record, those that a later one of the same trial replaces too."""
         columns = self._columns()

@@ -17,7 +17,7 @@ from sd35bench.errors import StoreError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.report.page import build_document, render_report
 from sd35bench.score import score_study
-from sd35bench.scored import keep_scored, read_scored
+from sd35bench.scored import keep_scored, kept_show, read_scored
 from sd35bench.store import Score, Study
 from sd35bench.types import Record, Status, to_json
 from sd35bench.verify import verify_study
@@ -281,6 +281,53 @@ def test_nothing_to_score_is_remembered_until_something_changes(study):
     assert read_scored(opened(study)) is None
     keep_scored(opened(study), {"total": 3, "refused": {}})
     assert read_scored(opened(study)) is None
+
+
+def touch_image(path: Path) -> None:
+    """Change an image in place, with its size and time of change as they were."""
+    image = next(path.glob("images/*/*.png"))
+    at = image.stat()
+    image.write_bytes(b"x" * at.st_size)
+    os.utime(image, ns=(at.st_atime_ns, at.st_mtime_ns))
+
+
+def score_again(path: Path) -> None:
+    opened(path).append_scores("guard", [Score(metric="guard", key="k", image="i", value=1.0)])
+
+
+CHANGES = {
+    "a record": lambda path: append(path, record(1)),
+    "a score": score_again,
+    "an image that is gone": lambda path: next(path.glob("images/*/*.png")).unlink(),
+    "an image changed in place": touch_image,
+    "a journal of another time": lambda path: os.utime(next(path.glob("journal/*"))),
+    "a measured machine": lambda path: opened(path).append_machine({"key": "m"}),
+    "another name": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_show_said_is_kept_until_something_changes(study, change, tmp_path):
+    opened(study).records()
+    said = {"study": "s", "settings": [0.1, None, 1e-7]}
+    assert kept_show(opened(study), lambda: said) == said
+    assert kept_show(opened(study), dict) == said
+    part = opened(study).part({"side": "left"})
+    assert kept_show(part, dict) == {}
+    change(study)
+    if change is CHANGES["another name"]:
+        study = study.rename(tmp_path / "t")
+    assert kept_show(opened(study), dict) == {}
+
+
+@pytest.mark.parametrize("name", ["image_changes", "images"])
+def test_a_kept_show_that_looks_at_too_little_is_seen(study, monkeypatch, name):
+    opened(study).records()
+    kept_show(opened(study), lambda: {"old": 1})
+    monkeypatch.setattr(Study, name, lambda self: [])
+    kept_show(opened(study), lambda: {"old": 1})
+    touch_image(study)
+    assert kept_show(opened(study), dict) == {"old": 1}
 
 
 def test_scoring_after_an_append_reads_one_record_of_each_kind_and_what_is_new(study, monkeypatch):

@@ -60,8 +60,8 @@ def score(given: Given) -> Answer:
 
 def show(given: Given) -> Answer:
     """Print a study's settings."""
-    from sd35bench.analysis.summary import show_document
     from sd35bench.report.shown import Shown, csv_text, mark_rows, sort_rows
+    from sd35bench.scored import kept_show
 
     as_csv = given.has("--csv")
     if as_csv and given.has("--markdown"):
@@ -70,8 +70,15 @@ def show(given: Given) -> Answer:
     study = _open(given)
     counts = score_missing(study)
 
+    pooled = given.has("--pool-hosts")
+
+    def read(part: Study) -> dict[str, Any]:
+        from sd35bench.analysis.summary import show_document  # not needed for what is kept
+
+        return show_document(part, pool_hosts=pooled)
+
     def make(part: Study) -> dict[str, Any]:
-        document = show_document(part, pool_hosts=given.has("--pool-hosts"))
+        document = read(part) if pooled else kept_show(part, lambda: read(part))
         mark_rows(document, study.path, written_at(study))
         sort_rows(document, shown.sort)
         return document

@@ -65,6 +65,7 @@ from sd35bench.report.render import (
 from sd35bench.report.rows import Row, metric_label, read_rows
 from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import Wanted, build_wall, join_walls, pack_wall
+from sd35bench.scored import kept_show
 from sd35bench.store import Study
 from sd35bench.types import Record
 
@@ -354,7 +355,7 @@ def _read(study: Study, profiles: Mapping[str, Any] | None) -> Source:
     table = read_table(study)
     return Source(
         study=study,
-        show=show_document(study, table),
+        show=kept_show(study, lambda: show_document(study, table)),
         recommendation=_recommend(study, profiles, table),
         claims=claims_document(study, table=table) if is_claims_study(study, table) else None,
     )
