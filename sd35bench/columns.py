@@ -99,8 +99,12 @@ class Columns:
 
     def lists(self, name: str, places: Places) -> Floats:
         """The numbers of some records' lists, one list after the other."""
-        found = self.kept(f"lists {name}", lambda: self._column(name).combine_chunks())
-        some = found.take(_arrow(places))
+
+        def make() -> Any:
+            found = self._column(name)
+            return found.chunk(0) if found.num_chunks == 1 else found.combine_chunks()
+
+        some = self.kept(f"lists {name}", make).take(_arrow(places))
         _, ends, data = some.buffers()
         count = int(np.frombuffer(ends, np.int64)[len(some)]) // 8 if len(some) else 0
         return np.frombuffer(data, np.float64, count) if count else np.empty(0)
@@ -198,6 +202,16 @@ class Records(Sequence[Record]):
             self._kept[name] = make()
         return self._kept[name]
 
+    def column(self, name: str, read: Callable[[str], NDArray[Any]]) -> NDArray[Any]:
+        """What a column has for these records, read-only; it is kept: they lie far apart."""
+
+        def make() -> NDArray[Any]:
+            found = read(name)[self.places]
+            found.flags.writeable = False
+            return found
+
+        return self.kept(name, make)
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -223,6 +237,8 @@ _REF = {"split": "all", "level": None, "init_prompt": None, "tags": {}}
 def pick(records: Some, which: NDArray[Any]) -> Some:
     """Records by a mask or by their numbers, of the same kind as they are."""
     if isinstance(records, Records):
+        if which.dtype == bool and which.all():
+            return records  # what was read of them is kept
         return Records(records.columns, records.places[which])
     chosen = np.flatnonzero(which) if which.dtype == bool else which
     return [records[i] for i in chosen.tolist()]
@@ -239,7 +255,7 @@ def join(parts: Sequence[Some]) -> Some:
 def numbers(records: Some, name: str) -> Floats:
     """A field of each record as a float64, NaN where it is unknown: [n]."""
     if isinstance(records, Records):
-        return records.columns.numbers(name)[records.places]
+        return records.column(name, records.columns.numbers)
     found = (_value(r, name) for r in records)
     return np.array([np.nan if v is None else v for v in found], np.float64)
 
@@ -249,15 +265,15 @@ def dense(values: NDArray[Any]) -> Places:
     if values.dtype == object:
         return numbered(values.tolist())[0]
     plain = values.view(np.int8 if values.dtype == bool else f"i{values.itemsize}")
-    low = int(plain.min(initial=0))
-    size = int(plain.max(initial=0)) - low + 1
-    if size <= 4 * len(plain):  # of small numbers the first place of each is looked up
-        near, order = plain.astype(np.int64) - low, np.arange(len(plain))
-        firsts = np.empty(size, np.int64)
-        firsts[near[::-1]] = order[::-1]  # of equal places the last one stays
-        first = firsts[near]
-        return (np.cumsum(first == order) - 1)[first]
     if len(plain) < _FEW:
+        low = int(plain.min(initial=0))
+        size = int(plain.max(initial=0)) - low + 1
+        if size <= 4 * len(plain):  # of small numbers the first place of each is looked up
+            near, order = plain.astype(np.int64) - low, np.arange(len(plain))
+            firsts = np.empty(size, np.int64)
+            firsts[near[::-1]] = order[::-1]  # of equal places the last one stays
+            first = firsts[near]
+            return (np.cumsum(first == order) - 1)[first]
         _, firsts, found = np.unique(plain, return_index=True, return_inverse=True)
         rank = np.empty(len(firsts), np.int64)
         rank[np.argsort(firsts)] = np.arange(len(firsts))
@@ -293,7 +309,7 @@ def coded(records: Some, name: str) -> tuple[Places, Sequence[str]]:
     """A text field as a number into a list of texts, -1 where there is none: [n]."""
     if isinstance(records, Records):
         codes, known = records.columns.codes(name)
-        return codes[records.places], known
+        return records.column(f"codes {name}", lambda _: codes), known
     numbers: dict[str | None, int] = {None: -1}
     found = [numbers.setdefault(t, len(numbers) - 1) for t in (_value(r, name) for r in records)]
     del numbers[None]
