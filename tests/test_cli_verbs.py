@@ -46,6 +46,13 @@ def test_main_help_names_every_verb(capsys):
     assert main([]) == 2
 
 
+def test_doctor_json_tells_of_one_thing(call):
+    code, document = call("doctor", "backend fake")
+    assert (code, document["ok"], document["failed"]) == (0, True, [])
+    assert [check["name"] for check in document["checks"]] == ["backend fake"]
+
+
+@pytest.mark.slow  # every backend's libraries, and one compilation: 5 s
 def test_doctor_json_tells_what_works(call):
     code, document = call("doctor")
     assert code == 0

@@ -8,14 +8,26 @@ import yaml
 
 from sd35bench.cli import main
 from sd35bench.store import Study
+from tests.tune_driver import score
 
-pytestmark = pytest.mark.usefixtures("empty_folder", "fakes_here")
+pytestmark = pytest.mark.usefixtures("empty_folder", "fakes_here", "ruled")
 
 NEGATIVE = "blurry, low quality"
 GRID = [
     *("-m", "backend=fake", "prompts.limit=6", "study=t", "steps=4,40", "cfg=5", "seed=0,1"),
     f'negative_prompt="{NEGATIVE}"',
 ]
+
+
+@pytest.fixture
+def ruled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score by a rule: looking for shapes on 100 images takes 5 s, and this is about splits."""
+
+    def by_rule(study: Study, *_: object) -> dict[str, object]:
+        score(study)
+        return {"refused": {}}
+
+    monkeypatch.setattr("sd35bench.cli.study.score_missing", by_rule)
 
 
 def _splits() -> dict[str, set[int]]:
