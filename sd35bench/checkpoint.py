@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import parse_json, read_regular
+from sd35bench.disk import cache_folder, file_digest, parse_json, read_regular
 from sd35bench.errors import ConfigError, StoreError
 
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
@@ -411,9 +411,7 @@ class _Cache:
     """Hashes by path, size, inode and time of change: of small files in memory, else on disk."""
 
     def __init__(self) -> None:
-        root = os.environ.get("XDG_CACHE_HOME")
-        base = Path(root) if root else Path.home() / ".cache"
-        self._path = base / "sd35bench" / "digests.json"
+        self._path = cache_folder() / "digests.json"
         self._known: dict[str, str] | None = None
         self._changed = False
 
@@ -421,14 +419,14 @@ class _Cache:
         stat = path.stat()
         key = f"{path.resolve()}|{stat.st_size}|{stat.st_ino}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
         if stat.st_size < CACHE_ABOVE_BYTES:
-            found = _hashed.get(key) or _hash_file(path)
+            found = _hashed.get(key) or file_digest(path)
             if time.time_ns() - stat.st_ctime_ns > SETTLED_NS:
                 _hashed[key] = found
             return found
         if self._known is None:
             self._known = self._read()
         if key not in self._known:
-            self._known[key] = _hash_file(path)
+            self._known[key] = file_digest(path)
             self._changed = True
         return self._known[key]
 
@@ -451,8 +449,3 @@ class _Cache:
         except (StoreError, ValueError, AttributeError):
             return {}
         return {k: v for k, v in hashes if isinstance(v, str) and _DIGEST.fullmatch(v)}
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -119,6 +119,18 @@ def read_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
             raise StoreError(f"{path}:{number} is not JSON: restore or delete that line") from exc
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file of any size, in hex. Raises: OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder(*names: str) -> Path:
+    """A folder of ours in the user's cache: ``$XDG_CACHE_HOME``, else ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache").joinpath("sd35bench", *names)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write all or nothing: a temporary file on disk, then a rename.
 

@@ -191,11 +191,6 @@ def _planned(how: Guidance, order: int, skip: int, steps: int) -> tuple[tuple[Ca
     return calls, found
 
 
-def skip_layer_evaluations(request: Request) -> int:
-    """Calls of the denoiser with layers left out, for one image; they carry no negative prompt."""
-    return work(request).skipped
-
-
 def evaluations(request: Request) -> int:
     """Calls of the denoiser for one image, guidance's second half of the batch not counted."""
     return work(request).calls

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import write_atomic
+from sd35bench.disk import cache_folder, write_atomic
 from sd35bench.errors import SD35BenchError
 from sd35bench.measure import RATE_FIELDS, asked_device, environment
 from sd35bench.store import Study
@@ -126,8 +126,7 @@ def keep_best(place: str, best: float) -> None:
 
 
 def _best_path(place: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "sd35bench" / "canary" / f"{place}.json"
+    return cache_folder("canary") / f"{place}.json"
 
 
 # In the child ---------------------------------------------------------------------------------

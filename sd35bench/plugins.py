@@ -197,11 +197,6 @@ def is_place(kind: str) -> bool:
     return _PLACE.fullmatch(kind) is not None
 
 
-def is_added(group: str, kind: str) -> bool:
-    """Whether a kind is a plug-in's: a place, or the name of an entry point or of a YAML's."""
-    return is_place(kind) or kind in added_names(group)
-
-
 def added_names(group: str) -> list[str]:
     """Names that entry points and this command's YAML files add to a group."""
     return sorted({*entry_points(group), *(name for g, name in _named if g == group)})

@@ -73,9 +73,9 @@ def test_weights_digest_of_large_files_is_cached_until_they_change(folder, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoint, "CACHE_ABOVE_BYTES", 5)
     hashed = []
-    real = checkpoint._hash_file
+    real = checkpoint.file_digest
     monkeypatch.setattr(
-        checkpoint, "_hash_file", lambda path: hashed.append(path.name) or real(path)
+        checkpoint, "file_digest", lambda path: hashed.append(path.name) or real(path)
     )
     first = weights_digest(folder)
     assert "model.safetensors" in hashed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sd35bench import flops
-from sd35bench.evaluations import evaluations, skip_layer_evaluations
+from sd35bench.evaluations import evaluations, work
 from sd35bench.flops import (
     clip_flops,
     decode_flops,
@@ -271,7 +271,7 @@ def test_text_to_image_is_what_torch_counts(model, case, request_of, request):
     assert ours.encode == 0.0
     assert min(ours.text, ours.denoise, ours.decode) > 0
     if case == "skip-layers":
-        assert skip_layer_evaluations(asked) == 3
+        assert work(asked).skipped == 3
 
 
 @pytest.mark.model

@@ -44,12 +44,6 @@ def pair_key(trial: Trial) -> PairKey:
     return pair_identity(trial.request)
 
 
-def setting_keys(records: Some) -> NDArray[np.object_]:
-    """The setting of each record: [n]."""
-    codes, known = setting_codes(records)
-    return np.array([*known, None], object)[codes]
-
-
 def setting_codes(records: Some) -> tuple[NDArray[np.int64], list[str]]:
     """The setting of each record as a number into a list of settings: [n]."""
     if isinstance(records, Records):

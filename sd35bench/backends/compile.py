@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from sd35bench import disk
 from sd35bench.backends.base import Generation, Probe
 from sd35bench.backends.compiled import (
     CACHE_VARIABLE,
@@ -32,7 +33,7 @@ from sd35bench.backends.compiled import (
     HowToCompile,
     hush_dynamo,
 )
-from sd35bench.backends.pipeline import DiffusersBackend
+from sd35bench.backends.pipeline import DiffusersBackend, choice
 from sd35bench.backends.probes import probe_compiler
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Request, Scalar
@@ -142,8 +143,8 @@ class CompileBackend(DiffusersBackend):
             self._temporary = None
 
     def _how(self, asked: Mapping[str, Scalar]) -> HowToCompile:
-        mode = _one_of("mode", asked["mode"], MODES)
-        compiler = _one_of("compiler", asked["compiler"], COMPILERS)
+        mode = choice("mode", asked["mode"], MODES)
+        compiler = choice("compiler", asked["compiler"], COMPILERS)
         wants_graphs = mode in CUDA_GRAPH_MODES
         if wants_graphs and self.device.type != "cuda":
             raise OptimizationNotApplied(
@@ -165,7 +166,7 @@ class CompileBackend(DiffusersBackend):
         )
 
     def _cache(self, asked: Scalar) -> Path:
-        if _one_of("cache", asked, CACHES) == "keep":
+        if choice("cache", asked, CACHES) == "keep":
             return cache_folder()
         self._temporary = tempfile.TemporaryDirectory(prefix="sd35bench-inductor-")
         return Path(self._temporary.name)
@@ -217,9 +218,7 @@ def cache_folder() -> Path:
     own = os.environ.get(CACHE_VARIABLE)
     if own and Path(own) != Path(default_cache_dir()).absolute():
         return Path(own)
-    root = os.environ.get("XDG_CACHE_HOME")
-    base = Path(root) if root else Path.home() / ".cache"
-    return base / "sd35bench" / "inductor"
+    return disk.cache_folder("inductor")
 
 
 def _cache_state(hits: int, misses: int) -> str:
@@ -228,9 +227,3 @@ def _cache_state(hits: int, misses: int) -> str:
     if hits:
         return "warm"
     return "cold" if misses else "off"
-
-
-def _one_of(name: str, value: Scalar, known: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise BackendError(f"backend.{name}={value!r} is unknown; known: {', '.join(known)}")
-    return value

@@ -219,13 +219,3 @@ class ExportedBackend(DiffusersBackend):
         finally:
             pipe.transformer = transformer
         return feeds
-
-
-def checked(name: str, value: Scalar, known: tuple[str, ...]) -> str:
-    """Return a word of `known`.
-
-    Raises: BackendError.
-    """
-    if not isinstance(value, str) or value not in known:
-        raise BackendError(f"backend.{name}={value!r} is unknown; known: {', '.join(known)}")
-    return value

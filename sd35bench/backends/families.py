@@ -271,13 +271,8 @@ def text_of(request: Request) -> Text:
     return Texts(read, tuple(tuple(each) for each in places))
 
 
-class Sana(Family):
-    """Sana: linear attention, 32-fold autoencoder, Gemma as text encoder.
-
-    Latents and their noise are float32 whatever the model's dtype.
-    """
-
-    samplers = ("dpmpp_2m", "euler", "heun", "unipc")
+class _ExactFamily(Family):
+    """A family whose pipeline would choose the nearest size it knows, and rewrite the prompt."""
 
     def arguments(
         self, requests: Sequence[Request], inits: Sequence[np.ndarray | None], tokens: int
@@ -286,19 +281,28 @@ class Sana(Family):
         asked = super().arguments(requests, inits, tokens)
         return {**asked, "use_resolution_binning": False, "clean_caption": False}
 
+    def truncated_tokens(self, prompts: list[str], tokens: int) -> tuple[int, ...]:
+        """Count the text encoder's tokens beyond the limit, its instruction not counted."""
+        lengths = [len(ids) for ids in self.pipe.tokenizer(_plain(prompts)).input_ids]
+        return tuple(max(0, length - tokens) for length in lengths)
+
+
+class Sana(_ExactFamily):
+    """Sana: linear attention, 32-fold autoencoder, Gemma as text encoder.
+
+    Latents and their noise are float32 whatever the model's dtype.
+    """
+
+    samplers = ("dpmpp_2m", "euler", "heun", "unipc")
+
     @property
     def sizes(self) -> tuple[int, int | None]:
         """Patches of latents, and what diffusers insists on; no table ends."""
         patch = self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
         return math.lcm(patch, SANA_MULTIPLE), None
 
-    def truncated_tokens(self, prompts: list[str], tokens: int) -> tuple[int, ...]:
-        """Count Gemma's tokens beyond the limit; the instruction before the prompt is free."""
-        lengths = [len(ids) for ids in self.pipe.tokenizer(_plain(prompts)).input_ids]
-        return tuple(max(0, length - tokens) for length in lengths)
 
-
-class PixArt(Family):
+class PixArt(_ExactFamily):
     """PixArt-alpha: a T5-conditioned DiT that predicts noise, not flow."""
 
     samplers = ("dpmpp_2m",)
@@ -315,13 +319,6 @@ class PixArt(Family):
         """Return the model's own."""
         return noise_scheduler(self.own_scheduler, request.shift)
 
-    def arguments(
-        self, requests: Sequence[Request], inits: Sequence[np.ndarray | None], tokens: int
-    ) -> dict[str, Any]:
-        """Ask for the very size and the very prompt."""
-        asked = super().arguments(requests, inits, tokens)
-        return {**asked, "use_resolution_binning": False, "clean_caption": False}
-
     def listen(self, seen: Seen) -> dict[str, Any]:
         """Use the older form of callback, the only one that this pipeline has."""
         return {"callback": lambda index, _timestep, latents: seen(index, latents)}
@@ -336,11 +333,6 @@ class PixArt(Family):
     def sizes(self) -> tuple[int, int | None]:
         """Patches of latents; position embeddings are computed for every size."""
         return self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size, None
-
-    def truncated_tokens(self, prompts: list[str], tokens: int) -> tuple[int, ...]:
-        """Count T5's tokens beyond the limit."""
-        lengths = [len(ids) for ids in self.pipe.tokenizer(_plain(prompts)).input_ids]
-        return tuple(max(0, length - tokens) for length in lengths)
 
 
 FAMILIES: dict[str, type[Family]] = {"sd3": SD3, "sana": Sana, "pixart": PixArt}

@@ -20,7 +20,8 @@ import torch
 from onnx import TensorProto, helper
 
 from sd35bench.backends.base import Probe
-from sd35bench.backends.exported import QUANTISATIONS, ExportedBackend, checked
+from sd35bench.backends.exported import QUANTISATIONS, ExportedBackend
+from sd35bench.backends.pipeline import choice
 from sd35bench.errors import BackendError, OptimizationNotApplied, OutOfMemory
 from sd35bench.export.artifact import Artifact
 from sd35bench.export.denoiser import OUTPUT
@@ -154,8 +155,8 @@ class OnnxBackend(ExportedBackend):
 
         Raises: BackendError, OptimizationNotApplied.
         """
-        checked("quantisation", self.asked["quantisation"], QUANTISATIONS)
-        checked("graph_optimization", self.asked["graph_optimization"], tuple(OPTIMISATIONS))
+        choice("quantisation", self.asked["quantisation"], QUANTISATIONS)
+        choice("graph_optimization", self.asked["graph_optimization"], OPTIMISATIONS)
         self._provider = provider_of(self.asked, self.device.type)
         prove_provider(self._provider)
 
@@ -241,7 +242,7 @@ def provider_of(asked: Mapping[str, Scalar], device: str) -> str:
     Raises: BackendError for an unknown one; OptimizationNotApplied where PyTorch's parts would lie
     on another device, where half precision is asked of the CPU, or int8 of a GPU.
     """
-    name = checked("provider", asked["provider"], ("auto", *PROVIDERS))
+    name = choice("provider", asked["provider"], ("auto", *PROVIDERS))
     if name == "auto":
         name = "cpu" if device == "cpu" else "cuda"
     if (name == "cpu") != (device == "cpu"):

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from sd35bench.backends.base import Probe
-from sd35bench.backends.exported import QUANTISATIONS, ExportedBackend, checked
+from sd35bench.backends.exported import QUANTISATIONS, ExportedBackend
+from sd35bench.backends.pipeline import choice
 from sd35bench.errors import BackendError, OptimizationNotApplied, OutOfMemory
 from sd35bench.export.artifact import Artifact, find_artifact
 from sd35bench.export.denoiser import INPUTS, OUTPUT
@@ -117,8 +118,8 @@ class OpenVinoBackend(ExportedBackend):
 
         Raises: BackendError, OptimizationNotApplied.
         """
-        quantisation = checked("quantisation", self.asked["quantisation"], QUANTISATIONS)
-        precision = checked("precision", self.asked["precision"], tuple(PRECISIONS))
+        quantisation = choice("quantisation", self.asked["quantisation"], QUANTISATIONS)
+        precision = choice("precision", self.asked["precision"], PRECISIONS)
         if self._dtype != "fp32" or self.device.type != "cpu":
             raise OptimizationNotApplied(
                 f"backend.dtype={self._dtype} on {self.device.type} asked, but this backend runs an"

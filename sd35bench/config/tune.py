@@ -35,7 +35,6 @@ OWN = {"profile": "balanced", "trials": "", "images": "", "first": "8"}
 
 MOST_TRIALS = 32
 FEWEST_FIRST = 4
-_SEVERAL = ("seed", "negative_prompt")
 _ALONE = "every image of a search is made alone, so that it is timed too: leave batch_size out"
 
 

@@ -23,36 +23,8 @@ def _is_hosted(conf: DictConfig) -> bool:
     return is_provider(conf.backend.kind)
 
 
-def _runs_here(conf: DictConfig) -> bool:
-    return not _is_hosted(conf)
-
-
 def _values(conf: DictConfig, name: str) -> list[Any]:
     return list(conf.axes[name]) if conf.axes[name] else [conf[name]]
-
-
-def _is_lossy(conf: DictConfig) -> bool:
-    return any(name != "png" for name in _values(conf, "output_format"))
-
-
-def _reads_weights(conf: DictConfig) -> bool:
-    return conf.backend.needs_weights
-
-
-def _times_some(conf: DictConfig) -> bool:
-    return _is_hosted(conf) or 1 not in _values(conf, "batch_size")
-
-
-def _may_have_inits(conf: DictConfig) -> bool:
-    return conf.init_image is not None or conf.prompts.kind == "file"
-
-
-def _is_eachlabs(conf: DictConfig) -> bool:
-    return conf.backend.kind == "eachlabs"
-
-
-def _kind(*kinds: str) -> Callable[[DictConfig], bool]:
-    return lambda conf: conf.prompts.kind in kinds
 
 
 def _takes(name: str) -> Callable[[DictConfig], bool]:
@@ -70,20 +42,32 @@ def _reads(name: str, *kinds: str) -> Callable[[DictConfig], bool]:
 
 
 _NO_INPUT = "the hosted model has no input for it"
-_HERE = (_runs_here, "it acts on backends that run here")
-_WEIGHTS = (_reads_weights, "no backend of this run reads weights")
-_FILE = (_kind("file"), "only prompts=file reads it")
-_NANO = (_kind("nano"), "it is of generated sets; only prompts=nano reads it")
-_INITS = (_may_have_inits, "it is of init images; give init_image=FILE")
+_HERE = (lambda conf: not _is_hosted(conf), "it acts on backends that run here")
+_WEIGHTS = (lambda conf: conf.backend.needs_weights, "no backend of this run reads weights")
+_FILE = (lambda conf: conf.prompts.kind == "file", "only prompts=file reads it")
+_NANO = (
+    lambda conf: conf.prompts.kind == "nano",
+    "it is of generated sets; only prompts=nano reads it",
+)
+_INITS = (
+    lambda conf: conf.init_image is not None or conf.prompts.kind == "file",
+    "it is of init images; give init_image=FILE",
+)
 READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "remote.": (_is_hosted, "it acts on hosted services; add a backend such as backend=eachlabs"),
-    "remote.auth": (_is_eachlabs, "only backend=eachlabs has two headers for a key"),
+    "remote.auth": (
+        lambda conf: conf.backend.kind == "eachlabs",
+        "only backend=eachlabs has two headers for a key",
+    ),
     "model.path": _WEIGHTS,
     "model.weights": _WEIGHTS,
     "model.layers": _WEIGHTS,
     "model.text_encoders": _WEIGHTS,
     "model.components": _WEIGHTS,
-    "timed_limit": (_times_some, "every trial is timed at batch_size=1; leave it out"),
+    "timed_limit": (
+        lambda conf: _is_hosted(conf) or 1 not in _values(conf, "batch_size"),
+        "every trial is timed at batch_size=1; leave it out",
+    ),
     **{f"model.{name}": _WEIGHTS for name in ON_TOP},
     "threads": _HERE,
     "starts": _HERE,
@@ -109,7 +93,10 @@ READS: Mapping[str, tuple[Callable[[DictConfig], bool], str]] = {
     "steps": (_takes("steps"), _NO_INPUT),
     "cfg": (_takes("cfg"), _NO_INPUT),
     "output_format": (_takes("output_format"), _NO_INPUT),
-    "output_quality": (_is_lossy, "it acts on jpg and webp; add output_format=webp"),
+    "output_quality": (
+        lambda conf: any(name != "png" for name in _values(conf, "output_format")),
+        "it acts on jpg and webp; add output_format=webp",
+    ),
 }
 """Field, or what fields begin with: which configurations read it, and what to do where none does.
 

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sd35bench.disk import cache_folder, file_digest
 from sd35bench.errors import BackendError
 from sd35bench.types import content_hash
 
@@ -88,9 +89,7 @@ class Artifact:
 
 def artifact_root() -> Path:
     """The folder of all artifacts: ``$XDG_CACHE_HOME/sd35bench/export``, else ``~/.cache/...``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    base = Path(root) if root else Path.home() / ".cache"
-    return base / "sd35bench" / "export"
+    return cache_folder("export")
 
 
 def find_artifact(recipe: Recipe) -> Artifact | None:
@@ -164,7 +163,7 @@ def _code_digest() -> str:
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file."""
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(folder.iterdir())
     }
 
@@ -185,7 +184,7 @@ def _is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
         if stamp[0] != entry["bytes"]:
             return False
         if known is None or known.get(name) != stamp:
-            if _file_hash(folder / name) != entry["sha256"]:
+            if file_digest(folder / name) != entry["sha256"]:
                 return False
             hashed = True
     if hashed:
@@ -205,11 +204,6 @@ def _remember_verified(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _stamp(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

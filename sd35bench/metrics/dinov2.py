@@ -11,7 +11,6 @@ Stein et al. 2023 (arXiv 2306.04675), layer6ai-labs/dgm-eval/dgm_eval/models/din
 default is the large model.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.disk import file_digest
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Extractor, Image, require_uint8_rgb
 
@@ -95,8 +95,7 @@ class Dinov2(Extractor):
     @cached_property
     def name(self) -> str:  # type: ignore[override]
         """Label with the weights' digest."""
-        with open(self.folder / _FILES[1], "rb") as file:
-            return f"{self.label}-{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+        return f"{self.label}-{file_digest(self.folder / _FILES[1])[:12]}"
 
     @cached_property
     def _config(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.disk import file_digest
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Extractor, Image, require_uint8_rgb
 from sd35bench.metrics.dinov2 import FAMILY, Dinov2, dinov2_model
@@ -141,7 +142,7 @@ class OpenClip(ClipExtractor):
     @cached_property
     def name(self) -> str:  # type: ignore[override]
         """Name with the weights' digest."""
-        return f"openclip-{self.label}-{_file_digest(self._weights)[:12]}"
+        return f"openclip-{self.label}-{file_digest(self._weights)[:12]}"
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:
@@ -221,7 +222,7 @@ class Inception(Extractor):
     @cached_property
     def name(self) -> str:  # type: ignore[override]
         """Name with the weights' digest."""
-        return f"inception-{_file_digest(self._path)[:12]}"
+        return f"inception-{file_digest(self._path)[:12]}"
 
     @cached_property
     def _model(self) -> Any:
@@ -336,11 +337,6 @@ def _read(*files: tuple[Any, ...]) -> tuple[bytes, str]:
     """The first file, and the digest of all; `files`: path and state. Every command asks for it."""
     found = [Path(path).read_bytes() for path, *_ in files]
     return found[0], hashlib.sha256(b"".join(found)).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _safe(text: str) -> str:

@@ -16,13 +16,13 @@ name. Nothing is downloaded by us; `hpsv3` itself loads its base model by the na
 import hashlib
 import importlib
 import importlib.util
-import os
 import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sd35bench.disk import cache_folder
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, ImageMetric, Value
 from sd35bench.metrics.judge_endpoint import Endpoint, check_url, read_questions
@@ -229,9 +229,7 @@ def _at_endpoint(
 
 def _cache_file(endpoint: str, model: str) -> Path:
     """Where answers are kept: ``$XDG_CACHE_HOME/sd35bench/judge``, else under ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    base = Path.home() / ".cache" if not root else Path(root)
-    folder = base / "sd35bench" / "judge"
+    folder = cache_folder("judge")
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{hashlib.sha256(f'{endpoint}{model}'.encode()).hexdigest()[:16]}.jsonl"
 

@@ -10,7 +10,6 @@ Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a
 (arXiv 1801.03924); github.com/richzhang/PerceptualSimilarity.
 """
 
-import hashlib
 import os
 import pickle
 from functools import cached_property
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench.disk import file_digest
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, require_uint8_rgb
 
@@ -41,8 +41,7 @@ class Lpips:
     @cached_property
     def digest(self) -> str:
         """First 12 hex digits of the weights' SHA-256."""
-        with open(self.weights, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        return file_digest(self.weights)[:12]
 
     def __call__(self, image: Image, reference: Image) -> float | None:
         """Distance of two uint8 RGB images of one size, 0 for equal ones; ``None`` below 32 px.

@@ -23,6 +23,7 @@ from sd35bench.analysis.reference import (
     reference_path,
     write_reference,
 )
+from sd35bench.disk import file_digest
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Extractor, Image, ReferenceData, SetMetric, is_nano, maker
 from sd35bench.metrics.extractors import Backbone, NanoEvaluator, choose_extractor
@@ -319,8 +320,7 @@ def folder_digest(path: Path) -> str:
     """SHA-256 over the files' digests: what is in the images, not what they are called."""
     found = hashlib.sha256()
     for file in image_files(path):
-        with open(file, "rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
+        found.update(bytes.fromhex(file_digest(file)))
     return found.hexdigest()
 
 

@@ -152,11 +152,6 @@ def scene_partition(scene: Scene) -> Partition | None:
     return found.pop() if found else "train"
 
 
-def is_heldout(scene: Scene) -> bool:
-    """Whether the scene holds any combination that training never shows."""
-    return scene_partition(scene) != "train"
-
-
 def caption(scene: Scene) -> str:
     """The scene in words, at most 14 of them; the order of objects is the order in the text."""
     body = _body(scene)

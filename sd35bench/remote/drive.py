@@ -45,7 +45,6 @@ GIVE_UP_AFTER = 5
 """Trials in a row that failed for what the service did, not for what they asked."""
 CHECKS = 2
 """Images decoded at once, each in a process of its own."""
-SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 NOT_OURS = ("torch", "diffusers", "transformers", "threads")
 """What a local environment says of the software that makes images: here the service's."""
 
@@ -141,9 +140,8 @@ class _Rounds:
         self.brake = Brake(self.ledger, run.done, price_usd, budget_usd)
         run.append_session(self._session())
         try:
-            async with self._transport(key) as transport:
-                with ThreadPoolExecutor(CHECKS) as checks:
-                    await self._rounds(self._client(transport, checks, key, policy))
+            with ThreadPoolExecutor(CHECKS) as checks:
+                await self._rounds(self._client(self._transport(key), checks, key, policy))
         finally:
             run.summary.wall_s = time.perf_counter() - self.started
             run.summary.measured_s = self.flights.busy_s
@@ -274,7 +272,9 @@ class _Rounds:
 
     def _keep(self, trial: Trial, outcome: Outcome, started_at: str) -> None:
         ok = outcome.status is Status.OK
-        image = self.run.study.put_image(outcome.data, _suffix(outcome.data)) if ok else None
+        # The file's name ends with what it is: not every model can be told a format.
+        suffix = f".{sniff(outcome.data)}"
+        image = self.run.study.put_image(outcome.data, suffix) if ok else None
         unsent = self.provider.not_sent()
         self.run.append(
             Record(
@@ -356,11 +356,6 @@ class _Rounds:
         self.run.show(
             in_flight=len(self.flights), cost_usd=self.ledger.spent_usd - self.spent_before_usd
         )
-
-
-def _suffix(data: bytes) -> str:
-    """The file's name ends with what it is: not every model can be told a format."""
-    return SUFFIXES[str(sniff(data))]
 
 
 def download_hosts(provider: Provider, settings: RemoteSettings) -> tuple[str, ...]:

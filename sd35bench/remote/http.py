@@ -106,10 +106,6 @@ class _Steps:
         return self.handed_over and not connecting
 
 
-def _everything(_head: Head) -> bool:
-    return True
-
-
 async def exchange(
     outgoing: Outgoing,
     *,
@@ -117,7 +113,7 @@ async def exchange(
     timeout_s: float,
     max_bytes: int,
     network: Network,
-    wants_body: Callable[[Head], bool] = _everything,
+    wants_body: Callable[[Head], bool] = lambda _: True,
 ) -> Answer:
     """Send one request and read its answer, all within `timeout_s`.
 
@@ -171,15 +167,11 @@ def _request(outgoing: Outgoing, address: str, steps: _Steps) -> httpx2.Request:
     }
     return httpx2.Request(
         outgoing.method,
-        _at(outgoing.url, address),
+        outgoing.url.copy_with(host=address),
         headers=headers,
         content=outgoing.content,
         extensions={"sni_hostname": _host(outgoing.url), "trace": steps.trace},
     )
-
-
-def _at(url: httpx2.URL, address: str) -> httpx2.URL:
-    return url.copy_with(host=address)
 
 
 async def _converse(

@@ -74,10 +74,6 @@ def _limit(memory_bytes: int, cpu_s: int) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _line(text: str) -> str:
-    return re.sub(r"[^\x20-\x7e]+", " ", text)[:300]
-
-
 def main(what: str, max_pixels: int, memory_bytes: int, cpu_s: int) -> None:
     """Serve one file."""
     _limit(memory_bytes, cpu_s)
@@ -93,7 +89,8 @@ def main(what: str, max_pixels: int, memory_bytes: int, cpu_s: int) -> None:
     except MemoryError:
         facts = {"error": f"it takes more than {memory_bytes / 2**20:.0f} MiB to decode"}
     except Exception as exc:  # a decoder's ways to fail are without number; all mean the same here
-        facts = {"error": _line(f"it cannot be decoded: {type(exc).__name__}: {exc}")}
+        why = re.sub(r"[^\x20-\x7e]+", " ", f"{type(exc).__name__}: {exc}")
+        facts = {"error": f"it cannot be decoded: {why}"[:300]}
     sys.stdout.buffer.write(json.dumps(facts).encode() + b"\n" + pixels)
 
 

@@ -37,8 +37,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import httpx2
 
@@ -107,7 +106,7 @@ class Reply:
 
 
 class Transport:
-    """Sends a provider's calls to one base URL."""
+    """Sends a provider's calls to one base URL, each on a connection of its own (`exchange`)."""
 
     def __init__(
         self,
@@ -130,18 +129,6 @@ class Transport:
         self._timeout_s, self._max_body_bytes = timeout_s, max_body_bytes
         self._network = Network() if network is None else network
 
-    async def __aenter__(self) -> Self:
-        """Open nothing: each call has a connection of its own (see `exchange`)."""
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing is left open."""
-
     async def send(self, call: Call) -> Reply:
         """Send one call, once, and read its JSON answer within the deadline.
 
@@ -163,7 +150,14 @@ class Transport:
             content=content,
         )
         answer = await self._exchange(outgoing, secrets, call.timeout_s, call.max_body_bytes)
-        return _reply(answer, _body(answer, secrets), secrets)
+        return Reply(
+            status=answer.head.status,
+            body=_body(answer, secrets),
+            request_id=_request_id(answer, secrets),
+            retry_after_s=_retry_after_s(answer),
+            sent_at=answer.sent_at,
+            received_at=answer.received_at,
+        )
 
     async def put(self, url: str, data: bytes, headers: Mapping[str, str]) -> None:
         """Upload bytes to a presigned URL, vetted, with these headers and without the key.
@@ -212,17 +206,6 @@ class Transport:
             raise NotSent(str(exc)) from exc
 
 
-def _reply(answer: Answer, body: Any, secrets: Secrets) -> Reply:
-    return Reply(
-        status=answer.head.status,
-        body=body,
-        request_id=_request_id(answer, secrets),
-        retry_after_s=_retry_after_s(answer),
-        sent_at=answer.sent_at,
-        received_at=answer.received_at,
-    )
-
-
 def _body(answer: Answer, secrets: Secrets) -> Any:
     """The decoded body of a 2xx answer. Raises: Refused, LostAnswer."""
     _raise_unless_ok(answer, secrets)
@@ -242,13 +225,10 @@ def _body(answer: Answer, secrets: Secrets) -> Any:
 
 
 def _raise_unless_ok(answer: Answer, secrets: Secrets) -> None:
-    if not 200 <= answer.head.status < 300:
-        _raise_refusal(answer, secrets)
-
-
-def _raise_refusal(answer: Answer, secrets: Secrets) -> NoReturn:
-    """Raise what an answer other than 2xx means."""
+    """Raise what an answer other than 2xx means. Raises: Refused, ServerFailed."""
     status = answer.head.status
+    if 200 <= status < 300:
+        return
     refused = 400 <= status < 500 or status in _REFUSING_REDIRECTS
     kind = Refused if refused else ServerFailed
     told = "refused" if refused else "failed, and may have acted"

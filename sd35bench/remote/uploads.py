@@ -5,21 +5,21 @@ import base64
 import time
 
 from sd35bench.errors import LostAnswer, RemoteError, UnsupportedRequest
+from sd35bench.remote.images import sniff
 from sd35bench.remote.retry import Client, Deadline, ask, forget_frames
 from sd35bench.remote.transport import NotSent
 from sd35bench.store import Study
 
 FRESH_S = 600.0
 """An upload that is older is made again: services delete them, and seldom say when."""
-MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
 def content_type(data: bytes) -> str:
     """The media type of a PNG, JPEG or WEBP file. Raises: UnsupportedRequest for another."""
-    for magic, name in MAGIC.items():
-        if data.startswith(magic):
-            return name
-    raise UnsupportedRequest("an init image is neither PNG, JPEG nor WEBP: convert it first")
+    found = sniff(data)
+    if found is None:
+        raise UnsupportedRequest("an init image is neither PNG, JPEG nor WEBP: convert it first")
+    return f"image/{found}".replace("jpg", "jpeg")
 
 
 def data_uri(data: bytes, most_bytes: int) -> str:

@@ -13,8 +13,8 @@ from sd35bench.evaluations import (
     acting_steps,
     evaluations,
     parse_skip_layers,
-    skip_layer_evaluations,
     skip_layer_text,
+    work,
 )
 from sd35bench.types import SkipLayerGuidance, Task
 from tests.backends.conftest import make_request
@@ -87,7 +87,7 @@ def test_layers_are_left_out_at_the_steps_that_the_fractions_name(
     assert all(layers == [1] and batch == 1 for _, layers, batch in skipped)
     assert all(batch == 2 for _, _, batch in plain)
     assert made.evaluations == len(calls) == evaluations(request)
-    assert len(skipped) == skip_layer_evaluations(request)
+    assert len(skipped) == work(request).skipped
 
 
 @pytest.mark.parametrize(

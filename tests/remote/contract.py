@@ -182,12 +182,12 @@ class ProviderContract:
             async with self.speaks(name)(fails=fails, cost_usd=0.035) as server:
                 provider = make_provider(name, server.url)
                 inputs = provider.input(make_request(), None)
-                async with _transport(provider, server) as transport:
-                    reply = await transport.send(provider.create(inputs))
-                    created = ended = provider.read_created(reply.body)
-                    assert created.phase.is_over == provider.synchronous
-                    if not provider.synchronous:
-                        ended = await _ended(provider, transport, created.id)
+                transport = _transport(provider, server)
+                reply = await transport.send(provider.create(inputs))
+                created = ended = provider.read_created(reply.body)
+                assert created.phase.is_over == provider.synchronous
+                if not provider.synchronous:
+                    ended = await _ended(provider, transport, created.id)
                 assert ended.id == created.id
                 if provider.lists:
                     assert ended.input is not None
@@ -214,30 +214,30 @@ class ProviderContract:
             async with self.speaks(name)(strangers=105) as server:
                 provider = make_provider(name, server.url)
                 inputs = provider.input(make_request(), None)
-                async with _transport(provider, server) as transport:
-                    sent = await transport.send(provider.create(inputs))
-                    wanted = provider.read_created(sent.body).id
-                    now = datetime.now(UTC)
-                    span = timedelta(minutes=5)
-                    page, found = None, []
-                    for _ in range(3):
-                        call = provider.listing(now - span, now + span, page)
-                        reply = await transport.send(call)
-                        listed, page = provider.read_listing(reply.body)
-                        found += listed
-                        if page is None:
-                            break
-                    assert page is None
-                    assert len(found) == 106
-                    matching = []
-                    for one in found[-3:]:
-                        known = one.input
-                        if known is None:
-                            polled = await transport.send(provider.poll(one.id))
-                            known = provider.read_prediction(polled.body).input
-                        if provider.same_input(known or {}, inputs):
-                            matching.append(one.id)
-                    assert matching == [wanted]
+                transport = _transport(provider, server)
+                sent = await transport.send(provider.create(inputs))
+                wanted = provider.read_created(sent.body).id
+                now = datetime.now(UTC)
+                span = timedelta(minutes=5)
+                page, found = None, []
+                for _ in range(3):
+                    call = provider.listing(now - span, now + span, page)
+                    reply = await transport.send(call)
+                    listed, page = provider.read_listing(reply.body)
+                    found += listed
+                    if page is None:
+                        break
+                assert page is None
+                assert len(found) == 106
+                matching = []
+                for one in found[-3:]:
+                    known = one.input
+                    if known is None:
+                        polled = await transport.send(provider.poll(one.id))
+                        known = provider.read_prediction(polled.body).input
+                    if provider.same_input(known or {}, inputs):
+                        matching.append(one.id)
+                assert matching == [wanted]
 
         asyncio.run(main())
 

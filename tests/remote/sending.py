@@ -24,8 +24,8 @@ def transport(base_url: str, **options) -> Transport:
 
 def send(handler: Handler, call: Call = CREATE, **options) -> tuple[Reply, Served]:
     async def run() -> tuple[Reply, Served]:
-        async with serving(handler) as served, transport(served.url, **options) as client:
-            return await client.send(call), served
+        async with serving(handler) as served:
+            return await transport(served.url, **options).send(call), served
 
     return asyncio.run(run())
 

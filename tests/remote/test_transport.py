@@ -72,7 +72,8 @@ def test_send_keeps_a_path_of_the_base_url():
 def test_send_opens_a_connection_for_each_call_and_keeps_no_cookies():
     async def run() -> Served:
         answer = http(200, "{}", set_cookie="session=1; Path=/")
-        async with serving(answering(answer)) as served, transport(served.url) as client:
+        async with serving(answering(answer)) as served:
+            client = transport(served.url)
             for _ in range(3):
                 await client.send(CREATE)
             return served

@@ -111,9 +111,9 @@ class Provider(ABC):
         """Keep the settings; the key comes with each call."""
         self.settings = settings
 
-    @abstractmethod
     def headers(self, key: str) -> dict[str, str]:
-        """The headers that carry the key."""
+        """The headers that carry the key: a bearer token; none where there is no key."""
+        return {} if key == "" else {"Authorization": f"Bearer {key}"}
 
     @abstractmethod
     def refusal(self, request: Request) -> str | None:

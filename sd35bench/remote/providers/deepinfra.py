@@ -53,10 +53,6 @@ class DeepInfra(Provider):
     synchronous: ClassVar[bool] = True
     lists: ClassVar[bool] = False
 
-    def headers(self, key: str) -> dict[str, str]:
-        """The bearer token."""
-        return {} if key == "" else {"Authorization": f"Bearer {key}"}
-
     def refusal(self, request: Request) -> str | None:
         """Say what the input schema has no field or no room for."""
         return refusal_of(request, self.settings.aspect_ratios, OFFER)

@@ -76,10 +76,8 @@ class Eachlabs(Provider):
 
     def headers(self, key: str) -> dict[str, str]:
         """The header that `remote.auth` names."""
-        if key == "":
-            return {}  # a server on this machine may want none
-        if self._is_bearer:
-            return {"Authorization": f"Bearer {key}"}
+        if key == "" or self._is_bearer:  # a server on this machine may want none
+            return super().headers(key)
         return {"X-API-Key": key}
 
     def refusal(self, request: Request) -> str | None:

@@ -59,10 +59,6 @@ class Replicate(Provider):
     # The size goes as an aspect ratio, and is looked for in the file that comes back.
     unsent: ClassVar[tuple[str, ...]] = ("sampler", "shift", "max_sequence_length")
 
-    def headers(self, key: str) -> dict[str, str]:
-        """The bearer token."""
-        return {} if key == "" else {"Authorization": f"Bearer {key}"}
-
     def refusal(self, request: Request) -> str | None:
         """Say what the input schema has no field or no room for."""
         return refusal_of(request, self.settings.aspect_ratios)

@@ -61,10 +61,6 @@ class Stability(Provider):
     wrong_key: ClassVar[tuple[int, ...]] = (401,)  # 403 is a prompt that was flagged
     data_uri_bytes: ClassVar[int] = 10 * 2**20
 
-    def headers(self, key: str) -> dict[str, str]:
-        """The bearer token."""
-        return {} if key == "" else {"Authorization": f"Bearer {key}"}
-
     def refusal(self, request: Request) -> str | None:
         """Say what the form has no field or no room for."""
         if request.seed == 0:
