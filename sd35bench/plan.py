@@ -26,15 +26,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.evaluations import acting_steps, last_masked, planned_calls, work
 from sd35bench.fields import FIELDS, PAIR, SETTING, make_trial, value_text
 from sd35bench.prompts import PromptItem, encoder_fields
-from sd35bench.types import (
-    Load,
-    Request,
-    Scalar,
-    SkipLayerGuidance,
-    Task,
-    Trial,
-    content_hash,
-)
+from sd35bench.types import Load, Request, Scalar, SkipLayerGuidance, Task, Trial, content_hash
 
 AxisValue = Scalar | SkipLayerGuidance | tuple[tuple[str, Scalar], ...]
 

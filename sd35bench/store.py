@@ -28,16 +28,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from sd35bench.columns import (
-    Columns,
-    Records,
-    among,
-    distinct,
-    is_text,
-    pick,
-    texts,
-    with_tags,
-)
+from sd35bench.columns import Columns, Records, among, distinct, is_text, pick, texts, with_tags
 from sd35bench.disk import (
     disk_errors,
     is_abandoned,
@@ -52,13 +43,7 @@ from sd35bench.journal import Journal, Shard, Shards, new_shard_id, read_score, 
 from sd35bench.latest import Scores, in_order, last_of_each
 from sd35bench.pictures import decode_rgb
 from sd35bench.stored import Scan, StoredFiles, is_named
-from sd35bench.types import (
-    Record,
-    Score,
-    Session,
-    Status,
-    to_json,
-)
+from sd35bench.types import Record, Score, Session, Status, to_json
 from sd35bench.view import JournalView, ParquetView, ScoreView, Unfit
 
 SCHEMA = 1

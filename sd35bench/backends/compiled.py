@@ -213,10 +213,7 @@ def _compiler_errors(name: str) -> Iterator[None]:
 
     Raises: OptimizationNotApplied.
     """
-    exc_types = (
-        torch._dynamo.exc.TorchDynamoException,
-        torch._dynamo.exc.FailOnRecompileLimitHit,
-    )
+    exc_types = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
     try:
         yield
     except exc_types as exc:

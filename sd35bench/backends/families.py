@@ -102,10 +102,7 @@ class Family(ABC):
             seen(index, tensors["latents"])
             return {}
 
-        return {
-            "callback_on_step_end": ended,
-            "callback_on_step_end_tensor_inputs": ["latents"],
-        }
+        return {"callback_on_step_end": ended, "callback_on_step_end_tensor_inputs": ["latents"]}
 
     def refuse(self, request: Request) -> None:
         """Refuse what these pipelines cannot do.

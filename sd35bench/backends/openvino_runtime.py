@@ -18,13 +18,7 @@ from sd35bench.errors import BackendError, OptimizationNotApplied, OutOfMemory
 from sd35bench.export.artifact import Artifact, find_artifact
 from sd35bench.export.denoiser import INPUTS, OUTPUT
 from sd35bench.export.onnx_model import MODEL
-from sd35bench.export.openvino_model import (
-    IR,
-    REMEDY,
-    import_extra,
-    leave_out,
-    quantise_openvino,
-)
+from sd35bench.export.openvino_model import IR, REMEDY, import_extra, leave_out, quantise_openvino
 from sd35bench.types import Scalar
 
 DEVICE = "CPU"

@@ -164,10 +164,7 @@ class DiffusersBackend(Backend):
             else guided(pipe, first, self._meter.loop_began)
         )
         with foreign_errors(), how:
-            pixels = pipe(
-                **self._arguments(requests, inits),
-                **self.family.listen(ended),
-            ).images
+            pixels = pipe(**self._arguments(requests, inits), **self.family.listen(ended)).images
         stages = self._meter.read(order)
         refuse_not_finite(latents.last, self._decoded.pop())
         return Generation(

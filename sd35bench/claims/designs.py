@@ -29,14 +29,7 @@ from sd35bench.claims.effects import (
     size_contrast,
     variety_contrast,
 )
-from sd35bench.claims.evidence import (
-    Evidence,
-    Ladder,
-    Unmeasured,
-    Untestable,
-    ladder,
-    log_interval,
-)
+from sd35bench.claims.evidence import Evidence, Ladder, Unmeasured, Untestable, ladder, log_interval
 from sd35bench.nano.captions import Spec
 from sd35bench.stats.clustered import mean_t
 

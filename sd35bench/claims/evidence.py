@@ -147,9 +147,7 @@ def ladder(rows: Iterable[Row], *fields: str) -> Ladder:
 
 
 def paired_mean(
-    above: Sequence[Mapping[PairKey, float]],
-    below: Sequence[Mapping[PairKey, float]],
-    metric: str,
+    above: Sequence[Mapping[PairKey, float]], below: Sequence[Mapping[PairKey, float]], metric: str
 ) -> tuple[Interval, tuple[float, float]]:
     """Mean of `above` minus mean of `below` over the pairs that all have, and both means.
 

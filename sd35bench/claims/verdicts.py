@@ -50,12 +50,7 @@ class Claim:
 
 
 CLAIMS = (
-    Claim(
-        "latency",
-        "an image takes about 8 seconds",
-        designs.latency,
-        "claims-steps steps=40",
-    ),
+    Claim("latency", "an image takes about 8 seconds", designs.latency, "claims-steps steps=40"),
     Claim("cfg-start", "cfg 7 to 10 is a good place to start", designs.cfg_start),
     Claim("cfg-follows", "higher cfg follows the prompt more closely", designs.cfg_follows),
     Claim("cfg-variety", "lower cfg gives more variety", designs.cfg_variety),

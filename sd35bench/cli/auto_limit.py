@@ -69,10 +69,7 @@ def read_auto(settings: Sequence[str]) -> Auto | None:
 
 
 def run_planned(
-    given: Given,
-    auto: Auto,
-    make: Callable[[Given], Answer],
-    look: Callable[[Given], Planned],
+    given: Given, auto: Auto, make: Callable[[Given], Answer], look: Callable[[Given], Planned]
 ) -> Answer:
     """Make the pilot, plan from the study, and go on to the planned number.
 

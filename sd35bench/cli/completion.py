@@ -11,15 +11,7 @@ from importlib import import_module
 from typing import Any, Literal, get_args, get_origin
 
 from sd35bench.cli.output import Answer, write_line
-from sd35bench.cli.parser import (
-    CONFIG_DIR,
-    PLUGIN_DIR,
-    RESULTS_DIR,
-    Command,
-    Flag,
-    Given,
-    flags_of,
-)
+from sd35bench.cli.parser import CONFIG_DIR, PLUGIN_DIR, RESULTS_DIR, Command, Flag, Given, flags_of
 from sd35bench.config.files import GROUPS, choices, config_dir
 from sd35bench.errors import ConfigError, nearest
 

@@ -18,9 +18,7 @@ WHERE = Flag(
 FLAGS = (
     WHERE,
     Flag(
-        name="--slice",
-        value="NAME",
-        means="each value of a column of your prompt file by itself",
+        name="--slice", value="NAME", means="each value of a column of your prompt file by itself"
     ),
 )
 MOST_SLICES = 50

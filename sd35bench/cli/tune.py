@@ -6,16 +6,7 @@ from typing import Any
 
 from sd35bench import plugins
 from sd35bench.cli.output import Answer, RunProgress, console, remark, show_progress, write_line
-from sd35bench.cli.parser import (
-    DRY_RUN,
-    MARKDOWN,
-    QUIET,
-    VERBOSE,
-    YES,
-    Command,
-    Flag,
-    Given,
-)
+from sd35bench.cli.parser import DRY_RUN, MARKDOWN, QUIET, VERBOSE, YES, Command, Flag, Given
 from sd35bench.cli.run import run_confirming
 from sd35bench.config import Job
 from sd35bench.config.experiments import with_models_own

@@ -9,11 +9,4 @@ from sd35bench.config.files import choices, config_dir
 from sd35bench.config.freeze import Job, freeze
 from sd35bench.config.overrides import check_overrides
 
-__all__ = [
-    "Job",
-    "check_overrides",
-    "choices",
-    "compose",
-    "config_dir",
-    "freeze",
-]
+__all__ = ["Job", "check_overrides", "choices", "compose", "config_dir", "freeze"]

@@ -24,12 +24,7 @@ from sd35bench.config.remote import place_of
 from sd35bench.config.weights import model_notes, model_spec
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
-from sd35bench.evaluations import (
-    EVALUATIONS_PER_STEP,
-    SAMPLERS,
-    parse_skip_layers,
-    plugin_sampler,
-)
+from sd35bench.evaluations import EVALUATIONS_PER_STEP, SAMPLERS, parse_skip_layers, plugin_sampler
 from sd35bench.fields import GUIDES, value_text
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import (
@@ -127,10 +122,7 @@ def frozen(conf: RunConf) -> Job:
         ),
     )
     return Job(
-        study=conf.study,
-        results_dir=Path(conf.results_dir),
-        sweep=sweep,
-        engine=place.engine,
+        study=conf.study, results_dir=Path(conf.results_dir), sweep=sweep, engine=place.engine
     )
 
 
@@ -149,10 +141,7 @@ def _axes(conf: RunConf, schema: Schema) -> dict[str, tuple[AxisValue, ...]]:
         if values:
             axes[name] = values
     axes["skip_layer_guidance"] = skip_layer_axis(
-        model,
-        conf.backend,
-        _values(conf, "skip_layer_guidance"),
-        _values(conf, "skip_layer_scale"),
+        model, conf.backend, _values(conf, "skip_layer_guidance"), _values(conf, "skip_layer_scale")
     )
     axes["sampler"] = sampler_axis(model, conf.backend, _values(conf, "sampler"), schema)
     axes.setdefault("steps", (model.steps,))

@@ -241,8 +241,7 @@ class RemoteConf(Conf):
     )
     allow_loopback: bool = known(False, "let base_url and downloads be plain http on this machine")
     concurrency: Annotated[int, Interval(ge=1, le=100)] = known(
-        10,
-        "predictions in flight at once; the first timed_limit prompts run at 1, for latency",
+        10, "predictions in flight at once; the first timed_limit prompts run at 1, for latency"
     )
     requests_per_minute: Annotated[int, Interval(ge=1, le=1_000_000)] = known(
         60, "creates and polls in any 60 s, over all processes of this machine"
@@ -271,8 +270,7 @@ class RemoteConf(Conf):
         None, "when to poll first; adapts to what is seen", "the model's target latency"
     )
     output_hosts: Text | None = known(
-        None,
-        "further hosts that outputs may come from, between spaces; .HOST: its subdomains too",
+        None, "further hosts that outputs may come from, between spaces; .HOST: its subdomains too"
     )
     accept_size: Annotated[Text, doc("WIDTHxHEIGHT in px")] | None = known(
         None, "a size that is taken for the one that was asked for"

@@ -16,15 +16,7 @@ from sd35bench.config.compose import explained, hydra_session, search_path
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.freeze import check_backend, check_family, sampler_axis
 from sd35bench.config.inputs import declared, refuse_elsewhere
-from sd35bench.config.models import (
-    LoadConf,
-    ModelConf,
-    Text,
-    defaults_of,
-    known,
-    names_of,
-    read,
-)
+from sd35bench.config.models import LoadConf, ModelConf, Text, defaults_of, known, names_of, read
 from sd35bench.config.overrides import checked_options, parse, written
 from sd35bench.config.remote import threads_of
 from sd35bench.config.weights import model_spec

@@ -3,11 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sd35bench.architectures import (
-    random_digest,
-    random_parts,
-    random_suffix,
-)
+from sd35bench.architectures import random_digest, random_parts, random_suffix
 from sd35bench.checkpoint import (
     find_checkpoint,
     find_components,

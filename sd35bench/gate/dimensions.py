@@ -218,10 +218,7 @@ def _quality(wanted: Dimension, a: Side, b: Side) -> list[Figure]:
     if a.random_weights or b.random_weights:
         return []
     found = []
-    for measure, names in (
-        (_metric, {*a.metrics, *b.metrics}),
-        (set_figure, {*a.sets, *b.sets}),
-    ):
+    for measure, names in ((_metric, {*a.metrics, *b.metrics}), (set_figure, {*a.sets, *b.sets})):
         judged = [(name, m) for name in sorted(names) if (m := wanted.margin(name)) is not None]
         found += [measure(name, margin, a, b) for name, margin in judged]
     return [one for name in wanted.margins for one in _of_name(name, wanted, found, b)]

@@ -186,10 +186,7 @@ class _Judged:
 
 
 def compare_sides(
-    baselines: Sequence[Side],
-    candidates: Sequence[Side],
-    policy: Policy,
-    distances: Distances,
+    baselines: Sequence[Side], candidates: Sequence[Side], policy: Policy, distances: Distances
 ) -> dict[str, Any]:
     """Hold candidates against baselines.
 

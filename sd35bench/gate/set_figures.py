@@ -19,13 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.reference import Reference
-from sd35bench.analysis.set_metrics import (
-    CMMD_SCALE,
-    CMMD_SIGMA,
-    FRECHET,
-    at_length,
-    compute,
-)
+from sd35bench.analysis.set_metrics import CMMD_SCALE, CMMD_SIGMA, FRECHET, at_length, compute
 from sd35bench.errors import MetricError
 from sd35bench.gate.figure import Figure, difference
 from sd35bench.gate.policy import MetricMargin

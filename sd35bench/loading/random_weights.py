@@ -22,12 +22,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
 )
 from torch import nn
 
-from sd35bench.architectures import (
-    SEED,
-    TEXT_PARTS,
-    architecture_name,
-    random_parts,
-)
+from sd35bench.architectures import SEED, TEXT_PARTS, architecture_name, random_parts
 from sd35bench.errors import OutOfMemory
 from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
 from sd35bench.loading.random_text import EncodedText, NoiseText

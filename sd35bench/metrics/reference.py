@@ -91,11 +91,7 @@ class ReferencedMetric(SetMetric):
         return cls(*chosen, reference, min_images)
 
     def __init__(
-        self,
-        extractor: Extractor,
-        label: str,
-        reference: str = PROMPTS,
-        least: int | None = None,
+        self, extractor: Extractor, label: str, reference: str = PROMPTS, least: int | None = None
     ) -> None:
         """Take the extractor, its label in the metric's name, and `least` images if not the own.
 

@@ -199,9 +199,5 @@ class TextEncoders(nn.Module):
 
 def _token_ids(tokenizer: CLIPTokenizer | T5TokenizerFast, prompts: list[str]) -> Tensor:
     return tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=TEXT_TOKENS,
-        truncation=True,
-        return_tensors="pt",
+        prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids

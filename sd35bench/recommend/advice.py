@@ -113,9 +113,7 @@ _NOTHING: dict[str, Any] = {
 
 
 def recommend_document(
-    study: Any,
-    profiles: Mapping[str, Profile | Mapping[str, Any]],
-    table: Table | None = None,
+    study: Any, profiles: Mapping[str, Profile | Mapping[str, Any]], table: Table | None = None
 ) -> dict[str, Any]:
     """Recommend a setting of the study (`sd35bench.store.Study`) for each profile and task.
 

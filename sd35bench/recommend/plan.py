@@ -113,12 +113,7 @@ def plan_document(
 
 
 def _entry(
-    study: Any,
-    table: Table,
-    comparison: Comparison,
-    speed: Speeds,
-    profile: Profile,
-    asked: Asked,
+    study: Any, table: Table, comparison: Comparison, speed: Speeds, profile: Profile, asked: Asked
 ) -> dict[str, Any]:
     margin = profile.margin(comparison.metric) if asked.margin is None else asked.margin
     records = [r for c in comparison.candidates for r in c.row.quality_records()]

@@ -179,10 +179,7 @@ SLUG = "stable-diffusion-3-5-medium"
 INIT_IMAGE = "https://example.com/init.png"
 """Stands for the address of the init image, which only the user knows."""
 
-_RATIOS = (
-    *("1:1", "16:9", "21:9", "3:2", "2:3", "4:5"),
-    *("5:4", "3:4", "4:3", "9:16", "9:21"),
-)
+_RATIOS = (*("1:1", "16:9", "21:9", "3:2", "2:3", "4:5"), *("5:4", "3:4", "4:3", "9:16", "9:21"))
 _ROUNDED_AWAY = {(896, 1152): "3:4", (1152, 896): "4:3"}
 """Sizes of Stable Diffusion 3.5 that rounding to 64 px brought nearer to another ratio."""
 

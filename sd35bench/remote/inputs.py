@@ -162,10 +162,7 @@ def no_such(schema: Schema, name: str) -> str:
 
 
 def payload(
-    schema: Schema,
-    request: Request,
-    ratios: Mapping[tuple[int, int], str],
-    urls: Mapping[str, str],
+    schema: Schema, request: Request, ratios: Mapping[tuple[int, int], str], urls: Mapping[str, str]
 ) -> dict[str, Any]:
     """The model's whole input; nothing that acts is left to the service's defaults.
 
@@ -181,10 +178,7 @@ def payload(
 
 
 def _value(
-    item: Input,
-    request: Request,
-    ratios: Mapping[tuple[int, int], str],
-    urls: Mapping[str, str],
+    item: Input, request: Request, ratios: Mapping[tuple[int, int], str], urls: Mapping[str, str]
 ) -> Any:
     """An input's value before it is checked. Raises: ValueError for a word that there is not."""
     if item.role is not None:

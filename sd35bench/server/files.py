@@ -162,10 +162,7 @@ def _add_uploading(router: APIRouter, store: FileStore) -> None:
         response_class=Response,
         responses=_refusals(_UPLOAD_REFUSALS),
         openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": dict.fromkeys(CONTENT_TYPES, binary),
-            }
+            "requestBody": {"required": True, "content": dict.fromkeys(CONTENT_TYPES, binary)}
         },
     )
     async def upload(request: Request, name: str, token: str = "") -> Response:

@@ -52,9 +52,7 @@ class TensorboardSink(Sink):
         with self._run("the whole study") as put:
             tensor = self._tensor(dtype="DT_STRING", string_val=[front_markdown(front).encode()])
             value = self._summary.Value(
-                tag="front",
-                tensor=tensor,
-                metadata=self._text("front", "fastest first"),
+                tag="front", tensor=tensor, metadata=self._text("front", "fastest first")
             )
             put(self._summary(value=[value]))
 

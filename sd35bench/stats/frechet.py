@@ -54,12 +54,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.stats.clustered import student
-from sd35bench.stats.intervals import (
-    RESAMPLES,
-    Interval,
-    percentile_bounds,
-    resampled_means,
-)
+from sd35bench.stats.intervals import RESAMPLES, Interval, percentile_bounds, resampled_means
 from sd35bench.stats.kernel import Sample, Twins
 
 Matrix = NDArray[np.float64]
@@ -94,11 +89,7 @@ def frechet_distance(a: Gaussian, b: Gaussian, root: Matrix | None = None) -> fl
 
 
 def frechet_interval(
-    features: NDArray,
-    clusters: NDArray,
-    reference: Gaussian,
-    *,
-    resamples: int = RESAMPLES,
+    features: NDArray, clusters: NDArray, reference: Gaussian, *, resamples: int = RESAMPLES
 ) -> Interval:
     """Distance of features [n, d] to the reference, with an interval over prompts.
 

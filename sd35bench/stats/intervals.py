@@ -42,11 +42,7 @@ class Interval:
 
 
 def mean_interval(
-    values: ArrayLike,
-    clusters: ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = _SEED,
+    values: ArrayLike, clusters: ArrayLike, *, resamples: int = RESAMPLES, seed: int = _SEED
 ) -> Interval:
     """Return the mean over images with an interval over prompts; a point where prompts agree.
 

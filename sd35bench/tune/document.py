@@ -24,12 +24,7 @@ _ORDER = ("winner", "racing", "set aside", "dominated", "out of reach", *OVER_LI
 
 
 def tune_document(
-    study: str,
-    lab: StudyLab,
-    budget: Budget,
-    profile: Profile,
-    found: Outcome,
-    held: Confirmation,
+    study: str, lab: StudyLab, budget: Budget, profile: Profile, found: Outcome, held: Confirmation
 ) -> dict[str, Any]:
     """Put a search's outcome into words and figures, ready for JSON; unknown is ``None``.
 

@@ -22,15 +22,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.stats.looks import level_at
 from sd35bench.tune.final import Final, decide, settled
-from sd35bench.tune.race import (
-    OVER_LIMITS,
-    Evidence,
-    Look,
-    Out,
-    judge,
-    look,
-    promise,
-)
+from sd35bench.tune.race import OVER_LIMITS, Evidence, Look, Out, judge, look, promise
 from sd35bench.tune.search import Found, Search
 from sd35bench.tune.space import Point, Space
 

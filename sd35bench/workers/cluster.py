@@ -26,14 +26,7 @@ import numpy as np
 
 from sd35bench import plugins
 from sd35bench.checkpoint import whole_digest
-from sd35bench.errors import (
-    ConfigError,
-    MetricError,
-    StoreError,
-    WorkerDied,
-    WorkerLost,
-    nearest,
-)
+from sd35bench.errors import ConfigError, MetricError, StoreError, WorkerDied, WorkerLost, nearest
 from sd35bench.limits import Limits
 from sd35bench.measure import asked_device
 from sd35bench.plan import Plan
@@ -201,12 +194,7 @@ class NodeWorker:
     """What an actor is: on its node, the host of one worker process."""
 
     def __init__(
-        self,
-        load: Load,
-        limits: Limits,
-        on_cores: bool,
-        beside: int,
-        plugin_dir: str | None = None,
+        self, load: Load, limits: Limits, on_cores: bool, beside: int, plugin_dir: str | None = None
     ) -> None:
         """Take free cores where the backend runs on cores, and start the process.
 

@@ -112,11 +112,7 @@ def _batch(pipe: Any, how: FineTune, step: int) -> tuple[Tensor, Tensor, Tensor]
     mean = pipe.vae.encode(to_tensor([render(scene) for scene in scenes])).latent_dist.mode()
     latents = (mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     embeds, _, pooled, _ = pipe.encode_prompt(
-        captions,
-        None,
-        None,
-        do_classifier_free_guidance=False,
-        max_sequence_length=TEXT_TOKENS,
+        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
     )
     return latents, embeds, pooled
 
