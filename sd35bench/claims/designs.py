@@ -30,6 +30,7 @@ from sd35bench.claims.effects import (
     variety_contrast,
 )
 from sd35bench.claims.evidence import Evidence, Ladder, Unmeasured, Untestable, ladder, log_interval
+from sd35bench.hosts import is_loopback
 from sd35bench.nano.captions import Spec
 from sd35bench.stats.clustered import mean_t
 
@@ -365,8 +366,7 @@ def _files(evidence: Evidence) -> Ladder:
 
 def _is_here(row: Row) -> bool:
     """Whether the "service" is this machine's own."""
-    host = urlsplit(str(row.setting["backend_options"]["base_url"])).hostname
-    return host in ("localhost", "::1") or str(host).startswith("127.")
+    return is_loopback(f"{urlsplit(str(row.setting['backend_options']['base_url'])).hostname}")
 
 
 def _says_more(spec: Spec) -> bool:

@@ -252,8 +252,6 @@ def claims(given: Given) -> Answer:
 def report(given: Given) -> Answer:
     """Write the HTML report."""
     from sd35bench.claims.verdicts import METRICS, is_claims_study
-    from sd35bench.config import config_dir
-    from sd35bench.recommend.profiles import load_profiles
     from sd35bench.report.page import write_report
 
     if len(given.words) > 1:
@@ -262,7 +260,7 @@ def report(given: Given) -> Answer:
     score_missing(study)
     if is_claims_study(study):
         _score_more(study, METRICS)
-    profiles = load_profiles(config_dir() / "profile")
+    profiles = profiles_of(None)
     if asks_part(given):
         return _report_parts(given, study, profiles)
     path = write_report(study, profiles, link=_links(given))
@@ -272,8 +270,6 @@ def report(given: Given) -> Answer:
 
 def _report_beside(given: Given) -> Answer:
     """Write one report on several studies. Raises: ConfigError for what only one can have."""
-    from sd35bench.config import config_dir
-    from sd35bench.recommend.profiles import load_profiles
     from sd35bench.report.page import write_beside
 
     names = given.words
@@ -285,7 +281,7 @@ def _report_beside(given: Given) -> Answer:
     studies = [_open(replace(given, words=[name])) for name in names]
     for study in studies:
         score_missing(study)
-    path = write_beside(studies, load_profiles(config_dir() / "profile"))
+    path = write_beside(studies, profiles_of(None))
     console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
     return Answer(document={"studies": names, "path": str(path)})
 

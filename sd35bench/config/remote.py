@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 from sd35bench.config.models import ModelConf, RunConf
 from sd35bench.engine import Engine, hosted_engine, local_engine, ray_engine
 from sd35bench.errors import ConfigError
+from sd35bench.hosts import is_loopback
 from sd35bench.limits import Limits
 from sd35bench.remote.inputs import Schema, takes, takes_size
 from sd35bench.remote.providers import is_provider, provider_class
@@ -192,7 +193,7 @@ def _base_url(conf: RunConf) -> tuple[str, bool]:
         raise ConfigError(f"{where}: leave out what follows the path (? or #)")
     if re.search(r"\s|\\", given):
         raise ConfigError(f"{where}: holds a space or a backslash")
-    here = _is_loopback(host)
+    here = is_loopback(host)
     if here and not conf.remote.allow_loopback:
         raise ConfigError(f"{where}: is on this machine; add remote.allow_loopback=true")
     if parts.scheme == "http" and not here:
@@ -233,15 +234,6 @@ def _shown(url: str) -> str:
     """A URL as messages may quote it: without user and password, without a query."""
     bare = re.sub(r"//[^/?#]*@", "//…@", url, count=1)
     return re.sub(r"[?#].*", "?…", bare, flags=re.DOTALL)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _slug(conf: RunConf, own: bool, here: bool) -> str:

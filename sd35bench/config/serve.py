@@ -1,6 +1,5 @@
 """What `sd35bench serve` takes: its fields, its schema, and the frozen settings that come out."""
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,11 @@ from sd35bench.config.overrides import checked_options, parse, written
 from sd35bench.config.remote import threads_of
 from sd35bench.config.weights import model_spec
 from sd35bench.errors import ConfigError, nearest
+from sd35bench.hosts import is_loopback
 from sd35bench.limits import Limits
 from sd35bench.remote.inputs import Schema
 from sd35bench.remote.providers import is_provider
+from sd35bench.remote.providers.wire import RATIOS
 from sd35bench.server.settings import ServedModel, ServerSettings
 from sd35bench.types import BackendSpec, Load, Task
 
@@ -36,9 +37,6 @@ VENDOR_PAGE = ("sd35-medium", "pixart-xl-2", "sana", "ideogram-v2-turbo", "omni-
 PROTOCOL = "eachlabs"
 """The provider whose protocol is spoken."""
 
-_PROTOCOL_RATIOS = (
-    *("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"),
-)
 _GROUPS = ("model", "backend")
 
 
@@ -172,7 +170,7 @@ def _check_access(conf: ServeConf) -> None:
         raise ConfigError(
             f"no_auth=true and key_file={conf.key_file} contradict each other: give one of them"
         )
-    if conf.no_auth and not _is_loopback(conf.host):
+    if conf.no_auth and not is_loopback(conf.host):
         raise ConfigError(
             f"no_auth=true: only on a loopback host, and host={conf.host} may be reached by others;"
             " give key_file=FILE, or host=127.0.0.1"
@@ -183,13 +181,6 @@ def _check_access(conf: ServeConf) -> None:
             f" {plugins.command('serve make_key=NAME key_file=FILE')}), or no_auth=true to ask for"
             " none"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_balance(conf: ServeConf) -> None:
@@ -223,9 +214,7 @@ def _served_model(conf: ServeConf) -> ServedModel:
     return ServedModel(
         name=model.name,
         slugs=tuple(dict.fromkeys((model.name, *VENDOR_SLUGS, *schemas))),
-        sizes={
-            name: (sizes[name][0], sizes[name][1]) for name in _PROTOCOL_RATIOS if name in sizes
-        },
+        sizes={name: (sizes[name][0], sizes[name][1]) for name in RATIOS if name in sizes},
         sampler=sampler_axis(model, backend, ())[0],
         steps=model.steps,
         cfg=float(model.cfg),

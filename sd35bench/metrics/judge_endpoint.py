@@ -21,7 +21,6 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +28,7 @@ from urllib.parse import urlsplit
 from PIL import Image as Pillow
 
 from sd35bench.errors import ConfigError, MetricError
+from sd35bench.hosts import is_loopback
 from sd35bench.metrics.base import Image, Value
 
 VQA = 'Does this figure show "{prompt}"? Please answer yes or no.'
@@ -203,10 +203,7 @@ def check_url(url: str) -> bool:
     """Whether an endpoint is on this machine. Raises: ConfigError unless it is https or that."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    try:
-        here = ip_address(host).is_loopback
-    except ValueError:
-        here = host == "localhost"
+    here = is_loopback(host)
     if parts.username or parts.password:
         raise ConfigError("metric.judge.endpoint: no credentials in the address; see its help")
     if not host or not (parts.scheme == "https" or (parts.scheme == "http" and here)):

@@ -24,6 +24,7 @@ from sd35bench.analysis.commands import (
 from sd35bench.analysis.settings import known_digest, shared_negatives
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.fields import FIELDS, later_asked
+from sd35bench.remote.providers.wire import MOST_CFG, MOST_STEPS, RATIOS, schema_input
 from sd35bench.types import Record, Request, Task
 
 _FIRST = ("steps", "cfg", "prompt_strength", "width", "height")
@@ -179,13 +180,10 @@ SLUG = "stable-diffusion-3-5-medium"
 INIT_IMAGE = "https://example.com/init.png"
 """Stands for the address of the init image, which only the user knows."""
 
-_RATIOS = (*("1:1", "16:9", "21:9", "3:2", "2:3", "4:5"), *("5:4", "3:4", "4:3", "9:16", "9:21"))
 _ROUNDED_AWAY = {(896, 1152): "3:4", (1152, 896): "4:3"}
 """Sizes of Stable Diffusion 3.5 that rounding to 64 px brought nearer to another ratio."""
 
 _OWN_SHIFT = (None, 3.0)
-_MOST_STEPS = 50
-_MOST_CFG = 20.0
 
 
 def api_body(record: Record) -> dict[str, Any]:
@@ -202,17 +200,8 @@ def api_body(record: Record) -> dict[str, Any]:
         why = f"{record.trial.load.model.name} has an input of its own, which its page shows"
     if why is not None:
         return {"body": None, "not_sent": [], "why_not": why}
-    inputs: dict[str, Any] = {
-        "prompt": request.prompt,
-        "aspect_ratio": ratio,
-        "cfg": request.cfg,
-        "steps": request.steps,
-        "seed": request.seed,
-        "output_format": request.output_format,
-        "output_quality": request.output_quality,
-    }
-    if request.init_image is not None:
-        inputs |= {"image": INIT_IMAGE, "prompt_strength": request.prompt_strength}
+    image = None if request.init_image is None else INIT_IMAGE
+    inputs = schema_input(request, {(request.width, request.height): ratio}, image)
     unsaid = [
         name for name in ("shift", "max_sequence_length") if getattr(request, name) is not None
     ]
@@ -231,12 +220,12 @@ def _refusal(request: Request, ratio: str) -> str | None:
         *((not FIELDS[n].sent, f"the protocol cannot ask for {n}") for n in later_asked(request)),
         (request.sampler != "euler", f"the protocol cannot ask for sampler {request.sampler}"),
         (
-            not 1 <= request.steps <= _MOST_STEPS,
-            f"the protocol takes 1 to {_MOST_STEPS} steps, not {request.steps}",
+            not 1 <= request.steps <= MOST_STEPS,
+            f"the protocol takes 1 to {MOST_STEPS} steps, not {request.steps}",
         ),
         (
-            not 0 <= request.cfg <= _MOST_CFG,
-            f"the protocol takes cfg 0 to {_MOST_CFG:g}, not {request.cfg:g}",
+            not 0 <= request.cfg <= MOST_CFG,
+            f"the protocol takes cfg 0 to {MOST_CFG:g}, not {request.cfg:g}",
         ),
         (ratio == "", f"no aspect ratio of the protocol is {request.width}x{request.height}"),
     )
@@ -253,5 +242,5 @@ def _ratio(width: int, height: int) -> str:
         exact = (width / height) / (w / h)
         return max(exact, 1 / exact)
 
-    nearest = min(_RATIOS, key=distance)
+    nearest = min(RATIOS, key=distance)
     return nearest if distance(nearest) <= 1.06 else ""

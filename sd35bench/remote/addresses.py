@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import httpx2
 
 from sd35bench.errors import RemoteError, UnsafeAddress
+from sd35bench.hosts import is_loopback
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -163,12 +164,7 @@ async def system_lookup(host: str, port: int) -> Sequence[str]:
 
 def names_loopback(host: str) -> bool:
     """Whether a host, by its text alone, is this machine."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host.endswith(".localhost") or is_loopback(host)
 
 
 def _split(url: str) -> tuple[str, str, int]:

@@ -10,7 +10,6 @@ whole and bounded in bytes and seconds, before anything parses them; an upload's
 """
 
 import asyncio
-import ipaddress
 import json
 import logging
 import re
@@ -27,6 +26,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sd35bench.hosts import is_loopback
 from sd35bench.server.settings import Refusal
 
 MOST_BODY_BYTES = 2**20
@@ -204,17 +204,8 @@ def _check_host(host: str, only_loopback: bool) -> None:
     found = _HOST.fullmatch(host)
     if found is None:
         raise Refusal(400, "the Host header is not HOST or HOST:PORT")
-    if only_loopback and not _is_loopback(found[1].strip("[]")):
+    if only_loopback and not is_loopback(found[1].strip("[]")):
         raise Refusal(403, "a server without keys answers to localhost and loopback addresses only")
-
-
-def _is_loopback(name: str) -> bool:
-    if name.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 class JsonFormatter(logging.Formatter):

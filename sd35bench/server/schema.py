@@ -285,10 +285,6 @@ def body_schema(model: ServedModel) -> dict[str, Any]:
     return schema
 
 
-def _types(model: ServedModel) -> dict[str, Any]:
-    return _input_types(tuple(model.sizes), model.takes_images)
-
-
 def _input_model(model: ServedModel) -> type[BaseModel]:
     return _made_model(tuple(model.sizes), model.takes_images)
 
@@ -303,7 +299,7 @@ def _made_model(ratios: tuple[str, ...], takes_images: bool) -> type[BaseModel]:
 
 
 def _read_input(given: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
-    types = _types(model)
+    types = _input_types(tuple(model.sizes), model.takes_images)
     refuse_unknown("input.", given, types)
     if "prompt" not in given:
         raise Refusal(400, "input.prompt: must be given")
