@@ -15,18 +15,6 @@ from typing import Any
 from sd35bench.errors import ConfigError
 from sd35bench.types import ModelSpec, content_hash
 
-__all__ = [
-    "FILLER_VERSION",
-    "SEED",
-    "TEXT_PARTS",
-    "architecture_name",
-    "architecture_names",
-    "random_digest",
-    "random_parts",
-    "random_suffix",
-    "read_architecture",
-]
-
 ROOT = Path(__file__).parent
 NANO = ROOT.parent / "nano" / "weights"
 SHARED = "sd3"

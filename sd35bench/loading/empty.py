@@ -13,8 +13,6 @@ from torch import nn
 
 from sd35bench.errors import BackendError
 
-__all__ = ["build_empty", "dtype_of", "restore_buffers"]
-
 
 def build_empty(config: dict[str, Any]) -> nn.Module:
     """Build the module that a part's configuration describes, in evaluation mode.

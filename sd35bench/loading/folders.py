@@ -23,18 +23,6 @@ from sd35bench.checkpoint import variant_of
 from sd35bench.errors import BackendError
 from sd35bench.types import ModelSpec
 
-__all__ = [
-    "LOAD_ERRORS",
-    "PIPELINES",
-    "load_diffusers_part",
-    "load_folder",
-    "load_text_part",
-    "modules",
-    "quiet_loading",
-    "read_index",
-    "refuse_missing",
-]
-
 PIPELINES = {
     "sd3": "StableDiffusion3Pipeline",
     "sana": "SanaPipeline",

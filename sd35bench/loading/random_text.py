@@ -15,8 +15,6 @@ from torch import nn
 from sd35bench.architectures import SEED
 from sd35bench.core.text import Text
 
-__all__ = ["EncodedText", "NoiseText", "RandomText"]
-
 CLIP_STD = 1.0
 T5_STD = 0.1
 """T5-XXL's outputs are about a tenth the size of CLIP's hidden states."""

@@ -28,8 +28,6 @@ from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
 from sd35bench.loading.random_text import EncodedText, NoiseText
 from sd35bench.types import ModelSpec
 
-__all__ = ["available_bytes", "fill", "load_random", "size_bytes"]
-
 BLOCK = 1_048_573
 """Values drawn per parameter at most: the largest prime below 2**20."""
 BIAS_STD = 0.02

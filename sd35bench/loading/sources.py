@@ -26,8 +26,6 @@ from sd35bench.loading.random_weights import load_random
 from sd35bench.loading.single_file import load_single_file
 from sd35bench.types import ModelSpec
 
-__all__ = ["DTYPES", "hush_truncation_warnings", "load_model", "prove_device", "prove_dtypes"]
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRUNCATION_LOGGERS = (
     pipeline_stable_diffusion_3.__name__,
