@@ -13,13 +13,13 @@ are those of `--json`, errors are `SD35BenchError`. Nothing is printed on stdout
 from __future__ import annotations  # signatures are read as they are written
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sd35bench import plugins
-from sd35bench.analysis.frames import Form, convert, require_form
 from sd35bench.errors import ConfigError, SD35BenchError
 from sd35bench.store import Study as _Store
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from sd35bench.report.render import Figure
 
 __all__ = ["ConfigError", "Plots", "SD35BenchError", "Study", "open", "run"]
+
+Form = Literal["arrow", "pandas", "polars"]
+"""The library whose tables are wanted."""
 
 
 def run(
@@ -134,10 +137,10 @@ class Study:
 
         Raises: ConfigError where there is no image, or the library of `as_` is not installed.
         """
-        require_form(as_)
+        _require_form(as_)
         from sd35bench.data import settings_table
 
-        return convert(settings_table(self.show()), as_)
+        return _converted(settings_table(self.show()), as_)
 
     def images(self, as_: Form = "arrow") -> Any:
         """One row a trial, failures too: what was asked, what it took, scores, the file's `path`.
@@ -147,18 +150,18 @@ class Study:
         from sd35bench.analysis.table import read_table
         from sd35bench.data import images_table, with_paths
 
-        require_form(as_)
+        _require_form(as_)
         self._score()
         images = images_table(self._store, read_table(self._store))
-        return convert(with_paths(images, self._store), as_)
+        return _converted(with_paths(images, self._store), as_)
 
     def sql(self, query: str, as_: Form = "arrow") -> Any:
         """Run SQL (DuckDB) over the views `records` and `scores`.
 
         Raises: ConfigError where the library of `as_` is not installed; duckdb's own errors.
         """
-        require_form(as_)
-        return convert(self._store.sql(query), as_)
+        _require_form(as_)
+        return _converted(self._store.sql(query), as_)
 
     def recommend(self, profile: str | None = None) -> dict[str, Any]:
         """A setting for each profile, with the evidence, as `recommend --json` prints it.
@@ -261,6 +264,26 @@ class Plots:
         from sd35bench.report.sheet import contact_sheet
 
         return contact_sheet(self._study._store, prompt, x, y, seed, fixed)
+
+
+def _require_form(form: str) -> None:
+    """Refuse a form of tables that cannot be had. Raises: ConfigError."""
+    if form not in get_args(Form):
+        raise ConfigError(f"as_={form!r}: must be one of {', '.join(get_args(Form))}")
+    name = "pyarrow" if form == "arrow" else form
+    try:
+        importlib.import_module(name)
+    except ImportError as exc:
+        raise ConfigError(
+            f"as_={form!r}: {name} is not installed; pip install {name}, or take as_='arrow'"
+        ) from exc
+
+
+def _converted(table: Any, form: str) -> Any:
+    """A pyarrow Table in the reader's library."""
+    if form == "pandas":
+        return table.to_pandas()
+    return importlib.import_module("polars").from_arrow(table) if form == "polars" else table
 
 
 def _folders(config_dir: str | Path | None, plugin_dir: str | Path | None) -> list[str]:

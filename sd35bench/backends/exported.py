@@ -18,7 +18,6 @@ from sd35bench.backends.families import family_of
 from sd35bench.backends.pipeline import DiffusersBackend, foreign_errors, generator
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
 from sd35bench.export.artifact import Artifact, Recipe
-from sd35bench.export.calibration import CALIBRATION, calibration_side_px
 from sd35bench.export.denoiser import INPUTS, OUTPUT, ExportableDenoiser, GraphDenoiser
 from sd35bench.export.onnx_model import export_onnx, probe_error
 from sd35bench.types import Request, Scalar
@@ -28,6 +27,17 @@ PARITY = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest relative error on the probe: each dtype's rounding, through all blocks."""
 INT8_PARITY = 0.5
 """Beyond this an int8 graph computes something else; how far it drifts is measured on images."""
+CALIBRATION_PROMPTS = (
+    "a small red circle on a white background",
+    "a large blue square on a black background",
+    "a green triangle and a yellow circle on a white background",
+    "a red square behind a blue circle on a black background",
+)
+"""What an int8 graph is calibrated on: captions of nano, which mean something to any model."""
+CALIBRATION_STEPS = 8
+CALIBRATION_CFG = 4.0
+MAX_LATENT_SIDE = 32
+"""Of the images for it: longer sides would take a full model minutes per image on a CPU."""
 FACTS_SHOWN = 8
 STORED = ("fp32", "fp16", "bf16", "int8", "uint8")
 """Types of weights; the others are shapes and indices."""
@@ -194,17 +204,19 @@ class ExportedBackend(DiffusersBackend):
             feeds.append({**inputs, OUTPUT: output})
             return output
 
-        side_px = calibration_side_px(transformer.config, pipe.vae_scale_factor)
+        config = transformer.config
+        side = min(int(config.sample_size), MAX_LATENT_SIDE, int(config.pos_embed_max_size))
+        side_px = side // config.patch_size * config.patch_size * pipe.vae_scale_factor
         requests = [
             Request(
                 prompt=prompt,
-                steps=CALIBRATION.steps,
-                cfg=CALIBRATION.cfg,
+                steps=CALIBRATION_STEPS,
+                cfg=CALIBRATION_CFG,
                 seed=seed,
                 width=side_px,
                 height=side_px,
             )
-            for seed, prompt in enumerate(CALIBRATION.prompts)
+            for seed, prompt in enumerate(CALIBRATION_PROMPTS)
         ]
         tokens = self._load.model.max_sequence_length
         pipe.transformer = GraphDenoiser(transformer, run)

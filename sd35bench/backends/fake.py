@@ -2,25 +2,67 @@
 
 An image is a pure function of the request: noise from a hash of the prompt, seed and the other
 fields, blended with the init image by the strength. Options: `delay_s` (wall seconds an image),
-`fail_every` (every n-th prompt by hash raises), `load_delay_s`; `fault` (what of `faults` befalls
+`fail_every` (every n-th prompt by hash raises), `load_delay_s`; `fault` (what of `FAULTS` befalls
 the process), in `fault_phase`, for every n-th request by hash (`fault_every`); `unproven` (settling
 finds that an optimisation is not in force).
+
+Faults are ways in which a process really fails: nothing about them pretends.
 """
 
+import ctypes
+import os
+import resource
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from threading import Event
 
 import numpy as np
 from PIL import Image
 
 from sd35bench.backends.base import Backend, Generation
-from sd35bench.backends.faults import FAULTS, PHASES
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.evaluations import evaluations
 from sd35bench.fields import request_identity
 from sd35bench.types import Load, Request, content_hash
 
 BLOCK_PX = 8
+ALLOCATE_BYTES = 2 * 2**30
+"""What `allocate` takes at most: without a limit it cannot take the machine down."""
+STEP_BYTES = 16 * 2**20
+STEP_S = 0.005
+EXIT_CODE = 7
+PHASES = ("load", "warm-up", "generate")
+
+
+def _allocate() -> None:
+    """Touch memory in small steps. Raises: MemoryError at `ALLOCATE_BYTES`."""
+    held = []
+    while len(held) * STEP_BYTES < ALLOCATE_BYTES:
+        held.append(np.ones(STEP_BYTES, np.uint8))
+        time.sleep(STEP_S)
+    raise MemoryError(f"fault=allocate holds {ALLOCATE_BYTES / 1e9:.2f} GB and met no limit")
+
+
+def _memory_error() -> None:
+    raise MemoryError("fault=memory-error, by design")
+
+
+def _segfault() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core file in the user's folder
+    ctypes.string_at(0)
+
+
+FAULTS: dict[str, Callable[[], object]] = {
+    "none": lambda: None,
+    "allocate": _allocate,
+    "exit": lambda: os._exit(EXIT_CODE),
+    "hang": lambda: Event().wait(),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "memory-error": _memory_error,
+    "segfault": _segfault,
+}
+"""What each word of the option `fault` does to the process that calls it."""
 
 
 class FakeBackend(Backend):

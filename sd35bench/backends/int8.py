@@ -20,7 +20,7 @@ from torch import nn
 
 from sd35_kernels import KernelUnavailable, check_available
 from sd35bench.backends.base import Probe
-from sd35bench.backends.pipeline import DiffusersBackend
+from sd35bench.backends.pipeline import DiffusersBackend, choice
 from sd35bench.backends.probes import hush_cuda_remark
 from sd35bench.backends.quantised import (
     EXCLUDED,
@@ -196,11 +196,7 @@ def _checked(asked: dict[str, Scalar]) -> dict[str, Any]:
 
     Raises: BackendError.
     """
-    if asked["activations"] not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise BackendError(
-            f"backend.activations={asked['activations']!r} is unknown; known: {known}"
-        )
+    choice("activations", asked["activations"], ACTIVATIONS)
     limits = {"calibration_prompts": len(CALIBRATION_PROMPTS), "calibration_steps": 100}
     for name, most in limits.items():
         value = asked[name]

@@ -15,6 +15,7 @@ import torch
 from sd35_kernels import KernelUnavailable, W8A8Linear, check_available
 from sd35bench.backends.base import Probe
 from sd35bench.backends.compile import CompileBackend
+from sd35bench.backends.pipeline import choice
 from sd35bench.backends.quantised import (
     EXCLUDED,
     choose_layers,
@@ -23,7 +24,7 @@ from sd35bench.backends.quantised import (
     prove_layers,
     state_bytes,
 )
-from sd35bench.errors import BackendError, OptimizationNotApplied
+from sd35bench.errors import OptimizationNotApplied
 from sd35bench.types import Scalar
 
 WEIGHTS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -93,10 +94,7 @@ class W8A8Backend(CompileBackend):
 
 
 def _weights(asked: Mapping[str, Scalar]) -> torch.dtype:
-    value = asked["weights"]
-    if not isinstance(value, str) or value not in WEIGHTS:
-        raise BackendError(f"backend.weights={value!r} is unknown; known: {', '.join(WEIGHTS)}")
-    return WEIGHTS[value]
+    return WEIGHTS[choice("weights", asked["weights"], WEIGHTS)]
 
 
 def _is_quantised(layer: torch.nn.Module) -> bool:

@@ -7,6 +7,7 @@ keep the share of loading small (docs/log.md has what a load costs).
 """
 
 import fcntl
+import itertools
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +24,13 @@ from sd35bench.errors import ConfigError, StudyLocked
 from sd35bench.fields import FIELDS
 from sd35bench.plan import SETTING_AXES, AxisValue, Batch, Plan, Sweep, expand, idle_guidance
 from sd35bench.prompts import PromptItem
+from sd35bench.recommend.named_defaults import NamedDefault, asks_for, check_name
 from sd35bench.recommend.pareto import peak_bytes
-from sd35bench.recommend.profiles import Profile
+from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.store import Study
 from sd35bench.tune.race import Evidence
-from sd35bench.tune.reference import reference_point
 from sd35bench.tune.space import Point, Space
-from sd35bench.types import PromptRef, Record, Scalar, Task, Trial, content_hash
+from sd35bench.types import PromptRef, Record, Request, Scalar, Task, Trial, content_hash
 
 _WAIT_S = 0.5
 _MOSTLY = 0.5
@@ -347,3 +348,54 @@ def shuffled(sweep: Sweep) -> Sweep:
 def _block(seed: int, batch: Batch) -> str:
     r = batch.trials[0].request
     return content_hash([seed, r.prompt, r.negative_prompt, r.seed, r.init_image])
+
+
+def reference_point(
+    profile: Profile, space: Space, task: Task, request: Callable[[Point], Request]
+) -> Point | None:
+    """Find the point that asks for what the profile's named default does; ``None`` for the best.
+
+    Of several backends that have it, the first. `request` says what a point asks for.
+
+    Raises: ConfigError where the default is for another task, or is not among what is searched.
+    """
+    if profile.reference == BEST:
+        return None
+    default = check_name(profile.reference, task)
+    if default is None:
+        raise ConfigError(
+            f"profile {profile.name}: reference={profile.reference} has no default for"
+            f" {task.value}; use a profile with reference: best"
+        )
+    for point in _like(default, space):
+        if asks_for(default, request(point)):
+            return point
+    raise ConfigError(
+        f"profile {profile.name}: reference={profile.reference} ({_words(default)}) is not among"
+        " the settings that are searched, so nothing could be held against it; put it on the axes,"
+        " or use a profile with reference: best"
+    )
+
+
+def _like(default: NamedDefault, space: Space) -> list[Point]:
+    """Points that have the default's values on the axes that name them alike."""
+    fixed = {
+        "steps": default.steps,
+        "cfg": default.cfg,
+        "prompt_strength": default.prompt_strength,
+        "sampler": default.sampler,
+    }
+    values = [
+        [v for v in axis.values if axis.name not in fixed or v == fixed[axis.name]]
+        for axis in space.axes
+    ]
+    return list(itertools.product(*values))
+
+
+def _words(default: NamedDefault) -> str:
+    parts = [f"steps={default.steps}", f"cfg={default.cfg:g}", f"sampler={default.sampler}"]
+    if default.prompt_strength is not None:
+        parts.append(f"prompt_strength={default.prompt_strength:g}")
+    if default.skips_layers:
+        parts.append("with skip-layer guidance")
+    return ", ".join(parts)
