@@ -36,7 +36,7 @@ def row_metric(study: Any, table: Table, row: Row, metric: str) -> dict[str, Any
     if not found.valued.any():
         return _nothing(str(first.get("reason", "no value for any image")))
     valued, values = pick(records, found.valued), found.values[found.valued]
-    entry = _entry(_mean(metric, valued, values))
+    entry = _mean(metric, valued, values).document()
     entry["levels"] = _levels(metric, valued, values)
     truncated = found.count("truncated")
     if truncated:
@@ -52,7 +52,7 @@ def _levels(metric: str, records: Some, values: Floats) -> dict[str, Any] | None
     found = {}
     for level in sorted(v for (v,) in distinct_refs(records, "level") if v is not None):
         mine = is_ref(records, "level", level)
-        found[level] = _entry(_mean(metric, pick(records, mine), values[mine]))
+        found[level] = _mean(metric, pick(records, mine), values[mine]).document()
     return found if found else None
 
 
@@ -78,7 +78,7 @@ def _set_metric(study: Any, scored: Some, found: Found) -> dict[str, Any]:
     except MetricError as exc:
         return _nothing(f"refused: {exc}") | {"n": len(records)}
     about = {"reference": reference.name, "reference_source": reference.source}
-    return _entry(interval) | about | {"reference_n": reference.gaussian.n} | more
+    return interval.document() | about | {"reference_n": reference.gaussian.n} | more
 
 
 def _prompts(records: Some) -> NDArray[np.str_]:
@@ -86,15 +86,6 @@ def _prompts(records: Some) -> NDArray[np.str_]:
     asked = (texts(records, name).tolist() for name in ("prompt", "init_image"))
     keys = ((same_prompt(prompt), init) for prompt, init in zip(*asked, strict=True))
     return np.array([p if init is None else f"{init} {p}" for p, init in keys])
-
-
-def _entry(interval: Interval) -> dict[str, Any]:
-    return {
-        "value": interval.value,
-        "ci95": interval.ci95,
-        "n": interval.n,
-        "n_prompts": interval.clusters,
-    }
 
 
 def _nothing(reason: str) -> dict[str, Any]:

@@ -260,14 +260,7 @@ class Entry:
         return self.comparison.candidates[i].row
 
     def _quality(self, i: int) -> dict[str, Any]:
-        mean = self.comparison.mean(i)
-        return {
-            "metric": self.comparison.metric,
-            "value": mean.value,
-            "ci95": mean.ci95,
-            "n": mean.n,
-            "n_prompts": mean.clusters,
-        }
+        return {"metric": self.comparison.metric, **self.comparison.mean(i).document()}
 
     def _metrics(self) -> dict[str, Any]:
         names = sorted(name for name in self.table.scores if name != GUARD)
@@ -301,7 +294,7 @@ class Entry:
         """From the reference, which is the best unless the profile names a default."""
         if i == self.choice.reference or i not in self.choice.differences:
             return None
-        return _interval(self.choice.differences[i])
+        return self.choice.differences[i].document()
 
     def _test(self, i: int) -> dict[str, Any] | None:
         test = self.choice.tests.get(i)
@@ -309,7 +302,7 @@ class Entry:
             return None
         rival = setting_of(self._row(test.rival))
         found = {"shown": test.shown, "p": test.p, "p_adjusted": test.p_adjusted}
-        return {**found, "rival": rival, "difference": _interval(test.difference)}
+        return {**found, "rival": rival, "difference": test.difference.document()}
 
     def _more(self) -> dict[str, Any] | None:
         """How many more images would decide what is open, or that no practicable number would."""
@@ -381,7 +374,7 @@ class Entry:
         return {
             "status": "in the study",
             "quality": quality,
-            "difference": _interval(found),
+            "difference": found.document(),
             "on": "the choice's prompts" if held is None else "held-out prompts",
             "speed_ratio": self._speed_ratio(i),
             "verdict": verdict_beside(found, self.choice.margin, above),
@@ -402,10 +395,6 @@ class Entry:
         preset = PRESET if default.skips_layers else None
         asked = Elsewhere(skip_layers=preset, results_dir=results_dir_of(self.study.path))
         return run_command(records, self.study.name, asked)
-
-
-def _interval(d: Interval) -> dict[str, Any]:
-    return {"value": d.value, "ci95": d.ci95, "n": d.n, "n_prompts": d.clusters}
 
 
 def _objective(metric: str) -> str:

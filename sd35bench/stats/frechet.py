@@ -219,11 +219,10 @@ def frechet_infinity_interval(
 def _numbered(images: Sample, reference: Gaussian, renders: Sample | None) -> _Set:
     known, labels = np.unique(np.asarray(images.prompts), return_inverse=True)
     x = np.asarray(images.features, np.float64)
-    if renders is None or renders.prompts is None or not np.isin(known, renders.prompts).all():
+    own = None if renders is None else renders.of_prompts(known)
+    if own is None:
         return _Set(x, labels, len(known), reference, matrix_root(reference.cov))
-    kept = np.isin(renders.prompts, known)
-    y = np.asarray(renders.features, np.float64)[kept]
-    y_labels = np.searchsorted(known, np.asarray(renders.prompts)[kept])
+    y, y_labels = own
     theirs = fit(y)
     return _Set(x, labels, len(known), theirs, matrix_root(theirs.cov), y, y_labels)
 
@@ -319,11 +318,8 @@ class _Fixed:
 
 def _held_against(reference: Gaussian, renders: Sample | None, known: NDArray) -> _Moments | _Fixed:
     """The renders of these prompts; the reference as it is where one has none."""
-    if renders is None or renders.prompts is None or not np.isin(known, renders.prompts).all():
-        return _Fixed(reference)
-    kept = np.isin(renders.prompts, known)
-    labels = np.searchsorted(known, np.asarray(renders.prompts)[kept])
-    return _Moments(np.asarray(renders.features)[kept], labels)
+    own = None if renders is None else renders.of_prompts(known)
+    return _Fixed(reference) if own is None else _Moments(*own)
 
 
 def _differences(

@@ -13,6 +13,7 @@ k clusters, which matters below about 30 prompts.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,6 +40,10 @@ class Interval:
     def ci95(self) -> list[float] | None:
         """The interval as the documents show it."""
         return None if self.low is None or self.high is None else [self.low, self.high]
+
+    def document(self) -> dict[str, Any]:
+        """Value, interval, n and number of prompts, as the documents show them."""
+        return {"value": self.value, "ci95": self.ci95, "n": self.n, "n_prompts": self.clusters}
 
 
 def mean_interval(

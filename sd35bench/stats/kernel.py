@@ -61,6 +61,14 @@ class Sample:
     features: NDArray
     prompts: NDArray | None = None
 
+    def of_prompts(self, known: NDArray) -> tuple[Matrix, NDArray[np.int64]] | None:
+        """Rows of these prompts (sorted) with their numbers; ``None`` where it lacks one."""
+        if self.prompts is None or not np.isin(known, self.prompts).all():
+            return None
+        kept = np.isin(self.prompts, known)
+        numbers = np.searchsorted(known, np.asarray(self.prompts)[kept])
+        return np.asarray(self.features, np.float64)[kept], numbers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subsets:
@@ -337,11 +345,11 @@ def _foreign_rows(
 
 def _renders(reference: Sample, known: NDArray, counts: Matrix) -> tuple[_Grouped, Matrix] | None:
     """The reference's rows of these prompts with their weights [m]; ``None`` if it lacks one."""
-    if reference.prompts is None or not np.isin(known, reference.prompts).all():
+    own = reference.of_prompts(known)
+    if own is None:
         return None
-    kept = np.isin(reference.prompts, known)
-    labels = np.searchsorted(known, np.asarray(reference.prompts)[kept])
-    grouped, order = _group(np.asarray(reference.features)[kept], labels)
+    rows, labels = own
+    grouped, order = _group(rows, labels)
     return grouped, (counts / np.bincount(labels))[labels[order]]
 
 

@@ -11,7 +11,6 @@ from sd35bench.analysis.settings import setting_key
 from sd35bench.disk import write_atomic
 from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.stats.clustered import mean_t, quantile_t
-from sd35bench.stats.intervals import Interval
 from sd35bench.store import Study
 from sd35bench.tune.confirm import Confirmation
 from sd35bench.tune.final import Final
@@ -165,24 +164,15 @@ def _quality(lab: StudyLab, evidence: Evidence) -> dict[str, Any]:
     known = evidence.quality[~np.isnan(evidence.quality)]
     if not len(known):
         return {"value": None, "ci95": None, "n": 0}
-    return _entry(mean_t(known, np.arange(len(known)), bounds=lab.bounds), lab.images_per_prompt)
+    found = mean_t(known, np.arange(len(known)), bounds=lab.bounds)
+    return {**found.document(), "n": found.n * lab.images_per_prompt}  # images, not prompts
 
 
 def _latency(evidence: Evidence) -> dict[str, Any]:
     known = evidence.latency_s[~np.isnan(evidence.latency_s)]
     if not len(known):
         return {"value": None, "ci95": None, "n": 0}
-    return _entry(quantile_t(known, np.arange(len(known)), 0.5), 1)
-
-
-def _entry(interval: Interval, images: int) -> dict[str, Any]:
-    """`n` counts images; the interval is over prompts."""
-    return {
-        "value": interval.value,
-        "ci95": interval.ci95,
-        "n": interval.n * images,
-        "n_prompts": interval.clusters,
-    }
+    return quantile_t(known, np.arange(len(known)), 0.5).document()
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:
