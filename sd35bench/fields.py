@@ -507,7 +507,7 @@ def words(name: str, value: Any) -> str:
     return said.format(_short(value_text(value)))
 
 
-def told(setting: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+def unusual_words(setting: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Those fields of a row that are not as usual, each in words."""
     known = ((name, setting.get(name)) for name in names)
     return [
@@ -519,7 +519,7 @@ def told(setting: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 def describe(setting: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> str:
     """A setting in a few words: what is not as usual; size and backend where `beside` differs."""
-    said = told(setting, (n for n in SETTING if n not in _SIZE))
+    said = unusual_words(setting, (n for n in SETTING if n not in _SIZE))
     others = list(beside)
     if any(o[n] != setting[n] for o in others for n in _SIZE):
         said.append(f"{setting['width']}x{setting['height']}")

@@ -11,7 +11,7 @@ import pytest
 from sd35bench.config import choices
 from sd35bench.config.freeze import frozen
 from sd35bench.config.models import RUN, PromptsConf, RemoteConf
-from sd35bench.config.weights import _bare
+from sd35bench.config.weights import _without_weights
 from sd35bench.errors import ConfigError
 from sd35bench.plan import expand
 from sd35bench.remote.providers import PROVIDERS
@@ -64,7 +64,7 @@ def _as_if_installed(tmp_path_factory):
         (folder / f"{name}.png").write_bytes(picture(name, (64, 64), "png"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(frozen.__globals__, "model_spec", lambda model, _: _bare(model))
+        patch.setitem(frozen.__globals__, "model_spec", lambda model, _: _without_weights(model))
         yield
 
 

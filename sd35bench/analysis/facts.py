@@ -57,7 +57,7 @@ def known_metrics() -> tuple[str, ...]:
     return tuple(sorted({*_FACTS, *plugins.added_names("metrics"), *_said}))
 
 
-def strangers(metrics: Iterable[str]) -> list[str]:
+def foreign_metrics(metrics: Iterable[str]) -> list[str]:
     """Those of some metrics that are not the package's own."""
     return [name for name in metrics if not name.startswith((*_FACTS, GUARD))]
 

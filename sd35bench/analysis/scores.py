@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.facts import strangers, take_declared
+from sd35bench.analysis.facts import foreign_metrics, take_declared
 from sd35bench.columns import Floats, Records, Some, texts
 from sd35bench.latest import Scores
 
@@ -82,7 +82,7 @@ class ScoreIndex(Mapping[str, Mapping[Where, ScoreLike]]):
             for score in scores:
                 self._made[score.metric][score.key, score.image] = score
                 take_declared((score.detail,))
-        elif strangers(self._view.metrics()):
+        elif foreign_metrics(self._view.metrics()):
             take_declared(self._view.details())
         self._names = list(self._made) if self._view is None else self._view.metrics()
 

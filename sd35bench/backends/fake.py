@@ -99,7 +99,7 @@ class FakeBackend(Backend):
         Latents, where asked for, are the pattern's own blocks, [3, H/8, W/8] in [0, 1], and noise
         in place of them after the first step.
         """
-        self._suffer(requests)
+        self._commit_fault(requests)
         images = [self._image(r, i) for r, i in zip(requests, inits, strict=True)]
         steps = requests[0].effective_steps
         delay_s = self._delay_s * len(requests)
@@ -119,7 +119,7 @@ class FakeBackend(Backend):
             latents_last=last if self.keep_latents else None,
         )
 
-    def _suffer(self, requests: Sequence[Request]) -> None:
+    def _commit_fault(self, requests: Sequence[Request]) -> None:
         """Commit the fault if it is due in this phase for one of these requests."""
         if self._phase == self._fault_phase and any(
             self._fault_every and _number(r) % self._fault_every == 0 for r in requests

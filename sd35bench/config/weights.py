@@ -27,7 +27,7 @@ def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
     """
     _refuse_contradictions(model)
     if not needs_weights:
-        return _bare(model)
+        return _without_weights(model)
     if model.weights == "random":
         return _random_spec(model)
     changes = read_changes(model)
@@ -52,7 +52,7 @@ def model_spec(model: ModelConf, needs_weights: bool = True) -> ModelSpec:
             f" and {path} is a folder; leave one of them out"
         )
     return replace(
-        _bare(model),
+        _without_weights(model),
         path=str(path),
         weights_digest=whole_digest(
             path, components, [(c.kind, c.path, c.weight) for c in changes], variant
@@ -106,7 +106,7 @@ def _random_spec(model: ModelConf) -> ModelSpec:
     own = random_parts(model.name, None)["transformer"]["num_layers"]
     layers = None if model.layers == own else model.layers
     return replace(
-        _bare(model),
+        _without_weights(model),
         name=model.name + random_suffix(layers, model.text_encoders),
         weights_digest=random_digest(parts, model.text_encoders),
         weights="random",
@@ -115,7 +115,7 @@ def _random_spec(model: ModelConf) -> ModelSpec:
     )
 
 
-def _bare(model: ModelConf) -> ModelSpec:
+def _without_weights(model: ModelConf) -> ModelSpec:
     """What a specification says before any weights are known."""
     return ModelSpec(
         name=model.name,

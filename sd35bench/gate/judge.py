@@ -335,7 +335,7 @@ def _dimension_verdict(wanted: Dimension, judged: Sequence[_Judged]) -> tuple[Ve
     """The worst of its figures; what is required and was not measured fails."""
     verdict = worst([j.verdict for j in judged])
     if wanted.required and verdict != Verdict.FAIL:
-        why = _blindness(judged, verdict)
+        why = _why_unmeasured(judged, verdict)
         if why is not None:
             return Verdict.FAIL, f"required, and could not be measured: {why}"
     at_fault = [j for j in judged if j.verdict == verdict]
@@ -349,7 +349,7 @@ def _dimension_verdict(wanted: Dimension, judged: Sequence[_Judged]) -> tuple[Ve
     return verdict, "; ".join(dict.fromkeys(texts)) if texts else "neither side has it"
 
 
-def _blindness(judged: Sequence[_Judged], verdict: Verdict) -> str | None:
+def _why_unmeasured(judged: Sequence[_Judged], verdict: Verdict) -> str | None:
     """Why a dimension was not measured; ``None`` where it was.
 
     It was not where one side lacks a figure, where neither has one that is needed, and where no

@@ -122,7 +122,7 @@ def check_limits(comparison: Comparison, speed: Speeds, profile: Profile) -> Lim
             _unknown_tail(candidate, profile),
             _long(candidate, profile),
             _large(candidate, profile),
-            _dear(candidate, time_s, profile),
+            _too_expensive(candidate, time_s, profile),
             _unreliable(candidate, profile),
         ]
         why = [text for text in found if text is not None]
@@ -250,7 +250,7 @@ def _large(candidate: Candidate, profile: Profile) -> str | None:
     return None if peak <= limit else f"too large: {_gib(peak)}, limit {_gib(limit)}"
 
 
-def _dear(candidate: Candidate, latency_s: float | None, profile: Profile) -> str | None:
+def _too_expensive(candidate: Candidate, latency_s: float | None, profile: Profile) -> str | None:
     if profile.cost_limit_usd is None:
         return None
     price = usd(candidate, latency_s, profile)

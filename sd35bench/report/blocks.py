@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from sd35bench import words
-from sd35bench.fields import label, told
+from sd35bench.fields import label, unusual_words
 from sd35bench.report.render import Cell, Column, Table, estimate_cell, text_column
 from sd35bench.report.rows import SETTING_FIELDS, UNTOLD, Row, setting_text, told_by_threads
 from sd35bench.words import MISSING, Estimate
@@ -179,7 +179,7 @@ def _drift_block(
         [
             replace(
                 text_column(label(n), (_text(r.get(n)) for r in rows)),
-                said=tuple(", ".join(told(r, [n])) for r in rows),
+                said=tuple(", ".join(unusual_words(r, [n])) for r in rows),
             )
             for n in names
         ],

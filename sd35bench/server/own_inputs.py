@@ -42,7 +42,7 @@ def read_own(
         except ValueError as exc:
             value = f"={shown(given[item.name])}" if item.name in given else ""
             wrong.append(f"input.{item.name}{value}: {exc}")
-    wrong += [] if wrong else _lonely(schema, found)
+    wrong += [] if wrong else _missing_partners(schema, found)
     if wrong:
         raise Refusal(400, "; ".join(wrong))
     return found
@@ -145,7 +145,7 @@ def _url(value: Any, item: Input) -> str | None:
     return value
 
 
-def _lonely(schema: Schema, found: Mapping[str, Any]) -> Iterator[str]:
+def _missing_partners(schema: Schema, found: Mapping[str, Any]) -> Iterator[str]:
     """Images that act only with another, which was not given."""
     for item in schema:
         alone = item.needs is not None and found[item.needs] is None

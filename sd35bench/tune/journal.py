@@ -64,7 +64,7 @@ class JournalLock:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            self._mend()
+            self._cut_torn_line()
         except BaseException:
             os.close(handle)
             raise
@@ -77,7 +77,7 @@ class JournalLock:
             os.close(self._handle)
             self._handle = None
 
-    def _mend(self) -> None:
+    def _cut_torn_line(self) -> None:
         """Cut off half a line; writers hold the lock, so nobody is in the middle of one."""
         if not self._journal.exists():
             return

@@ -165,7 +165,7 @@ def _explore(
     most = max(2, min(budget.trials, int(_EXPLORED * budget.images) // price))
     first = range(budget.first)
     while True:
-        wave = _orphans(search, claim_dead)
+        wave = _take_over_dead(search, claim_dead)
         tried = search.tried()
         values = _values(lab, tried, budget.first)
         room = most - len(tried)
@@ -189,7 +189,7 @@ def _explore(
         _refuse_hopeless(lab, search, budget)
 
 
-def _orphans(search: Search, claim_dead: ClaimDead) -> list[Found]:
+def _take_over_dead(search: Search, claim_dead: ClaimDead) -> list[Found]:
     """Take over what dead workers asked for."""
     taken = []
     for found, name in search.running():
