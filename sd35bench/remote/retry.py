@@ -28,11 +28,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sd35bench.errors import ConfigError, LostAnswer, Paused, RemoteError, UnsafeAddress
 from sd35bench.remote.ledger import Ledger
-from sd35bench.remote.limiter import WaitBounds
+from sd35bench.remote.limiter import Limiter, WaitBounds
 from sd35bench.remote.providers.base import Call, Provider
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed, Transport
@@ -53,14 +53,6 @@ LONGEST_S = 10.0
 """A gap is at most this, or the expected latency where that is longer."""
 
 _Read = TypeVar("_Read")
-
-
-class RequestLimit(Protocol):
-    """What is needed of a limiter here: wait until one more request may leave."""
-
-    async def request(self, bounds: WaitBounds | None = None) -> None:
-        """Wait for a turn, and take it. Raises: Paused where the bounds end the wait."""
-        ...
 
 
 class PredictionFailed(Exception):
@@ -178,7 +170,7 @@ class Client:
 
     provider: Provider
     transport: Transport
-    limiter: RequestLimit
+    limiter: Limiter
     ledger: Ledger
     settings: RemoteSettings
     latencies: Latencies

@@ -53,7 +53,7 @@ class Source:
 
 
 class StudyLab:
-    """Makes images in a study; see `session.Lab`."""
+    """Makes images of settings on prompts, in a study, and says what they gave."""
 
     def __init__(
         self,

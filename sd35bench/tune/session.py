@@ -15,13 +15,12 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import isnan
-from typing import Protocol
 
-from sd35bench.analysis.pairs import Comparison
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.stats.looks import level_at
 from sd35bench.tune.final import Final, decide, settled
+from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS, Evidence, Look, Out, judge, look, promise
 from sd35bench.tune.search import Found, Search
 from sd35bench.tune.space import Point, Space
@@ -36,57 +35,6 @@ _ABANDONED = 4
 Report = Callable[[str], None]
 ClaimDead = Callable[[str], AbstractContextManager[bool]]
 """Says whether a worker of the same search, by name, is dead; while inside, no other is."""
-
-
-class Lab(Protocol):
-    """Makes images of settings on prompts, and says what they gave."""
-
-    @property
-    def prompts(self) -> int:
-        """How many prompts there are."""
-        ...
-
-    @property
-    def images_per_prompt(self) -> int:
-        """Images of one setting and prompt: the seeds."""
-        ...
-
-    @property
-    def objectives(self) -> int:
-        """3 where a backend costs money, else 2: quality and latency."""
-        ...
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """What quality can be at least and at most."""
-        ...
-
-    def identity(self, point: Point) -> Hashable:
-        """Equal for points that ask for the same images."""
-        ...
-
-    def make(self, points: Sequence[Point], prompts: range) -> None:
-        """Make and score what is missing of these settings on these prompts."""
-        ...
-
-    def seen(self, points: Sequence[Point]) -> dict[Point, Evidence]:
-        """What is known of these settings, on all prompts."""
-        ...
-
-    def margin(self, profile: Profile) -> float:
-        """The profile's margin in units of quality."""
-        ...
-
-    def reference(self, profile: Profile) -> Point | None:
-        """The named default that the profile holds settings against; ``None``: the best."""
-        ...
-
-    def compared(self, points: Sequence[Point], prompts: int) -> tuple[list[Point], Comparison]:
-        """Put settings side by side on the first prompts; those with too few images are left out.
-
-        Returns: the points of the comparison's candidates, and the comparison.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +84,7 @@ def default_images(space: Space, prompts: int, per_prompt: int, trials: int) -> 
 
 
 def tune(
-    lab: Lab,
+    lab: StudyLab,
     search: Search,
     claim_dead: ClaimDead,
     budget: Budget,
@@ -158,7 +106,7 @@ def tune(
 
 
 def _explore(
-    lab: Lab, search: Search, claim_dead: ClaimDead, budget: Budget, report: Report
+    lab: StudyLab, search: Search, claim_dead: ClaimDead, budget: Budget, report: Report
 ) -> None:
     price = budget.first * lab.images_per_prompt
     # Two settings at least, or there is nothing to compare.
@@ -200,7 +148,7 @@ def _take_over_dead(search: Search, claim_dead: ClaimDead) -> list[Found]:
     return taken
 
 
-def _values(lab: Lab, points: Sequence[Point], prompts: int) -> dict[Hashable, list[float]]:
+def _values(lab: StudyLab, points: Sequence[Point], prompts: int) -> dict[Hashable, list[float]]:
     """Objectives by identity, of the settings that have any: on the first prompts alone."""
     found = {}
     for point, evidence in lab.seen(points).items():
@@ -211,7 +159,7 @@ def _values(lab: Lab, points: Sequence[Point], prompts: int) -> dict[Hashable, l
     return found
 
 
-def _refuse_hopeless(lab: Lab, search: Search, budget: Budget) -> None:
+def _refuse_hopeless(lab: StudyLab, search: Search, budget: Budget) -> None:
     """End a search whose every setting so far failed, before it pays for more.
 
     Raises: ConfigError.
@@ -225,7 +173,7 @@ def _refuse_hopeless(lab: Lab, search: Search, budget: Budget) -> None:
 
 
 def _race(
-    lab: Lab, points: list[Point], budget: Budget, profile: Profile, report: Report
+    lab: StudyLab, points: list[Point], budget: Budget, profile: Profile, report: Report
 ) -> Outcome:
     """Double the depth until the answer is decided, or prompts or images are used up."""
     race = _Race(lab, points, budget, profile)
@@ -240,7 +188,9 @@ def _race(
 class _Race:
     """Where a race stands."""
 
-    def __init__(self, lab: Lab, points: list[Point], budget: Budget, profile: Profile) -> None:
+    def __init__(
+        self, lab: StudyLab, points: list[Point], budget: Budget, profile: Profile
+    ) -> None:
         self._lab, self._points, self._budget, self._profile = lab, points, budget, profile
         self._margin = lab.margin(profile)
         self._reference = _same(lab, points, lab.reference(profile))
@@ -394,7 +344,7 @@ class _Race:
         return None
 
 
-def _same(lab: Lab, points: Sequence[Point], wanted: Point | None) -> Point | None:
+def _same(lab: StudyLab, points: Sequence[Point], wanted: Point | None) -> Point | None:
     """The point that was tried and asks for the same images as the wanted one."""
     if wanted is None:
         return None
