@@ -145,13 +145,10 @@ def _message(document: Mapping[str, Any]) -> str:
         f"{comparison['title']}: {dimension}: {found['verdict']}: {found['reason']}"
         for comparison in document["comparisons"]
         for dimension, found in comparison["dimensions"].items()
-        if found["verdict"] in ("fail", "undecided") or (found["required"] and _unmeasured(found))
+        if found["verdict"] in ("fail", "undecided")
+        or (found["required"] and found["verdict"] == "not applicable")
     ]
     return "\n".join([head, *failed_gates(document), *lines])
-
-
-def _unmeasured(found: Mapping[str, Any]) -> bool:
-    return found["verdict"] == "not applicable"
 
 
 # GitHub -------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str
     for override in parsed:
         name = override.get_key_element().lstrip("+")
         if name in LOAD_AXES:
-            loads.append(_one_each(name, override))
+            loads.append(list(dict.fromkeys(f"{name}={text}" for text in _texts(override))))
         elif name.startswith(OWN_INPUTS):
             values = ",".join(_texts(override)) if override.is_sweep_override() else ""
             shared += [] if values else [str(override.input_line)]
@@ -254,10 +254,6 @@ def _own(config: DictConfig) -> DictConfig:
     with read_write(config), open_dict(config):
         del config["hydra"]
     return config
-
-
-def _one_each(name: str, override: Override) -> list[str]:
-    return list(dict.fromkeys(f"{name}={text}" for text in _texts(override)))
 
 
 def _texts(override: Override) -> list[str]:

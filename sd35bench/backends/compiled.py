@@ -229,11 +229,8 @@ def _compiler_errors(name: str) -> Iterator[None]:
     except RuntimeError as exc:
         if NO_FRAMES not in str(exc):
             raise
-        raise OptimizationNotApplied(f"{name} ran eager: {_first_line(exc)}; {LOOK_FOR}") from exc
-
-
-def _first_line(exc: Exception) -> str:
-    return str(exc).partition("\n")[0]
+        first = str(exc).partition("\n")[0]
+        raise OptimizationNotApplied(f"{name} ran eager: {first}; {LOOK_FOR}") from exc
 
 
 @contextlib.contextmanager

@@ -255,12 +255,20 @@ def scene_overlap(evidence: Evidence) -> list[Contrast]:
 
 def prompt_detailed(evidence: Evidence) -> list[Contrast]:
     """What all single-object prompts ask for comes out better where size or place is said too."""
-    return [singles_contrast(evidence, "detailed better than plain", _says_more)]
+
+    def says_more(spec: Spec) -> bool:
+        return spec.size is not None or spec.place is not None
+
+    return [singles_contrast(evidence, "detailed better than plain", says_more)]
 
 
 def scene_fine(evidence: Evidence) -> list[Contrast]:
     """What all single-object prompts ask for comes out worse for small objects than for large."""
-    return [singles_contrast(evidence, "large better than small", _is_large)]
+
+    def is_large(spec: Spec) -> bool | None:
+        return None if spec.size is None else spec.size == "large"
+
+    return [singles_contrast(evidence, "large better than small", is_large)]
 
 
 # Files -----------------------------------------------------------------------------------------
@@ -367,11 +375,3 @@ def _files(evidence: Evidence) -> Ladder:
 def _is_here(row: Row) -> bool:
     """Whether the "service" is this machine's own."""
     return is_loopback(f"{urlsplit(str(row.setting['backend_options']['base_url'])).hostname}")
-
-
-def _says_more(spec: Spec) -> bool:
-    return spec.size is not None or spec.place is not None
-
-
-def _is_large(spec: Spec) -> bool | None:
-    return None if spec.size is None else spec.size == "large"

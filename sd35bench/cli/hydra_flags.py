@@ -89,7 +89,10 @@ def answer_hydra(given: Given) -> Answer:
                 if OmegaConf.is_config(node):
                     OmegaConf.resolve(node)
     head = "" if package is None else f"# @package {package}\n"
-    texts = [head + _yaml(node) for node in nodes]
+    texts = [
+        head + (OmegaConf.to_yaml(node) if OmegaConf.is_config(node) else f"{node}\n")
+        for node in nodes
+    ]
     console(given.as_json).print("---\n".join(texts), markup=False, soft_wrap=True, end="")
     return Answer(document={"cfg": [yaml.safe_load(text) for text in texts]})
 
@@ -167,10 +170,6 @@ def _names(config: DictConfig) -> str:
     return ", ".join(
         f"{n}" for n in config if OmegaConf.is_config(OmegaConf.select(config, f"{n}"))
     )
-
-
-def _yaml(node: Any) -> str:
-    return OmegaConf.to_yaml(node) if OmegaConf.is_config(node) else f"{node}\n"
 
 
 def _one_of(flag: str, given: Given, known: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ def with_recommended(given: Given) -> Given:
         for word in found
         if not word.startswith("-")
         and _name(word) not in names
-        and not (replaced and _is_of_prompts(word))
+        and not (replaced and word.startswith(("prompts=", "prompts.")))
     ]
     # A choice made on several seeds is a sweep over them.
     flags = {**given.flags, **({_SWEEP: ""} if _SWEEP in found else {})}
@@ -47,10 +47,6 @@ def with_recommended(given: Given) -> Given:
 
 def _name(word: str) -> str:
     return word.partition("=")[0]
-
-
-def _is_of_prompts(word: str) -> bool:
-    return _name(word) == "prompts" or word.startswith("prompts.")
 
 
 def _command(path: Path, profile: str | None, task: str | None) -> str:

@@ -12,7 +12,6 @@ from sd35bench.nano.world import (
     Level,
     Partition,
     Scene,
-    Thing,
     fits,
     sample_scene,
     scene_partition,
@@ -62,8 +61,4 @@ def _changed(rng: np.random.Generator, scene: Scene, change: Change) -> Scene:
     else:
         shapes = [name for name in SHAPES if name != thing.shape]
         thing = replace(thing, shape=shapes[rng.integers(len(shapes))])
-    return replace(scene, things=_with(scene.things, index, thing))
-
-
-def _with(things: tuple[Thing, ...], index: int, thing: Thing) -> tuple[Thing, ...]:
-    return (*things[:index], thing, *things[index + 1 :])
+    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))

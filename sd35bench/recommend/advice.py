@@ -21,7 +21,7 @@ from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.columns import distinct_refs, samples
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
-from sd35bench.recommend.choice import Choice, choose
+from sd35bench.recommend.choice import choose
 from sd35bench.recommend.confirm import Parted, part_rows, read_held_out
 from sd35bench.recommend.entry import Claim, Entry, setting_of, shown_worse
 from sd35bench.recommend.looks import Look, read_look
@@ -237,7 +237,9 @@ class _Task:
     def _entry(self, profile: Profile) -> Entry | str:
         """One profile's choice; a text says why there is none."""
         named = self._named(profile)
-        choice = named if isinstance(named, str) else self._choose(profile, named)
+        if isinstance(named, str):
+            return named
+        choice = choose(self.comparison, self.speed, profile, named, self.look.level)
         if isinstance(choice, str):
             return choice
         return Entry(
@@ -269,9 +271,6 @@ class _Task:
             "snippet": found.snippet(),
             "api": found.api(),
         }
-
-    def _choose(self, profile: Profile, named: int | None) -> Choice | str:
-        return choose(self.comparison, self.speed, profile, named, self.look.level)
 
     def _named(self, profile: Profile) -> int | str | None:
         """The candidate that the profile holds others against; a text where it is not there."""

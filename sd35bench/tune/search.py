@@ -101,7 +101,8 @@ class Search:
 
     def adopt(self, found: Found) -> None:
         """Take a dead worker's proposal over."""
-        optuna.trial.Trial(self._study, self._id(found.number)).set_user_attr(_WORKER, self._worker)
+        trial_id = self._study.get_trials(deepcopy=False)[found.number]._trial_id
+        optuna.trial.Trial(self._study, trial_id).set_user_attr(_WORKER, self._worker)
 
     def ask(self, told: Mapping[Hashable, Sequence[float]]) -> Found | None:
         """Propose a point that was not tried; ``None`` where the grid has no other.
@@ -175,9 +176,6 @@ class Search:
             if self._identity(point) not in taken:
                 return point
         return None
-
-    def _id(self, number: int) -> int:
-        return self._study.get_trials(deepcopy=False)[number]._trial_id
 
 
 def _distribution(axis: Axis) -> BaseDistribution:

@@ -332,8 +332,7 @@ def _answer(promised: Any, timeout_s: float | None) -> Any:
     except ray.exceptions.GetTimeoutError as exc:
         raise TimeoutError from exc
     except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as exc:
-        first = str(exc).strip().splitlines()[0]
-        raise WorkerLost(f"the actor's process or its node ended: {first}") from exc
+        raise WorkerLost(f"the actor's process or its node ended: {_first_line(exc)}") from exc
 
 
 def _require_ray() -> None:

@@ -299,8 +299,8 @@ class Lane:
     def _warm_up(self, worker: Worker, chunk: list[Batch]) -> list[Answer]:
         """Run one batch of every kind that is timed, now or later; the first where nothing is."""
         kinds: dict[Kind, Batch] = {}
-        for batch in self._safe_only([*chunk, *self.work.waiting()]):
-            if self._is_timed(batch):
+        for batch in (*chunk, *self.work.waiting()):
+            if self._is_timed(batch) and _kind(batch) not in self.work.unsafe:
                 kinds.setdefault(_kind(batch), batch)
         answers = []
         for batch in list(kinds.values()) or chunk[:1]:
@@ -309,9 +309,6 @@ class Lane:
             answers.append(worker.run(self._job(batch), deadline_s))
             self.warm[_kind(batch)] = answers[-1].wall_s, _work(batch)
         return answers
-
-    def _safe_only(self, batches: list[Batch]) -> list[Batch]:
-        return [b for b in batches if _kind(b) not in self.work.unsafe]
 
     def _expected_s(self, batch: Batch) -> float:
         """Its warm-up's seconds; for what had none, those of the slowest, in proportion."""

@@ -161,7 +161,8 @@ def flow_batch(
     size = draw_size(rng)
     rows = torch.from_numpy(rng.integers(len(data.mean[size]), size=run.batch))
     mean, std = data.mean[size][rows].float(), data.std[size][rows].float()
-    latents = (mean + std * torch.randn_like(mean) - _shift(vae)) * vae.config["scaling_factor"]
+    latents = mean + std * torch.randn_like(mean)
+    latents = (latents - vae.config["shift_factor"]) * vae.config["scaling_factor"]
     ids = data.ids[size][rows].clone()
     ids[torch.from_numpy(rng.random(run.batch) < CAPTION_DROPOUT)] = empty_ids
     mine = slice(team.rank(), None, team.size())
@@ -169,19 +170,14 @@ def flow_batch(
     return latents[mine].to(run.device), ids[mine].to(run.device)
 
 
-def _shift(vae: AutoencoderKL) -> float:
-    return vae.config["shift_factor"]
-
-
 def hidden_shards(model: FlowModel) -> list[list[nn.Parameter]]:
     """The MMDiT-X's attention and feed-forward matrices, dealt to the members of the team."""
-    hidden = [parameter for name, parameter in model.named_parameters() if _is_hidden(name)]
-    hidden = [parameter for parameter in hidden if parameter.ndim == 2]
+    hidden = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if "transformer_blocks" in name and "norm" not in name and parameter.ndim == 2
+    ]
     return [hidden[member :: team.size()] for member in range(team.size())]
-
-
-def _is_hidden(name: str) -> bool:
-    return "transformer_blocks" in name and "norm" not in name
 
 
 def build_optimizers(model: FlowModel, lr: float) -> list[torch.optim.Optimizer]:
