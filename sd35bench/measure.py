@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sd35bench.types import GpuState, Load, Memory, Scalar, content_hash
 
+T = TypeVar("T")
 GIT_TIMEOUT_S = 5.0
 
 COMPARABLE = (
@@ -349,21 +350,31 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def _gpu() -> dict[str, Scalar]:
     """Name, memory and driver of the GPU that torch calls cuda:0, through NVML."""
-    unknown: dict[str, Scalar] = {"gpu_name": None, "gpu_memory_bytes": None, "gpu_driver": None}
-    nvml = _nvml()
-    if nvml is None:
-        return unknown
-    try:
-        handle = _visible_handle(nvml)
-        if handle is None:
-            return unknown
+
+    def read(nvml: Any, handle: Any) -> dict[str, Scalar]:
         return {
             "gpu_name": nvml.nvmlDeviceGetName(handle),
             "gpu_memory_bytes": int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
             "gpu_driver": nvml.nvmlSystemGetDriverVersion(),
         }
+
+    found = _of_gpu(read)
+    return dict.fromkeys(("gpu_name", "gpu_memory_bytes", "gpu_driver")) if found is None else found
+
+
+def _of_gpu(read: Callable[[Any, Any], T], name: str | None = None) -> T | None:
+    """What `read(nvml, handle)` says of a GPU by a value of CUDA_VISIBLE_DEVICES.
+
+    Of the first visible one by default; ``None`` without one, or where the driver refuses.
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    try:
+        handle = _visible_handle(nvml) if name is None else _handle(nvml, name)
+        return None if handle is None else read(nvml, handle)
     except nvml.NVMLError:
-        return unknown
+        return None
 
 
 @functools.cache
@@ -417,24 +428,11 @@ def visible_gpus() -> list[str]:
 
 def gpu_uuid(name: str | None = None) -> str | None:
     """UUID of a GPU by a value of CUDA_VISIBLE_DEVICES, of the first visible one by default."""
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    try:
-        handle = _visible_handle(nvml) if name is None else _handle(nvml, name)
-        return None if handle is None else str(nvml.nvmlDeviceGetUUID(handle))
-    except nvml.NVMLError:
-        return None
+    return _of_gpu(lambda nvml, handle: str(nvml.nvmlDeviceGetUUID(handle)), name)
 
 
 def _power_limit_w() -> float | None:
-    nvml = _nvml()
-    try:
-        handle = _visible_handle(nvml)
-        limit_mw = _told(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-    except nvml.NVMLError:
-        return None
-    return None if limit_mw is None else limit_mw / 1e3
+    return _of_gpu(lambda nvml, handle: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3)
 
 
 def gpu_state() -> GpuState | None:
@@ -443,36 +441,22 @@ def gpu_state() -> GpuState | None:
     Takes well under a millisecond; read it right after an image, since clocks fall at once. What
     a driver does not tell (power under MIG, say) is ``None``.
     """
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    try:
-        handle = _visible_handle(nvml)
-    except nvml.NVMLError:
-        return None
-    if handle is None:
-        return None
+    return _of_gpu(_read_state)
+
+
+def _read_state(nvml: Any, handle: Any) -> GpuState:
     power_mw = _told(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
     reasons = _told(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    # A container sees the host's process ids, among which ours is one that cannot be told.
+    computing = _told(nvml, lambda h: len(nvml.nvmlDeviceGetComputeRunningProcesses(h)), handle)
     return GpuState(
         sm_clock_mhz=_told(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
         memory_clock_mhz=_told(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
         power_w=None if power_mw is None else power_mw / 1e3,
         temperature_c=_told(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
         throttled=None if reasons is None else _throttled(nvml, reasons),
-        foreign_processes=_foreign_processes(nvml, handle),
+        foreign_processes=None if computing is None else max(0, computing - 1),
     )
-
-
-def _foreign_processes(nvml: Any, handle: Any) -> int | None:
-    """Other processes that compute on a device.
-
-    A container sees the host's process ids, among which ours is one that cannot be told.
-    """
-    try:
-        return max(0, len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1)
-    except nvml.NVMLError:
-        return None
 
 
 def _told(nvml: Any, ask: Callable[..., int], *arguments: Any) -> int | None:
@@ -513,18 +497,9 @@ def _vram_bytes() -> int | None:
     In a container NVML shows the host's process ids; if exactly one process is on the device,
     it is this one.
     """
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    try:
-        handle = _visible_handle(nvml)
-        if handle is None:
-            return None
-        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except nvml.NVMLError:
-        return None
-    own = [p for p in processes if p.pid == os.getpid()]
-    candidates = own if own else processes
+    processes = _of_gpu(lambda nvml, handle: nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    own = [p for p in processes or () if p.pid == os.getpid()]
+    candidates = own if own else processes or ()
     if len(candidates) != 1 or candidates[0].usedGpuMemory is None:
         return None
     return int(candidates[0].usedGpuMemory)

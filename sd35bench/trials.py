@@ -123,13 +123,6 @@ class RunSummary:
             self.errors[REFUSED] = self.errors.get(REFUSED, 0) + count
             self.statuses["disturbed"] = self.statuses.get("disturbed", 0) + count
 
-    @property
-    def overhead_frac(self) -> float | None:
-        """Share of the wall time that is neither generation nor encoding; None without trials."""
-        if self.wall_s <= 0.0 or self.done == 0:
-            return None
-        return max(0.0, 1.0 - self.measured_s / self.wall_s)
-
 
 def shares(batches: Sequence[Batch], starts: int) -> list[list[Batch]]:
     """Cut a plan into at most `starts` contiguous runs of whole blocks, one per worker process.

@@ -147,8 +147,8 @@ def test_run_overhead_is_the_time_not_measured(study):
     summary = run_plan(fake_plan(fake_load(delay_s=0.05), 10), study)
     assert summary.measured_s >= 0.5
     assert summary.wall_s >= summary.measured_s
-    assert summary.overhead_frac == pytest.approx(1 - summary.measured_s / summary.wall_s)
-    assert summary.overhead_frac < 0.9  # 0.1 seen; a busy disk takes its time over an fsync
+    # 0.9 of the time seen; a busy disk takes its time over an fsync
+    assert summary.measured_s > 0.1 * summary.wall_s
 
 
 @IN_THREADS

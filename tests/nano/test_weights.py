@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 import sd35bench.nano
 from sd35bench.nano.networks import TEXT_TOKENS, TextEncoders
 from sd35bench.nano.prompts import init_image, prompt_set
-from sd35bench.nano.train.loop import to_images, to_tensor
+from sd35bench.nano.train.loop import to_tensor
 from sd35bench.nano.train.probe import accuracy, sample
 from sd35bench.nano.verifier import verify
 from sd35bench.nano.world import Level, caption, render, sample_scene
@@ -71,7 +71,8 @@ def test_vae_reconstructions_verify_at_least_97_percent(
     pixels = to_tensor([render(scene) for scene in made])
     with torch.no_grad():
         latents = pipeline.vae.encode(pixels).latent_dist.mode()
-        images = to_images(pipeline.vae.decode(latents).sample)
+        decoded = (pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    images = (decoded.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
     right = [verify(image, caption(s)).all_right for image, s in zip(images, made, strict=True)]
     assert np.mean(right) >= 0.97
 

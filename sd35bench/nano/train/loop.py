@@ -66,12 +66,6 @@ def to_tensor(images: list[NDArray[np.uint8]], device: str = "cpu") -> torch.Ten
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def to_images(pixels: torch.Tensor) -> list[NDArray[np.uint8]]:
-    """[N, 3, H, W] in [-1, 1] -> uint8 images, rounded as diffusers' image processor does."""
-    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return list((scaled * 255).round().astype(np.uint8))
-
-
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
     """Learning-rate factor: linear warm-up, then a cosine from 1 to `floor`."""
     if step < warmup:
