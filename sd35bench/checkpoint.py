@@ -9,9 +9,9 @@ beside them can change without making every earlier image look like another mode
 Nothing is downloaded here.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 import struct
 import time
@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import cache_folder, file_digest, parse_json, read_regular
+from sd35bench.disk import cache_folder, file_digest, parse_json, read_regular, write_atomic
 from sd35bench.errors import ConfigError, StoreError
 
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
@@ -432,15 +432,9 @@ class _Cache:
 
     def save(self) -> None:
         """Write the cache if it changed; a cache that cannot be written costs only time."""
-        if not self._changed:
-            return
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._path)
-        except OSError:
-            return
+        if self._changed:
+            with contextlib.suppress(StoreError):
+                write_atomic(self._path, json.dumps(self._known).encode())
 
     def _read(self) -> dict[str, str]:
         try:

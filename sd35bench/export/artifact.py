@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import cache_folder, file_digest
-from sd35bench.errors import BackendError
+from sd35bench.disk import cache_folder, file_digest, write_atomic
+from sd35bench.errors import BackendError, StoreError
 from sd35bench.types import content_hash
 
 MANIFEST = "manifest.json"
@@ -194,11 +194,9 @@ def _is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 def _remember_verified(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Note the files' stamps; where that cannot be written, they are only hashed again."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StoreError):
         stamps = {name: _stamp(folder / name) for name in manifest["files"]}
-        temporary = folder / f"{VERIFIED}.{os.getpid()}"
-        temporary.write_text(json.dumps(stamps))
-        os.replace(temporary, folder / VERIFIED)
+        write_atomic(folder / VERIFIED, json.dumps(stamps).encode())
 
 
 def _stamp(path: Path) -> list[int]:

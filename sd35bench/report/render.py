@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 TERMINAL, MARKDOWN, HTML = "terminal", "markdown", "html"
 ALL = (TERMINAL, MARKDOWN, HTML)
-ON_PAPER = (MARKDOWN, HTML)
 
 Span = str | tuple[str, str]
 """A text, or (text, style): strong, code, raw (no escapes in Markdown), or a terminal's colour."""
