@@ -19,6 +19,7 @@ from sd35bench.analysis.facts import facts
 from sd35bench.analysis.pairs import pick_family
 from sd35bench.analysis.settings import PairKey, cluster_labels, pair_clusters, pair_key
 from sd35bench.analysis.table import Row, Table
+from sd35bench.metrics.base import is_nano
 from sd35bench.stats.clustered import mean_t, ratio_of_sums
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import Record, Task
@@ -110,7 +111,7 @@ def read_evidence(study: Any, table: Table, read_image: Pixels) -> Evidence:
     families = {task: pick_family(table.rows, task) for task in Task}
     rows = {task: found for task, (found, _) in families.items()}
     members = [row for found in rows.values() for row in found]
-    nano = bool(members) and all(_is_nano(row) for row in members)
+    nano = bool(members) and all(is_nano(str(row.setting["model"])) for row in members)
     records = [r for row in members for r in row.usable]
     clip = sorted(name for name in table.scores if name.startswith("clip_score"))
     named = [name for name in ("prompt_accuracy", *clip) if _scored(table, name, records)]
@@ -215,11 +216,6 @@ def variety(vectors: Mapping[Any, Mapping[int, NDArray[np.float64]]]) -> dict[An
         if distances:
             found[prompt] = float(np.mean(distances))
     return found
-
-
-def _is_nano(row: Row) -> bool:
-    model = str(row.setting["model"])
-    return model == "nano" or model.startswith("nano-")
 
 
 def _scored(table: Table, name: str, records: Sequence[Record]) -> bool:

@@ -24,6 +24,7 @@ from sd35bench.report.render import (
     Table,
 )
 from sd35bench.report.rows import (
+    CURVES,
     Row,
     failed_text,
     has_far,
@@ -48,7 +49,6 @@ _SHOW = (
     Layout(between="\n", drops=_ALIKE, folds=True),
     Layout(between=None, drops=LAST_TO_GO, folds=True, wraps=True),
 )
-_CURVES = ("steps", "cfg", "prompt_strength")
 _KEYS = {
     "strength": "prompt_strength",
     "latency s": "latency_s",
@@ -128,13 +128,13 @@ def setting_table(rows: Sequence[Row], extra: Sequence[str]) -> Table:
     words of one column.
     """
     told = {row.id: row.name(f for f in extra if f != "threads") for row in rows}
-    alike = [name for name in _CURVES if len({r.setting.get(name) for r in rows}) == 1]
+    alike = [name for name in CURVES if len({r.setting.get(name) for r in rows}) == 1]
     ranks = dict.fromkeys(alike, _ALIKE) | {"n": FIRST_TO_GO + 1}
     if len(set(told.values())) == len(told):
         ranks["threads"] = FIRST_TO_GO
         alike.append("threads")
     keys = _KEYS | {metric_label(name): name for name in metric_names(rows)}
-    differing = {*_CURVES, *extra} - {*alike}
+    differing = {*CURVES, *extra} - {*alike}
     columns = []
     for column in setting_columns(rows, extra, {}):
         key = keys.get(column.title, column.title.replace(" ", "_"))

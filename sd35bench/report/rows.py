@@ -12,23 +12,23 @@ from sd35bench import words
 from sd35bench.analysis.facts import facts
 from sd35bench.analysis.settings import setting_codes
 from sd35bench.columns import Some, coded, grouped, numbered, pick, split
-from sd35bench.fields import SETTING, told, value_text
+from sd35bench.fields import SETTING, unusual_words, value_text
 from sd35bench.fields import words as in_words
 from sd35bench.types import Session, to_json
 from sd35bench.words import MISSING, Estimate
 
 # The fields of a setting, in the order in which a person would name them.
-_CURVES = ("steps", "cfg", "prompt_strength")
+CURVES = ("steps", "cfg", "prompt_strength")
 _SIZE = ("width", "height")
 SETTING_FIELDS = (
     *("model", "weights", "weights_digest", "backend", "threads", *_SIZE),
-    *(name for name in SETTING if name not in _CURVES + _SIZE),
-    *_CURVES,
+    *(name for name in SETTING if name not in CURVES + _SIZE),
+    *CURVES,
 )
 DRIFT = "drift"
 UNTOLD = ("threads", "weights", "weights_digest")
 """What a hosted service does not tell, and what therefore sets its rows apart from none."""
-_AXES = ("task", *_CURVES)
+_AXES = ("task", *CURVES)
 _ALSO = ("task", "environment_id")
 _AS_IT_IS = (
     *("load_s", "first_call_s", "cold_compile_s", "warm_compile_s", "cold_first_call_s"),
@@ -141,14 +141,14 @@ class Row:
         """A field of the setting as a table shows it; a service has neither threads nor digest."""
         if name in UNTOLD and self.remote is not None:
             return "n/a"
-        if name in _CURVES and self.unsent(name):
+        if name in CURVES and self.unsent(name):
             return MISSING
         return setting_text(self.setting.get(name))
 
     def differences(self, fields: Iterable[str]) -> str:
         """Those of some fields that are not as usual, in words; a service does not tell all."""
         known = [f for f in fields if f not in UNTOLD or self.remote is None]
-        return ", ".join(told(self.setting, (f for f in known if not self.unsent(f))))
+        return ", ".join(unusual_words(self.setting, (f for f in known if not self.unsent(f))))
 
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4``, prompt_strength, and the `extra` fields that vary."""
@@ -270,7 +270,7 @@ def field_words(row: Row, fields: Sequence[str]) -> str:
         value = row.setting.get(name)
         if value is None:
             continue
-        if name in _CURVES:
+        if name in CURVES:
             said.append(f"{name} {words.plain(value)}" if name != "steps" else f"{value} steps")
         elif name not in UNTOLD or row.remote is None:
             said.append(_in_words(name, value))

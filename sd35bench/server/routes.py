@@ -7,7 +7,6 @@ in the synchronous run, for the image.
 
 import asyncio
 import hashlib
-import io
 import math
 import re
 import time
@@ -18,7 +17,6 @@ from typing import Any
 
 import httpx2
 from fastapi import APIRouter, Request
-from PIL import Image
 from pydantic import BaseModel
 
 from sd35bench.errors import RemoteError, SD35BenchError
@@ -49,11 +47,10 @@ from sd35bench.server.schema import (
 )
 from sd35bench.server.settings import Refusal
 from sd35bench.server.state import ServerState
+from sd35bench.workers.worker import encode_image
 
 SYNC_WAIT_S = 300.0
 _FETCH_S = 30.0
-_PNG_LEVEL = 1
-"""Level 6 takes 4 times as long for a tenth of the size of a file that lives for one prediction."""
 _DIGITS = re.compile(r"[0-9]{1,9}")
 MOST_OFFSET = 10**9 - 1
 
@@ -416,7 +413,7 @@ async def init_image(value: str, *, store: FileStore, own_host: str, allow_loopb
             deadline_s=_FETCH_S,
         )
         data = fetched.data
-    return await asyncio.to_thread(_as_png, data)
+    return await asyncio.to_thread(lambda: encode_image(decode_image(data), "png", 0))
 
 
 async def _own(value: str, store: FileStore, own_host: str) -> bytes | None:
@@ -438,10 +435,3 @@ def _is_own(value: str, own_host: str) -> bool:
         return False
     known = url.scheme in ("http", "https") and url.host != ""
     return known and (url.host, url.port) == (own.host, own.port)
-
-
-def _as_png(data: bytes) -> bytes:
-    pixels = decode_image(data)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=_PNG_LEVEL)
-    return buffer.getvalue()

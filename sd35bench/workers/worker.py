@@ -62,7 +62,6 @@ from sd35bench.types import (
 )
 
 PR_SET_PDEATHSIG = 1
-SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 # Below this spread of 8-bit levels over the whole image nothing is shown: a constant image.
 CONSTANT_SPREAD = 2
 
@@ -280,7 +279,7 @@ def encode_image(image: np.ndarray, output_format: str, quality: int) -> bytes:
     """Encode uint8 RGB [H, W, 3] as png, jpg or webp (`quality` 0–100 for the last two)."""
     buffer = io.BytesIO()
     picture = Image.fromarray(image)
-    if output_format == "png":
+    if output_format == "png":  # level 6 takes 4 times as long for a tenth of the size
         picture.save(buffer, "PNG", compress_level=1)
     elif output_format == "jpg":
         picture.save(buffer, "JPEG", quality=quality)
@@ -306,7 +305,7 @@ def _encode_all(requests: Sequence[Request], generation: Generation) -> tuple[Ma
             Made(
                 status=Status.OK,
                 data=data,
-                suffix=SUFFIXES[request.output_format],
+                suffix=f".{request.output_format}",
                 encode_s=encode_s,
                 truncated_tokens=tokens,
                 latents=_latents(generation, number),
