@@ -7,11 +7,10 @@ command goes on to it. Both parts ask for agreement to their own bill.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
-from sd35bench.cli.parser import Given
+from sd35bench.cli.parser import Given, number
 from sd35bench.cli.study import score_missing
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.plan import Asked, plan_document
@@ -63,7 +62,7 @@ def read_auto(settings: Sequence[str]) -> Auto | None:
         raise ConfigError(
             f"{_LIMIT}={_AUTO}: give margin=M too, what may be lost of quality, such as margin=0.05"
         )
-    asked = Asked(**{name: _number(name, text) for name, text in own.items()}, keep_seeds=True)
+    asked = Asked(**{name: number(name, text) for name, text in own.items()}, keep_seeds=True)
     left = [text for text in settings if text not in limits and _name(text) not in _OWN]
     return Auto(asked, left)
 
@@ -147,13 +146,3 @@ def _plan(study: Study, asked: Asked) -> tuple[int, str]:
 
 def _name(text: str) -> str:
     return text.partition("=")[0]
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not isfinite(value):
-        raise ConfigError(f"{name}={text}: must be a number")
-    return value

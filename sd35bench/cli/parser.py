@@ -84,15 +84,7 @@ class Given:
     def number(self, flag: str) -> float | None:
         """The value of a flag as a number. Raises: ConfigError."""
         text = self.flags.get(flag)
-        if text is None:
-            return None
-        try:
-            found = float(text)
-        except ValueError:
-            found = math.nan
-        if not math.isfinite(found):
-            raise ConfigError(f"{flag}={text}: must be a number")
-        return found
+        return None if text is None else number(flag, text)
 
     @property
     def config_dir(self) -> Path | None:
@@ -125,6 +117,17 @@ class Command:
     settings: str = ""
     flags: tuple[Flag, ...] = ()
     details: Callable[[Path | None], str] = lambda _: ""
+
+
+def number(name: str, text: str) -> float:
+    """Read a finite number. Raises: ConfigError, which says whose it is."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"{name}={text}: must be a number")
+    return found
 
 
 def flags_of(command: Command) -> tuple[Flag, ...]:
