@@ -25,7 +25,7 @@ from sd35bench.recommend.named_defaults import (
     verdict_beside,
 )
 from sd35bench.recommend.pareto import RESAMPLES, Front, Speeds, peak_bytes, usd
-from sd35bench.recommend.profiles import Profile
+from sd35bench.recommend.profiles import LIMITS, Profile
 from sd35bench.recommend.reproduce import api_body, run_command, snippet
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import POWER, TAIL, p_within
@@ -34,10 +34,6 @@ from sd35bench.types import Record, Task, to_json
 Claim = tuple[str, str]
 """The chosen setting and a default, by their hashes: that the first is better."""
 
-_LIMITS = (
-    *("latency_limit_s", "latency_mean_limit_s", "latency_p95_limit_s", "evaluations_limit"),
-    *("memory_limit_bytes", "cost_limit_usd"),
-)
 FRONT = ("on_front", "p_dominated")
 _SETTING = ("model", "backend", *SETTING, "threads")
 
@@ -153,7 +149,7 @@ class Entry:
             "usd_per_image": self._usd(i),
             "limit": choice.limits.latency,
             "limit_close": i in choice.limits.close,
-            **{name: getattr(self.profile, name) for name in _LIMITS},
+            **{name: getattr(self.profile, name) for name in LIMITS},
             "margin": choice.margin,
             "best": setting_of(self._row(choice.best)),
             "difference_from_best": self._difference(i),

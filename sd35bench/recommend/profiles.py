@@ -19,6 +19,11 @@ OBJECTIVES = ("fastest", "best-quality")
 BEST = "best"
 """The reference that stands for whichever setting within the limits is best."""
 
+LIMITS = (
+    *("latency_limit_s", "latency_mean_limit_s", "latency_p95_limit_s", "evaluations_limit"),
+    *("memory_limit_bytes", "cost_limit_usd"),
+)
+"""Fields of a profile that no setting may be above; ``None`` is no limit."""
 _FAILURES_LIMIT = 0.01
 _GONE = "latency_limit_frac"
 _QUALITIES = ("prompt_accuracy", "edit_quality", "clip_score")
@@ -131,13 +136,7 @@ def _freeze(name: str, raw: Any) -> Profile:
         name=_word("name", raw, name, None),
         objective=_word("objective", raw, "fastest", OBJECTIVES),
         reference=_word("reference", raw, BEST, None),
-        latency_limit_s=_limit("latency_limit_s", raw),
-        latency_mean_limit_s=_limit("latency_mean_limit_s", raw),
-        latency_p95_limit_s=_limit("latency_p95_limit_s", raw),
-        evaluations_limit=_limit("evaluations_limit", raw),
-        memory_limit_bytes=_limit("memory_limit_bytes", raw),
-        cost_limit_usd=_limit("cost_limit_usd", raw),
-        usd_per_hour=_limit("usd_per_hour", raw),
+        **{n: _limit(n, raw) for n in (*LIMITS, "usd_per_hour")},
         failures_limit=_share("failures_limit", raw, _FAILURES_LIMIT),
         margins=checked,
     )
