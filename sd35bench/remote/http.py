@@ -167,11 +167,15 @@ def _request(outgoing: Outgoing, address: str, steps: _Steps) -> httpx2.Request:
     }
     return httpx2.Request(
         outgoing.method,
-        outgoing.url.copy_with(host=address),
+        _at(outgoing.url, address),
         headers=headers,
         content=outgoing.content,
         extensions={"sni_hostname": _host(outgoing.url), "trace": steps.trace},
     )
+
+
+def _at(url: httpx2.URL, address: str) -> httpx2.URL:
+    return url.copy_with(host=address)
 
 
 async def _converse(
