@@ -96,10 +96,10 @@ def test_a_small_file_that_has_not_just_changed_is_hashed_once(
 ):
     """One that has may change once more within a tick of the file system's clock, unseen."""
     hashed = []
-    real = checkpoint._hash_file
+    real = checkpoint.file_digest
     monkeypatch.setattr(checkpoint, "SETTLED_NS", settled_ns)
     monkeypatch.setattr(
-        checkpoint, "_hash_file", lambda path: hashed.append(path.name) or real(path)
+        checkpoint, "file_digest", lambda path: hashed.append(path.name) or real(path)
     )
     first = weights_digest(folder)
     assert weights_digest(folder) == first
