@@ -111,7 +111,7 @@ def test_fault_in_generate_costs_one_batch_and_the_rest_goes_on(
     assert (victim.status, victim.phase) == (status, "generate")
     assert text in victim.error
     assert [path in victim.error for path, _ in left] == [True] * (fault == "segfault")
-    assert all("Segmentation fault" in stack and "faults.py" in stack for _, stack in left)
+    assert all("Segmentation fault" in stack and "fake.py" in stack for _, stack in left)
     assert "\n" not in victim.error
     assert "Segmentation fault" not in capfd.readouterr().err
     assert (victim.timings, victim.image) == (None, None)
