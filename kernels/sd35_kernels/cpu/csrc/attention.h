@@ -98,27 +98,57 @@ INLINE void scores(const float* q, const float* k, int64_t dim, float (*s)[KEYS]
     float_block<R>(q, dim, k, dim, s[0] + key, KEYS, true);
 }
 
-// s[0 .. keys) -> 2^(s - maximum), zero beyond; returns by how much earlier sums shrink.
-INLINE float softmax_chunk(float* s, int64_t keys, float& maximum, float& total) {
-  const int64_t end = round_up(keys, LANES);
-  for (int64_t i = keys; i < end; i++) s[i] = -INFINITY;
-  vfloat top = load(s);
-  for (int64_t i = LANES; i < end; i += LANES) {
-    vfloat x = load(s + i);
-    top = x > top ? x : top;
+// What R queries have seen of their scores: the largest, and the sum of weights.
+template <int R>
+struct Seen {
+  float* maximum;
+  float* total;
+
+  // Raises the maxima to those of a chunk, `top`; shrink: what earlier sums are multiplied by.
+  // factor: what the chunk's own are, where its weights are over its own largest score.
+  INLINE void raise(const float (&top)[R], float (&shrink)[R], float (&factor)[R]) {
+    // The rows' exponents share vectors: one at a time each waits 60 cycles for its own.
+    alignas(64) float gap[2 * LANES] = {};
+    for (int r = 0; r < R; r++) {
+      const float before = maximum[r];
+      maximum[r] = std::max(before, top[r]);
+      gap[r] = before - maximum[r], gap[LANES + r] = top[r] - maximum[r];
+    }
+    store(gap, exp2_below(load(gap))), store(gap + LANES, exp2_below(load(gap + LANES)));
+    for (int r = 0; r < R; r++) shrink[r] = gap[r], factor[r] = gap[LANES + r];
   }
-  const float before = maximum;
-  maximum = std::max(before, largest(top));
-  const float shrink = exp2(splat(before - maximum))[0];
-  vfloat added{};
-  for (int64_t i = 0; i < end; i += LANES) {
-    vfloat p = exp2(load(s + i) - maximum);
-    store(s + i, p);
-    added += p;
+};
+
+// s[r][0 .. keys) -> 2^(s - maximum), zero beyond; shrink: by how much earlier sums shrink. All rows
+// are reduced together, since one row's shuffles alone leave the core idle.
+template <int R>
+INLINE void softmax_chunk(float (&s)[R][KEYS], int64_t keys, Seen<R> seen, float (&shrink)[R]) {
+  const int64_t end = round_up(keys, LANES);
+  float top[R], unused[R];
+  vfloat tops[R], added[R];
+  for (int r = 0; r < R; r++) {
+    for (int64_t i = keys; i < end; i++) s[r][i] = -INFINITY;
+    tops[r] = load(s[r]);
+    for (int64_t i = LANES; i < end; i += LANES) {
+      vfloat x = load(s[r] + i);
+      tops[r] = x > tops[r] ? x : tops[r];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++) top[r] = largest(tops[r]);
+  seen.raise(top, shrink, unused);
+  for (int r = 0; r < R; r++) {
+    const float maximum = seen.maximum[r];
+    added[r] = vfloat{};
+    for (int64_t i = 0; i < end; i += LANES) {
+      vfloat p = exp2_below(load(s[r] + i) - maximum);
+      store(s[r] + i, p);
+      added[r] += p;
+    }
   }
   // Lanes beyond `keys` hold 2^-126, not 0: they vanish in the sum and are not multiplied.
-  total = total * shrink + sum(added);
-  return shrink;
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++) seen.total[r] = seen.total[r] * shrink[r] + sum(added[r]);
 }
 
 // o = o * shrink + p v, `dim` channels.
@@ -162,8 +192,7 @@ void attend_chunk(const Heads& x, int64_t base, const float* q, int64_t key, int
                   Queries& state) {
   float s[R][KEYS], shrink[R];
   scores<R>(q, x.k + base + key * x.dim, x.dim, s, keys);
-  for (int r = 0; r < R; r++)
-    shrink[r] = softmax_chunk(s[r], keys, state.maximum[first + r], state.total[first + r]);
+  softmax_chunk<R>(s, keys, {state.maximum + first, state.total + first}, shrink);
   weigh<R, V>(state.o + first, shrink, s[0], x.v + base + key * x.dim, x.dim, keys);
 }
 

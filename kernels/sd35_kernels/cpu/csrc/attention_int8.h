@@ -3,8 +3,9 @@
 // The idea: q, k and v are rounded per token and head where they are made. Scores are exact integers
 // times two scales. A chunk's weights are rounded to 8 bits against the chunk's own largest score, so
 // that a chunk of small weights keeps its precision; v's scale per token goes into them before.
-// Cost: a quarter of the float products; the softmax (about 8 cycles for 16 scores) is then a third
-// of the time. Rounding: 0.4 % of the largest weight, 0.4 % of a token's largest k and v.
+// Cost: a quarter of the float products, 8 cycles for 16 scores and channels each; the softmax, 13
+// instructions for 16 scores, takes nearly as long.
+// Rounding: 0.4 % of the largest weight, 0.4 % of a token's largest k and v.
 // Source: the rounding per token follows SageAttention (Zhang et al. 2024), which keeps P V in fp16.
 #pragma once
 #include "attention.h"
@@ -13,7 +14,8 @@
 
 namespace sd35 {
 
-// q + 128 in [tokens][dim]; k in panels [dim / 4][64 tokens][4]; v in [tokens / 4][dim][4].
+// q + 128 in [tokens][dim]; k in panels [dim / 4][64 tokens][4]; v in panels [16][dim][4], the four
+// tokens 16 apart, as four vectors of weights woven into one have them.
 struct ByteHeads {
   uint8_t *q, *k, *v;
   float *q_scale, *k_scale, *v_scale;  // [B][heads][padded tokens]
@@ -23,6 +25,17 @@ struct ByteHeads {
   int64_t padded() const { return round_up(tokens, PANEL); }
   int64_t row(int64_t b, int64_t head) const { return (b * heads + head) * padded(); }
 };
+
+// One token's channels into a panel of v: every fourth byte of a line, the others' stay.
+INLINE void write_value(uint8_t* panel, int64_t token, int64_t dim, const uint8_t* bytes) {
+  const int64_t place = token / LANES;
+  const __mmask64 mine = 0x1111111111111111ull << place;
+  for (int64_t d = 0; d < dim; d += LANES) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + d)));
+    const __m512i moved = _mm512_sll_epi32(wide, _mm_cvtsi64_si128(8 * place));
+    _mm512_mask_storeu_epi8(panel + (token % LANES * dim + d) * 4, mine, moved);
+  }
+}
 
 // Epilogue of the q, k, v product in bytes; see SplitHeads.
 struct SplitByteHeads {
@@ -40,7 +53,8 @@ struct SplitByteHeads {
       uint8_t bytes[PANEL];
       if (part == 0) {
         scale_head(v + c, dim, q_norm, eps, softmax_factor);
-        to.q_scale[at] = quantise(v + c, dim, 128, to.q + at * dim);
+        // Never 0, by which a score of -infinity would become NaN.
+        to.q_scale[at] = std::max(quantise(v + c, dim, 128, to.q + at * dim), 1e-30f);
       } else if (part == 1) {
         scale_head(v + c, dim, k_norm, eps, 1.0f);
         to.k_scale[at] = quantise(v + c, dim, 0, bytes);
@@ -51,8 +65,7 @@ struct SplitByteHeads {
         to.k_start[at] = -128 * total;
       } else {
         to.v_scale[at] = quantise(v + c, dim, 0, bytes);
-        uint8_t* four = to.v + (base + token / 4 * 4) * dim + token % 4;
-        for (int64_t d = 0; d < dim; d++) four[d * 4] = bytes[d];
+        write_value(to.v + (base + token / PANEL * PANEL) * dim, token % PANEL, dim, bytes);
       }
     }
   }
@@ -73,29 +86,66 @@ struct ValueScales {
   }
 };
 
-// s[0 .. keys) -> bytes; returns what the chunk's integer sums are multiplied by, shrinks what was.
-INLINE float softmax_bytes(float* s, int64_t keys, const ValueScales& scales, uint8_t* bytes,
-                           float& maximum, float& total, float& shrink) {
-  const int64_t end = round_up(keys, LANES);
-  for (int64_t i = keys; i < end; i++) s[i] = -INFINITY;
-  vfloat top = load(s);
-  for (int64_t i = LANES; i < end; i += LANES) {
-    vfloat x = load(s + i);
-    top = x > top ? x : top;
+// The lowest bytes of four vectors as one, byte by byte: lane i holds those of lane i of each.
+INLINE __m512i weave(vint a, vint b, vint c, vint d) {
+  constexpr int FIRST_WHERE_SET = 0xCA;
+  auto put = [](vint low, vint high, int bits) {
+    const __m512i mask = _mm512_set1_epi32((1 << bits) - 1);
+    return (vint)_mm512_ternarylogic_epi32(mask, (__m512i)low, (__m512i)(high << bits), FIRST_WHERE_SET);
+  };
+  return (__m512i)put(put(put(a, b, 8), c, 16), d, 24);
+}
+
+// s[r] = R queries times a chunk of keys, over q's scale, -infinity beyond; top: each 16th's largest.
+template <int R, int V>
+INLINE void byte_scores(const ByteHeads& x, int64_t at, const uint8_t* q, int64_t keys, float (&s)[R][KEYS],
+                        vfloat (&top)[R]) {
+  constexpr int64_t DIM = V * LANES;
+  const vint lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int8_t* k = reinterpret_cast<const int8_t*>(x.k) + at * DIM;
+  for (int r = 0; r < R; r++) top[r] = splat(-INFINITY);
+  for (int64_t i = 0; i < keys; i += PANEL, at += PANEL, k += PANEL * DIM) {
+    __m512i acc[R][BLOCK_LANES];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < BLOCK_LANES; v++) acc[r][v] = _mm512_loadu_si512(x.k_start + at + v * LANES);
+    multiply<R, BLOCK_LANES>(acc, q, DIM, k, 4 * PANEL, DIM);
+    auto finish = [&](auto kept) INLINE_LAMBDA {
+#pragma GCC unroll 4
+      for (int v = 0; v < BLOCK_LANES; v++) {
+        const vfloat k_scale = load(x.k_scale + at + v * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+          const vfloat score = kept(to_float(acc[r][v]) * k_scale, v);
+          store(s[r] + i + v * LANES, score);
+          top[r] = score > top[r] ? score : top[r];
+        }
+      }
+    };
+    const int32_t live = static_cast<int32_t>(std::min(PANEL, keys - i));
+    if (live == PANEL) finish([](vfloat score, int) INLINE_LAMBDA { return score; });
+    else finish([&](vfloat score, int v) INLINE_LAMBDA {
+      return lane + v * static_cast<int32_t>(LANES) < live ? score : splat(-INFINITY);
+    });
   }
-  const float here = largest(top), before = maximum;
-  maximum = std::max(before, here);
+}
+
+// One row: s -> weights over the chunk's largest score, in bytes, woven; returns their sums by lane.
+INLINE vfloat byte_weights(const float* s, int64_t keys, float scale, float largest_score,
+                           const ValueScales& scales, uint8_t* bytes) {
   vfloat added{};
-  for (int64_t i = 0; i < end; i += LANES) {
-    vfloat p = exp2_rough(load(s + i) - here);
-    added += p;
-    vint q = as_int(p * load(scales.relative + i) + ROUNDER) - 0x4B400000;
-    *reinterpret_cast<vbyte_any*>(bytes + i) = __builtin_convertvector(q, vbyte);
+  for (int64_t i = 0; i < keys; i += PANEL) {
+    vint q[BLOCK_LANES];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < BLOCK_LANES; v++) {
+      const vfloat p = exp2_rough(load(s + i + v * LANES) * scale - largest_score);
+      added += p;
+      q[v] = as_int(p * load(scales.relative + i + v * LANES) + ROUNDER);
+    }
+    _mm512_storeu_si512(bytes + i, weave(q[0], q[1], q[2], q[3]));
   }
-  const vfloat factors = exp2(vfloat{before - maximum, here - maximum});
-  shrink = factors[0];
-  total = total * shrink + factors[1] * sum(added);
-  return factors[1] * scales.largest_scale / 255.0f;
+  return added;
 }
 
 // R queries from `first` of the task on meet one chunk of keys; V vectors are a head.
@@ -105,35 +155,28 @@ void attend_byte_chunk(const ByteHeads& x, int64_t base, int64_t row, int64_t ke
   alignas(64) float s[R][KEYS];
   alignas(64) uint8_t p[R][KEYS];
   constexpr int64_t DIM = V * LANES;
-  const uint8_t* q = x.q + (base + row) * DIM;
-  const int8_t* k = reinterpret_cast<const int8_t*>(x.k) + (base + key) * DIM;
-  for (int64_t i = 0; i < keys; i += PANEL, k += PANEL * DIM) {
-    __m512i acc[R][BLOCK_LANES];
-    const int64_t at = base + key + i;
+  vfloat tops[R], added[R];
+  float top[R], shrink[R], factor[R];
+  byte_scores<R, V>(x, base + key, x.q + (base + row) * DIM, keys, s, tops);
+  const float* q_scale = x.q_scale + base + row;
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < BLOCK_LANES; v++) acc[r][v] = _mm512_loadu_si512(x.k_start + at + v * LANES);
-    multiply<R, BLOCK_LANES>(acc, q, DIM, k, 4 * PANEL, DIM);
-#pragma GCC unroll 4
-    for (int v = 0; v < BLOCK_LANES; v++) {
-      const vfloat k_scale = load(x.k_scale + at + v * LANES);
+  for (int r = 0; r < R; r++) top[r] = largest(tops[r]) * q_scale[r];
+  Seen<R> seen{state.maximum + first, state.total + first};
+  seen.raise(top, shrink, factor);
+  for (int r = 0; r < R; r++) added[r] = byte_weights(s[r], keys, q_scale[r], top[r], scales, p[r]);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; r++)
-        store(s[r] + i + v * LANES, to_float(acc[r][v]) * k_scale * x.q_scale[base + row + r]);
-    }
+  for (int r = 0; r < R; r++) {
+    seen.total[r] = seen.total[r] * shrink[r] + factor[r] * sum(added[r]);
+    factor[r] *= scales.largest_scale / 255.0f;
   }
-  float shrink[R], factor[R];
-  for (int r = 0; r < R; r++)
-    factor[r] = softmax_bytes(s[r], keys, scales, p[r], state.maximum[first + r],
-                              state.total[first + r], shrink[r]);
   __m512i acc[R][V];
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) acc[r][v] = _mm512_setzero_si512();
   const int8_t* values = reinterpret_cast<const int8_t*>(x.v) + (base + key) * DIM;
-  multiply<R, V>(acc, p[0], KEYS, values, 4 * DIM, round_up(keys, 4));
+  const int64_t lines = keys / PANEL * LANES + std::min(LANES, keys % PANEL);  // of four tokens
+  multiply<R, V>(acc, p[0], KEYS, values, 4 * DIM, 4 * lines);
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
