@@ -276,8 +276,9 @@ class _Wall:
     _numbers: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Read the scores."""
+        """Read the scores, and list the files to link to."""
         self.index = ScoreIndex(self.study.scores())
+        self._files = self.study.stored_names("images") if self.link else {}
 
     def is_full(self, more: int) -> bool:
         """Whether so many tiles more are too many."""
@@ -383,10 +384,10 @@ class _Wall:
 
     def _linked(self, digest: str, is_init: bool) -> str | None:
         """A file's name, of an init image with its folders; browsers know a format by its bytes."""
-        kind = "inits" if is_init else "images"
-        path = self.study.find_stored(kind, digest)
-        name = f"../{kind}/{path.parent.name}/{path.name}" if is_init else path.name
-        return name if path.is_file() else None
+        if not is_init:
+            return self._files.get(digest)
+        path = self.study.find_stored("inits", digest)
+        return f"../inits/{path.parent.name}/{path.name}" if path.is_file() else None
 
 
 def encode_thumbnail(data: bytes) -> str:
@@ -509,7 +510,7 @@ def pack_wall(wall: Mapping[str, Any]) -> dict[str, Any]:
         "seed": [seed_ids[t["seed"]] for t in tiles],
         "size": [size_ids[t["width"], t["height"]] for t in tiles],
         "image": [-1 if t["image"] is None else t["image"] for t in tiles],
-        "parts": [parts.setdefault(json.dumps(t["parts"]), len(parts)) for t in tiles],
+        "parts": [parts.setdefault(_parts_text(t["parts"]), len(parts)) for t in tiles],
     }
     names = list(dict.fromkeys(name for t in tiles for name, _ in t["scores"]))
     scores = [dict(t["scores"]) for t in tiles]
@@ -523,6 +524,10 @@ def pack_wall(wall: Mapping[str, Any]) -> dict[str, Any]:
         "parts": [json.loads(text) for text in parts],
         "errors": {i: t["error"] for i, t in enumerate(tiles) if "error" in t},
     }
+
+
+def _parts_text(parts: list[Any]) -> str:
+    return json.dumps(parts) if parts else "[]"  # most tiles have none
 
 
 def _base64(values: Sequence[float], kind: str) -> str:

@@ -148,6 +148,14 @@ def test_linked_report_reaches_every_image(tmp_path, monkeypatch):
     assert not stale.exists()
 
 
+def test_further_pages_escape_prompts_names_and_addresses():
+    group = linked.Group(prompt="<b>&", seed="1", images=(('x"<i>', 'a"><s>'), ("y", "")))
+    found = str(group.figures)
+    assert not any(mark in found for mark in ("<b>", "<i>", "<s>"))
+    assert 'alt="&lt;b&gt;&amp;, seed 1, x&#34;&lt;i&gt;"' in found
+    assert found.count("no image") == 1
+
+
 def test_report_labels_failed_and_incomplete_studies_at_the_top(tmp_path, demo: Synthetic):
     def top(study) -> str:
         html = write_report(study).read_text(encoding="utf-8")
