@@ -368,3 +368,14 @@ def test_steps_from_two_threads_do_not_mix():
 def _twice(executor: Executor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     executor.step(**inputs)
     return executor.step(**inputs)
+
+
+def test_queries_of_nothing_weigh_all_keys_alike(tier):
+    """All scores are 0 then, and those beyond the last key count for nothing all the same."""
+    level_or_skip()
+    weights, inputs = reference.random_weights(TINY), reference.random_inputs(TINY, 1, (6, 10), 7)
+    for stream in ("image", "text", "dual"):
+        weights[f"blocks.0.{stream}.q_norm"] *= 0
+    expected = reference.velocity(TINY, wide(weights), **wide(inputs))
+    step = load(TINY, weights, tier, threads=1).step(**inputs)
+    assert error(step, expected) < TOLERANCE[tier]
