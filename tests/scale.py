@@ -1,12 +1,16 @@
 """A synthetic study of any size, and how long the verbs take on it: figures for docs/scale.md.
 
-    python -m tests.scale --records 1000 10000 100000 1000000 --folder /tmp/scale
+    python -m tests.scale --records 1000 10000 100000 1000000 --folder DIR --page docs/scale.md
 
 makes each study once (10 loads x 20 settings x so many prompts; ten records share an image, as
-backends do that agree to the bit) and prints the commit, the machine, and a table row for each
-verb: seconds of wall and CPU, the largest resident set, and the size of the page that it wrote. The
-journal's lines, scores and images are those of a real study of SD3.5 Medium with CLIP-score; trial
-keys are made up. The last command of a size reads it after one more record was appended.
+backends do that agree to the bit) and times each verb on it: seconds of wall and CPU, the largest
+resident set, the size of the page that it wrote, and the canary: how fast a fixed piece of work ran
+right before, by CPU time, relative to the fastest time of this folder. The journal's lines, scores
+and images are those of a real study of SD3.5 Medium with CLIP-score; trial keys are made up. The
+last command of a size reads it after one more record was appended.
+
+What was measured is kept in DIR/measured.jsonl, and the table in the page is made of the latest of
+each command and size: the curve may be made size by size, and verb by verb (`--only`).
 """
 
 import argparse
@@ -22,6 +26,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from sd35bench.journal import new_shard_id
 from sd35bench.measure import environment
@@ -252,6 +259,7 @@ def commands(path: Path) -> dict[str, list[str]]:
         "first show": show,
         "resume scan": [sys.executable, "-c", _RESUME, str(path)],
         "show": show,
+        "show, not kept": [*show, "--pool-hosts"],
         "recommend": [*verb, "recommend", path.name, *where, "--json"],
         "report": [*verb, "report", path.name, *where],
         "report, linked": [*verb, "report", path.name, *where, "--images", "link"],
@@ -272,10 +280,15 @@ def append_one(path: Path) -> None:
     (path / "journal" / f"{shard}.jsonl").write_text("".join(lines))
 
 
-def measure(command: list[str]) -> dict[str, float]:
-    """Run a command; seconds of wall and CPU, peak resident MB. Raises: RuntimeError."""
+def measure(command: list[str], folder: Path) -> dict[str, float]:
+    """Run a command; seconds of wall and CPU, peak resident MB. Raises: RuntimeError.
+
+    One thread, and bytecode is kept in the folder, as that of an installed package is.
+    """
+    own = {"PYTHONPYCACHEPREFIX": str(folder / "bytecode"), "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | own
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, used = os.wait4(process.pid, 0)
@@ -289,8 +302,25 @@ def measure(command: list[str]) -> dict[str, float]:
     }
 
 
-def rows(folder: Path, sizes: list[int], only: list[str]) -> Iterator[str]:
-    """Table rows, one a verb and size."""
+TARGETS_S = {"resume scan": 10, "show": 5, "recommend": 30, "report": 30, "report, linked": 30}
+"""At 1,000,000 records."""
+KEPT = "measured.jsonl"
+MARKS = "<!-- measured -->\n", "<!-- /measured -->"
+
+
+def canary() -> float:
+    """How often a fixed piece of work fits into a second of CPU time now."""
+    values = np.random.default_rng(0).integers(0, 1 << 40, 1 << 20)
+    started = time.process_time()
+    for _ in range(4):
+        np.sort(values, kind="stable")
+        sum(range(200_000))
+    return 4 / (time.process_time() - started)
+
+
+def measure_all(folder: Path, sizes: list[int], only: list[str]) -> Iterator[dict[str, Any]]:
+    """What each command took on each size."""
+    about = {"commit": commit(), "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
     for size in sizes:
         path = folder / f"n{size}"
         if not (path / "study.json").exists():
@@ -302,38 +332,81 @@ def rows(folder: Path, sizes: list[int], only: list[str]) -> Iterator[str]:
                 shutil.rmtree(path / "view", ignore_errors=True)
             if name == "show, 1 added":
                 append_one(path)
-            found = measure(command)
+            speed, load = canary(), os.getloadavg()[0]
+            found = measure(command, folder)
             page = path / PAGES[name] if name in PAGES else None
-            wrote = "" if page is None else f"{page.stat().st_size / 1e6:.1f}"
-            yield (
-                f"| {size:,} | {name} | {found['wall_s']:.1f} | {found['cpu_s']:.1f}"
-                f" | {found['peak_mb']:,.0f} | {wrote} |"
-            )
+            page_mb = None if page is None else page.stat().st_size / 1e6
+            yield {
+                **about, "records": size, "command": name, **found, "page_mb": page_mb,
+                "canary": speed, "load": load,
+            }  # fmt: skip
 
 
-def machine() -> str:
-    """What measured, and of which commit."""
+def table(kept: list[dict[str, Any]]) -> str:
+    """The latest measurement of each command and size, by size, with what it was measured on."""
+    latest = {(found["records"], found["command"]): found for found in kept}
+    order = list(commands(Path()))
+    shown = sorted(latest.values(), key=lambda f: (f["records"], order.index(f["command"])))
+    best = max(found["canary"] for found in kept)
+    lines = [
+        "| records | command | wall (s) | CPU (s) | peak (MB) | page (MB) | canary | target |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for found in shown:
+        page = "" if found["page_mb"] is None else f"{found['page_mb']:.1f}"
+        lines.append(
+            f"| {found['records']:,} | {found['command']} | {found['wall_s']:.1f}"
+            f" | {found['cpu_s']:.1f} | {found['peak_mb']:,.0f} | {page}"
+            f" | {found['canary'] / best:.2f} | {_verdict(found)} |"
+        )
+    loads, dates = [f["load"] for f in shown], [f["at"] for f in shown]
+    commits = ", ".join(dict.fromkeys(found["commit"] for found in shown))
+    about = environment()
+    lines += [
+        "",
+        f"{about['cpu_model']}, {about['cpu_count']} cores, load {min(loads):.1f} to"
+        f" {max(loads):.1f}; {min(dates)} to {max(dates)} UTC; commit {commits}; one thread, n = 1"
+        " run of each command.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    target = TARGETS_S.get(found["command"])
+    if target is None or found["records"] != 1_000_000:
+        return ""
+    if found["wall_s"] <= target:
+        return f"{target} s: kept"
+    return f"{target} s: {'kept by CPU seconds' if found['cpu_s'] <= target else 'missed'}"
+
+
+def commit() -> str:
+    """What is measured."""
     found = environment()
-    commit = f"{found['commit'] or 'unknown'}"[:7] + (", changed since" if found["dirty"] else "")
-    return (
-        f"commit {commit}; {found['cpu_model']}, {found['cpu_count']} cores; n = 1 run of each"
-        f" command; {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC"
-    )
+    return f"{found['commit'] or 'unknown'}"[:7] + (" and changes" if found["dirty"] else "")
 
 
 def main(write: Callable[[str], object] = print) -> int:
-    """Make what is missing, and print the table."""
+    """Make what is missing, measure, and print the table of all that was kept."""
     parser = argparse.ArgumentParser(prog="python -m tests.scale", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--records", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--records", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--folder", type=Path, required=True, help="where studies are, or go")
     parser.add_argument("--only", nargs="+", default=[], metavar="VERB", help="these verbs alone")
+    parser.add_argument("--page", type=Path, help="a page whose table is made anew")
     found = parser.parse_args()
-    write(f"{machine()}\n")
-    write("| records | command | wall (s) | CPU (s) | peak (MB) | page (MB) |")
-    write("| ---: | --- | ---: | ---: | ---: | ---: |")
-    for line in rows(found.folder, found.records, found.only):
-        write(line)
+    found.folder.mkdir(parents=True, exist_ok=True)
+    log = found.folder / KEPT
+    for each in measure_all(found.folder, found.records, found.only):
+        with log.open("a") as file:
+            file.write(json.dumps(each) + "\n")
+    text = table([json.loads(line) for line in log.read_text().splitlines()])
+    write(text)
+    if found.page is not None:
+        page = found.page.read_text()
+        before, rest = page.split(MARKS[0])
+        found.page.write_text(before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1])[1])
     return 0
 
 
