@@ -9,6 +9,7 @@ never share a prompt and stay the same when the file grows. Prompts of one's own
 told otherwise, so that a choice made on them can be confirmed.
 """
 
+import functools
 import hashlib
 import importlib
 import io
@@ -17,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -206,31 +207,38 @@ def read_nano(spec: PromptSpec) -> list[PromptItem]:
     if spec.split in ("all", None):
         raise ConfigError("prompts.split=all: the nano set has tune and heldout; choose one")
     from sd35bench.nano import prompts as nano
-    from sd35bench.nano.world import caption
 
     if spec.limit is not None and spec.limit > nano.MAX_ITEMS:
         raise ConfigError(
             f"prompts.limit={spec.limit}: the nano set has at most {nano.MAX_ITEMS} prompts;"
             " for more images use more seeds"
         )
-    if spec.task in LEVEL_TASKS:
-        limit = nano.SIZES["t2i"] if spec.limit is None else spec.limit
-        drawn = nano.level_set(spec.split, spec.task, limit, spec.seed)  # pyright: ignore[reportArgumentType]
+    return list(_drawn(spec.split, spec.task, spec.limit, spec.seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(split: Any, task: Any, limit: int | None, seed: int) -> tuple[PromptItem, ...]:
+    """Draw a set once in a process: each load of a sweep asks for it, and 256 take 0.3 s."""
+    from sd35bench.nano import prompts as nano
+    from sd35bench.nano.world import caption
+
+    if task in LEVEL_TASKS:
+        drawn = nano.level_set(split, task, nano.SIZES["t2i"] if limit is None else limit, seed)
     else:
-        drawn = nano.prompt_set(spec.split, spec.task, spec.limit, spec.seed)  # pyright: ignore[reportArgumentType]
+        drawn = nano.prompt_set(split, task, limit, seed)
     items = []
     for item in drawn:
         init = item.init_scene
         ref = PromptRef(
             id=item.id,
             set="nano",
-            split=spec.split,
+            split=split,
             level=item.level,
             init_prompt=None if init is None else caption(init),
         )
         data = None if init is None else encode_png(nano.init_image(item))
         items.append(PromptItem(ref=ref, prompt=item.prompt, init_image=data))
-    return items
+    return tuple(items)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

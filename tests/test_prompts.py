@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sd35bench import prompts
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import (
     READERS,
@@ -222,6 +223,7 @@ def test_spellings_of_a_prompt_are_in_one_half_and_raw_text_would_part_some():
 def test_read_nano_splits_are_disjoint_and_seeded():
     tune = load_prompts(PromptSpec(kind="nano", split="tune", limit=40))
     heldout = load_prompts(PromptSpec(kind="nano", split="heldout", limit=40))
+    prompts._drawn.cache_clear()
     again = load_prompts(PromptSpec(kind="nano", split="tune", limit=40))
     other = load_prompts(PromptSpec(kind="nano", split="tune", limit=40, seed=1))
     assert tune == again
@@ -241,7 +243,16 @@ def test_read_nano_edits_carry_init_images_and_their_captions():
     items = load_prompts(PromptSpec(kind="nano", split="tune", task="edit", limit=4))
     assert all(i.ref.init_prompt and i.ref.init_prompt != i.prompt for i in items)
     assert {init_size(i.init_image) for i in items if i.init_image} == {(64, 64)}
+    prompts._drawn.cache_clear()
     assert items == load_prompts(PromptSpec(kind="nano", split="tune", task="edit", limit=4))
+
+
+def test_read_nano_draws_once_and_every_caller_has_a_list_of_its_own():
+    spec = PromptSpec(kind="nano", split="tune", limit=3)
+    first, again = load_prompts(spec), load_prompts(spec)
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True] * 3
+    first.clear()
+    assert len(load_prompts(spec)) == 3
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,26 @@ def made(tmp_path_factory) -> Path:
     return make_study(tmp_path_factory.mktemp("scale"), "s", RECORDS).path
 
 
+@pytest.fixture(scope="module")
+def viewed(made, tmp_path_factory) -> Path:
+    """The same with its view, which takes 0.2 s to make."""
+    path = Path(shutil.copytree(made, tmp_path_factory.mktemp("viewed") / "s"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view, "LEAST_BYTES", 0)
+        opened(path).records()
+    return path
+
+
 @pytest.fixture
-def study(made, tmp_path, monkeypatch) -> Path:
+def study(viewed, tmp_path, monkeypatch) -> Path:
     """A study of its own, all of whose readings go through the view."""
+    monkeypatch.setattr(view, "LEAST_BYTES", 0)
+    return Path(shutil.copytree(viewed, tmp_path / "s"))
+
+
+@pytest.fixture
+def bare(made, tmp_path, monkeypatch) -> Path:
+    """One whose view is not made yet."""
     monkeypatch.setattr(view, "LEAST_BYTES", 0)
     return Path(shutil.copytree(made, tmp_path / "s"))
 
@@ -62,13 +79,13 @@ def append(path: Path, *records: Record, shard: str | None = None) -> None:
     writer.close()
 
 
-def test_the_view_has_the_records_of_the_journal(study):
-    wanted = by_line(study)
-    found = opened(study).all_records()
+def test_the_view_has_the_records_of_the_journal(bare):
+    wanted = by_line(bare)
+    found = opened(bare).all_records()
     assert isinstance(found, Records)
     assert list(found) == wanted
     assert found[7] == wanted[7]
-    assert opened(study).sessions().keys() == {r.session_id for r in wanted}
+    assert opened(bare).sessions().keys() == {r.session_id for r in wanted}
 
 
 @pytest.mark.parametrize(
@@ -142,13 +159,13 @@ def test_the_last_record_of_a_trial_counts_and_an_image_before_a_failure(study, 
     assert {r.trial.key: r.status for r in found}[old[0].trial.key] is Status.OK
 
 
-def test_a_torn_last_line_is_skipped_and_read_once_it_is_whole(study):
-    shard = opened(study).shards()[-1]
+def test_a_torn_last_line_is_skipped_and_read_once_it_is_whole(bare):
+    shard = opened(bare).shards()[-1]
     data = shard.read_bytes()
     shard.write_bytes(data[:-40])
-    assert len(opened(study).records()) == RECORDS - 1
+    assert len(opened(bare).records()) == RECORDS - 1
     shard.write_bytes(data)
-    assert list(opened(study).records()) == by_line(study)
+    assert list(opened(bare).records()) == by_line(bare)
 
 
 def _part(path: Path) -> Path:
@@ -210,32 +227,32 @@ def test_a_copied_study_keeps_its_view(study, tmp_path, monkeypatch):
     assert len(opened(copy).records()) == RECORDS
 
 
-def test_a_line_that_cannot_be_read_is_named(study):
-    shard = opened(study).shards()[0]
+def test_a_line_that_cannot_be_read_is_named(bare):
+    shard = opened(bare).shards()[0]
     lines = shard.read_bytes().split(b"\n")
     lines[3] = lines[3].replace(b'"steps":4', b'"steps":"x"')
     shard.write_bytes(b"\n".join(lines))
     with pytest.raises(StoreError, match=rf"{shard.name}:4 "):
-        opened(study).records()
+        opened(bare).records()
     lines[3] = b"{"
     shard.write_bytes(b"\n".join(lines))
     with pytest.raises(StoreError, match=rf"{shard.name}:4 is not JSON"):
-        opened(study).records()
+        opened(bare).records()
 
 
-def test_a_text_that_is_no_unicode_is_read_line_by_line(study):
-    append(study, record(1, prompt="\ud800"))
-    found = opened(study).records()
+def test_a_text_that_is_no_unicode_is_read_line_by_line(bare):
+    append(bare, record(1, prompt="\ud800"))
+    found = opened(bare).records()
     assert not isinstance(found, Records)
     assert len(found) == RECORDS + 1
 
 
-def test_a_folder_that_cannot_be_written_is_read_all_the_same(study, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(bare, monkeypatch):
     def full(*_: object) -> None:
         raise StoreError("the disk is full")
 
     monkeypatch.setattr(view, "write_atomic", full)
-    assert list(opened(study).records()) == by_line(study)
+    assert list(opened(bare).records()) == by_line(bare)
 
 
 def test_a_small_study_has_no_view(made):
