@@ -249,10 +249,10 @@ def test_read_nano_edits_carry_init_images_and_their_captions():
 
 def test_read_nano_draws_once_and_every_caller_has_a_list_of_its_own():
     spec = PromptSpec(kind="nano", split="tune", limit=3)
-    first, again = load_prompts(spec), load_prompts(spec)
+    first, again = prompts.read_nano(spec), prompts.read_nano(spec)
     assert [a is b for a, b in zip(first, again, strict=True)] == [True] * 3
     first.clear()
-    assert len(load_prompts(spec)) == 3
+    assert len(prompts.read_nano(spec)) == 3
 
 
 @pytest.mark.parametrize(
