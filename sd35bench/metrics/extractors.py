@@ -69,12 +69,15 @@ class NanoEvaluator(ClipExtractor):
         self.folder = own if folder is None else folder
 
     @cached_property
+    def _states(self) -> tuple[tuple[Any, ...], ...]:
+        names = ("open_clip_config.json", "open_clip_model.safetensors")
+        return tuple((self.folder / name, *_state(self.folder / name)) for name in names)
+
+    @cached_property
     def _files(self) -> tuple[bytes, str]:
         """The configuration, and the digest of it and the weights, read without torch."""
-        names = ("open_clip_config.json", "open_clip_model.safetensors")
-        paths = [self.folder / name for name in names]
         try:
-            return _read(*((path, *_state(path)) for path in paths))
+            return _read(*self._states)
         except OSError as exc:
             raise MetricError(
                 f"nano's evaluator is not in {self.folder}; reinstall sd35bench, or make it with"
@@ -99,10 +102,8 @@ class NanoEvaluator(ClipExtractor):
 
     @cached_property
     def _model(self) -> Any:
-        from sd35bench.nano.evaluator import load_evaluator
-
         _ = self._files  # says what to do where there are none
-        return load_evaluator(self.folder)
+        return _evaluator(self.folder, self._states)
 
     def embed(self, images: Sequence[Image]) -> NDArray[np.float32]:
         """Image features [n, d], not normalised."""
@@ -330,6 +331,14 @@ def _token_count(tokenizer: Any, prompt: str) -> int:
 def _state(path: Path) -> tuple[int, ...]:
     found = path.stat()
     return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+@lru_cache(maxsize=2)
+def _evaluator(folder: Path, _states: tuple[tuple[Any, ...], ...]) -> Any:
+    """The evaluator of files in this state; the metrics of one command share it."""
+    from sd35bench.nano.evaluator import load_evaluator
+
+    return load_evaluator(folder)
 
 
 @lru_cache(maxsize=4)
