@@ -4,6 +4,7 @@ import pytest
 
 from sd35bench.analysis.summary import show_document
 from sd35bench.recommend.advice import recommend_document
+from sd35bench.report.page import build_document, render_report
 from tests.studies.backends import make_backends_study
 from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, make_study, show_of
 from tests.studies.hosted import make_hosted_study
@@ -14,6 +15,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
     """Text-to-image and image-to-image with scores."""
     study = make_study(tmp_path_factory.mktemp("results"))
     return Synthetic(study, show_of(study), recommend_document(study, PROFILES))
+
+
+@pytest.fixture(scope="session")
+def demo_page(demo: Synthetic) -> str:
+    """Its report, which takes a second to make."""
+    return render_report(build_document(demo.study, demo.show, demo.recommend))
 
 
 @pytest.fixture(scope="session")

@@ -57,8 +57,8 @@ def test_confirmation_is_told_with_its_interval_and_margin(demo, rows, status, m
     assert f"margin {entry['confirmation']['margin']:g}" in text
 
 
-def test_report_shows_defaults_commands_and_body(demo: Synthetic):
-    page = unescape(render_report(build_document(demo.study, demo.show, demo.recommend)))
+def test_report_shows_defaults_commands_and_body(demo: Synthetic, demo_page: str):
+    page = unescape(demo_page)
     entry = demo.recommend["profiles"]["final"]["text-to-image"]
     adding = [d["command"] for d in entry["named_defaults"] if d["command"]]
     assert len(adding) == 3

@@ -13,15 +13,18 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(tmp_path_factory, demo: Synthetic, demo_page: str):
     """A study's report, written once."""
     kept: dict[int, Path] = {}
 
     def write(synthetic: Synthetic) -> Path:
         if id(synthetic) not in kept:
-            document = build_document(synthetic.study, synthetic.show, synthetic.recommend)
+            page = demo_page
+            if synthetic is not demo:
+                document = build_document(synthetic.study, synthetic.show, synthetic.recommend)
+                page = render_report(document)
             kept[id(synthetic)] = tmp_path_factory.mktemp("report") / "report.html"
-            kept[id(synthetic)].write_text(render_report(document), encoding="utf-8")
+            kept[id(synthetic)].write_text(page, encoding="utf-8")
         return kept[id(synthetic)]
 
     return write
@@ -465,11 +468,10 @@ def test_hostile_prompts_stay_text_in_every_view(open_report, hostile: Synthetic
     assert "{{7*7}} {% raw %}" in page.locator("#wall").inner_text()
 
 
-def test_content_policy_blocks_what_is_not_in_the_report(browser, demo: Synthetic, tmp_path):
+def test_content_policy_blocks_what_is_not_in_the_report(browser, demo_page: str, tmp_path):
     """The policy is alive: a script smuggled into the file does not run."""
-    document = build_document(demo.study, demo.show, demo.recommend)
     smuggled = "<script>window.pwned = 1</script></body>"
-    html = render_report(document).replace("</body>", smuggled)
+    html = demo_page.replace("</body>", smuggled)
     path = tmp_path / "tampered.html"
     path.write_text(html, encoding="utf-8")
     page = browser.new_page()

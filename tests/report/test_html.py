@@ -66,15 +66,15 @@ def wall_of(html: str) -> dict:
     return json.loads(text[0])
 
 
-def test_report_loads_nothing_from_elsewhere(demo: Synthetic):
-    html = render(demo)
+def test_report_loads_nothing_from_elsewhere(demo_page: str):
+    html = demo_page
     assert outside_loads(html) == []
     assert outside_loads(html.replace("<main", '<img src="https://x.example/a.png"><main'))
     assert "default-src 'none'" in policy_of(html)
 
 
-def test_report_policy_names_the_script_and_the_styles_by_hash(demo: Synthetic):
-    html = render(demo)
+def test_report_policy_names_the_script_and_the_styles_by_hash(demo_page: str):
+    html = demo_page
     policy = policy_of(html)
     assert re.search(r"script-src 'sha256-[\w+/=]+'", policy)
     assert re.search(r"style-src 'sha256-[\w+/=]+'", policy)
@@ -82,8 +82,8 @@ def test_report_policy_names_the_script_and_the_styles_by_hash(demo: Synthetic):
     assert not [a for _, a in elements(html) if "style" in a or any(k[:2] == "on" for k in a)]
 
 
-def test_report_answers_first(demo: Synthetic):
-    html = render(demo)
+def test_report_answers_first(demo: Synthetic, demo_page: str):
+    html = demo_page
     text = re.sub(r"<[^>]+>", " ", html[: html.index('id="text-to-image"')])
     for task in ("text-to-image", "image-to-image"):
         entry = demo.recommend["profiles"]["balanced"][task]
@@ -96,8 +96,8 @@ def test_report_answers_first(demo: Synthetic):
     assert re.search(r"\d\.\d+ \[\d\.\d+, \d\.\d+\] s", text)
 
 
-def test_report_shows_every_setting_with_interval_and_n(demo: Synthetic):
-    html = render(demo)
+def test_report_shows_every_setting_with_interval_and_n(demo: Synthetic, demo_page: str):
+    html = demo_page
     rows = re.findall(r"<tr data-row.*?</tr>", html, re.S)
     assert len(rows) == len(demo.show["settings"])
     for row in rows:
@@ -105,13 +105,13 @@ def test_report_shows_every_setting_with_interval_and_n(demo: Synthetic):
         assert 'title="n = 12"' in row
 
 
-def test_report_says_that_fid_was_refused_and_what_it_needs(demo: Synthetic):
-    assert "needs n ≥ 256" in render(demo)
+def test_report_says_that_fid_was_refused_and_what_it_needs(demo_page: str):
+    assert "needs n ≥ 256" in demo_page
 
 
-def test_report_stays_small(demo: Synthetic):
+def test_report_stays_small(demo_page: str):
     assert MAX_BYTES < 0.7 * 20_000_000  # images; tables and charts are the rest
-    assert len(render(demo).encode()) < 5_000_000
+    assert len(demo_page.encode()) < 5_000_000
 
 
 def test_report_says_what_it_left_out_and_where_the_rest_is(tmp_path, monkeypatch):
@@ -176,8 +176,8 @@ def test_report_labels_failed_and_incomplete_studies_at_the_top(tmp_path, demo: 
     assert "(5 at the least, of 12)" in text
 
 
-def test_report_is_the_same_for_the_same_study(demo: Synthetic):
-    assert render(demo) == render(demo)
+def test_report_is_the_same_for_the_same_study(demo: Synthetic, demo_page: str):
+    assert render(demo) == demo_page
 
 
 def test_report_never_interprets_prompts(hostile: Synthetic):
