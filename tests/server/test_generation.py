@@ -8,6 +8,7 @@ from sd35bench.server import generation, serving
 from sd35bench.types import content_hash, to_json
 from tests.server.live import MODEL, live, make_settings
 
+pytestmark = pytest.mark.usefixtures("forked_python")
 FREE = {"requests_per_minute": None, "concurrency": None}
 
 
