@@ -40,11 +40,17 @@ def keep_scored(study: Study, said: dict[str, Any]) -> None:
         _keep(study, _SCORED, _scoring(study), said)
 
 
-def kept_show(study: Study, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A study's whole `show` document: as it is kept, or else made, and kept of a large study."""
+def kept_show(
+    study: Study, make: Callable[[], dict[str, Any]], looked: bool = False
+) -> dict[str, Any]:
+    """A study's whole `show` document: as it is kept, or else made, and kept of a large study.
+
+    `looked`: the images were looked at by this command already.
+    """
     if study.is_part or not _keeps(study):
         return make()
-    study.images()  # a file that was changed in place is found by looking, and noted
+    if not looked:
+        study.images()  # a file that was changed in place is found by looking, and noted
     state = _showing(study)
     found = _read(study, _SHOWN, state)
     if found is None:

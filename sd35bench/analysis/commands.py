@@ -19,9 +19,10 @@ from typing import Any
 from sd35bench.analysis.settings import known_threads
 from sd35bench.architectures import architecture_name
 from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
+from sd35bench.columns import Some, distinct_refs, prompt_refs, prompts, texts
 from sd35bench.evaluations import skip_layer_text
 from sd35bench.fields import FIELDS, SETTING, is_unasked
-from sd35bench.types import Load, ModelSpec, PromptRef, Record, Request, SkipLayerGuidance
+from sd35bench.types import Load, ModelSpec, PromptRef, Request, SkipLayerGuidance
 
 _DEFAULT_RESULTS = "results"
 _PLAIN = re.compile(r"[A-Za-z/.][\w./-]*")
@@ -213,7 +214,7 @@ def negative_overrides(negatives: tuple[str, ...] | None) -> list[str]:
 # Prompts ---------------------------------------------------------------------------------------
 
 
-def prompt_overrides(records: Sequence[Record], asked: Elsewhere) -> list[str]:
+def prompt_overrides(records: Some, asked: Elsewhere) -> list[str]:
     """Which prompts: nano's generated set exactly, a file by its name; `prompt` is repeated."""
     first = records[0].trial.prompt
     split = first.split if asked.split is None else asked.split
@@ -228,8 +229,8 @@ def prompt_overrides(records: Sequence[Record], asked: Elsewhere) -> list[str]:
         return ["prompts=starter", f"prompts.split={split}", *limit]
     part = [f"prompts.split={split}"]
     if first.set == "given":
-        texts = {r.trial.prompt.id: r.trial.request.prompt for r in records}
-        return [f"prompt={quoted(texts[number])}" for number in sorted(texts)]
+        given = dict(zip(prompt_refs(records, "id"), texts(records, "prompt"), strict=True))
+        return [f"prompt={quoted(given[number])}" for number in sorted(given)]
     if first.set in ("geneval", "coco"):
         path = first.source.get("path", f"{first.set.upper()}_FILE")
         part = [] if split == "all" else part
@@ -246,20 +247,20 @@ def _nano_set(ref: PromptRef) -> list[str]:
     return task if seed == "0" else [*task, f"prompts.seed={seed}"]
 
 
-def _reach(records: Sequence[Record]) -> int | None:
+def _reach(records: Some) -> int | None:
     """How many of a set's first prompts hold all of the records'; ``None``: only the whole does.
 
     A prompt's number is its place in the set or, of a file, in all splits together, so that of one
     split the same number of prompts reaches as far or farther. COCO and files with identifiers of
     their own do not tell the place.
     """
-    asked = {(r.trial.request.prompt, r.trial.request.init_image) for r in records}
-    refs = [r.trial.prompt for r in records]
-    numbers = [ref.id.rpartition("-")[2] if ref.set == "nano" else ref.id for ref in refs]
-    width = 4 if refs[0].set == "nano" else 5
-    if refs[0].set == "coco" or not all(n.isdecimal() and len(n) >= width for n in numbers):
+    first = records[0].trial.prompt.set
+    refs = distinct_refs(records, "set", "id")
+    numbers = [number.rpartition("-")[2] if name == "nano" else number for name, number in refs]
+    width = 4 if first == "nano" else 5
+    if first == "coco" or not all(n.isdecimal() and len(n) >= width for n in numbers):
         return None
-    return max(len(asked), 1 + max(map(int, numbers)))
+    return max(len(prompts(records)), 1 + max(map(int, numbers)))
 
 
 # Values ----------------------------------------------------------------------------------------

@@ -233,14 +233,18 @@ def pair_clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:
     return np.array([numbers.setdefault(name, len(numbers)) for name in named], np.int64)
 
 
-def shared_negatives(records: Some) -> tuple[str, ...] | None:
+def shared_negatives(records: Some, asking: Request | None = None) -> tuple[str, ...] | None:
     """Negative prompts that a run asked for with every prompt, in the order of the alphabet.
 
     ``None`` where prompts bring their own: each has one, and not all the same. Without guidance
     they have no effect and are not looked at; empty where there is no guidance anywhere.
+    `asking`: a request that all prompts are to be in instead.
     """
-    codes, guided = of_requests(records, "guided", lambda request: request.cfg > 1)
-    asked = pick(records, guided.astype(bool)[codes])
+    if asking is None:
+        codes, guided = of_requests(records, "guided", lambda request: request.cfg > 1)
+        asked = pick(records, guided.astype(bool)[codes])
+    else:
+        asked = records if asking.cfg > 1 else ()
     if not asked:
         return ()
     found, prompts = distinct(asked, "negative_prompt"), cluster_labels(asked)

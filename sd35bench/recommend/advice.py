@@ -18,7 +18,7 @@ from sd35bench.analysis.commands import Elsewhere, results_dir_of
 from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
 from sd35bench.analysis.settings import HELD_OUT, is_hosted
 from sd35bench.analysis.table import Row, Table, read_table
-from sd35bench.columns import distinct_refs, samples
+from sd35bench.columns import Some, distinct_refs, seeds
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
 from sd35bench.recommend.choice import choose
@@ -30,7 +30,7 @@ from sd35bench.recommend.pareto import Front, Speeds, front_of, speeds
 from sd35bench.recommend.profiles import BEST, Profile, as_profiles
 from sd35bench.recommend.reproduce import run_command
 from sd35bench.stats.verdicts import holm
-from sd35bench.types import Record, Task
+from sd35bench.types import Task
 
 _NAMED = 3
 """Settings that lack pairs that a warning names; it counts the rest."""
@@ -48,9 +48,9 @@ class Run:
     there: int
 
     @property
-    def records(self) -> Sequence[Record]:
-        """The choice's records that the held-out ones are to be like, one a prompt and a seed."""
-        return samples(self.candidate.row.quality_records())
+    def records(self) -> Some:
+        """The choice's records that the held-out ones are to be like."""
+        return self.candidate.row.quality_records()
 
 
 def confirming_runs(found: Entry, task: Task, planned: Mapping[str, int]) -> list[Run]:
@@ -94,7 +94,7 @@ def _document(run: Run) -> dict[str, Any]:
         "setting": setting_of(run.candidate.row),
         "prompts": run.prompts,
         "there": run.there,
-        "images": (run.prompts - run.there) * len({r.trial.request.seed for r in records}),
+        "images": (run.prompts - run.there) * len(set(seeds(records).tolist())),
         "hosted": is_hosted(records[0].trial.load),
         "command": run_command(records, run.study, asked),
     }

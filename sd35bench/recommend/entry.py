@@ -1,6 +1,6 @@
 """What a choice rests on, as the parts of a recommendation's entry."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp
 from typing import Any
@@ -11,7 +11,6 @@ from sd35bench.analysis.pairs import Comparison
 from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.speed import Latency, latency_summary
 from sd35bench.analysis.table import GUARD, Row, Table
-from sd35bench.columns import samples
 from sd35bench.fields import SETTING, describe
 from sd35bench.recommend.choice import Choice
 from sd35bench.recommend.confirm import HeldOut, prompts_wanted
@@ -21,7 +20,7 @@ from sd35bench.recommend.named_defaults import (
     NamedDefault,
     find_default,
     not_applicable,
-    records_with,
+    request_with,
     verdict_beside,
 )
 from sd35bench.recommend.pareto import RESAMPLES, Front, Speeds, peak_bytes, usd
@@ -29,7 +28,7 @@ from sd35bench.recommend.profiles import LIMITS, Profile
 from sd35bench.recommend.reproduce import api_body, run_command, snippet
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import POWER, TAIL, p_within
-from sd35bench.types import Record, Task, to_json
+from sd35bench.types import Task, to_json
 
 Claim = tuple[str, str]
 """The chosen setting and a default, by their hashes: that the first is better."""
@@ -232,7 +231,7 @@ class Entry:
 
     def command(self) -> str:
         """The command that makes the chosen setting's images again."""
-        return run_command(self._samples, f"recommended-{self.profile.name}")
+        return run_command(self.row.quality_records(), f"recommended-{self.profile.name}")
 
     def snippet(self) -> str | None:
         """The first image in plain diffusers; ``None`` where no weights made it."""
@@ -246,11 +245,6 @@ class Entry:
     def api(self) -> dict[str, Any]:
         """The first image as a create of the hosted protocol."""
         return api_body(self.row.quality_records()[0])
-
-    @property
-    def _samples(self) -> Sequence[Record]:
-        """What of the choice's records tells prompts and seeds."""
-        return samples(self.row.quality_records())
 
     def _row(self, i: int) -> Row:
         return self.comparison.candidates[i].row
@@ -387,10 +381,11 @@ class Entry:
 
     def _adding(self, default: NamedDefault) -> str:
         """The command that adds a default to the study, on the prompts of the choice."""
-        records = records_with(default, self._samples)
+        records = self.row.quality_records()
+        request = request_with(default, records[0].trial.request)
         preset = PRESET if default.skips_layers else None
         asked = Elsewhere(skip_layers=preset, results_dir=results_dir_of(self.study.path))
-        return run_command(records, self.study.name, asked)
+        return run_command(records, self.study.name, asked, request)
 
 
 def _objective(metric: str) -> str:

@@ -19,7 +19,7 @@ from sd35bench.errors import ConfigError
 from sd35bench.fields import FIELDS, SETTING, asked_fields, completed
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import images_between
-from sd35bench.types import Record, Request, Task
+from sd35bench.types import Request, Task
 
 _SKIP = {"scale": 2.5, "start": 0.01, "stop": 0.2}
 PRESET = "stability"
@@ -122,13 +122,9 @@ def not_applicable(default: NamedDefault, like: Row) -> str | None:
     return None
 
 
-def records_with(default: NamedDefault, records: Sequence[Record]) -> list[Record]:
-    """The same trials as requests of the default; skip-layer guidance is left to the command."""
-    wanted = _values(default)
-    return [
-        replace(r, trial=replace(r.trial, request=replace(r.trial.request, **wanted)))
-        for r in records
-    ]
+def request_with(default: NamedDefault, request: Request) -> Request:
+    """The same prompt as the default asks; skip-layer guidance is left to the command."""
+    return replace(request, **_values(default))
 
 
 def verdict_beside(difference: Interval, margin: float, above: bool | None) -> str:

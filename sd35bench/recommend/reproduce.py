@@ -9,7 +9,6 @@ another setting there is no body.
 """
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from sd35bench.analysis.commands import (
     prompt_overrides,
 )
 from sd35bench.analysis.settings import known_digest, shared_negatives
+from sd35bench.columns import Some, seeds
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.fields import FIELDS, later_asked
 from sd35bench.remote.providers.wire import MOST_CFG, MOST_STEPS, RATIOS, schema_input
@@ -32,11 +32,20 @@ _FIRST = ("steps", "cfg", "prompt_strength", "width", "height")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | None = None) -> str:
-    """Write the command that makes these records' images again, in a study of this name."""
-    load, request = records[0].trial.load, records[0].trial.request
+def run_command(
+    records: Some,
+    study: str,
+    elsewhere: Elsewhere | None = None,
+    asking: Request | None = None,
+) -> str:
+    """Write the command that makes these records' images again, in a study of this name.
+
+    `asking`: a request that all their prompts are to be in instead of their own.
+    """
+    load = records[0].trial.load
+    request = records[0].trial.request if asking is None else asking
     asked = Elsewhere() if elsewhere is None else elsewhere
-    seeds = sorted({r.trial.request.seed for r in records})
+    known = sorted(set(seeds(records).tolist()))
     said = asked_overrides(load, [request], asked.skip_layers)
     remote = records[0].remote
     for name in () if remote is None or load.model.family == "sd3" else remote.unsent:
@@ -47,10 +56,10 @@ def run_command(records: Sequence[Record], study: str, elsewhere: Elsewhere | No
     parts = [f"{n}={loads[n]}" for n in loads if n not in weights]
     parts += [f"{name}={text}" for name, text in {**first, **weights, **said}.items()]
     parts += prompt_overrides(records, asked)
-    negatives = shared_negatives(records)
+    negatives = shared_negatives(records, asking)
     parts += negative_overrides(negatives)
-    parts += [f"seed={','.join(map(str, seeds))}", f"batch_size={records[0].trial.batch_size}"]
-    many = ["-m"] if len(seeds) > 1 or len(negatives or ()) > 1 else []
+    parts += [f"seed={','.join(map(str, known))}", f"batch_size={records[0].trial.batch_size}"]
+    many = ["-m"] if len(known) > 1 or len(negatives or ()) > 1 else []
     where = [f"results_dir={asked.results_dir}"] if asked.results_dir is not None else []
     return plugins.command(shlex.join(["run", *many, *parts, f"study={study}", *where]))
 

@@ -73,9 +73,9 @@ def _groups(study: Study, rows: Sequence[Row], matched: Mapping[str, Some]) -> I
     starts = cells.starts.tolist()
     for i in sorted(range(len(cells.pairs)), key=lambda i: repr(cells.pairs[i])):
         by_image: dict[str, list[str]] = {}
-        for k in range(starts[i], starts[i + 1]):
-            file = files.get(images[k] or "", "")
-            by_image.setdefault(file, []).append(settings[k])
+        part = slice(starts[i], starts[i + 1])
+        for image, setting in zip(images[part], settings[part], strict=True):
+            by_image.setdefault(files.get(image or "", ""), []).append(setting)
         found = ((" · ".join(made), _address(file)) for file, made in by_image.items())
         pair = cells.pairs[i]
         yield Group(prompt=pair[0], seed=str(pair[2]), images=tuple(found))

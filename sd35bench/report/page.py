@@ -355,7 +355,7 @@ def _read(study: Study, profiles: Mapping[str, Any] | None) -> Source:
     table = read_table(study)
     return Source(
         study=study,
-        show=kept_show(study, lambda: show_document(study, table)),
+        show=kept_show(study, lambda: show_document(study, table), looked=True),
         recommendation=_recommend(study, profiles, table),
         claims=claims_document(study, table=table) if is_claims_study(study, table) else None,
     )

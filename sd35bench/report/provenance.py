@@ -36,7 +36,7 @@ from sd35bench.columns import (
     pick,
     prompts,
     ref_codes,
-    samples,
+    seeds,
     split,
     unlike,
 )
@@ -202,13 +202,13 @@ def _not_swept(load: Mapping[str, str]) -> dict[str, str]:
 
 
 def _rerun(study: str, records: Some, results_dir: str | None) -> dict[str, str]:
-    kinds, shown = unlike(records), samples(records)
+    kinds = unlike(records)
     loads = [load_overrides(r.trial.load) for r in kinds]
     requests = [r.trial.request for r in kinds]
     others = (r.remote for r in kinds if r.trial.load.model.family != "sd3")
     unsent = {n for remote in others if remote for n in remote.unsent}  # a run refuses them
     swept = {name: [load[name] for load in loads if name in load] for name in SWEPT}
-    seeds_of = sorted({r.trial.request.seed for r in shown})
+    seeds_of = sorted(set(seeds(records).tolist()))
     words_of = {
         **{name: ",".join(sorted(set(texts), key=_by_size)) for name, texts in swept.items()},
         **asked_overrides(kinds[0].trial.load, requests),
@@ -218,7 +218,7 @@ def _rerun(study: str, records: Some, results_dir: str | None) -> dict[str, str]
     where = {"study": study, "results_dir": "" if results_dir is None else results_dir}
     typed = [f"{n}={text}" for n, text in words_of.items() if text and n not in unsent]
     typed += [*negative_overrides(shared_negatives(records))]
-    typed += prompt_overrides(shown, Elsewhere())
+    typed += prompt_overrides(records, Elsewhere())
     typed += [f"{name}={text}" for name, text in {**_batches(records), **where}.items() if text]
     names = [*(name for name in SETTING if FIELDS[name].axis), "seed"]
     settings = {

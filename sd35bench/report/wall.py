@@ -271,7 +271,7 @@ class _Wall:
     pairs: set[int] = field(default_factory=set)
     _prompt_ids: dict[Any, int] = field(default_factory=dict)
     _image_ids: dict[str, int | None] = field(default_factory=dict)
-    _columns: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _columns: dict[str, tuple[NDArray[Any], ...]] = field(default_factory=dict)
     _up: set[tuple[int, str]] = field(default_factory=set)
     _numbers: list[int] = field(default_factory=list)
 
@@ -286,11 +286,12 @@ class _Wall:
         size = self.size > MAX_BYTES // self.share and not self.link
         return len(self.tiles) + more > tiles or size
 
-    def of(self, row_id: str, name: str) -> Any:
-        """A text column of a row's records."""
-        if (row_id, name) not in self._columns:
-            self._columns[row_id, name] = texts(self.matched[row_id], name)
-        return self._columns[row_id, name]
+    def of(self, row_id: str) -> tuple[NDArray[Any], ...]:
+        """Image, status and error of a row's records."""
+        if row_id not in self._columns:
+            names = ("image", "status", "error")
+            self._columns[row_id] = tuple(texts(self.matched[row_id], name) for name in names)
+        return self._columns[row_id]
 
     def first(self, by_row: Mapping[str, int]) -> Record:
         """A whole record of a pair; what its others ask for is the same but for the setting."""
@@ -307,19 +308,19 @@ class _Wall:
         record = self.first(new)
         prompt, request = self._prompt(record), record.trial.request
         for row_id, number in new.items():
+            image, status, error = (column[number] for column in self.of(row_id))
             tile = {
                 "setting": row_id,
                 "prompt": prompt,
                 "seed": str(request.seed),  # JavaScript has whole numbers up to 2^53 only
                 "width": request.width,
                 "height": request.height,
-                "image": self._image(self.of(row_id, "image")[number], is_init=False),
+                "image": self._image(image, is_init=False),
                 "scores": [],
                 "parts": [],
             }
-            status = self.of(row_id, "status")[number]
             if status != Status.OK:
-                why = self.of(row_id, "error")[number] or "no message"
+                why = error or "no message"
                 tile["error"] = f"{Status(status).value}: {why}"[:300]
             self.tiles.append(tile)
             self._numbers.append(number)
