@@ -176,19 +176,7 @@ def _defects_section(cells: dict[str, Any]) -> str:
         f" {most} images a side{speed}; seed {', '.join(map(str, seeds))}. Bold figures fail,"
         " slanted ones are undecided; an undecided gate passes with a warning. One of them from a"
         " fresh seed: `python -m tests.validity_runs defects --defect guidance --seed 7`.\n\n"
-        f"{matrix_table(cells)}\n\n{blind_text(cells)}{_older(cells)}\n\n{_made(cells)}"
-    )
-
-
-def _older(cells: dict[str, Any]) -> str:
-    """Say where the cells were judged by rules that have changed since."""
-    figures = [f for c in cells.values() for f in c["policies"]["all"]["figures"]]
-    if all("interval" in figure for figure in figures):
-        return ""
-    return (
-        "\n\nJudged before intervals were corrected and before images that are the same passed at"
-        " any n: brackets are plain 95 % intervals, and the control would pass `quality` and"
-        " `drift` now."
+        f"{matrix_table(cells)}\n\n{blind_text(cells)}\n\n{_made(cells)}"
     )
 
 

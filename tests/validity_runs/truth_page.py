@@ -123,8 +123,6 @@ def _choice_row(row: Mapping[str, Any], name: str) -> list[str]:
 
 def _definitive(held: Mapping[str, Any]) -> str:
     """How many choices were said to be shown, and how many of these lose more than the margin."""
-    if "definitive" not in held:  # made by the rule before, which knew no provisional answer
-        return "–"
     shown, wrong = held["definitive"], held["definitive_beyond"]
     return f"{shown}, {wrong} beyond the margin" if shown else "0"
 
@@ -189,11 +187,15 @@ def search_section(rows: Mapping[str, Any], made: str) -> str:
 def choice_section(rows: Mapping[str, Any], made: str) -> str:
     """`recommend` from small budgets against the grid."""
     any_row = next(iter(rows.values()))
+    held = [profile for row in rows.values() for profile in row["profiles"].values()]
+    asked = any_row["repetitions"] * len(held)
+    shown, wrong = (sum(h[k] for h in held) for k in ("definitive", "definitive_beyond"))
     return (
         f"**Recommendations:** `recommend` on few random prompts of the grid, all"
         f" {any_row['settings']} settings, {any_row['repetitions']} times"
         " (`python -m tests.validity_runs recommend`). *Definitive*: how many answers said that"
-        " they are shown; the others name the best-looking setting and say `provisional`. The last"
-        " column holds the same choices against the prompts that each of them did not see.\n\n"
-        f"{choice_table(rows)}\n\n{made}"
+        " they are shown; the others say `provisional`. The last column holds the same choices"
+        " against the prompts that each of them did not see.\n\n"
+        f"{choice_table(rows)}\n\nIn all {shown} of {asked} answers were definitive; {wrong} of"
+        f" these lose more than their margin.\n\n{made}"
     )
