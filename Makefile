@@ -16,7 +16,7 @@ help:
 	@echo "make setup      create $(VENV) with the sd35bench command (no-op when up to date)"
 	@echo "make demo       sweep the embedded model, score, recommend, write the HTML report"
 	@echo "make decide     on nano: the vendor's claims, an adaptive search, a recommendation, a gate that fails"
-	@echo "make bench      the compiled core against its peers, with its targets: results/tables/core.md, 25 min"
+	@echo "make bench      the compiled core against its peers, with its targets: results/tables/core.md, 40 min"
 	@echo "                (PARTS=block,nano runs some parts only, and keeps the others' figures)"
 	@echo "make bench-gpu  the full SD3.5-Medium on a GPU, random weights; writes results/tables/gpu.md"
 	@echo "make bench-gpu-rehearsal  the same chain at one layer and 256 px, on any machine"

@@ -15,7 +15,14 @@ from sd35bench.store import Study
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
 from tests.validity_runs import alarms, kept, page, plants
 from tests.validity_runs.defects import CONTROL, DEFECTS, SYSTEMATIC
-from tests.validity_runs.matrix import POLICIES, caught_by, images_needed, run_cell
+from tests.validity_runs.matrix import (
+    POLICIES,
+    REFUSED,
+    caught_by,
+    images_needed,
+    policy_verdict,
+    run_cell,
+)
 from tests.validity_runs.planted_models import PLANTS, PlantedEager, to_four_bits
 from tests.validity_runs.sides import Amount, planted, run_side
 
@@ -45,6 +52,22 @@ def test_control_passes_and_a_defect_fails_through_the_real_commands(tmp_path):
     failed = {f["name"]: f for f in seeds["policies"]["quality"]["figures"]}["failed"]
     assert failed["verdict"] == "fail"
     assert failed["effect"] == 1.0, "two seeds that give one file are both failures"
+
+
+@pytest.mark.parametrize(
+    ("gate", "figures", "said"),
+    [
+        ("fail", ("pass", "undecided"), REFUSED),
+        ("fail", ("pass", "fail"), "fail"),
+        ("undecided", ("undecided",), "undecided"),
+        ("pass", ("pass",), "pass"),
+    ],
+)
+def test_a_gate_that_fails_for_want_of_a_figure_catches_nothing(gate, figures, said):
+    """The control failed `speed` on a machine that ran at 0.28 and 0.49 of its best."""
+    found = {"verdict": gate, "figures": [{"verdict": verdict} for verdict in figures]}
+    assert policy_verdict(found) == said
+    assert caught_by({"policies": {"speed": found}}) == (["speed"] if said == "fail" else [])
 
 
 def test_worker_without_a_plant_is_left_alone(monkeypatch):

@@ -102,8 +102,10 @@ def test_a_machine_that_changed_leaves_the_quotient_of_medians() -> None:
 
 
 def test_the_true_width_has_denoiser_image_and_memory() -> None:
-    show = {"settings": [setting("eager", 4.0), setting("core-int8", 1.0)]}
-    found = judged({"true-width": show})
+    settings = [setting("eager", 4.0), setting("openvino", 1.5), setting("core-int8", 1.0)]
+    found = judged({"true-width": {"settings": settings}})
+    assert found["true width, denoiser", "core-int8", 1.8]["ratio"][0] == 1.5
+    assert found["true width, denoiser", "core-int8", 1.8]["met"] is False
     assert found["true width, denoiser", "core-int8", 4.0]["ratio"][0] == 4.0
     assert found["true width, with decoding", "core-int8", 2.8]["met"] is True
     rss = found["true width, peak RSS", "core-int8", 0.4]

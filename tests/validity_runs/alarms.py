@@ -24,21 +24,22 @@ from sd35bench.gate.policy import load_policy
 from sd35bench.gate.sides import Side, merge_starts, read_sides
 from sd35bench.stats.verdicts import Verdict
 from sd35bench.store import Study
-from tests.validity_runs.matrix import POLICIES
+from tests.validity_runs.matrix import POLICIES, REFUSED, figures_of_document, verdict_of
 from tests.validity_runs.sides import Amount, judge, run_side
 
 __all__ = ["ALONE", "STARTS", "measure"]
 
+BACKEND = "core"
 STARTS = 10
 ALONE = Amount(prompts=128, seeds=1, batch=1)
 
 
 def measure(
-    root: Path, seed: int, starts: int = STARTS, amount: Amount = ALONE, backend: str = "eager"
+    root: Path, seed: int, starts: int = STARTS, amount: Amount = ALONE, backend: str = BACKEND
 ) -> dict[str, Any]:
     """Start the backend `starts` times; verdicts of every pair of starts, by policy.
 
-    Returns: ``{"seed", "starts", "images", "policies": {name: {"verdicts": {verdict: n},
+    Returns: ``{"seed", "starts", "images", "backend", "policies": {name: {"verdicts": {verdict: n},
     "neighbours": {verdict: n}}}, "couples": {"couples", "verdicts": {verdict: n}}, "largest":
     {figure: largest ratio or difference seen}}``; `images` are of one start.
     """
@@ -49,6 +50,7 @@ def measure(
         "seed": seed,
         "starts": starts,
         "images": amount.images,
+        "backend": backend,
         "policies": policies,
         "couples": _couples(studies),
         "largest": largest,
@@ -68,13 +70,14 @@ def _start(root: Path, name: str, amount: Amount, seed: int, backend: str) -> St
 def _pairs(
     root: Path, names: Sequence[str], policy: str, largest: dict[str, float]
 ) -> dict[str, dict[str, int]]:
-    counts = {"verdicts": dict.fromkeys(map(str, Verdict), 0)}
+    counts = {"verdicts": _none_yet()}
     counts["neighbours"] = dict(counts["verdicts"])
     for i, j in combinations(range(len(names)), 2):
         document, _ = judge(root, names[i], names[j], policy)
-        counts["verdicts"][document["verdict"]] += 1
+        found = verdict_of(document["verdict"], figures_of_document(document))
+        counts["verdicts"][found] += 1
         if j == i + 1 and i % 2 == 0:
-            counts["neighbours"][document["verdict"]] += 1
+            counts["neighbours"][found] += 1
         _widen(largest, document)
     return counts
 
@@ -87,7 +90,7 @@ def _couples(studies: Sequence[Study]) -> dict[str, Any]:
     policy = load_policy("speed", config_dir() / "policy")
     sides = [_one(read_sides(study)) for study in studies]
     couples = list(zip(sides[::2], sides[1::2], strict=False))
-    verdicts = dict.fromkeys(map(str, Verdict), 0)
+    verdicts = _none_yet()
     for turned in product((0, 1), repeat=len(couples)):
         baseline, candidate = (
             _merged([couple[first ^ role] for couple, first in zip(couples, turned, strict=True)])
@@ -95,8 +98,12 @@ def _couples(studies: Sequence[Study]) -> dict[str, Any]:
         )
         nowhere = ImageDistances(lambda _: None, lambda _: None)
         document = compare_sides([baseline], [candidate], policy, nowhere)
-        verdicts[document["verdict"]] += 1
+        verdicts[verdict_of(document["verdict"], figures_of_document(document))] += 1
     return {"couples": len(couples), "verdicts": verdicts}
+
+
+def _none_yet() -> dict[str, int]:
+    return dict.fromkeys([*map(str, Verdict), REFUSED], 0)
 
 
 def _one(sides: list[Side]) -> Side:

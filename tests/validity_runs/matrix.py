@@ -5,7 +5,7 @@ defects of one seed. Speed has sides of its own: a few images, made alone, in ma
 both sides in turn, since seconds of one start say little of the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import log
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from sd35bench.store import Study
 from tests.validity_runs.defects import Defect
 from tests.validity_runs.sides import Amount, alternate, judge, run_side
 
-__all__ = ["BATCHED", "POLICIES", "STARTED", "SUBTLE", "images_needed", "run_cell", "summarise"]
+__all__ = [
+    "BATCHED",
+    "POLICIES",
+    "REFUSED",
+    "STARTED",
+    "SUBTLE",
+    "images_needed",
+    "run_cell",
+    "summarise",
+    "verdict_of",
+]
 
 POLICIES = ("quality", "drift", "speed", "all")
 FEW_POLICIES = ("quality", "drift", "exact")
@@ -25,6 +35,8 @@ SUBTLE = Amount(prompts=124, seeds=2, batch=16, alone=8)
 STARTED = Amount(prompts=12, seeds=1, batch=1)
 FEW = Amount(prompts=64, seeds=1, batch=16, alone=0)
 ROUNDS = 9
+REFUSED = "refused"
+"""A gate that fails for want of a figure it requires: no defect was seen, and none is excluded."""
 
 
 def run_cell(
@@ -118,9 +130,29 @@ def images_needed(figure: dict[str, Any], images: int, ratio: float | None = Non
     return None if truth <= margin else round(images * (error / (truth - margin)) ** 2)
 
 
+def verdict_of(gate: str, figures: Iterable[dict[str, Any]]) -> str:
+    """What the gate said, or `REFUSED` where it failed although no figure did.
+
+    Latency cannot be measured where the machine ran at unlike speeds under the two sides.
+    """
+    failed = gate == Verdict.FAIL and all(f["verdict"] != Verdict.FAIL for f in figures)
+    return REFUSED if failed else str(gate)
+
+
+def figures_of_document(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """All figures of a comparison of one setting."""
+    (comparison,) = document["comparisons"]
+    return [f for part in comparison["dimensions"].values() for f in part["figures"]]
+
+
+def policy_verdict(found: dict[str, Any]) -> str:
+    """`verdict_of` a kept cell's policy."""
+    return verdict_of(found["verdict"], found["figures"])
+
+
 def caught_by(cell: dict[str, Any]) -> list[str]:
-    """Policies whose gate failed."""
-    return [name for name, found in cell["policies"].items() if found["verdict"] == Verdict.FAIL]
+    """Policies of which a figure failed."""
+    return [name for name, f in cell["policies"].items() if policy_verdict(f) == Verdict.FAIL]
 
 
 def figures_of(cell: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
