@@ -42,7 +42,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
     ),
     "true-width": (
         *("experiment=true-width", "prompts.limit=4", "contention=warn"),
-        "backend=eager,core,core-int8,openvino,onnx,int8-w8a8",
+        "backend=eager,core,core-int8,openvino,onnx",
     ),
 }
 """What `run -m` is told. Retiming what the host disturbed would double the true width's minutes."""
