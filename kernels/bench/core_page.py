@@ -31,6 +31,7 @@ from typing import Any
 
 from sd35_kernels import canary
 from sd35_kernels.cpu.build import pick_level
+from sd35bench.disk import write_atomic
 from sd35bench.measure import environment
 
 HERE = Path(__file__).parent
@@ -71,6 +72,7 @@ WIDE_TARGETS = {"amx": (6.0, 3.5), "vnni": (4.0, 2.8)}
 """Of the true width, int8 over eager: the denoiser alone, and the image with its decoding."""
 NANO_LOSSY = {"amx": 7.0, "vnni": 6.0}
 MOST_RSS, MOST_START = 0.4, 1.5
+UNLIKE = "the machine ran at another speed under one of both"
 Row = dict[str, Any]
 
 
@@ -203,10 +205,7 @@ def keep(folder: Path, part: str, found: Row) -> None:
     """Keep what a part gave; a failure is put beside the figures of an earlier run."""
     if "failed" in found:
         found = kept(folder).get(part, {}) | found
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{part}.json.new"
-    temporary.write_text(json.dumps(found), encoding="utf-8")
-    temporary.replace(folder / f"{part}.json")
+    write_atomic(folder / f"{part}.json", json.dumps(found).encode())
 
 
 def kept(folder: Path) -> dict[str, Row]:
@@ -359,7 +358,12 @@ def _image(rows: Mapping[str, Row], case: str, tier: str, peer: str, wanted: flo
         return target | _came([ours["value"], *(ours["ci95"] or (None, None))], wanted, n, note)
     if ours is not None and theirs is not None:
         return target | _came([ours["value"] / theirs["value"], None, None], wanted, n, note)
-    return target | _unknown("the machine ran at another speed under one of both")
+    return target | _unknown(UNLIKE)
+
+
+def _alike(rows: Mapping[str, Row], *backends: str) -> bool:
+    """Whether the study compares these with eager, which it does at like speeds only."""
+    return all(name == "eager" or rows[name]["speedup"] is not None for name in backends)
 
 
 def quality(row: Mapping[str, Any]) -> str:
@@ -379,10 +383,15 @@ def _quotient(
     faster: bool = False,
     peer: str = "eager",
 ) -> Row:
-    """A figure of ours over a peer's, at most `wanted`; `faster`: theirs over ours, at least so."""
+    """A figure of ours over a peer's, at most `wanted`; `faster`: theirs over ours, at least so.
+
+    Seconds have no ratio where whole images have none; bytes do not depend on the machine's speed.
+    """
     target = {"case": case, "tier": tier, "peer": peer, "wanted": wanted}
     if tier not in rows or peer not in rows:
         return target | _unknown("this part was not run, or without one of both", not faster)
+    if figure is not rss_bytes and not _alike(rows, tier, peer):
+        return target | _unknown(UNLIKE, not faster)
     ours, theirs = figure(rows[tier]), figure(rows[peer])
     if not ours or not theirs:
         return target | _unknown("not in the records", not faster)
