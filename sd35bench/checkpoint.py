@@ -19,7 +19,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import cache_folder, file_digest, parse_json, read_regular, write_atomic
+from sd35bench.disk import (
+    cache_folder,
+    file_digest,
+    file_stamp,
+    parse_json,
+    read_regular,
+    write_atomic,
+)
 from sd35bench.errors import ConfigError, StoreError
 
 NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
@@ -417,7 +424,7 @@ class _Cache:
 
     def file_hash(self, path: Path) -> str:
         stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_ino}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+        key = "|".join(map(str, (path.resolve(), *file_stamp(stat))))
         if stat.st_size < CACHE_ABOVE_BYTES:
             found = _hashed.get(key) or file_digest(path)
             if time.time_ns() - stat.st_ctime_ns > SETTLED_NS:

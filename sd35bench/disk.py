@@ -125,6 +125,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_stamp(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a file does: size, inode, and when its bytes and its entry changed (ns)."""
+    return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
 def cache_folder(*names: str) -> Path:
     """A folder of ours in the user's cache: ``$XDG_CACHE_HOME``, else ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import parse_json, read_regular, write_atomic
+from sd35bench.disk import file_stamp, parse_json, read_regular, write_atomic
 from sd35bench.errors import StoreError
 from sd35bench.store import Study
 from sd35bench.view import FOLDER
@@ -105,6 +105,4 @@ def _listed(path: Path) -> Iterator[list[Any]]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         if file.suffix != ".pyc":
-            at = file.stat()
-            stamp = (at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns)
-            yield [str(file.relative_to(path)), *stamp]
+            yield [str(file.relative_to(path)), *file_stamp(file.stat())]

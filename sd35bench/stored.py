@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from sd35bench.disk import read_regular, write_atomic
+from sd35bench.disk import file_stamp, read_regular, write_atomic
 from sd35bench.errors import StoreError
 
 CHECKED = ".checked.json"
@@ -74,7 +74,7 @@ class StoredFiles:
         for entry in self._entries():
             digest = entry.name.partition(".")[0]
             at = entry.stat(follow_symlinks=False)
-            if known.get(digest) == (at.st_size, at.st_ino, at.st_mtime_ns, at.st_ctime_ns):
+            if known.get(digest) == file_stamp(at):
                 found.whole.add(digest)
             elif _STORED.fullmatch(entry.name):
                 try:
@@ -99,10 +99,10 @@ class StoredFiles:
     def note(self, path: Path, found: os.stat_result | None = None) -> None:
         """Remember that a file is whole: it was just written, or read."""
         with contextlib.suppress(OSError):
-            stamp = _stamp(path.lstat() if found is None else found)
+            mark = file_stamp(path.lstat() if found is None else found)
             digest = path.name.partition(".")[0]
-            if self._stamps().get(digest) != stamp:
-                self._stamps()[digest] = stamp
+            if self._stamps().get(digest) != mark:
+                self._stamps()[digest] = mark
                 self._changed = True
 
     def _forget(self, path: Path) -> None:
@@ -184,7 +184,7 @@ class StoredFiles:
             return {}
 
     def _is_known(self, digest: str, found: os.stat_result) -> bool:
-        return self._stamps().get(digest) == _stamp(found)
+        return self._stamps().get(digest) == file_stamp(found)
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         try:
@@ -197,7 +197,3 @@ class StoredFiles:
             return
         except OSError as exc:
             raise StoreError(f"cannot read {self._folder}: {exc.strerror}") from exc
-
-
-def _stamp(found: os.stat_result) -> _Stamp:
-    return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns

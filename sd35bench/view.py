@@ -30,7 +30,7 @@ from typing import Any
 
 import msgspec
 
-from sd35bench.disk import open_lock, read_regular, try_flock, write_atomic
+from sd35bench.disk import file_stamp, open_lock, read_regular, try_flock, write_atomic
 from sd35bench.errors import StoreError
 from sd35bench.types import Session, Status
 
@@ -451,7 +451,7 @@ def _stamp(path: Path) -> list[int]:
         found = path.stat()
     except OSError as exc:
         raise StoreError(f"{path} cannot be read: {exc.strerror}") from exc
-    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    return [*file_stamp(found)]  # as JSON has it
 
 
 def _number(data: bytes, offset: int) -> int:

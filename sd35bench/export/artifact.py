@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sd35bench.disk import cache_folder, file_digest, write_atomic
+from sd35bench.disk import cache_folder, file_digest, file_stamp, write_atomic
 from sd35bench.errors import BackendError, StoreError
 from sd35bench.types import content_hash
 
@@ -200,8 +200,7 @@ def _remember_verified(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    return [*file_stamp(path.stat())]  # as JSON has it
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

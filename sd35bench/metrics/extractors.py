@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.disk import file_digest
+from sd35bench.disk import file_digest, file_stamp
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import Extractor, Image, require_uint8_rgb
 from sd35bench.metrics.dinov2 import FAMILY, Dinov2, dinov2_model
@@ -71,7 +71,9 @@ class NanoEvaluator(ClipExtractor):
     @cached_property
     def _states(self) -> tuple[tuple[Any, ...], ...]:
         names = ("open_clip_config.json", "open_clip_model.safetensors")
-        return tuple((self.folder / name, *_state(self.folder / name)) for name in names)
+        return tuple(
+            (self.folder / name, *file_stamp((self.folder / name).stat())) for name in names
+        )
 
     @cached_property
     def _files(self) -> tuple[bytes, str]:
@@ -326,11 +328,6 @@ def _token_count(tokenizer: Any, prompt: str) -> int:
     if hasattr(tokenizer, "encode"):
         return len(tokenizer.encode(prompt)) + 2
     return len(tokenizer.tokenizer(prompt, truncation=False)["input_ids"])
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 @lru_cache(maxsize=2)
