@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sd35bench import plugins
 from sd35bench.errors import ConfigError, SD35BenchError
-from sd35bench.store import Study as _Store
+from sd35bench.study.store import Study as _Store
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from sd35bench.analysis.settings import pair_keys
 from sd35bench.analysis.table import GUARD, Row, Table
-from sd35bench.columns import Some, has, join, numbers, prompt_refs, seconds, seeds, texts
 from sd35bench.disk import disk_errors, write_atomic
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.fields import SETTING, pair_fields
-from sd35bench.store import Study
+from sd35bench.study.columns import Some, has, join, numbers, prompt_refs, seconds, seeds, texts
+from sd35bench.study.store import Study
+from sd35bench.study.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, OWN, WHOLE
 from sd35bench.types import Status, content_hash, to_json
-from sd35bench.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, OWN, WHOLE
 
 _AS_JSON = (
     *("backend_options", "contention", "environment", "excluded", "extra", "flops", "gpu"),

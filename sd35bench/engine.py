@@ -10,12 +10,12 @@ machines need neither locks nor a shared disk.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from sd35bench.limits import Limits
 from sd35bench.plan import Plan
 from sd35bench.remote.settings import RemoteSettings
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
 from sd35bench.workers.lane import Crew
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import LocalProcesses, run_plans
 
 if TYPE_CHECKING:

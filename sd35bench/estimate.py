@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.analysis.settings import setting_key
-from sd35bench.contention import read_contention
 from sd35bench.engine import Engine
 from sd35bench.errors import StoreError
 from sd35bench.evaluations import work
+from sd35bench.machine.contention import read_contention
 from sd35bench.plan import Plan
 from sd35bench.remote.ledger import Ledger
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import shares
 from sd35bench.types import Record, Request, Session, Status, Trial
 

@@ -6,7 +6,7 @@ nothing, and a killed run loses at most the last `_FLUSH` images' work. Set metr
 image that names its features' extractor and its reference; the distance is computed by `analysis`.
 Drift holds an image against another one of the study, which is remembered from just before.
 
-What is there is looked up in columns (`sd35bench.columns`): of a large study only records that
+What is there is looked up in columns (`study.columns`): of a large study only records that
 something is still wanted of are read as a whole, but for drift, which pairs all of them.
 """
 
@@ -24,20 +24,6 @@ from sd35bench.analysis.facts import GUARD, declared
 from sd35bench.analysis.scores import ScoreIndex, ScoreLike
 from sd35bench.analysis.settings import HELD_OUT, of_requests, request_codes, setting_codes, tasks
 from sd35bench.analysis.table import DAMAGED, MISSING
-from sd35bench.columns import (
-    Places,
-    Some,
-    among,
-    coded,
-    grouped,
-    is_ref,
-    is_text,
-    numbers,
-    pick,
-    samples,
-    split,
-    texts,
-)
 from sd35bench.errors import MetricError, StoreError
 from sd35bench.metrics.base import (
     Extractor,
@@ -55,7 +41,21 @@ from sd35bench.metrics.base import (
 )
 from sd35bench.metrics.reference import keep_reference
 from sd35bench.metrics.selection import select_metrics
-from sd35bench.store import Score, Study
+from sd35bench.study.columns import (
+    Places,
+    Some,
+    among,
+    coded,
+    grouped,
+    is_ref,
+    is_text,
+    numbers,
+    pick,
+    samples,
+    split,
+    texts,
+)
+from sd35bench.study.store import Score, Study
 from sd35bench.types import Record, Status
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sd35bench.errors import count_error
-from sd35bench.journal import Shard
 from sd35bench.plan import Batch, Plan
-from sd35bench.store import Study
+from sd35bench.study.journal import Shard
+from sd35bench.study.store import Study
 from sd35bench.types import Record, Session, Status
 
 

@@ -15,8 +15,8 @@ from sd35bench.analysis.reference import load_reference
 from sd35bench.disk import read_regular
 from sd35bench.errors import MetricError, StoreError
 from sd35bench.remote.ledger import Ledger, ledger_folder
-from sd35bench.store import Study, load_features, load_machine
-from sd35bench.stored import read_named
+from sd35bench.study.content_files import read_named
+from sd35bench.study.store import Study, load_features, load_machine
 from sd35bench.types import Record, Session, Status
 
 AGAIN = "run the same command again: it makes it again, or fetches it where a service made it"

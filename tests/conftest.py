@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 import sd35bench.export.artifact as artifact
-from sd35bench import measure
 from sd35bench.cli import main
+from sd35bench.machine import measure
 from tests import preforked
 from tests.studies import in_process
 

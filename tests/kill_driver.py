@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.workers.process import run_plan
 from tests.studies.fakes import fake_load, fake_plan
 

@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.journal import new_shard_id
-from sd35bench.measure import environment
-from sd35bench.store import Score, Study
+from sd35bench.machine.measure import environment
+from sd35bench.study.journal import new_shard_id
+from sd35bench.study.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
     CanaryFacts,
@@ -244,7 +244,7 @@ def _filled(text: str) -> str:
 # Measuring ------------------------------------------------------------------------------------
 
 _RESUME = (
-    "import sys; from pathlib import Path; from sd35bench.store import Study;"
+    "import sys; from pathlib import Path; from sd35bench.study.store import Study;"
     " p = Path(sys.argv[1]); print(len(Study.open(p.parent, p.name).done_keys()))"
 )
 

@@ -1,6 +1,7 @@
 """The shape of the code: what loads torch, what must not exist, who imports whom."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ TORCH_FREE = [
     "sd35bench.config",
     "sd35bench.plan",
     "sd35bench.prompts",
-    "sd35bench.store",
-    "sd35bench.limits",
+    "sd35bench.study.store",
+    "sd35bench.workers.limits",
     "sd35bench.engine",
-    "sd35bench.machine",
+    "sd35bench.machine.rates",
     "sd35bench.workers.process",
     "sd35bench.trials",
     "sd35bench.workers.worker",
@@ -72,3 +73,35 @@ def test_backends_register_modules_that_exist():
 
     for target in KINDS.values():
         assert importlib.util.find_spec(target.split(":")[0]) is not None
+
+
+def undrawn(text):
+    """What the drawing in CONTRIBUTING.md lacks of the root, and what it names without cause."""
+    drawing = text.split("```")[1]
+    package = ROOT / "sd35bench"
+    there = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    there |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")} - {"configs/"}
+    named = set(re.findall(r"(?<![\w/])[a-z_0-9]+\.py\b", drawing)) | set(
+        re.findall(r"\bsd35bench/([a-z_]+(?:\.py|/))", drawing)
+    )
+    files = {path.name for path in package.rglob("*.py")}
+    absent = {n for n in named if not (n in files or (package / n).is_dir())}
+    return there - named, absent
+
+
+def test_contributing_draws_the_whole_root_and_nothing_else():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert undrawn(text) == (set(), set())
+    # Mutants: a folder that is left out, and a module that moved.
+    assert undrawn(text.replace("sd35bench/machine/ ", "")) == ({"machine/"}, set())
+    assert undrawn(text.replace("trials.py  ", "runs.py  ")) == ({"trials.py"}, {"runs.py"})
+
+
+def test_contributing_sends_to_names_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    found = re.findall(r"`(\w+)`(?: and `(\w+)`)? in\s+`(sd35bench/[\w/]+\.py)`", text)
+    assert len(found) >= 6
+    for *names, path in found:
+        code = (ROOT / path).read_text()
+        missing = [n for n in names if n and not re.search(rf"^(def |class )?{n}\b", code, re.M)]
+        assert not missing, f"CONTRIBUTING.md says {missing} of {path}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sd35bench.analysis.summary import show_document
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 POINT = ("model=nano", "backend=eager", "steps=4", "cfg=4", "prompts.limit=12", "threads=1")
 

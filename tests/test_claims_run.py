@@ -9,8 +9,8 @@ import pytest
 from sd35bench.cli import main
 from sd35bench.config import compose, freeze
 from sd35bench.config.compose import compose as composed
+from sd35bench.config.sweeper import companion_overrides
 from sd35bench.plan import expand
-from sd35bench.sweeper import companion_overrides
 
 COMPANIONS = ["claims-steps", "claims-formats"]
 NANO_COMPANIONS = ["claims-finals", "claims-levels", "claims-overlap", "claims-edit"]

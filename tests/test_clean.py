@@ -9,7 +9,7 @@ import pytest
 
 from sd35bench.cli import main
 from sd35bench.disk import open_lock
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 pytestmark = pytest.mark.usefixtures("fakes_here")
 

@@ -17,7 +17,7 @@ from sd35bench.cli import VERBS, main
 from sd35bench.cli.run import RunTask
 from sd35bench.config import compose
 from sd35bench.errors import DiskFull, StoreError, StudyLocked, WorkerDied
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 ROOT = Path(__file__).parent.parent
 FAKE = ["backend=fake", "prompts.limit=2", "study=t"]

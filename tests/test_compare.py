@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sd35bench.alternate import reruns_of
 from sd35bench.cli import compare, main
+from sd35bench.gate.rerun import reruns_of
 from sd35bench.gate.sides import read_sides
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Status
 
 pytestmark = pytest.mark.usefixtures("all_fakes_here")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from sd35bench.analysis.facts import METRICS
 from sd35bench.config import check_overrides, choices, compose, config_dir, freeze
 from sd35bench.config.compose import explained
 from sd35bench.config.models import FIELDS, check_field
@@ -18,12 +19,11 @@ from sd35bench.config.overrides import (
     parse,
     written,
 )
+from sd35bench.config.sweeper import noise_overrides
 from sd35bench.errors import ConfigError
-from sd35bench.limits import Limits
-from sd35bench.metrics.base import METRICS
 from sd35bench.plan import expand
 from sd35bench.stats.latency import LEAST_IMAGES
-from sd35bench.sweeper import noise_overrides
+from sd35bench.workers.limits import Limits
 
 ROOT = Path(__file__).parent.parent
 

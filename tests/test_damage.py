@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sd35bench import checkpoint
 from sd35bench.cli import main
-from sd35bench.store import Study
+from sd35bench.loading import checkpoint
+from sd35bench.study.store import Study
 from tests.golden.studies import make_sets
 from tests.reliability.damage import Cells, buy, cells, measured, quiet
 
@@ -74,7 +74,7 @@ MUTANTS = {
     ),
     "empty": (
         ("study.json", "empty", "show"),
-        "sd35bench.store._check_schema",
+        "sd35bench.study.store._check_schema",
         lambda marker, _: json.loads(marker.read_text())["schema"],
     ),
     "price": (

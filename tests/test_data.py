@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sd35bench import data, view
+from sd35bench import data
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import read_table
 from sd35bench.cli import main
-from sd35bench.columns import Records
 from sd35bench.errors import ConfigError
 from sd35bench.fields import make_trial
-from sd35bench.store import Study
+from sd35bench.study import view
+from sd35bench.study.columns import Records
+from sd35bench.study.store import Study
 from tests.studies import drawn
 
 LARGEST = 2**64 - 1

@@ -7,7 +7,7 @@ from sd35bench.cli.study import score_missing
 from sd35bench.config import config_dir
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profiles
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 TRUTH = {
     (6, 2.0): 0.680,

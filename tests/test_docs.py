@@ -16,12 +16,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from sd35bench import checkpoint
 from sd35bench.architectures import read_architecture
+from sd35bench.backends.flops import image_flops
 from sd35bench.cli import VERBS, _command, main, study
 from sd35bench.cli.parser import parse
 from sd35bench.config import check_overrides
-from sd35bench.flops import image_flops
+from sd35bench.loading import checkpoint
 from sd35bench.types import Request
 from tests import reference_page
 from tests.docs_stand_in import ELSEWHERE, arguments, refusal, write_files

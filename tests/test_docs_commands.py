@@ -10,7 +10,7 @@ import pytest
 
 from sd35bench.cli import _command, main
 from sd35bench.cli.parser import parse
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.docs_stand_in import ELSEWHERE, arguments, drifts, refusal, write_files
 from tests.documents import ROOT, Shell, commands, pages
 

@@ -5,9 +5,9 @@ import pytest
 
 from sd35bench.engine import Engine, local_engine
 from sd35bench.estimate import estimate
-from sd35bench.limits import Limits
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Record, Session, Status, Timings
+from sd35bench.workers.limits import Limits
 from tests.studies.fakes import fake_load, fake_plan
 
 PER_UNIT_S = 1e-7  # seconds per evaluation and pixel, guidance counted twice

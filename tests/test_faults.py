@@ -14,10 +14,10 @@ import pytest
 
 from sd35bench.backends.fake import _number
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
-from sd35bench.limits import Limits
 from sd35bench.plan import Plan
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Record, Status
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.workers.worker import Failed, Ready
 from tests import preforked

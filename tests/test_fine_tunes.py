@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sd35bench.checkpoint import NANO_WEIGHTS, path_digest
 from sd35bench.cli import compare, main
 from sd35bench.cli.parser import parse
 from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.overrides import written
+from sd35bench.loading.checkpoint import NANO_WEIGHTS, path_digest
 from sd35bench.loading.sources import load_model
 from sd35bench.nano.train.lora import FineTune, adapt, train
 from sd35bench.nano.train.measure import load_pipeline

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Status
 from tests.studies.fakes import fake_load, fake_plan
 

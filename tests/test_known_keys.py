@@ -13,7 +13,7 @@ import pytest
 
 from sd35bench.cli import main
 from sd35bench.fields import completed, make_trial
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import (
     BackendSpec,
     Load,

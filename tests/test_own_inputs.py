@@ -13,12 +13,12 @@ from sd35bench.config.inputs import own_axes, settle_axes
 from sd35bench.config.models import RUN
 from sd35bench.config.overrides import check_overrides, written
 from sd35bench.config.remote import place_of
+from sd35bench.config.sweeper import job_overrides
 from sd35bench.config.unread import refuse_unread
 from sd35bench.errors import ConfigError
 from sd35bench.fields import asked_fields, describe, make_trial, words
 from sd35bench.plan import expand
 from sd35bench.recommend.reproduce import api_body, run_command
-from sd35bench.sweeper import job_overrides
 from sd35bench.types import Record, RemoteCall, Request, Status, from_json, to_json
 from tests.remote.faults import picture
 from tests.studies.page import OWN, backend_conf, group_file, model_conf, schema_of

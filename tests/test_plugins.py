@@ -11,7 +11,7 @@ from sd35bench import cli, plugins
 from sd35bench.backends.base import Backend
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import sampler_order
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.installed import install_example, write_dist_info
 from tests.studies.drawn import make_study
 

@@ -8,7 +8,7 @@ import pytest
 
 from sd35bench import plugins
 from sd35bench.cli import main
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 TEXT = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sd35bench.cli import main
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.tune_driver import score
 
 pytestmark = pytest.mark.usefixtures("empty_folder", "fakes_here", "ruled")

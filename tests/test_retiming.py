@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from sd35bench import machine
 from sd35bench.engine import local_engine
 from sd35bench.errors import WorkerDied
 from sd35bench.estimate import estimate
-from sd35bench.limits import Limits
-from sd35bench.store import Study
+from sd35bench.machine import rates
+from sd35bench.study.store import Study
 from sd35bench.types import Status, Surroundings, Timings
 from sd35bench.workers import process
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import run_plan
 from sd35bench.workers.worker import Answer, Job, Made, Ready, Settled
 from tests.studies.fakes import fake_load, fake_plan
@@ -126,20 +126,20 @@ def test_a_worker_that_dies_while_it_times_again_loses_nothing(study, monkeypatc
 def test_a_run_says_how_far_below_the_machines_best_it_ran(study):
     run(study, [QUIET] * 4, count=4)
     (facts,) = {s.canary for s in study.sessions().values()}
-    assert machine.read_best(facts.machine) == 100.0
-    machine.keep_best(facts.machine, 250.0)
+    assert rates.read_best(facts.machine) == 100.0
+    rates.keep_best(facts.machine, 250.0)
     summary = run(study, [QUIET] * 8, count=8)
     assert summary.speed == pytest.approx(0.398)
     assert [s.canary.best for s in study.sessions().values()] == [100.0, 250.0]
-    machine.keep_best(facts.machine, 200.0)
-    assert machine.read_best(facts.machine) == 250.0
+    rates.keep_best(facts.machine, 200.0)
+    assert rates.read_best(facts.machine) == 250.0
 
 
 def test_a_best_that_cannot_be_read_is_none(study, tmp_path):
     folder = tmp_path / "cache" / "sd35bench" / "canary"
     folder.mkdir(parents=True)
     (folder / "here.json").write_text("{")
-    assert machine.read_best("here") == 0.0
+    assert rates.read_best("here") == 0.0
 
 
 def test_estimates_learn_from_undisturbed_trials_alone(study, tmp_path: Path):

@@ -17,7 +17,7 @@ from sd35bench.metrics.fid import Fid
 from sd35bench.metrics.init_kept import InitKept
 from sd35bench.metrics.prompt_accuracy import PromptAccuracy
 from sd35bench.score import guard_image, score_study
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.metrics.doubles import Colours, Redness, pictures, save_random_evaluator
 from tests.studies.memory import LOAD, record, session
 
@@ -354,7 +354,7 @@ def test_scored_study_is_shown_without_torch(study, tmp_path, monkeypatch):
     code = (
         "import sys\nfrom pathlib import Path\nfrom sd35bench.metrics.extractors import *\n"
         f"NanoEvaluator.__init__ = lambda self: setattr(self, 'folder', Path({str(folder)!r}))\n"
-        "from sd35bench.score import score_study\nfrom sd35bench.store import Study\n"
+        "from sd35bench.score import score_study\nfrom sd35bench.study.store import Study\n"
         f"study = Study.open(Path({str(tmp_path)!r}), 's')\n"
         "print(score_study(study)['total'], 'torch' in sys.modules)"
     )

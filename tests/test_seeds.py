@@ -17,11 +17,11 @@ from sd35bench.prompts import PromptItem
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.providers import PROVIDERS, provider_class
 from sd35bench.remote.providers.base import _text
-from sd35bench.store import Score, Study, _table
+from sd35bench.study.store import Score, Study, _table
 from sd35bench.types import Load, PromptRef
 from tests.remote.contract import remote_settings
 from tests.studies.fakes import fake_load
-from tests.test_store import make_record, request
+from tests.study.test_store import make_record, request
 
 MOST = 2**64 - 1
 LONG = 2**63 + 2**53 + 12345

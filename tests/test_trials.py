@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from sd35bench.errors import DiskFull, StudyLocked
-from sd35bench.limits import Limits
 from sd35bench.plan import Plan
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import shares
 from sd35bench.types import Flops, GpuState, Status, Timings
 from sd35bench.workers import process
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.workers.worker import Answer, Made, Ready, Settled, encode_image
 from tests.studies.fakes import fake_load, fake_plan

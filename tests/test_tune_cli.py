@@ -17,7 +17,7 @@ from sd35bench.config.tune import _sorted_out, read_tuning
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profile, load_profiles
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Status
 from tests.tune_driver import score
 

@@ -11,7 +11,7 @@ import pytest
 from sd35bench.backends.base import load_backend
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.nano import WEIGHTS
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
 from tests.validity_runs import alarms, kept, page, plants
 from tests.validity_runs.defects import CONTROL, DEFECTS, SYSTEMATIC

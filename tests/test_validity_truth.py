@@ -7,7 +7,7 @@ import pytest
 
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.profiles import Profile
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.tune_driver import accuracy, score
 from tests.validity_runs import choices, grid, kept, page, searches, truth
 

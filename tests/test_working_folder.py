@@ -33,7 +33,7 @@ def starts() -> list[tuple[str, int, list[str]]]:
 
 def test_every_python_that_is_started_leaves_the_working_folder_out():
     found = starts()
-    assert {name for name, _, _ in found} >= {"machine.py", "images.py"}
+    assert {name for name, _, _ in found} >= {"rates.py", "images.py"}
     assert [each for each in found if each[2][:1] != ["'-P'"]] == []
 
 
@@ -65,7 +65,7 @@ def test_a_run_imports_nothing_from_where_it_is_started(hostile):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("module", ["sd35bench.workers.worker", "sd35bench.machine"])
+@pytest.mark.parametrize("module", ["sd35bench.workers.worker", "sd35bench.machine.rates"])
 def test_mutant_without_the_flag_imports_what_lies_there(hostile, module):
     run(hostile, "-m", module, "--help")
     assert (hostile / MARKER).exists()

@@ -10,7 +10,7 @@ import sys
 
 import sd35bench.cli.tune as verb
 from sd35bench.cli import main
-from sd35bench.store import Score, Study
+from sd35bench.study.store import Score, Study
 from sd35bench.types import Record, Request, Status
 from sd35bench.workers import process
 from tests.studies.in_process import HereWorker

@@ -32,7 +32,7 @@ from typing import Any
 from sd35_kernels import canary
 from sd35_kernels.cpu.build import pick_level
 from sd35bench.disk import write_atomic
-from sd35bench.measure import environment
+from sd35bench.machine.measure import environment
 
 HERE = Path(__file__).parent
 CASES = ("block", "block-1024px", "nano")

@@ -18,10 +18,10 @@ from typing import Any
 
 from sd35bench.analysis.settings import known_threads
 from sd35bench.architectures import architecture_name
-from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
-from sd35bench.columns import Some, distinct_refs, prompt_refs, prompts, texts
 from sd35bench.evaluations import skip_layer_text
 from sd35bench.fields import FIELDS, SETTING, is_unasked
+from sd35bench.loading.checkpoint import NANO_WEIGHTS, weights_digest
+from sd35bench.study.columns import Some, distinct_refs, prompt_refs, prompts, texts
 from sd35bench.types import Load, ModelSpec, PromptRef, Request, SkipLayerGuidance
 
 _DEFAULT_RESULTS = "results"

@@ -135,7 +135,7 @@ def drift_document(study: Any, table: Table) -> dict[str, Any]:
 
 
 def drift_summary(study: Any, table: Table) -> DriftSummary | None:
-    """Sum up the drift of a study (`sd35bench.store.Study`); ``None`` where none was scored."""
+    """Sum up the drift of a study (`study.store.Study`); ``None`` where none was scored."""
     names = sorted(n for n in table.scores if n == "drift" or n.startswith("drift_"))
     found = {name: _samples(table, name) for name in names}
     name = next((n for n in names if found[n][0]), None)

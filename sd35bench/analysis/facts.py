@@ -1,4 +1,4 @@
-"""What is known of each metric's numbers: which way is better, bounds, and what it can judge.
+"""What a metric is: its code, its heading, which way is better, its bounds, what it can judge.
 
 Of a plug-in's metric its class says so (`sd35bench.metrics.base.Metric`). Its scores say it too,
 so that a study is read right where the plug-in is not.
@@ -33,40 +33,70 @@ class MetricFacts:
     task: str | None = None
 
 
-_FACTS = {
-    "prompt_accuracy": MetricFacts(True, (0.0, 1.0)),
-    "init_kept": MetricFacts(True, (0.0, 1.0), task=Task.IMAGE_TO_IMAGE),
-    "clip_score": MetricFacts(True, (-100.0, 100.0)),
-    "fid": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
-    "kid": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
-    "cmmd": MetricFacts(False, task=Task.TEXT_TO_IMAGE),
-    "precision": MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE),
-    "recall": MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE),
-    "sharpness": MetricFacts(ranks=False),
-    "contrast": MetricFacts(ranks=False),
-    "judge": MetricFacts(),
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric of this package: where its code is, how it is said, what its numbers are.
+
+    `load` is a module and its function ``load(name, **options) -> Metric``. `label` is a column's
+    heading; ``None``: the metric's own name. With `on_features` the bare family name means nano's
+    evaluator on a study of nano alone.
+    """
+
+    load: str
+    label: str | None = None
+    facts: MetricFacts = MetricFacts()
+    on_features: bool = False
+
+
+_SHARE = MetricFacts(True, (0.0, 1.0))
+_SHARE_OF_TEXT = MetricFacts(True, (0.0, 1.0), task=Task.TEXT_TO_IMAGE)
+_DISTANCE = MetricFacts(False, task=Task.TEXT_TO_IMAGE)
+
+
+METRICS = {
+    "prompt_accuracy": Family("sd35bench.metrics.prompt_accuracy:load", "prompt accuracy", _SHARE),
+    "init_kept": Family(
+        "sd35bench.metrics.init_kept:load",
+        "init kept",
+        MetricFacts(True, (0.0, 1.0), task=Task.IMAGE_TO_IMAGE),
+    ),
+    "clip_score": Family(
+        "sd35bench.metrics.clip_score:load", "CLIP-score", MetricFacts(True, (-100.0, 100.0)), True
+    ),
+    "fid_infinity": Family("sd35bench.metrics.fid_infinity:load", "FID∞", _DISTANCE, True),
+    "fid": Family("sd35bench.metrics.fid:load", "FID", _DISTANCE, True),
+    "kid": Family("sd35bench.metrics.kid:load", "KID", _DISTANCE, True),
+    "cmmd": Family("sd35bench.metrics.cmmd:load", "CMMD", _DISTANCE, True),
+    "precision": Family(
+        "sd35bench.metrics.precision_recall:load", "precision", _SHARE_OF_TEXT, True
+    ),
+    "recall": Family("sd35bench.metrics.precision_recall:load", "recall", _SHARE_OF_TEXT, True),
+    "sharpness": Family("sd35bench.metrics.luma:load", None, MetricFacts(ranks=False)),
+    "contrast": Family("sd35bench.metrics.luma:load", None, MetricFacts(ranks=False)),
+    "judge": Family("sd35bench.metrics.judge:load", None, MetricFacts()),
     # No bounds: where all are identical the interval is a point, not "never seen in k prompts".
-    "drift": MetricFacts(False),
+    "drift": Family("sd35bench.metrics.drift:load", None, MetricFacts(False)),
 }
+"""Metric families, the labelled ones in the order of tables' columns."""
 _said: dict[str, MetricFacts] = {}
 """What scores that were read say of plug-ins' metrics, by the metric's full name."""
 
 
 def known_metrics() -> tuple[str, ...]:
     """Families of metrics of which anything is known, in the order of the alphabet."""
-    return tuple(sorted({*_FACTS, *plugins.added_names("metrics"), *_said}))
+    return tuple(sorted({*METRICS, *plugins.added_names("metrics"), *_said}))
 
 
 def foreign_metrics(metrics: Iterable[str]) -> list[str]:
     """Those of some metrics that are not the package's own."""
-    return [name for name in metrics if not name.startswith((*_FACTS, GUARD))]
+    return [name for name in metrics if not name.startswith((*METRICS, GUARD))]
 
 
 def facts(metric: str) -> MetricFacts:
     """Return what is known of a metric by the longest known beginning of its name."""
-    known = [prefix for prefix in _FACTS if metric.startswith(prefix)]
+    known = [family for family in METRICS if metric.startswith(family)]
     if known:
-        return _FACTS[max(known, key=len)]
+        return METRICS[max(known, key=len)].facts
     with suppress(ConfigError):  # who scores with it is told what is wrong
         if (found := added_class(metric)) is not None:
             return of_class(found)

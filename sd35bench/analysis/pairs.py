@@ -21,11 +21,20 @@ from sd35bench.analysis.facts import facts
 from sd35bench.analysis.settings import PairKey, PairNumbers, pair_clusters
 from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
-from sd35bench.columns import Floats, Some, distinct_refs, is_text, numbers, pick, seconds, texts
 from sd35bench.errors import ConfigError
 from sd35bench.evaluations import sequences
 from sd35bench.stats.clustered import mean_bounds, mean_t
 from sd35bench.stats.intervals import Interval
+from sd35bench.study.columns import (
+    Floats,
+    Some,
+    distinct_refs,
+    is_text,
+    numbers,
+    pick,
+    seconds,
+    texts,
+)
 from sd35bench.types import Status, Task
 
 EDIT_QUALITY = "edit_quality"

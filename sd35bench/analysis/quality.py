@@ -16,12 +16,12 @@ from sd35bench.analysis.scores import Found
 from sd35bench.analysis.set_metrics import FRECHET, compute
 from sd35bench.analysis.settings import cluster_labels
 from sd35bench.analysis.table import Row, Table
-from sd35bench.columns import Floats, Some, distinct_refs, is_ref, pick, texts
 from sd35bench.errors import MetricError
 from sd35bench.prompts import same_prompt
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.kernel import Sample
+from sd35bench.study.columns import Floats, Some, distinct_refs, is_ref, pick, texts
 
 
 def row_metric(study: Any, table: Table, row: Row, metric: str) -> dict[str, Any]:

@@ -26,9 +26,9 @@ import numpy as np
 from sd35bench.analysis.settings import cluster_labels, setting_key
 from sd35bench.analysis.speed import by_start
 from sd35bench.analysis.table import BESIDE, RESUMED, Row, Table
-from sd35bench.columns import has, pick
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.latency import latency_interval, mean_latency
+from sd35bench.study.columns import has, pick
 from sd35bench.types import Record, RemoteCall, Status
 
 Phase = list[Record]

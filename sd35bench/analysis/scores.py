@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import foreign_metrics, take_declared
-from sd35bench.columns import Floats, Records, Some, texts
-from sd35bench.latest import Scores
+from sd35bench.study.columns import Floats, Records, Some, texts
+from sd35bench.study.latest import Scores
 
 Where = tuple[str, str]
 """Trial key and image digest."""

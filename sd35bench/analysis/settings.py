@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.columns import (
+from sd35bench.fields import FIRST_PAIR, asked_fields, pair_identity, setting_identity
+from sd35bench.prompts import same_prompt
+from sd35bench.study.columns import (
     Columns,
     Records,
     Some,
@@ -25,8 +27,6 @@ from sd35bench.columns import (
     pick,
     seeds,
 )
-from sd35bench.fields import FIRST_PAIR, asked_fields, pair_identity, setting_identity
-from sd35bench.prompts import same_prompt
 from sd35bench.types import Load, Record, Request, Trial, content_hash, to_json
 
 PairKey = tuple[Any, ...]

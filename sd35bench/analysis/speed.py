@@ -1,8 +1,8 @@
 """The truth about speed: a row's rate against the machine's limit, against eager, by batch size.
 
 A latency alone says neither how good it is nor whether it can be true. Beside it stand the
-operations that the image needs (`sd35bench.flops`), hence the rate that was achieved, and the rate
-at which this machine multiplies matrices of the same precision (`sd35bench.machine`), measured
+operations that the image needs (`backends.flops`), hence the rate that was achieved, and the rate
+at which this machine multiplies matrices of the same precision (`machine.rates`), measured
 once per study. More than that cannot be: such a row gets a warning, whoever made it.
 
 ``None`` is unknown, never 0.
@@ -19,7 +19,21 @@ from numpy.typing import NDArray
 
 from sd35bench.analysis.settings import PairKey, pair_codes, pair_keys
 from sd35bench.analysis.table import Row, Table
-from sd35bench.columns import (
+from sd35bench.machine.contention import unlike
+from sd35bench.machine.measure import RATE_FIELDS, device_of
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.latency import (
+    LEAST_IMAGES,
+    LEAST_SHARE,
+    Centres,
+    centres,
+    counted_starts,
+    couple_starts,
+    latency_interval,
+    mean_latency,
+    speed_centres,
+)
+from sd35bench.study.columns import (
     Floats,
     Records,
     Some,
@@ -38,22 +52,8 @@ from sd35bench.columns import (
     split,
     texts,
 )
-from sd35bench.contention import unlike
-from sd35bench.measure import RATE_FIELDS, device_of
-from sd35bench.stats.intervals import Interval
-from sd35bench.stats.latency import (
-    LEAST_IMAGES,
-    LEAST_SHARE,
-    Centres,
-    centres,
-    counted_starts,
-    couple_starts,
-    latency_interval,
-    mean_latency,
-    speed_centres,
-)
+from sd35bench.study.view import OF_TIMINGS
 from sd35bench.types import Record, Session, Status
-from sd35bench.view import OF_TIMINGS
 
 TOLERANCE = 1.25
 """A rate this far above the measured limit is impossible.

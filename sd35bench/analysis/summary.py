@@ -39,7 +39,8 @@ from sd35bench.analysis.table import (
     part_held_out,
     read_table,
 )
-from sd35bench.columns import (
+from sd35bench.machine.contention import DISTURBED, unlike
+from sd35bench.study.columns import (
     Floats,
     Some,
     by_text,
@@ -49,7 +50,6 @@ from sd35bench.columns import (
     seconds,
     step_seconds,
 )
-from sd35bench.contention import DISTURBED, unlike
 from sd35bench.types import Session, Status, to_json
 from sd35bench.words import plural
 
@@ -57,7 +57,7 @@ from sd35bench.words import plural
 def show_document(
     study: Any, table: Table | None = None, pool_hosts: bool = False
 ) -> dict[str, Any]:
-    """Summarise a study (`sd35bench.store.Study`) as `show --json` prints it.
+    """Summarise a study (`sd35bench.study.store.Study`) as `show --json` prints it.
 
     `table` is the study's, where it was read already; `pool_hosts` as of `read_table`.
     """

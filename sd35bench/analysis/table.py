@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from sd35bench.analysis.facts import GUARD
 from sd35bench.analysis.scores import Found, ScoreIndex, ScoreLike
 from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_codes, setting_fields
-from sd35bench.columns import (
+from sd35bench.machine.contention import Timed, choose, clock_text, read_contention, sentences
+from sd35bench.machine.measure import environment_id
+from sd35bench.study.columns import (
     Places,
     Some,
     among,
@@ -35,8 +37,6 @@ from sd35bench.columns import (
     seeds,
     split,
 )
-from sd35bench.contention import Timed, choose, clock_text, read_contention, sentences
-from sd35bench.measure import environment_id
 from sd35bench.types import CUT, Record, Session, Status, content_hash
 from sd35bench.words import plural
 
@@ -133,7 +133,7 @@ class Table:
 
 
 def read_table(study: Any, pool_hosts: bool = False) -> Table:
-    """Sort a study (`sd35bench.store.Study`) into rows.
+    """Sort a study (`sd35bench.study.store.Study`) into rows.
 
     `pool_hosts`: unlike hosts and devices with the same software share rows.
     """

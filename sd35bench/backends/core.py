@@ -49,7 +49,7 @@ from sd35bench.evaluations import guidance_of, sampler_order
 from sd35bench.export import artifact
 from sd35bench.export.artifact import Artifact
 from sd35bench.loading.sources import DTYPES, load_model
-from sd35bench.measure import DeviceClock
+from sd35bench.machine.measure import DeviceClock
 from sd35bench.types import Load, Request, Scalar, content_hash
 
 QUANTISATIONS = {"none": "exact", "int8": "int8"}

@@ -21,6 +21,7 @@ import torch
 
 from sd35bench.backends.base import Backend, Generation, Probe
 from sd35bench.backends.families import Family, family_of, text_of
+from sd35bench.backends.flops import image_flops
 from sd35bench.backends.guided import guided, is_plain
 from sd35bench.backends.probes import probe_device
 from sd35bench.backends.samplers import own_shift
@@ -35,9 +36,8 @@ from sd35bench.errors import (
 from sd35bench.evaluations import SAMPLERS, sampler_order
 from sd35bench.evaluations import evaluations as count_evaluations
 from sd35bench.fields import setting_identity
-from sd35bench.flops import image_flops
 from sd35bench.loading.sources import DTYPES, load_model, prove_device, prove_dtypes
-from sd35bench.measure import DeviceClock
+from sd35bench.machine.measure import DeviceClock
 from sd35bench.types import Flops, Load, Request, Scalar, Task
 
 DEVICES = ("auto", "cpu", "cuda")

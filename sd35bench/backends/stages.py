@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sd35bench.measure import DeviceClock
+from sd35bench.machine.measure import DeviceClock
 
 TEXT = "text"
 DENOISER = "denoiser"

@@ -30,7 +30,7 @@ from sd35bench.claims.effects import (
     variety_contrast,
 )
 from sd35bench.claims.evidence import Evidence, Ladder, Unmeasured, Untestable, ladder, log_interval
-from sd35bench.hosts import is_loopback
+from sd35bench.loopback import is_loopback
 from sd35bench.nano.captions import Spec
 from sd35bench.stats.clustered import mean_t
 

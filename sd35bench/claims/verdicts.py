@@ -19,9 +19,9 @@ from sd35bench.analysis.table import Table, read_table
 from sd35bench.claims import designs
 from sd35bench.claims.contrasts import Contrast, Judged, Verdict, judge_claims, more_images
 from sd35bench.claims.evidence import Evidence, Unmeasured, Untestable, read_evidence
-from sd35bench.columns import unlike
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import TAIL
+from sd35bench.study.columns import unlike
 from sd35bench.types import to_json
 
 METRICS = ("sharpness",)

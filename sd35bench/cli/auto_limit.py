@@ -15,7 +15,7 @@ from sd35bench.cli.study import score_missing
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.plan import Asked, plan_document
 from sd35bench.recommend.profiles import Profile
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Load
 
 PILOT = 16

@@ -15,8 +15,8 @@ from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.disk import disk_errors, is_abandoned, open_lock, try_flock, write_atomic
 from sd35bench.errors import StudyLocked
-from sd35bench.journal import new_shard_id
-from sd35bench.store import Study
+from sd35bench.study.journal import new_shard_id
+from sd35bench.study.store import Study
 
 SHOWN = 20
 TRASH = "trash"

@@ -8,8 +8,8 @@ from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.study import open_study, score_missing
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.gate.sides import Side
-from sd35bench.store import Study
-from sd35bench.stored import read_named
+from sd35bench.study.content_files import read_named
+from sd35bench.study.store import Study
 from sd35bench.words import plural
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Source:
 
 def read_with_reruns(study: Study) -> list[Side]:
     """A study's settings, with the further process starts of its reruns."""
-    from sd35bench.alternate import reruns_of
+    from sd35bench.gate.rerun import reruns_of
     from sd35bench.gate.sides import merge_starts, read_sides
 
     more = [side for again in reruns_of(study) for side in read_sides(again)]
@@ -176,7 +176,7 @@ def refusals(study: Study, scored: dict[str, Any]) -> list[str]:
 
 
 def _rerun(before: Source, after: Source, rounds: int) -> None:
-    from sd35bench.alternate import rerun
+    from sd35bench.gate.rerun import rerun
 
     if before.study is None or after.study is None:
         raise ConfigError("--rerun: a baseline file cannot be run again; name two studies")

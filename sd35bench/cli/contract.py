@@ -59,9 +59,9 @@ def _backends(given: Given) -> list[str]:
 def _checked(given: Given, name: str) -> Iterator[tuple[str, str | None]]:
     """Load a backend as a run would, in this process, and check it."""
     from sd35bench.backends.base import load_backend
+    from sd35bench.backends.contract import Subject, run_contract
     from sd35bench.config import check_overrides, compose, freeze
     from sd35bench.config.overrides import written
-    from sd35bench.contract import Subject, run_contract
     from sd35bench.plan import expand
     from sd35bench.remote.providers import is_provider
 

@@ -168,9 +168,9 @@ def _plugins(wanted: str) -> Iterator[Check]:
 
 def _check_plugin(group: str, name: str) -> None:
     """Import one plug-in. Raises: ConfigError."""
+    from sd35bench.analysis.facts import METRICS as OWN_METRICS
     from sd35bench.backends.base import KINDS, Backend
     from sd35bench.evaluations import EVALUATIONS_PER_STEP, Sampler
-    from sd35bench.metrics.base import METRICS as OWN_METRICS
     from sd35bench.metrics.base import Metric
     from sd35bench.prompts import READERS, PromptSet
     from sd35bench.remote.providers import PROVIDERS
@@ -254,7 +254,7 @@ def _models(wanted: str, extra: Path | None) -> Iterator[Check]:
 
 def _weights(model: Any) -> tuple[bool | None, str, str | None]:
     """Look for a model's weights: state, what was found, what to do."""
-    from sd35bench.checkpoint import find_checkpoint, weights_digest
+    from sd35bench.loading.checkpoint import find_checkpoint, weights_digest
 
     if model.hosted_only is not None:
         return None, f"hosted only: {model.hosted_only}", None

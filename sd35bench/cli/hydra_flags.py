@@ -18,8 +18,8 @@ from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import Flag, Given
 from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
 from sd35bench.config.overrides import written
+from sd35bench.config.sweeper import sweep
 from sd35bench.errors import ConfigError
-from sd35bench.sweeper import sweep
 
 PARTS = ("job", "hydra", "all")
 TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")

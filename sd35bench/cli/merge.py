@@ -6,7 +6,7 @@ from typing import Any
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.errors import ConfigError
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 SHOWN = 10
 
@@ -16,7 +16,7 @@ def merge(given: Given) -> Answer:
 
     Raises: ConfigError where a source is no study, StudyLocked where something writes to one.
     """
-    from sd35bench.merge import merge_document, merge_studies
+    from sd35bench.study.merge import merge_document, merge_studies
 
     name = given.text("--into")
     if name is None or "/" in name:

@@ -13,7 +13,7 @@ from sd35bench.metrics.base import Extractor, is_nano, maker
 from sd35bench.metrics.dinov2 import FAMILY
 from sd35bench.metrics.extractors import Backbone, choose_extractor
 from sd35bench.metrics.make_reference import Choice, from_folder, from_study
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 OPTIONS = (
     *("images", "study", "setting", "extractor", "model", "pretrained", "weights"),

@@ -38,15 +38,15 @@ from sd35bench.config.experiments import with_models_own
 from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
 from sd35bench.config.overrides import written
+from sd35bench.config.sweeper import sweep
 from sd35bench.config.unread import refuse_unread
-from sd35bench.contention import REGIME
 from sd35bench.engine import crew_of, run_together
 from sd35bench.errors import ConfigError, JobsLost, SD35BenchError, StudyLocked, count_error
 from sd35bench.estimate import Estimate, estimate
+from sd35bench.machine.contention import REGIME
 from sd35bench.plan import Plan, expand
-from sd35bench.store import Study
-from sd35bench.stored import DAMAGED
-from sd35bench.sweeper import sweep
+from sd35bench.study.content_files import DAMAGED
+from sd35bench.study.store import Study
 from sd35bench.trials import RunSummary, shares
 from sd35bench.types import CUT, Status, content_hash
 from sd35bench.workers.lane import Crew

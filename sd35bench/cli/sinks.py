@@ -9,7 +9,7 @@ from typing import Any
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import Flag, Given
 from sd35bench.errors import SD35BenchError
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 SINK = Flag(
     name="--sink",

@@ -5,9 +5,9 @@ from typing import Any
 
 from sd35bench.cli.output import Answer, console, write_line
 from sd35bench.cli.parser import Flag, Given
-from sd35bench.columns import prompts, tags
 from sd35bench.errors import ConfigError, nearest
-from sd35bench.store import Study
+from sd35bench.study.columns import prompts, tags
+from sd35bench.study.store import Study
 from sd35bench.words import plural
 
 WHERE = Flag(

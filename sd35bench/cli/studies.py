@@ -19,11 +19,11 @@ from typing import Any
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.study import written_at
-from sd35bench.columns import texts
 from sd35bench.disk import disk_errors, is_locked, open_lock, try_flock
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.report.render import Table, print_document, text_table
-from sd35bench.store import Study
+from sd35bench.study.columns import texts
+from sd35bench.study.store import Study
 from sd35bench.types import Status
 from sd35bench.words import MISSING, size, usd
 

@@ -26,7 +26,7 @@ from sd35bench.cli.sinks import SINK, sending
 from sd35bench.cli.slices import FLAGS as SLICES
 from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
 from sd35bench.errors import ConfigError, SD35BenchError, StoreError
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.words import plural
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def score(given: Given) -> Answer:
 def show(given: Given) -> Answer:
     """Print a study's settings."""
     from sd35bench.report.shown import Shown, csv_text, mark_rows, sort_rows
-    from sd35bench.scored import kept_show
+    from sd35bench.study.result_cache import kept_show
 
     as_csv = given.has("--csv")
     if as_csv and given.has("--markdown"):
@@ -369,7 +369,7 @@ def score_missing(
 
     Returns: what `score_study` does; at least ``{"refused": {metric: why}}``.
     """
-    from sd35bench.scored import keep_scored, read_scored
+    from sd35bench.study.result_cache import keep_scored, read_scored
 
     # Asked before Hydra is loaded for options, which takes half a second.
     unasked = names is None and not overrides and extra is None

@@ -14,7 +14,7 @@ from sd35bench.config.tune import Tuning, read_tuning
 from sd35bench.errors import ConfigError, Paused
 from sd35bench.estimate import Estimate, estimate
 from sd35bench.plan import Plan
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.tune.confirm import confirm_choice, held_out_at_most
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.search import WAVE

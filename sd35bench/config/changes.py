@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from sd35bench.checkpoint import ADAPTER, PICKLED, path_digest, read_header
 from sd35bench.config.models import ModelConf
 from sd35bench.errors import ConfigError
+from sd35bench.loading.checkpoint import ADAPTER, PICKLED, path_digest, read_header
 from sd35bench.types import Change, ModelSpec
 
 LORA_FILES = ("pytorch_lora_weights.safetensors", ADAPTER[0])

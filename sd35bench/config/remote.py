@@ -14,12 +14,12 @@ from urllib.parse import SplitResult, urlsplit
 from sd35bench.config.models import ModelConf, RunConf
 from sd35bench.engine import Engine, hosted_engine, local_engine, ray_engine
 from sd35bench.errors import ConfigError
-from sd35bench.hosts import is_loopback
-from sd35bench.limits import Limits
+from sd35bench.loopback import is_loopback
 from sd35bench.remote.inputs import Schema, takes, takes_size
 from sd35bench.remote.providers import is_provider, provider_class
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import Scalar
+from sd35bench.workers.limits import Limits
 
 LATENCY_ELSEWHERE_S = 8.0
 """What the hosted service's page says an image takes."""

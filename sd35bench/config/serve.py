@@ -20,13 +20,13 @@ from sd35bench.config.overrides import checked_options, parse, written
 from sd35bench.config.remote import threads_of
 from sd35bench.config.weights import model_spec
 from sd35bench.errors import ConfigError, nearest
-from sd35bench.hosts import is_loopback
-from sd35bench.limits import Limits
+from sd35bench.loopback import is_loopback
 from sd35bench.remote.inputs import Schema
 from sd35bench.remote.providers import is_provider
 from sd35bench.remote.providers.wire import RATIOS
 from sd35bench.server.settings import ServedModel, ServerSettings
 from sd35bench.types import BackendSpec, Load, Task
+from sd35bench.workers.limits import Limits
 
 VENDOR_SLUGS = ("stable-diffusion-3.5-medium", "stable-diffusion-3-5-medium")
 """What the vendor's page and its documentation call the model; both are accepted here too."""

@@ -18,7 +18,7 @@ from sd35bench.config.overrides import check_overrides, written
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.plan import SETTING_AXES
 from sd35bench.recommend.profiles import Profile, load_profile
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.tune.lab import Source, StudyLab, shuffled
 from sd35bench.tune.session import Budget, default_images
 from sd35bench.tune.space import GRIDS, Axis, Space, spread

@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd35bench.architectures import random_digest, random_parts, random_suffix
-from sd35bench.checkpoint import (
+from sd35bench.config.changes import read_changes
+from sd35bench.config.models import ModelConf
+from sd35bench.errors import ConfigError
+from sd35bench.loading.checkpoint import (
     find_checkpoint,
     find_components,
     revision_of,
     settled_variant,
     whole_digest,
 )
-from sd35bench.config.changes import read_changes
-from sd35bench.config.models import ModelConf
-from sd35bench.errors import ConfigError
 from sd35bench.types import NO_WEIGHTS, ModelSpec
 
 ON_TOP = ("lora", "transformer", "vae", "variant")

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import facts
-from sd35bench.contention import unlike
 from sd35bench.gate.figure import Figure, difference, missing, ratio
 from sd35bench.gate.policy import Dimension, MetricMargin
 from sd35bench.gate.set_figures import set_figure
 from sd35bench.gate.sides import Matched, Side, has_image, match_pairs, same_files
+from sd35bench.machine.contention import unlike
 from sd35bench.stats.clustered import mean_t, student
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.latency import Spread, couple_starts, log_ratio, run_drift

@@ -253,7 +253,7 @@ def match_sides(
 
 
 def read_sides(study: Any) -> list[Side]:
-    """Read a study's settings as sides (`sd35bench.store.Study`).
+    """Read a study's settings as sides (`sd35bench.study.store.Study`).
 
     Of a setting that ran in several environments, the one with the most trials is taken: figures
     from unlike environments are never pooled. Which pairs the others have is kept beside.

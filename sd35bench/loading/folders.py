@@ -19,8 +19,8 @@ import transformers.utils.logging as transformers_logging
 from safetensors import SafetensorError
 from torch import nn
 
-from sd35bench.checkpoint import variant_of
 from sd35bench.errors import BackendError
+from sd35bench.loading.checkpoint import variant_of
 from sd35bench.types import ModelSpec
 
 PIPELINES = {

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sd35bench.checkpoint import PICKLED
 from sd35bench.core.model import Weights
 from sd35bench.core.weights import read_file
+from sd35bench.loading.checkpoint import PICKLED
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")

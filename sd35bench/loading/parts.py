@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sd35bench.checkpoint import DENOISER_PREFIXES
 from sd35bench.core.model import Weights
 from sd35bench.errors import BackendError
+from sd35bench.loading.checkpoint import DENOISER_PREFIXES
 from sd35bench.loading.empty import build_empty
 from sd35bench.loading.folders import LOAD_ERRORS, load_diffusers_part, quiet_loading
 from sd35bench.loading.formats import gguf_types, read_tensors, widen

@@ -27,10 +27,10 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
 )
 from torch import nn
 
-from sd35bench.checkpoint import LAYOUT, parts_in_file, parts_of_components
 from sd35bench.core.model import Weights
 from sd35bench.core.weights import config_of_stability, read_file
 from sd35bench.errors import BackendError, ConfigError
+from sd35bench.loading.checkpoint import LAYOUT, parts_in_file, parts_of_components
 from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
 from sd35bench.loading.folders import (
     LOAD_ERRORS,

@@ -23,31 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench import plugins
-from sd35bench.columns import Some, kinds
+from sd35bench.analysis.facts import METRICS
 from sd35bench.errors import ConfigError, MetricError
+from sd35bench.study.columns import Some, kinds
 from sd35bench.types import Record, Task
 
 if TYPE_CHECKING:
     from sd35bench.workers.features import Spread
 
 Image = NDArray[np.uint8]
-
-METRICS = {
-    "clip_score": "sd35bench.metrics.clip_score:load",
-    "cmmd": "sd35bench.metrics.cmmd:load",
-    "contrast": "sd35bench.metrics.luma:load",
-    "drift": "sd35bench.metrics.drift:load",
-    "fid": "sd35bench.metrics.fid:load",
-    "fid_infinity": "sd35bench.metrics.fid_infinity:load",
-    "init_kept": "sd35bench.metrics.init_kept:load",
-    "judge": "sd35bench.metrics.judge:load",
-    "kid": "sd35bench.metrics.kid:load",
-    "precision": "sd35bench.metrics.precision_recall:load",
-    "prompt_accuracy": "sd35bench.metrics.prompt_accuracy:load",
-    "recall": "sd35bench.metrics.precision_recall:load",
-    "sharpness": "sd35bench.metrics.luma:load",
-}
-"""Metric families: name → module and function ``load(name, **options) -> Metric``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +232,7 @@ def load_metric(name: str, **options: Any) -> Metric:
     if family not in METRICS:
         make: Any = plugins.load_class("metrics", family, Metric)
         return make(name, **options)
-    module, function = METRICS[family].split(":")
+    module, function = METRICS[family].load.split(":")
     load: Callable[..., Metric] = getattr(importlib.import_module(module), function)
     return load(name, **options)
 

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from PIL import Image as Pillow
 
 from sd35bench.errors import ConfigError, MetricError
-from sd35bench.hosts import is_loopback
+from sd35bench.loopback import is_loopback
 from sd35bench.metrics.base import Image, Value
 
 VQA = 'Does this figure show "{prompt}"? Please answer yes or no.'

@@ -105,7 +105,7 @@ def from_study(
     setting: str | None = None,
     progress: Progress | None = None,
 ) -> Reference:
-    """Make a reference of one setting's images in a study (`sd35bench.store.Study`).
+    """Make a reference of one setting's images in a study (`sd35bench.study.store.Study`).
 
     Args:
         name: the reference's own.

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sd35bench.analysis.facts import METRICS
 from sd35bench.analysis.settings import known_digest
-from sd35bench.columns import Some, kinds
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import (
     FeatureMetric,
@@ -24,15 +24,13 @@ from sd35bench.metrics.base import (
     maker,
 )
 from sd35bench.metrics.drift import STANDARD_REFERENCE
+from sd35bench.study.columns import Some, kinds
 from sd35bench.types import Load, Record
 
 RANDOM_WEIGHTS = (
     "made with random weights, which say nothing about quality; for quality run with"
     " model.weights=checkpoint (drift, latency and memory need no weights)"
 )
-
-ON_FEATURES = frozenset({"clip_score", "cmmd", "fid", "fid_infinity", "kid", "precision", "recall"})
-"""Families whose bare name means nano's evaluator on a study of nano alone."""
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -136,6 +134,7 @@ def _load(name: str, options: Options, only_nano: bool) -> Metric:
     """Load one metric; the bare family name means nano's evaluator on a study of nano alone."""
     family = max((f for f in known_families() if name.startswith(f)), key=len, default=name)
     chosen = dict(options.get(family, {}))
-    if name in ON_FEATURES and only_nano and not {"model", "extractor"} & chosen.keys():
+    own = METRICS.get(name)
+    if own and own.on_features and only_nano and not {"model", "extractor"} & chosen.keys():
         name = f"{name}_nano"
     return load_metric(name, **chosen)

@@ -18,7 +18,6 @@ from sd35bench.analysis.commands import Elsewhere, results_dir_of
 from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
 from sd35bench.analysis.settings import HELD_OUT, is_hosted
 from sd35bench.analysis.table import Row, Table, read_table
-from sd35bench.columns import Some, distinct_refs, seeds
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
 from sd35bench.recommend.choice import choose
@@ -30,6 +29,7 @@ from sd35bench.recommend.pareto import Front, Speeds, front_of, speeds
 from sd35bench.recommend.profiles import BEST, Profile, as_profiles
 from sd35bench.recommend.reproduce import run_command
 from sd35bench.stats.verdicts import holm
+from sd35bench.study.columns import Some, distinct_refs, seeds
 from sd35bench.types import Task
 
 _NAMED = 3
@@ -115,7 +115,7 @@ _NOTHING: dict[str, Any] = {
 def recommend_document(
     study: Any, profiles: Mapping[str, Profile | Mapping[str, Any]], table: Table | None = None
 ) -> dict[str, Any]:
-    """Recommend a setting of the study (`sd35bench.store.Study`) for each profile and task.
+    """Recommend a setting of the study (`sd35bench.study.store.Study`) for each profile and task.
 
     `table` is the study's, where it was read already.
 

@@ -24,7 +24,11 @@ from numpy.typing import NDArray
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
 from sd35bench.analysis.settings import HELD_OUT, shared_negatives
 from sd35bench.analysis.table import Row, Table, keep_records
-from sd35bench.columns import (
+from sd35bench.errors import ConfigError
+from sd35bench.prompts import FEWEST_TO_SPLIT, PromptSpec, load_prompts, same_prompt
+from sd35bench.stats.intervals import Interval
+from sd35bench.stats.verdicts import images_between, prompts_needed, spread
+from sd35bench.study.columns import (
     Some,
     among,
     distinct,
@@ -36,10 +40,6 @@ from sd35bench.columns import (
     prompts,
     texts,
 )
-from sd35bench.errors import ConfigError
-from sd35bench.prompts import FEWEST_TO_SPLIT, PromptSpec, load_prompts, same_prompt
-from sd35bench.stats.intervals import Interval
-from sd35bench.stats.verdicts import images_between, prompts_needed, spread
 from sd35bench.types import PromptRef, Status, Task
 
 MOST_TIMES = 2

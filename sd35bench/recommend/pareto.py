@@ -31,13 +31,13 @@ from sd35bench.analysis.pairs import Candidate, Comparison
 from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.settings import cluster_labels
 from sd35bench.analysis.speed import latency_summary, named_seconds
-from sd35bench.columns import Floats, numbers, pick, seconds
 from sd35bench.fields import describe
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.clustered import quantile_t, student
 from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import weight_chunks
 from sd35bench.stats.latency import centres, counted_starts
+from sd35bench.study.columns import Floats, numbers, pick, seconds
 
 LEAST_FOR_P95 = 20
 """Timed images below which one of them decides where the 95th percentile is."""

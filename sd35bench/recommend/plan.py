@@ -19,7 +19,6 @@ from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_famil
 from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.speed import seconds_by_start
 from sd35bench.analysis.table import Row, Table, read_table
-from sd35bench.columns import by_text
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.confirm import part_rows
 from sd35bench.recommend.entry import setting_of
@@ -36,6 +35,7 @@ from sd35bench.stats.samples import (
     timed_for,
 )
 from sd35bench.stats.verdicts import POWER
+from sd35bench.study.columns import by_text
 from sd35bench.types import Record, Session, Task
 
 SPEED_MARGIN = 0.05

@@ -21,10 +21,10 @@ from sd35bench.analysis.commands import (
     prompt_overrides,
 )
 from sd35bench.analysis.settings import known_digest, shared_negatives
-from sd35bench.columns import Some, seeds
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.fields import FIELDS, later_asked
 from sd35bench.remote.providers.wire import MOST_CFG, MOST_STEPS, RATIOS, schema_input
+from sd35bench.study.columns import Some, seeds
 from sd35bench.types import Record, Request, Task
 
 _FIRST = ("steps", "cfg", "prompt_strength", "width", "height")

@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import httpx2
 
 from sd35bench.errors import RemoteError, UnsafeAddress
-from sd35bench.hosts import is_loopback
+from sd35bench.loopback import is_loopback
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]

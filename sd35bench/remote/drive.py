@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from sd35bench.analysis.settings import setting_key
 from sd35bench.errors import ConfigError, Paused, UnsupportedRequest
-from sd35bench.measure import environment, environment_id
+from sd35bench.machine.measure import environment, environment_id
 from sd35bench.plan import Plan
 from sd35bench.remote.brake import Brake
 from sd35bench.remote.flights import Flights
@@ -37,7 +37,7 @@ from sd35bench.remote.retry import Client, Latencies, RetryPolicy
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import Transport
 from sd35bench.remote.uploads import Uploads, content_type, data_uri
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import Observer, Price, Run, RunSummary, open_run
 from sd35bench.types import Record, Scalar, Session, Status, Trial
 

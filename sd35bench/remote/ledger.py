@@ -29,7 +29,7 @@ from typing import Any
 
 from sd35bench.disk import LineFile, disk_errors, open_lock, parse_json, read_regular
 from sd35bench.errors import Paused, StoreError
-from sd35bench.journal import shard_order
+from sd35bench.study.journal import shard_order
 
 ROUNDING_USD = 1e-9
 """Sums of prices are off by rounding; a budget is not passed by that."""

@@ -8,7 +8,7 @@ from sd35bench.errors import LostAnswer, RemoteError, UnsupportedRequest
 from sd35bench.remote.images import sniff
 from sd35bench.remote.retry import Client, Deadline, ask, forget_frames
 from sd35bench.remote.transport import NotSent
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 FRESH_S = 600.0
 """An upload that is older is made again: services delete them, and seldom say when."""

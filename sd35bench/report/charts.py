@@ -10,7 +10,6 @@ import numpy as np
 from sd35bench import words
 from sd35bench.analysis.facts import facts
 from sd35bench.analysis.table import made_alone
-from sd35bench.columns import Some, is_text, seconds
 from sd35bench.report.bars import (
     STAGES,
     Samples,
@@ -31,6 +30,7 @@ from sd35bench.report.rows import (
     varying_fields,
 )
 from sd35bench.report.svg import MARKERS, SHAPES, ramp
+from sd35bench.study.columns import Some, is_text, seconds
 from sd35bench.types import Status
 from sd35bench.words import Estimate
 

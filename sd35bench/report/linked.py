@@ -12,13 +12,13 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from sd35bench.analysis.table import by_host
-from sd35bench.columns import Some, texts
 from sd35bench.disk import write_atomic
 from sd35bench.report.render import content_policy, html_templates
 from sd35bench.report.rows import Row, match_records, varying_fields
 from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import cells_of
-from sd35bench.store import Study
+from sd35bench.study.columns import Some, texts
+from sd35bench.study.store import Study
 
 IMAGES_A_PAGE = 200
 

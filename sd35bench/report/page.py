@@ -21,7 +21,6 @@ from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Table as StudyTable
 from sd35bench.analysis.table import read_table
 from sd35bench.claims.verdicts import claims_document, is_claims_study
-from sd35bench.columns import unlike
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
@@ -65,8 +64,9 @@ from sd35bench.report.render import (
 from sd35bench.report.rows import Row, metric_label, read_rows
 from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import Wanted, build_wall, join_walls, pack_wall
-from sd35bench.scored import kept_show
-from sd35bench.store import Study
+from sd35bench.study.columns import unlike
+from sd35bench.study.result_cache import kept_show
+from sd35bench.study.store import Study
 from sd35bench.types import Record
 
 # ASCII output already writes U+2028 and lone surrogates as escapes.

@@ -25,7 +25,10 @@ from sd35bench.analysis.settings import (
     shared_negatives,
     tasks,
 )
-from sd35bench.columns import (
+from sd35bench.errors import count_error
+from sd35bench.fields import FIELDS, SETTING
+from sd35bench.report.rows import Row
+from sd35bench.study.columns import (
     Some,
     by_text,
     grouped,
@@ -40,9 +43,6 @@ from sd35bench.columns import (
     split,
     unlike,
 )
-from sd35bench.errors import count_error
-from sd35bench.fields import FIELDS, SETTING
-from sd35bench.report.rows import Row
 from sd35bench.types import Session, Status
 
 _FACTS = (

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sd35bench import words
-from sd35bench.analysis.facts import facts
+from sd35bench.analysis.facts import METRICS, facts
+from sd35bench.analysis.pairs import EDIT_QUALITY
 from sd35bench.analysis.settings import setting_codes
-from sd35bench.columns import Some, coded, grouped, numbered, pick, split
 from sd35bench.fields import SETTING, unusual_words, value_text
 from sd35bench.fields import words as in_words
+from sd35bench.study.columns import Some, coded, grouped, numbered, pick, split
 from sd35bench.types import Session, to_json
 from sd35bench.words import MISSING, Estimate
 
@@ -36,22 +37,11 @@ _AS_IT_IS = (
     *("quality_batch_size", "achieved_tflops", "limit_fraction", "gpu", "remote"),
 )
 """Fields of a row that are the document's."""
-_METRIC_ORDER = (
-    *("edit_quality", "prompt_accuracy", "init_kept", "clip_score"),
-    *("fid", "kid", "cmmd", "precision", "recall"),
-)
 _LABELS = {
-    "prompt_accuracy": "prompt accuracy",
-    "edit_quality": "edit quality",
-    "init_kept": "init kept",
-    "clip_score": "CLIP-score",
-    "fid_infinity": "FID∞",
-    "fid": "FID",
-    "kid": "KID",
-    "cmmd": "CMMD",
-    "precision": "precision",
-    "recall": "recall",
+    EDIT_QUALITY: "edit quality",
+    **{name: family.label for name, family in METRICS.items() if family.label is not None},
 }
+"""Headings of metrics by the beginning of their names, in the order of the columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,8 +318,8 @@ def metric_names(rows: Iterable[Row]) -> tuple[str, ...]:
 
 def metric_rank(name: str) -> tuple[int, str]:
     """Sort key of the reading order."""
-    ranks = (i for i, prefix in enumerate(_METRIC_ORDER) if name.startswith(prefix))
-    return next(ranks, len(_METRIC_ORDER)), name
+    ranks = (i for i, prefix in enumerate(_LABELS) if name.startswith(prefix))
+    return next(ranks, len(_LABELS)), name
 
 
 def metric_label(name: str) -> str:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sd35bench.analysis.settings import setting_fields
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.fields import value_text
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Record, Status
 
 LEAST_PX = 128

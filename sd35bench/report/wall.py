@@ -23,7 +23,6 @@ from sd35bench import words
 from sd35bench.analysis.scores import Found, ScoreIndex
 from sd35bench.analysis.settings import PairKey, PairNumbers, tasks
 from sd35bench.analysis.table import GUARD
-from sd35bench.columns import Some, is_text, numbers, pick, ref_codes, texts
 from sd35bench.errors import StoreError
 from sd35bench.fields import label
 from sd35bench.prompts import encoder_fields
@@ -35,7 +34,8 @@ from sd35bench.report.rows import (
     metric_rank,
     setting_text,
 )
-from sd35bench.store import Study
+from sd35bench.study.columns import Some, is_text, numbers, pick, ref_codes, texts
+from sd35bench.study.store import Study
 from sd35bench.types import Record, Status, Task
 
 MAX_TILES = 960

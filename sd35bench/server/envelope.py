@@ -26,7 +26,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sd35bench.hosts import is_loopback
+from sd35bench.loopback import is_loopback
 from sd35bench.server.settings import Refusal
 
 MOST_BODY_BYTES = 2**20

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from sd35bench.disk import write_atomic
 from sd35bench.errors import BackendError, ConfigError, SD35BenchError, StoreError, WorkerDied
-from sd35bench.limits import work_of
 from sd35bench.server.envelope import log
 from sd35bench.server.file_store import FileStore
 from sd35bench.server.predictions import PredictionStore, Work
 from sd35bench.server.settings import ServerSettings
 from sd35bench.types import Request, Status
+from sd35bench.workers.limits import work_of
 from sd35bench.workers.worker import Answer, Failed, Job
 from sd35bench.workers.worker_process import WorkerProcess
 

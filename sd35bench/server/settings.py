@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.errors import SD35BenchError
-from sd35bench.limits import Limits
 from sd35bench.remote.inputs import Schema
 from sd35bench.types import Load
+from sd35bench.workers.limits import Limits
 
 LONGEST_PROMPT = 10_000
 LONGEST_URL = 4096

@@ -12,7 +12,7 @@ from sd35bench.data import setting_rows
 from sd35bench.errors import StoreError
 from sd35bench.fields import describe
 from sd35bench.sinks.base import SINKS, Entry, Picture, load_sink
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 PICTURES = 4
 """Images of a setting, of the same prompts and seeds for all settings of a task."""

@@ -24,7 +24,7 @@ from sd35bench.recommend.confirm import (
 )
 from sd35bench.recommend.entry import confirmation_text, setting_of
 from sd35bench.recommend.profiles import Profile
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS
 from sd35bench.tune.session import Outcome

@@ -11,7 +11,7 @@ from sd35bench.analysis.settings import setting_key
 from sd35bench.disk import write_atomic
 from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.stats.clustered import mean_t, quantile_t
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.tune.confirm import Confirmation
 from sd35bench.tune.final import Final
 from sd35bench.tune.lab import StudyLab

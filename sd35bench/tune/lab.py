@@ -27,7 +27,7 @@ from sd35bench.prompts import PromptItem
 from sd35bench.recommend.named_defaults import NamedDefault, asks_for, check_name
 from sd35bench.recommend.pareto import peak_bytes
 from sd35bench.recommend.profiles import BEST, Profile
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.tune.race import Evidence
 from sd35bench.tune.space import Point, Space
 from sd35bench.types import PromptRef, Record, Request, Scalar, Task, Trial, content_hash

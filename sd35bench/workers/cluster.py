@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 
 from sd35bench import plugins
-from sd35bench.checkpoint import whole_digest
 from sd35bench.errors import ConfigError, MetricError, StoreError, WorkerDied, WorkerLost, nearest
-from sd35bench.limits import Limits
-from sd35bench.measure import asked_device
+from sd35bench.loading.checkpoint import whole_digest
+from sd35bench.machine.measure import asked_device
 from sd35bench.plan import Plan
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
 from sd35bench.types import Load, ModelSpec
 from sd35bench.workers.features import FeatureProcess, Spread
 from sd35bench.workers.lane import Worker
 from sd35bench.workers.leases import claim_cores
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import run_plan
 from sd35bench.workers.seats import AUTO, Seat, occupies
 from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settled

@@ -3,7 +3,7 @@
 What a worker dies over gets a record with the phase it died in, and a new worker goes on with the
 rest. One that dies in warm-up takes everything of the same kind with it, which would die alike;
 after `max_failures` deaths the rest is skipped. Skipped trials have records that say why, and are
-tried by the next run like all failures. Trials that other work disturbed (`sd35bench.contention`)
+tried by the next run like all failures. Trials that other work disturbed (`machine.contention`)
 are timed again at the end of each worker, up to half as many as were timed.
 
 Cost: a trial costs one message each way, and two fsyncs; the canary's readings cost 3 to 6 ms every
@@ -18,14 +18,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from sd35bench.contention import BUDGET, is_timed, judge, judge_session, relative, sustained
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerLost, WorkerTooLarge
 from sd35bench.fields import work_identity
-from sd35bench.limits import Limits, work_of
-from sd35bench.machine import canary_facts, keep_best
+from sd35bench.machine.contention import BUDGET, is_timed, judge, judge_session, relative, sustained
+from sd35bench.machine.rates import canary_facts, keep_best
 from sd35bench.plan import Batch
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import CanaryFacts, Load, Record, Session, Status, Trial
+from sd35bench.workers.limits import Limits, work_of
 from sd35bench.workers.sharing import Failure, Kind, Work
 from sd35bench.workers.worker import Answer, Failed, Job, Made, Ready, Settled
 

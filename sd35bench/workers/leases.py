@@ -8,7 +8,7 @@ waiting, nor one run another. Resources are taken in one order, so that two runs
 each other. A trial takes and gives back for 3 µs a resource.
 
 Another user, another container or another host has another folder, and is not kept out: trials that
-overlapped all the same are found in the records (`sd35bench.contention`).
+overlapped all the same are found in the records (`sd35bench.machine.contention`).
 """
 
 import contextlib

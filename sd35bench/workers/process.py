@@ -10,14 +10,14 @@ import threading
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
-from sd35bench.contention import read_contention
-from sd35bench.limits import Limits
-from sd35bench.machine import measure_once
+from sd35bench.machine.contention import read_contention
+from sd35bench.machine.rates import measure_once
 from sd35bench.plan import Plan
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import Observer, Price, RunSummary, open_run
 from sd35bench.types import Load
 from sd35bench.workers.lane import Crew, Lane, Stopped, Worker
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.seats import Seat, seats_of
 from sd35bench.workers.sharing import Work
 from sd35bench.workers.worker_process import WorkerProcess

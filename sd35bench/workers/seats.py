@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from sd35bench.errors import ConfigError
-from sd35bench.measure import asked_device, gpu_uuid, visible_gpus
+from sd35bench.machine.measure import asked_device, gpu_uuid, visible_gpus
 from sd35bench.types import NO_WEIGHTS, Load
 
 AUTO = "auto"

@@ -8,10 +8,10 @@ together.
 from dataclasses import dataclass
 from typing import Any
 
-from sd35bench.limits import Limits
 from sd35bench.plan import Batch
 from sd35bench.trials import Run, blocks_of, shares
 from sd35bench.types import Status
+from sd35bench.workers.limits import Limits
 
 Kind = tuple[Any, ...]
 """What decides the work of a call."""

@@ -30,7 +30,6 @@ from PIL import Image
 
 from sd35bench import plugins
 from sd35bench.backends.base import Backend, Generation, load_backend
-from sd35bench.canary import Lookout, start_lookout
 from sd35bench.errors import (
     BackendError,
     ConfigError,
@@ -38,7 +37,8 @@ from sd35bench.errors import (
     OutOfMemory,
     UnsupportedRequest,
 )
-from sd35bench.measure import (
+from sd35bench.machine.canary import Lookout, start_lookout
+from sd35bench.machine.measure import (
     Stopwatch,
     device_of,
     environment,

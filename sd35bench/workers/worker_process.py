@@ -26,10 +26,10 @@ import psutil
 
 from sd35bench import plugins
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
-from sd35bench.limits import Limits
-from sd35bench.measure import BESIDE
+from sd35bench.machine.measure import BESIDE
 from sd35bench.types import Load, Scalar
 from sd35bench.workers.leases import Lease
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.seats import Seat, occupies, resources
 from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settle, Settled
 

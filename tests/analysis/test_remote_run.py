@@ -9,7 +9,7 @@ import pytest
 import sd35bench.remote.prediction as prediction
 from sd35bench.analysis.summary import show_document
 from sd35bench.remote.limiter import Limiter
-from sd35bench.store import Study, decode_rgb
+from sd35bench.study.store import Study, decode_rgb
 from tests.remote.fault_server import FaultServer, serving
 from tests.remote.hosted import PRICE_USD, hosted_plan, run
 

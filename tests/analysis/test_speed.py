@@ -8,7 +8,7 @@ import pytest
 
 from sd35bench.analysis.speed import TOLERANCE, LoneImage, log_ratio
 from sd35bench.analysis.summary import show_document
-from sd35bench.measure import RATE_FIELDS
+from sd35bench.machine.measure import RATE_FIELDS
 from sd35bench.types import BackendSpec, Flops, GpuState, Status, Timings
 from tests.studies.memory import LOAD, MemoryStudy, record, session
 

@@ -14,9 +14,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from sd35bench.backends import compiled
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.backends.onnx_runtime import OnnxBackend
-from sd35bench.checkpoint import weights_digest
 from sd35bench.export import artifact, onnx_model
 from sd35bench.export.artifact import Artifact
+from sd35bench.loading.checkpoint import weights_digest
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
 from tests.studies.tiny import TOKENS, write_tiny_sd3
 

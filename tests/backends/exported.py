@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from sd35bench.backends.base import Backend, Generation
-from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
+from sd35bench.loading.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request, SkipLayerGuidance
 
 RATIOS = {"1:1": (64, 64), "16:9": (80, 48), "9:16": (48, 80)}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sd35bench.backends.base import load_backend
-from sd35bench.checkpoint import path_digest
+from sd35bench.loading.checkpoint import path_digest
 from sd35bench.loading.lora import merge_lora
 from sd35bench.types import Change, Load
 from tests.backends.conftest import make_load, make_request, untraced

@@ -14,10 +14,7 @@ import pytest
 
 from sd35_kernels.w8a8.cpu import EXACT
 from sd35bench.backends.base import Backend, Generation, load_backend
-from sd35bench.backends.eager import EagerBackend
-from sd35bench.backends.fake import FakeBackend
-from sd35bench.backends.pipeline import generator
-from sd35bench.contract import (
+from sd35bench.backends.contract import (
     IMAGE_CHECKS,
     TEXT_CHECKS,
     Check,
@@ -31,6 +28,9 @@ from sd35bench.contract import (
     check_strength_leads_away_from_the_init,
     distance,
 )
+from sd35bench.backends.eager import EagerBackend
+from sd35bench.backends.fake import FakeBackend
+from sd35bench.backends.pipeline import generator
 from sd35bench.evaluations import evaluations
 from sd35bench.types import Request
 from tests.backends.bare import IDENTICAL, bare_images, batch, make_inits

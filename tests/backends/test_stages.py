@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sd35bench.backends.stages import DECODE, DENOISER, TEXT, StageMeter
-from sd35bench.measure import DeviceClock
+from sd35bench.machine.measure import DeviceClock
 
 
 class Ticking(DeviceClock):

@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from sd35bench import view
 from sd35bench.cli import answer, main
-from sd35bench.columns import Records
 from sd35bench.config import freeze
 from sd35bench.config.compose import compose
 from sd35bench.config.overrides import written
 from sd35bench.errors import ConfigError
-from sd35bench.store import Study
+from sd35bench.study import view
+from sd35bench.study.columns import Records
+from sd35bench.study.store import Study
 from tests.studies import drawn
 from tests.studies.drawn import make_study
 

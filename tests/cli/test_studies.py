@@ -35,7 +35,7 @@ def said(capsys, *arguments: str) -> tuple[int, dict]:
 
 
 def test_list_counts_images_failures_and_bytes(root, capsys):
-    from sd35bench.store import Study
+    from sd35bench.study.store import Study
 
     code, document = said(capsys, "list")
     assert code == 0

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sd35bench import cli, journal
+from sd35bench import cli
 from sd35bench.analysis import table
 from sd35bench.cli import answer, main
 from sd35bench.errors import ConfigError
+from sd35bench.study import journal
 from tests.studies import drawn
 from tests.studies.drawn import make_study
 

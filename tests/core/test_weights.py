@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sd35bench.checkpoint import LAYOUT
 from sd35bench.core.model import Config, Embedder, TorchExecutor, Weights, modulation_names
 from sd35bench.core.weights import (
     config_of_diffusers,
@@ -16,6 +15,7 @@ from sd35bench.core.weights import (
     read_file,
     read_folder,
 )
+from sd35bench.loading.checkpoint import LAYOUT
 from tests.original_layout import write_original
 from tests.studies.tiny import build_tiny_sd3
 

@@ -7,13 +7,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from sd35bench.analysis.facts import known_metrics
+from sd35bench.analysis.facts import METRICS, known_metrics
 from sd35bench.errors import ConfigError
 from sd35bench.gate.baseline import baseline_text, read_baseline
 from sd35bench.gate.judge import compare_sides, count_covered, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import read_sides
-from sd35bench.metrics.base import METRICS
 from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
 from sd35bench.types import Status, Timings
 from tests.studies.memory import LOAD, MemoryStudy, planted, record, session

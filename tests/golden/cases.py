@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from sd35bench.cli import main
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.golden.forms import html_text, json_text, neutral
 from tests.golden.studies import freeze, make_all, score_by_rule
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sd35bench.fields import make_trial
 from sd35bench.metrics.base import load_metric
-from sd35bench.store import Score, Study
+from sd35bench.study.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
     Load,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sd35bench.checkpoint import path_digest
 from sd35bench.errors import BackendError
+from sd35bench.loading.checkpoint import path_digest
 from sd35bench.loading.lora import merge_lora
 from sd35bench.types import Change
 from tests.studies.tiny import build_tiny_sd3

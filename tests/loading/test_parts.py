@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sd35bench.checkpoint import path_digest
 from sd35bench.errors import BackendError
+from sd35bench.loading.checkpoint import path_digest
 from sd35bench.loading.formats import widen
 from sd35bench.loading.sources import load_model
 from sd35bench.types import Change, ModelSpec

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Load
 from tests.studies.memory import LOAD, record, session
 

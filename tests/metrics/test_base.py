@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
+from sd35bench.analysis.facts import METRICS, Family
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import (
-    METRICS,
     FeatureMetric,
     ImageMetric,
     PairMetric,
@@ -19,7 +19,6 @@ from sd35bench.metrics.base import (
     require_uint8_rgb,
 )
 from sd35bench.metrics.reference import ReferencedMetric
-from sd35bench.metrics.selection import ON_FEATURES
 from sd35bench.types import Task
 from tests.forked import in_fork, refuse_torch
 from tests.studies.hosted_calls import HOSTED, call
@@ -31,7 +30,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "metric"
 @pytest.mark.parametrize("family", sorted(METRICS))
 def test_metric_contract(family):
     """Every metric: one module, one YAML of its name, a name of its own, a kind, and tasks."""
-    name = f"{family}_nano" if family in ON_FEATURES else family
+    name = f"{family}_nano" if METRICS[family].on_features else family
     metric = load_metric(name)
     assert metric.name == name
     assert isinstance(metric, ImageMetric | PairMetric | FeatureMetric | SetMetric)
@@ -42,18 +41,18 @@ def test_metric_contract(family):
 @pytest.mark.parametrize("family", sorted(METRICS))
 def test_metric_yaml_names_the_options_that_load_takes(family):
     conf = yaml.safe_load((CONFIGS / f"{family}.yaml").read_text())
-    function = importlib.import_module(METRICS[family].split(":")[0]).load
+    function = importlib.import_module(METRICS[family].load.split(":")[0]).load
     own = inspect.signature(function).parameters
     taken = {name for name, p in own.items() if p.kind is not p.VAR_KEYWORD} - {"name"}
     if any(p.kind is p.VAR_KEYWORD for p in own.values()):
         taken |= inspect.signature(ReferencedMetric.load).parameters.keys() - {"name"}
-    metric = load_metric(f"{family}_nano" if family in ON_FEATURES else family)
+    metric = load_metric(f"{family}_nano" if METRICS[family].on_features else family)
     taken -= getattr(metric, "not_taken", frozenset())
     assert set(conf.get("options", {})) == set(conf.get("allowed", {})) == taken
 
 
 def test_metric_added_as_module_and_line_is_loaded(monkeypatch):
-    monkeypatch.setitem(METRICS, "brightness", "tests.metrics.added:load")
+    monkeypatch.setitem(METRICS, "brightness", Family(load="tests.metrics.added:load"))
     assert load_metric("brightness", radius=3).name == "brightness_3"
 
 

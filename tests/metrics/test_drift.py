@@ -11,7 +11,7 @@ from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import load_metric
 from sd35bench.metrics.drift import Drift, differences, relative_error, ssim
 from sd35bench.score import score_study
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.metrics.doubles import pictures
 from tests.metrics.drifted import EAGER, load, nudge, put
 from tests.studies.memory import record

@@ -6,7 +6,7 @@ from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Pair, load_metric
 from sd35bench.metrics.lpips import Lpips, cached_weights
 from sd35bench.score import score_study
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.metrics.doubles import pictures
 from tests.metrics.drifted import load, nudge, put
 

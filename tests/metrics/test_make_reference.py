@@ -14,7 +14,7 @@ from sd35bench.analysis.summary import show_document
 from sd35bench.cli import main
 from sd35bench.metrics.extractors import NanoEvaluator
 from sd35bench.score import score_study
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.metrics.doubles import pictures, save_open_clip, save_random_evaluator
 from tests.studies.memory import record, session
 

@@ -2,7 +2,7 @@ import pytest
 
 from sd35bench.errors import MetricError
 from sd35bench.score import score_study
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Load
 from tests.metrics.doubles import pictures
 from tests.metrics.drifted import load, nudge, put

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sd35bench.analysis.facts import METRICS
 from sd35bench.analysis.reference import Reference, save_reference
 from sd35bench.analysis.set_metrics import STATISTICS, compute
 from sd35bench.errors import ConfigError, MetricError
-from sd35bench.metrics.base import METRICS, SetMetric, load_metric
+from sd35bench.metrics.base import SetMetric, load_metric
 from sd35bench.metrics.extractors import NanoEvaluator
 from sd35bench.metrics.reference import ReferencedMetric, keep_reference, reduce_images
 from sd35bench.metrics.selection import select_metrics

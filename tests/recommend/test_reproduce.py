@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 from sd35bench.analysis import commands
 from sd35bench.analysis.commands import Elsewhere
 from sd35bench.backends.base import load_backend
-from sd35bench.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.cli.parser import parse as parse_words
 from sd35bench.cli.run import COMMANDS as RUN
 from sd35bench.config import compose, freeze
@@ -25,6 +24,7 @@ from sd35bench.config.models import check_field
 from sd35bench.config.overrides import check_overrides, parse, sweep_values, written
 from sd35bench.evaluations import parse_skip_layers
 from sd35bench.fields import FIELDS
+from sd35bench.loading.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.plan import expand
 from sd35bench.recommend.reproduce import INIT_IMAGE, api_body, run_command, snippet
 from sd35bench.remote.providers.wire import schema_input

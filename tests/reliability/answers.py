@@ -8,7 +8,7 @@ import numpy as np
 from sd35bench.backends.fake import FakeBackend
 from sd35bench.server.schema import read_create, to_request
 from sd35bench.server.settings import ServedModel
-from sd35bench.store import decode_rgb
+from sd35bench.study.store import decode_rgb
 from tests.studies.fakes import fake_load
 
 __all__ = ["body_of", "is_own_image"]

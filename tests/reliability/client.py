@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.retry import RetryPolicy
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.remote.hosted import hosted_plan, hosted_settings
 
 __all__ = ["STUDY", "main", "policy"]

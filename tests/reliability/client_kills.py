@@ -27,7 +27,7 @@ from pathlib import Path
 from sd35bench.errors import StoreError
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.ledger import Intent, Ledger
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import RunSummary
 from sd35bench.types import Status
 from tests.reliability.client import STUDY, policy

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.reliability.experiment import Experiment, Figure
 from tests.remote.fault_server import serving
 from tests.remote.faults import Fault
 from tests.remote.hosted import hosted_plan
 from tests.remote.hosted import run as run_hosted
-from tests.test_store import newest_survives
+from tests.study.test_store import newest_survives
 
 STEPS = 1000
 RUNS = 20
@@ -60,7 +60,7 @@ def _hosted(folder: Path, draw: random.Random) -> tuple[int, int]:
         for _ in range(HOSTED_RUNS):
             jump_s = draw.choice((-1, 1)) * draw.choice(JUMPS_S)
             moment_ns = (EPOCH_S + jump_s) * 10**9
-            patch.setattr("sd35bench.journal.time.time_ns", lambda now=moment_ns: now)
+            patch.setattr("sd35bench.study.journal.time.time_ns", lambda now=moment_ns: now)
             run_hosted(study, hosted_plan(server.url, 4), server.url, timeout_s=5.0)
         return sum(server.creates.values()), max(server.creates.values())
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sd35bench.cli import main
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.golden.studies import SETS
 from tests.reliability.experiment import Experiment, Figure
 
@@ -166,7 +166,7 @@ def make(here: Path) -> None:
 
 
 def _score_sets(study: Study) -> None:
-    from sd35bench.store import Score
+    from sd35bench.study.store import Score
 
     about = {"extractor": "golden", "reference": "golden-r", "min_images": 2}
     for metric, more in SETS.items():

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sd35bench.measure import environment
+from sd35bench.machine.measure import environment
 
 __all__ = ["PACKAGES", "Experiment", "Figure", "Result", "measure"]
 

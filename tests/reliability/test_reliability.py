@@ -13,8 +13,8 @@ import pytest
 
 import tests.reliability.client_kills as client_kills
 import tests.reliability.services as services
-from sd35bench.measure import environment
-from sd35bench.store import Study, decode_rgb
+from sd35bench.machine.measure import environment
+from sd35bench.study.store import Study, decode_rgb
 from tests.reliability.__main__ import main
 from tests.reliability.answers import body_of, is_own_image
 from tests.reliability.client import STUDY

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from sd35bench.cli import main
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Status
 from sd35bench.verify import verify_study
 from tests.reliability.experiment import Experiment, Figure

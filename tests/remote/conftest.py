@@ -7,7 +7,7 @@ import pytest
 
 from sd35bench.remote import prediction
 from sd35bench.remote.providers import PROVIDERS, provider_class
-from sd35bench.store import Study, decode_rgb
+from sd35bench.study.store import Study, decode_rgb
 from tests.remote.fault_server import FaultServer, serving
 
 

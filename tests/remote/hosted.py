@@ -14,7 +14,7 @@ from sd35bench.plan import Batch, Plan
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.retry import RetryPolicy
 from sd35bench.remote.settings import RemoteSettings
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import RunSummary
 from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Record, Request
 from tests.remote.fault_server import SIZES

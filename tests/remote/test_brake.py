@@ -10,7 +10,7 @@ import sd35bench.remote.ledger as ledger
 from sd35bench import disk
 from sd35bench.errors import StudyGone
 from sd35bench.remote.ledger import Ledger
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import RunSummary
 from tests.remote.fault_server import FaultServer
 from tests.remote.faults import Answer, Fault, picture

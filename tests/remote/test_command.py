@@ -7,7 +7,7 @@ import pytest
 import sd35bench.remote.prediction as prediction
 from sd35bench.cli import main
 from sd35bench.cli.output import RunProgress
-from sd35bench.store import decode_rgb
+from sd35bench.study.store import decode_rgb
 from sd35bench.trials import Progress
 from tests.remote.fault_server import FaultServer, serving
 

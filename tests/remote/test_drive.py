@@ -10,7 +10,7 @@ import sd35bench.remote.uploads as uploads_module
 from sd35bench.errors import ConfigError
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.ledger import Ledger
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import Progress
 from sd35bench.types import Status
 from tests.remote.fault_server import FaultServer

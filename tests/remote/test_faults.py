@@ -20,7 +20,7 @@ from sd35bench.plan import Batch, Plan
 from sd35bench.remote.download import download
 from sd35bench.remote.retry import RetryPolicy
 from sd35bench.remote.transport import Transport
-from sd35bench.store import Study, decode_rgb
+from sd35bench.study.store import Study, decode_rgb
 from sd35bench.trials import RunSummary
 from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Record, Status
 from tests.remote.contract import check_reader, make_provider, make_request, remote_settings

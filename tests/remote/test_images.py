@@ -15,7 +15,7 @@ import sd35bench.remote.images as images
 from sd35bench.errors import InvalidImage, RemoteError
 from sd35bench.remote.image_decoder import read_picture
 from sd35bench.remote.images import BadImage, ImageFacts, check_image, decode_image, sniff
-from sd35bench.store import decode_rgb
+from sd35bench.study.store import decode_rgb
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 

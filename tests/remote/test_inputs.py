@@ -11,7 +11,7 @@ from sd35bench.fields import make_trial
 from sd35bench.plan import Batch, Plan
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.inputs import defaults, payload, refusal, unsent
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import BackendSpec, Load, PromptRef, Request, Status
 from tests.remote.contract import make_provider
 from tests.remote.fault_server import SIZES, serving

@@ -15,7 +15,7 @@ from sd35bench.cli import main
 from sd35bench.errors import ConfigError
 from sd35bench.remote.drive import HostedService
 from sd35bench.remote.key import Key, read_key
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.remote.fault_server import serving
 from tests.remote.hosted import HASTY, hosted_plan, hosted_settings
 

@@ -13,7 +13,7 @@ import pytest
 
 import sd35bench.remote.drive as drive
 from sd35bench.remote.providers.eachlabs import Eachlabs
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import Run
 from tests.remote.fault_server import FaultServer
 from tests.remote.faults import FAULTS, Fault

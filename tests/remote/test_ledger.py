@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sd35bench.disk import LineFile
 from sd35bench.errors import DiskFull, Paused, StoreError
 from sd35bench.remote.ledger import Intent, Ledger
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 PRICE = 0.035
 

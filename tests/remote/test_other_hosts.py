@@ -18,7 +18,7 @@ from sd35bench.remote.providers import provider_class
 from sd35bench.remote.providers.base import Phase
 from sd35bench.remote.providers.stability import form_of
 from sd35bench.remote.transport import Transport
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.trials import Run, RunSummary
 from sd35bench.types import Record, Status
 from sd35bench.verify import verify_study

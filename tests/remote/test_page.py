@@ -13,7 +13,7 @@ import pytest
 
 from sd35bench.cli import main
 from sd35bench.server.predictions import Query
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Status
 from tests.remote.faults import picture
 from tests.server.live import live, make_settings

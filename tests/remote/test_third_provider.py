@@ -13,7 +13,7 @@ from sd35bench.config import compose, freeze
 from sd35bench.errors import ConfigError
 from sd35bench.plan import expand
 from sd35bench.remote.drive import HostedService
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Status
 from tests.remote.contract import ProviderContract
 from tests.remote.fault_server import FaultServer, serving

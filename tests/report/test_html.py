@@ -19,7 +19,7 @@ from sd35bench.report.page import (
     write_report,
 )
 from sd35bench.report.wall import MAX_BYTES
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, make_study, show_of
 
 # Attributes that load something, and the only kinds of value that stay inside the file.

@@ -1,6 +1,6 @@
 from sd35bench.analysis.summary import show_document
 from sd35bench.report.tables import settings_markdown
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.workers.process import run_plan
 from tests.studies.fakes import fake_load, fake_plan
 

@@ -3,9 +3,9 @@
 import pytest
 
 from sd35bench.errors import BackendError, StoreError, WorkerDied
-from sd35bench.limits import Limits
 from sd35bench.server import generation, serving
 from sd35bench.types import content_hash, to_json
+from sd35bench.workers.limits import Limits
 from tests.server.live import MODEL, live, make_settings
 
 pytestmark = pytest.mark.usefixtures("forked_python")

@@ -5,9 +5,9 @@ import pytest
 
 from sd35bench.config import compose, freeze
 from sd35bench.config.serve import compose_serve, freeze_serve
-from sd35bench.limits import Limits
 from sd35bench.plan import expand
-from sd35bench.store import Study, decode_rgb
+from sd35bench.study.store import Study, decode_rgb
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import run_plan
 from tests.server.live import live
 

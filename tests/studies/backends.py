@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.fields import make_trial
-from sd35bench.measure import RATE_FIELDS
-from sd35bench.store import Score, Study
+from sd35bench.machine.measure import RATE_FIELDS
+from sd35bench.study.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
     Flops,

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from sd35bench.analysis.summary import show_document
 from sd35bench.fields import make_trial
-from sd35bench.store import Score, Study
+from sd35bench.study.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
     Load,

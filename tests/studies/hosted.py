@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.fields import make_trial
-from sd35bench.journal import Shard
-from sd35bench.store import Score, Study
+from sd35bench.study.journal import Shard
+from sd35bench.study.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
     Load,

@@ -8,10 +8,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd35bench.limits import Limits
 from sd35bench.types import Load
 from sd35bench.workers import process, worker
 from sd35bench.workers.leases import Lease
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.seats import Seat, resources
 from sd35bench.workers.worker_process import ANYWHERE, WorkerProcess
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sd35bench.fields import make_trial
-from sd35bench.stored import Scan
+from sd35bench.study.content_files import Scan
 from sd35bench.types import (
     BackendSpec,
     Load,

@@ -21,7 +21,7 @@ import numpy as np
 from sd35bench.disk import write_atomic
 from sd35bench.stats import clustered
 from sd35bench.stats.clustered import Bounds
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Record, Status
 from tests.validity.coverage import CLAIMED, OFF, SIGN, SIZES, covered, is_off
 from tests.validity.drawn import Floats

@@ -17,7 +17,7 @@ from sd35bench.gate.sides import Side, match_pairs, read_sides
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import Direction
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 METRICS = ("kid_nano", "fid_nano")
 

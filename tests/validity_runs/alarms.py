@@ -23,7 +23,7 @@ from sd35bench.gate.judge import compare_sides
 from sd35bench.gate.policy import load_policy
 from sd35bench.gate.sides import Side, merge_starts, read_sides
 from sd35bench.stats.verdicts import Verdict
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.validity_runs.matrix import POLICIES, REFUSED, figures_of_document, verdict_of
 from tests.validity_runs.sides import Amount, judge, run_side
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from sd35bench.cli.study import open_study
 from sd35bench.errors import ConfigError
-from sd35bench.store import Score, Study
+from sd35bench.study.store import Score, Study
 from sd35bench.types import Record, Session
 from tests.validity_runs.sides import command
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.disk import write_atomic
-from sd35bench.measure import environment
+from sd35bench.machine.measure import environment
 
 __all__ = ["FOLDER", "keep", "read"]
 

@@ -10,9 +10,9 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from sd35bench.alternate import reruns_of
+from sd35bench.gate.rerun import reruns_of
 from sd35bench.stats.verdicts import Verdict
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.validity_runs.defects import Defect
 from tests.validity_runs.sides import Amount, alternate, judge, run_side
 

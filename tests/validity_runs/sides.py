@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd35bench.alternate import rerun
 from sd35bench.cli import main
+from sd35bench.gate.rerun import rerun
 from sd35bench.stats.verdicts import Verdict
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from tests.validity_runs.defects import Defect
 
 __all__ = ["Amount", "alternate", "command", "judge", "planted", "run_side"]

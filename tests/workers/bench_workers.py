@@ -18,7 +18,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 
 ARMS = {"one": ("workers=1", "threads=2"), "two": ("workers=2", "threads=1")}
 

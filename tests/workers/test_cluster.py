@@ -19,13 +19,13 @@ from typing import Any
 import psutil
 import pytest
 
-from sd35bench.checkpoint import weights_digest, whole_digest
 from sd35bench.errors import ConfigError, WorkerDied, WorkerLost
-from sd35bench.limits import Limits
-from sd35bench.store import Study
+from sd35bench.loading.checkpoint import weights_digest, whole_digest
+from sd35bench.study.store import Study
 from sd35bench.types import NO_WEIGHTS, Change, Load, Status
 from sd35bench.workers import cluster
 from sd35bench.workers.cluster import RayCluster, RayCrew, RaySettings, RayWorker, model_problem
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import run_plan
 from sd35bench.workers.worker import Job
 from tests.studies.fakes import MODEL, fake_load, fake_plan

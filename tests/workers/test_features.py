@@ -23,7 +23,7 @@ from sd35bench.metrics.base import Extractor
 from sd35bench.metrics.extractors import NanoEvaluator
 from sd35bench.pictures import decode_rgb
 from sd35bench.score import score_study
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.workers.features import FeatureProcess, Spread, local_spread, serve
 from tests.metrics.doubles import Colours, Redness, pictures
 from tests.test_score import put

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench.contention import OVERLAPPED, choose, read_contention
-from sd35bench.store import Study
+from sd35bench.machine.contention import OVERLAPPED, choose, read_contention
+from sd35bench.study.store import Study
 from sd35bench.types import Session, Status, Timings
 from sd35bench.workers import leases
 from sd35bench.workers.leases import VARIABLE, Lease, lease_folder

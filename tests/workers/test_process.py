@@ -8,10 +8,10 @@ import pytest
 
 from sd35bench.cli import main
 from sd35bench.errors import DiskFull, WorkerDied
-from sd35bench.limits import Limits
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Status, Timings
 from sd35bench.workers import process
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import LocalCrew, run_plan, run_plans
 from sd35bench.workers.seats import Seat
 from sd35bench.workers.worker import Answer, Made, Ready, Settled

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sd35bench.limits import Limits
 from sd35bench.types import Status
+from sd35bench.workers.limits import Limits
 from sd35bench.workers.sharing import Failure, Work
 from tests.studies.fakes import fake_load, fake_plan
 

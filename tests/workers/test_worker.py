@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from sd35bench import measure
 from sd35bench.backends.base import Backend, Generation
 from sd35bench.errors import BackendError, InvalidImage, OptimizationNotApplied, OutOfMemory
+from sd35bench.machine import measure
 from sd35bench.types import Flops, GpuState, Request, Status
 from sd35bench.workers import worker
 from sd35bench.workers.worker import Job, check_image

@@ -29,7 +29,7 @@ from sd35bench.disk import (
 )
 from sd35bench.errors import ConfigError, StoreError
 
-NANO_WEIGHTS = Path(__file__).parent / "nano" / "weights"
+NANO_WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"
 INDEX = "model_index.json"
 REMEDY = "give a complete diffusers folder, or a .safetensors file"
 CACHE_ABOVE_BYTES = 64_000_000

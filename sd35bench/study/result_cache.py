@@ -20,12 +20,12 @@ from typing import Any
 
 from sd35bench.disk import file_stamp, parse_json, read_regular, write_atomic
 from sd35bench.errors import StoreError
-from sd35bench.store import Study
-from sd35bench.view import FOLDER
+from sd35bench.study.store import Study
+from sd35bench.study.view import FOLDER
 
 _CACHES = ("~/.cache/huggingface/hub", "~/.cache/clip", "~/.cache/torch/hub/checkpoints")
 _SAY_WHERE = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME")
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _SCORED, _SHOWN = "scored.json", "shown.json"
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from sd35bench.disk import open_lock, read_regular, try_flock, write_atomic
 from sd35bench.errors import ConfigError, StoreError, StudyLocked
-from sd35bench.store import SCHEMA, Study
-from sd35bench.stored import is_named, read_named
+from sd35bench.study.content_files import is_named, read_named
+from sd35bench.study.store import SCHEMA, Study
 
 _BY_DIGEST = ("inits", "latents", "images")
 _BY_NAME = (

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd35bench import columns, view
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import read_table
-from sd35bench.columns import Records
 from sd35bench.errors import StoreError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.report.page import build_document, render_report
 from sd35bench.score import score_study
-from sd35bench.scored import keep_scored, kept_show, read_scored
-from sd35bench.store import Score, Study
+from sd35bench.study import columns, view
+from sd35bench.study.columns import Records
+from sd35bench.study.result_cache import keep_scored, kept_show, read_scored
+from sd35bench.study.store import Score, Study
 from sd35bench.types import Record, Status, to_json
 from sd35bench.verify import verify_study
 from tests.scale import make_study
@@ -271,7 +271,7 @@ def documents(path: Path) -> list[str]:
     return [json.dumps(show), json.dumps(advice), page]
 
 
-@pytest.mark.slow  # tests/test_columns.py holds a study of more kinds, and fewer settings
+@pytest.mark.slow  # tests/study/test_columns.py holds a study of more kinds, and fewer settings
 def test_documents_are_the_same_to_the_digit_with_and_without_a_view(study, monkeypatch):
     failing = [r for r in by_line(study) if r.status is Status.OK][::97]
     append(study, *(replace(r, image_bytes=1) for r in failing))

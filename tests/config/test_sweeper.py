@@ -7,8 +7,8 @@ from hydra.core.plugins import Plugins
 
 from sd35bench.config import compose
 from sd35bench.config.overrides import parse, sweep_values
+from sd35bench.config.sweeper import job_overrides, noise_overrides, sweep
 from sd35bench.errors import ConfigError
-from sd35bench.sweeper import job_overrides, noise_overrides, sweep
 from tests.forked import forget, in_fork
 
 

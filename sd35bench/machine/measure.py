@@ -238,7 +238,7 @@ def environment(threads: int | None = None) -> dict[str, Scalar]:
         "diffusers": _version("diffusers"),
         "transformers": _version("transformers"),
         "sd35bench": _version("sd35bench"),
-        **_commit(Path(__file__).resolve().parent.parent),
+        **_commit(Path(__file__).resolve().parents[2]),
         **_gpu(),
     }
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sd35bench import machine
-from sd35bench.machine import measure_once, measure_rates
-from sd35bench.measure import RATE_FIELDS
-from sd35bench.store import Study
+from sd35bench.machine import rates
+from sd35bench.machine.measure import RATE_FIELDS
+from sd35bench.machine.rates import measure_once, measure_rates
+from sd35bench.study.store import Study
 from sd35bench.types import BackendSpec, Load, ModelSpec
 
 LOAD = Load(
@@ -37,13 +37,13 @@ def children(monkeypatch) -> list[tuple[int, str]]:
         asked.append((threads, device))
         return {"device": device, "threads": threads, "rates": RATES}
 
-    monkeypatch.setattr(machine, "_ask_child", answer)
+    monkeypatch.setattr(rates, "_ask_child", answer)
     return asked
 
 
 def on_gpu(monkeypatch, name: str | None) -> None:
-    real = machine.environment
-    monkeypatch.setattr(machine, "environment", lambda threads: real(threads) | {"gpu_name": name})
+    real = rates.environment
+    monkeypatch.setattr(rates, "environment", lambda threads: real(threads) | {"gpu_name": name})
 
 
 def test_a_study_is_measured_once_for_each_thread_count(study, children):
@@ -94,13 +94,13 @@ def test_a_load_without_weights_has_no_limit(study, children):
 
 
 def test_a_failed_measurement_is_kept_and_tried_again(study, monkeypatch):
-    monkeypatch.setattr(machine.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(rates.sys, "executable", "/nonexistent/python")
     measure_once(study, LOAD)
     (failed,) = study.machine()
     assert failed["rates"] == {}
     assert "FileNotFoundError" in failed["error"]
     monkeypatch.setattr(
-        machine, "_ask_child", lambda *_: {"device": "cpu", "threads": 1, "rates": RATES}
+        rates, "_ask_child", lambda *_: {"device": "cpu", "threads": 1, "rates": RATES}
     )
     measure_once(study, LOAD)
     assert len(study.machine()) == 2
@@ -111,21 +111,21 @@ def test_a_child_that_breaks_says_why(study, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nImportError: no torch\n")
 
     double = SimpleNamespace(run=broken, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(machine, "subprocess", double)
+    monkeypatch.setattr(rates, "subprocess", double)
     measure_once(study, LOAD)
     assert study.machine()[0]["error"] == "ImportError: no torch"
 
 
 def test_the_parent_stays_free_of_torch():
-    code = "import sys; from sd35bench import machine; assert 'torch' not in sys.modules"
+    code = "import sys; from sd35bench.machine import rates; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    monkeypatch.setattr(machine, "CPU_SHAPE", (128, 192, 768))
-    monkeypatch.setattr(machine, "CPU_COPY_BYTES", 2**22)
-    monkeypatch.setattr(machine, "RATE_SECONDS", 0.02)
+    monkeypatch.setattr(rates, "CPU_SHAPE", (128, 192, 768))
+    monkeypatch.setattr(rates, "CPU_COPY_BYTES", 2**22)
+    monkeypatch.setattr(rates, "RATE_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_rates_are_best_over_median_with_their_count(small, threads):
     assert set(found["rates"]) >= {"fp32", "bf16", "copy"}
     for rate in found["rates"].values():
         assert rate["best"] >= rate["median"] > 0
-        assert rate["n"] >= machine.LEAST_REPETITIONS
+        assert rate["n"] >= rates.LEAST_REPETITIONS
     # 37.7 MFLOP take between 1 us (37 TFLOP/s) and 0.4 s (0.1 GFLOP/s) on any CPU there is.
     assert 1e-4 < found["rates"]["fp32"]["best"] < 37
     assert 0.05 < found["rates"]["copy"]["best"] < 5000
@@ -152,16 +152,16 @@ def test_rates_are_best_over_median_with_their_count(small, threads):
 
 
 def test_rates_count_a_multiply_add_twice_and_bytes_both_ways(small, threads, monkeypatch):
-    monkeypatch.setattr(machine._Clock, "seconds", lambda self, call: 0.5)
-    rates = measure_rates(1, "cpu")["rates"]
-    assert rates["fp32"]["best"] == pytest.approx(2 * 128 * 192 * 768 / 0.5 / 1e12)
-    assert rates["copy"]["best"] == pytest.approx(2 * 2**22 / 0.5 / 1e9)
+    monkeypatch.setattr(rates._Clock, "seconds", lambda self, call: 0.5)
+    found = measure_rates(1, "cpu")["rates"]
+    assert found["fp32"]["best"] == pytest.approx(2 * 128 * 192 * 768 / 0.5 / 1e12)
+    assert found["copy"]["best"] == pytest.approx(2 * 2**22 / 0.5 / 1e9)
 
 
 @pytest.mark.parametrize(("one_s", "n"), [(0.1, 6), (0.2, 5), (0.5, 3), (9.0, 1)])
 def test_slow_products_are_repeated_less_often(monkeypatch, one_s, n):
-    clock = machine._Clock(None, "cpu")
-    monkeypatch.setattr(machine._Clock, "seconds", lambda self, call: one_s)
+    clock = rates._Clock(None, "cpu")
+    monkeypatch.setattr(rates._Clock, "seconds", lambda self, call: one_s)
     assert len(clock.repeat(lambda: None)) == n
 
 
@@ -195,4 +195,4 @@ def test_the_real_child_measures_within_seconds(study):
 def test_onednn_multiplies_the_same_matrices():
     torch = pytest.importorskip("torch")
     a, b = torch.randn(7, 33), torch.randn(33, 5)
-    torch.testing.assert_close(machine._onednn_product(torch, a, b)(), a @ b)
+    torch.testing.assert_close(rates._onednn_product(torch, a, b)(), a @ b)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sd35bench.merge
+import sd35bench.study.merge
 from sd35bench.cli import main
 from sd35bench.disk import open_lock
 from sd35bench.errors import StudyLocked
-from sd35bench.merge import merge_studies
-from sd35bench.store import Score, Study
+from sd35bench.study.merge import merge_studies
+from sd35bench.study.store import Score, Study
 from sd35bench.types import Record, Status
 from tests.studies.memory import record, session
 
@@ -108,7 +108,7 @@ def test_merge_adds_what_a_source_got_since(pair, tmp_path):
 def test_merge_stopped_anywhere_is_whole_and_ends_the_same(pair, tmp_path, monkeypatch, after):
     merge_studies([s.path for s in pair], tmp_path / "whole")
     wanted, written = kept(Study.open(tmp_path, "whole")), 0
-    write = sd35bench.merge.write_atomic
+    write = sd35bench.study.merge.write_atomic
 
     def stopping(path: Path, data: bytes) -> None:
         nonlocal written
@@ -117,8 +117,8 @@ def test_merge_stopped_anywhere_is_whole_and_ends_the_same(pair, tmp_path, monke
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(sd35bench.merge, "write_atomic", stopping)
-    monkeypatch.setattr("sd35bench.stored.write_atomic", stopping)
+    monkeypatch.setattr(sd35bench.study.merge, "write_atomic", stopping)
+    monkeypatch.setattr("sd35bench.study.content_files.write_atomic", stopping)
     with pytest.raises(KeyboardInterrupt):
         merge_studies([s.path for s in pair], tmp_path / "c")
     monkeypatch.undo()

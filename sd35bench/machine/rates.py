@@ -5,8 +5,8 @@ SD3.5-Medium's MLP at 512 px (1024 x 1536 x 6144, 19.3 GFLOP; 8192^3 on a GPU), 
 product's overhead is under 1 %, and a copy between buffers far larger than any cache (read and
 written bytes count). The best of the repetitions is the limit, the median says how steady it is.
 
-`measure_once` starts ``python -m sd35bench.machine`` with as many threads as the load has and keeps
-its answer in the study, so the parent stays free of torch. It takes less than 10 s.
+`measure_once` starts ``python -m sd35bench.machine.rates`` with as many threads as the load has and
+keeps its answer in the study, so the parent stays free of torch. It takes less than 10 s.
 
 The best speed of the canary that any run has seen on this machine is kept in the user's cache
 (`keep_best`), so that a run on a busy machine can say how far below it was.
@@ -27,8 +27,8 @@ from typing import Any
 
 from sd35bench.disk import cache_folder, write_atomic
 from sd35bench.errors import SD35BenchError
-from sd35bench.measure import RATE_FIELDS, asked_device, environment
-from sd35bench.store import Study
+from sd35bench.machine.measure import RATE_FIELDS, asked_device, environment
+from sd35bench.study.store import Study
 from sd35bench.types import NO_WEIGHTS, CanaryFacts, Load, content_hash
 
 CHILD_TIMEOUT_S = 180.0
@@ -73,7 +73,7 @@ def machine_key(where: dict[str, Any], device: str) -> str:
 
 def _ask_child(threads: int, device: str, cores: Sequence[int] | None) -> dict[str, Any]:
     """Run the measurement in a process of its own; its JSON, or why there is none."""
-    command = [sys.executable, "-P", "-m", "sd35bench.machine"]
+    command = [sys.executable, "-P", "-m", "sd35bench.machine.rates"]
     command += ["--threads", str(threads), "--device", device]
     if cores is not None:
         command += ["--cores", *map(str, cores)]
@@ -255,7 +255,7 @@ def _rate(seconds: list[float], work: float, unit: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print the rates as one JSON document."""
-    parser = argparse.ArgumentParser(prog="python -m sd35bench.machine")
+    parser = argparse.ArgumentParser(prog="python -m sd35bench.machine.rates")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cores", type=int, nargs="+")

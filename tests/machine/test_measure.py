@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sd35bench import measure
-from sd35bench.measure import (
+from sd35bench.machine import measure
+from sd35bench.machine.measure import (
     COMPARABLE,
     DeviceClock,
     Stopwatch,
@@ -28,7 +28,7 @@ MIB = 2**20
 
 def test_measure_loads_no_torch() -> None:
     code = (
-        "import sys; from sd35bench import measure; "
+        "import sys; from sd35bench.machine import measure; "
         "measure.environment(); measure.memory(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -95,7 +95,7 @@ def test_peak_rss_sees_an_allocation_that_is_gone() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 def test_peak_rss_of_a_child_is_not_its_parents() -> None:
-    child = "from sd35bench.measure import peak_rss_bytes; print(peak_rss_bytes())"
+    child = "from sd35bench.machine.measure import peak_rss_bytes; print(peak_rss_bytes())"
     parent = (
         "import subprocess, sys; block = bytearray(b'x') * (400 * 2**20); "
         f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"

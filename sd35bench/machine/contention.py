@@ -1,6 +1,6 @@
 """Which timed trials other work disturbed, and how fast the machine was: pure judgement.
 
-A trial lies between two readings of the canary (`sd35bench.canary`); trials of one block share
+A trial lies between two readings of the canary (`machine.canary`); trials of one block share
 them. It is *disturbed* where the two differ by more than `TOLERANCE`, where one lies further than
 that off the session's median, or where the worker was taken off its cores and got a tenth less CPU
 time than that setting's median: what happens in the middle of a long trial, between the readings.
@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.columns import (
+from sd35bench.fields import setting_identity
+from sd35bench.study.columns import (
     Columns,
     Floats,
     Records,
@@ -38,9 +39,8 @@ from sd35bench.columns import (
     pick,
     texts,
 )
-from sd35bench.fields import setting_identity
+from sd35bench.study.view import name_number
 from sd35bench.types import CanaryFacts, Record, Session, Status, Surroundings
-from sd35bench.view import name_number
 from sd35bench.words import plural
 
 TOLERANCE = 0.10

@@ -13,8 +13,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.study.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, ParquetView
 from sd35bench.types import Flops, Record, from_json
-from sd35bench.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, ParquetView
 
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]

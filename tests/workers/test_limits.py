@@ -2,14 +2,14 @@ import pytest
 
 from sd35bench.config import compose, freeze
 from sd35bench.errors import ConfigError
-from sd35bench.limits import (
+from sd35bench.types import Request
+from sd35bench.workers.limits import (
     BATCH_FLOOR_S,
     LONGEST_WAIT_S,
     START_FLOOR_S,
     Limits,
     work_of,
 )
-from sd35bench.types import Request
 
 
 def request(**fields) -> Request:

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd35bench import journal, store
 from sd35bench.disk import _processes
 from sd35bench.errors import DiskFull, StoreError, StudyGone, StudyLocked
 from sd35bench.fields import make_trial
-from sd35bench.journal import new_shard_id
-from sd35bench.store import Score, Study
+from sd35bench.study import journal, store
+from sd35bench.study.journal import new_shard_id
+from sd35bench.study.store import Score, Study
 from sd35bench.types import (
     Memory,
     PromptRef,
@@ -487,7 +487,7 @@ def test_shard_ids_sort_by_time():
 def test_mutant_that_takes_every_temporary_file_for_a_dead_one_removes_a_living_one(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("sd35bench.store.is_abandoned", lambda name: True)
+    monkeypatch.setattr("sd35bench.study.store.is_abandoned", lambda name: True)
     with pytest.raises(AssertionError):
         test_lock_removes_what_dead_writers_left_and_nothing_else(tmp_path)
 
@@ -519,7 +519,7 @@ def test_a_newer_measurement_of_a_known_setting_is_read_and_kept(tmp_path):
 
 
 def test_mutant_that_ignores_fields_of_a_newer_version_pools_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("sd35bench.journal._refuse_unknown", lambda *_: None)
+    monkeypatch.setattr("sd35bench.study.journal._refuse_unknown", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         test_a_setting_with_a_field_of_a_newer_version_is_refused_and_not_pooled(
             tmp_path, "request"

@@ -4,7 +4,7 @@ The canary (`sd35_kernels.canary`) is a fixed loop of 3 ms on the units that the
 runs right before and right after every trial. Trials shorter than `BLOCK_S` share a block of that
 length, so that the loop takes at most 2 % of the time; a reading that is younger than `FRESH_S`
 serves the next trial too, which makes it 1 %. What the readings mean is judged later, in
-`sd35bench.contention`.
+`sd35bench.machine.contention`.
 
 A backend that loads no torch computes nothing worth timing here and gets no canary.
 SD35BENCH_CANARY=off leaves it out everywhere, for tests that must not depend on the machine.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sd35bench.measure import Counters, Usage, counters, device_of, usage
+from sd35bench.machine.measure import Counters, Usage, counters, device_of, usage
 from sd35bench.types import Surroundings
 
 BLOCK_S = 0.3

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from sd35bench import flops
-from sd35bench.evaluations import evaluations, work
-from sd35bench.flops import (
+from sd35bench.backends import flops
+from sd35bench.backends.flops import (
     clip_flops,
     decode_flops,
     encode_flops,
@@ -18,6 +17,7 @@ from sd35bench.flops import (
     mmdit_flops,
     t5_flops,
 )
+from sd35bench.evaluations import evaluations, work
 from sd35bench.types import Request, SkipLayerGuidance
 
 TERA = 1e12

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench import canary, contention
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import read_table
-from sd35bench.canary import FRESH_S, Lookout
-from sd35bench.contention import (
+from sd35bench.machine import canary, contention
+from sd35bench.machine.canary import FRESH_S, Lookout
+from sd35bench.machine.contention import (
     DISTURBED,
     SLOWER,
     Contention,

@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from sd35bench.columns import Columns, Records, among, distinct, is_text, pick, texts, with_tags
 from sd35bench.disk import (
     disk_errors,
     is_abandoned,
@@ -39,12 +38,22 @@ from sd35bench.disk import (
     write_atomic,
 )
 from sd35bench.errors import StoreError, StudyLocked
-from sd35bench.journal import Journal, Shard, Shards, new_shard_id, read_score, shard_order
-from sd35bench.latest import Scores, in_order, last_of_each
 from sd35bench.pictures import decode_rgb
-from sd35bench.stored import Scan, StoredFiles, is_named
+from sd35bench.study.columns import (
+    Columns,
+    Records,
+    among,
+    distinct,
+    is_text,
+    pick,
+    texts,
+    with_tags,
+)
+from sd35bench.study.content_files import Scan, StoredFiles, is_named
+from sd35bench.study.journal import Journal, Shard, Shards, new_shard_id, read_score, shard_order
+from sd35bench.study.latest import Scores, in_order, last_of_each
+from sd35bench.study.view import JournalView, ParquetView, ScoreView, Unfit
 from sd35bench.types import Record, Score, Session, Status, to_json
-from sd35bench.view import JournalView, ParquetView, ScoreView, Unfit
 
 SCHEMA = 1
 _SEED = "request_seed"
@@ -339,7 +348,7 @@ class Study:
     # The machine -------------------------------------------------------------------------------
 
     def append_machine(self, found: dict[str, Any]) -> None:
-        """Keep one measurement of a machine's limits (see `sd35bench.machine`) in its own file."""
+        """Keep one measurement of a machine's limits (see `machine.rates`) in its own file."""
         data = json.dumps(found, allow_nan=False).encode() + b"\n"
         folder = self.path / "machine"
         write_atomic(folder / f"{new_shard_id(folder)}.json", data)

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd35bench import contention, latest, view
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import read_table
-from sd35bench.columns import Columns, dense, grouped, prompts, samples, split, tags
 from sd35bench.errors import ConfigError
+from sd35bench.machine import contention
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.report.page import build_document, render_report
 from sd35bench.score import score_study
-from sd35bench.store import Score, Study
+from sd35bench.study import latest, view
+from sd35bench.study.columns import Columns, dense, grouped, prompts, samples, split, tags
+from sd35bench.study.store import Score, Study
+from sd35bench.study.view import moment_number
 from sd35bench.types import (
     BackendSpec,
     CanaryFacts,
@@ -33,7 +35,6 @@ from sd35bench.types import (
     Surroundings,
     Timings,
 )
-from sd35bench.view import moment_number
 from tests.studies.memory import LOAD, record, session
 
 PROFILES = {

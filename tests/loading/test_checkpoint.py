@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import sd35bench.checkpoint as checkpoint
-from sd35bench.checkpoint import (
+import sd35bench.loading.checkpoint as checkpoint
+from sd35bench.errors import ConfigError
+from sd35bench.loading.checkpoint import (
     NANO_WEIGHTS,
     find_checkpoint,
     find_components,
@@ -17,7 +18,6 @@ from sd35bench.checkpoint import (
     variant_of,
     weights_digest,
 )
-from sd35bench.errors import ConfigError
 
 
 @pytest.fixture

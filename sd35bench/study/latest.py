@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.columns import Columns, Floats, Places, Records, dense, grouped, pick, texts
+from sd35bench.study.columns import Columns, Floats, Places, Records, dense, grouped, pick, texts
 from sd35bench.types import Score, Status
 
 

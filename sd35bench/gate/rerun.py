@@ -13,7 +13,7 @@ from pathlib import Path
 from sd35bench.errors import ConfigError
 from sd35bench.fields import setting_identity
 from sd35bench.plan import Batch, Plan
-from sd35bench.store import Study
+from sd35bench.study.store import Study
 from sd35bench.types import Record, Status
 from sd35bench.workers.process import run_plan
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import sd35bench.remote.prediction as prediction
-from sd35bench import disk, stored
+from sd35bench import disk
 from sd35bench.cli import main
 from sd35bench.errors import StoreError
-from sd35bench.store import Study, decode_rgb
+from sd35bench.study import content_files
+from sd35bench.study.store import Study, decode_rgb
 from sd35bench.types import Status
 from sd35bench.workers.process import run_plan
 from tests.golden.studies import make_sets
@@ -110,14 +111,16 @@ def test_a_damaged_image_is_named_and_not_read(study, how):
 def test_mutant_that_believes_a_file_s_name_reads_another_image_as_its_own(study, monkeypatch):
     path, other = images_of(study)[:2]
     DAMAGES["swapped"](path, other)
-    monkeypatch.setattr(stored, "_read_named", disk.read_regular)
+    monkeypatch.setattr(content_files, "_read_named", disk.read_regular)
     assert (study.read_image(path.stem) == decode_rgb(other.read_bytes())).all()
 
 
 def test_mutant_that_opens_whatever_is_there_waits_for_a_pipe(study, monkeypatch):
     path, other = images_of(study)[:2]
     DAMAGES["pipe"](path, other)
-    monkeypatch.setattr(stored, "read_regular", lambda path: (path.read_bytes(), path.stat()))
+    monkeypatch.setattr(
+        content_files, "read_regular", lambda path: (path.read_bytes(), path.stat())
+    )
     with pytest.raises(TimeoutError), within(0.5):
         study.images()
 
@@ -170,7 +173,7 @@ def test_score_reads_each_image_once(study, monkeypatch):
 
     study.images()
     study.save_checked()
-    monkeypatch.setattr(stored, "read_regular", counted)
+    monkeypatch.setattr(content_files, "read_regular", counted)
     sd35bench.score.score_study(Study(study.path), ["sharpness", "contrast"])
     assert reads == Counter(path.name for path in images_of(study))
 
@@ -183,7 +186,7 @@ def test_run_makes_a_damaged_image_again_and_keeps_what_took_its_place(study, ho
     DAMAGES[how](path, other)
     assert run_plan(fake_plan(fake_load(), COUNT), study).done == 1
     assert path.read_bytes() == whole
-    assert os.path.lexists(path.with_name(path.name + stored.DAMAGED))
+    assert os.path.lexists(path.with_name(path.name + content_files.DAMAGED))
     assert len(study.done_keys()) == COUNT
 
 

@@ -1,0 +1,1 @@
+"""The machine that is measured on: clocks, memory, rates, and what else ran on it meanwhile."""
