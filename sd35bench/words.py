@@ -202,6 +202,29 @@ def size(count: int | float | None) -> str:
     return f"{count / 2**10:.0f} KiB"
 
 
+def size_in(count: float, unit: str, decimals: int = 1) -> str:
+    """Bytes in one unit whatever their size, for sizes that are held against each other."""
+    return f"{number(count / _UNITS[unit], decimals)} {unit}"
+
+
+_UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
+
+
+def gib(count: float) -> str:
+    """Memory beside its limit: ``1.25 GiB``."""
+    return size_in(count, "GiB", 2)
+
+
+def in_usd(dollars: float) -> str:
+    """A price as messages name it, ``0.0375 USD``: four digits."""
+    return f"{digits(dollars, 4)} USD"
+
+
+def bill(dollars: float) -> str:
+    """A sum that somebody pays, ``12.30 USD``."""
+    return f"{number(dollars, 2)} USD"
+
+
 def usd(dollars: float | None) -> str:
     """Dollars: ``$1,234.50``, below one with three significant digits, a dash where unknown."""
     if dollars is None:

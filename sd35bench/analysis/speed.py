@@ -54,6 +54,7 @@ from sd35bench.study.columns import (
 )
 from sd35bench.study.view import OF_TIMINGS
 from sd35bench.types import Record, Session, Status
+from sd35bench.words import digits, number
 
 TOLERANCE = 1.25
 """A rate this far above the measured limit is impossible.
@@ -186,9 +187,9 @@ def speed_warnings(
     if achieved is None or not known or achieved <= TOLERANCE * max(known):
         return []
     return [
-        f"impossible: {achieved:.3g} TFLOP/s, and this machine was measured to multiply at"
-        f" {max(known):.3g} at most; the timing or the count of operations is wrong, or the machine"
-        " was busy while it was measured (delete the study's machine/ folder and run again)"
+        f"impossible: {digits(achieved)} TFLOP/s, and this machine was measured to multiply at"
+        f" {digits(max(known))} at most; the timing or the count of operations is wrong, or the"
+        " machine was busy while it was measured (delete the study's machine/ folder and run again)"
     ]
 
 
@@ -473,7 +474,7 @@ def spread_texts(row: Row, sessions: Sequence[Session]) -> list[str]:
     found = spreads(row, {session.id: session for session in sessions})
     words = {"device_spread": "devices", "host_spread": "hosts, pooled as asked,"}
     return [
-        f"{word} share this row: the slowest takes {found[name]:.2f} times the fastest's p50"
+        f"{word} share this row: the slowest takes {number(found[name], 2)} times the fastest's p50"
         for name, word in words.items()
         if found[name] is not None
     ]

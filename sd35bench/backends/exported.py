@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from sd35bench import words
 from sd35bench.backends.families import family_of
 from sd35bench.backends.pipeline import DiffusersBackend, foreign_errors, generator
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
@@ -184,13 +185,13 @@ class ExportedBackend(DiffusersBackend):
         limit = INT8_PARITY if quantised else PARITY[self.precision]
         if not error <= limit:
             raise OptimizationNotApplied(
-                f"the exported denoiser differs from PyTorch's by {error:.2g} of its largest value,"
-                f" more than {limit:g}: this runtime computes something else"
+                f"the exported denoiser differs from PyTorch's by {words.digits(error, 2)} of its"
+                f" largest value, more than {limit:g}: this runtime computes something else"
             )
         if quantised and error <= PARITY["fp32"]:
             raise OptimizationNotApplied(
-                f"quantisation=int8 asked, but outputs differ from PyTorch's by only {error:.2g}:"
-                " nothing was computed in int8"
+                "quantisation=int8 asked, but outputs differ from PyTorch's by only"
+                f" {words.digits(error, 2)}: nothing was computed in int8"
             )
         return error
 

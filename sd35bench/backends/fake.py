@@ -25,6 +25,7 @@ from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.evaluations import evaluations
 from sd35bench.fields import request_identity
 from sd35bench.types import Load, Request, content_hash
+from sd35bench.words import size_in
 
 BLOCK_PX = 8
 ALLOCATE_BYTES = 2 * 2**30
@@ -41,7 +42,7 @@ def _allocate() -> None:
     while len(held) * STEP_BYTES < ALLOCATE_BYTES:
         held.append(np.ones(STEP_BYTES, np.uint8))
         time.sleep(STEP_S)
-    raise MemoryError(f"fault=allocate holds {ALLOCATE_BYTES / 1e9:.2f} GB and met no limit")
+    raise MemoryError(f"fault=allocate holds {size_in(ALLOCATE_BYTES, 'GB', 2)} and met no limit")
 
 
 def _memory_error() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sd35bench import words
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Scalar, content_hash
 
@@ -126,8 +127,9 @@ def prove_layers(
         errors[name] = float((after - before[name]).norm() / reference.norm().clamp_min(1e-30))
         if not errors[name] < LARGEST_ERROR:
             raise OptimizationNotApplied(
-                f"{name}: int8 outputs are {errors[name]:.1%} off the float layer's, more than "
-                f"the {LARGEST_ERROR:.0%} that rounding explains; add it to backend.exclude"
+                f"{name}: int8 outputs are {words.number(100 * errors[name], 1)}% off the float"
+                f" layer's, more than the {words.number(100 * LARGEST_ERROR, 0)}% that rounding"
+                " explains; add it to backend.exclude"
             )
     return errors
 

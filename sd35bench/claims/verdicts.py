@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import exp
 from typing import Any
 
-from sd35bench import plugins
+from sd35bench import plugins, words
 from sd35bench.analysis.commands import load_overrides
 from sd35bench.analysis.table import Table, read_table
 from sd35bench.claims import designs
@@ -269,8 +269,8 @@ def _reason(one: Judged, contrasts: list[Contrast], more: int | None) -> str:
         return f"{every} shown to be above what counts"
     if one.verdict is Verdict.REFUTED:
         return f"shown to be below what counts: {_deciding(one.verdict, contrasts).name}"
-    images = "no practicable number of images" if more is None else f"about {more:,} more images"
-    return f"{images} would decide, if things are as they look"
+    found = "no practicable number of" if more is None else f"about {words.count(more)} more"
+    return f"{found} images would decide, if things are as they look"
 
 
 def _contrast(contrast: Contrast, decisive: Interval) -> dict[str, Any]:

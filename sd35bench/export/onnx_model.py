@@ -28,6 +28,7 @@ from sd35bench.export.graph import (
     read_graph,
     weight_counts,
 )
+from sd35bench.words import size_in
 
 MODEL, DATA, PROBE = "model.onnx", "model.onnx.data", "probe.safetensors"
 PROBE_SHAPES = ((1, 15, 7), (2, 24, 5), (3, 8, 11))
@@ -155,8 +156,9 @@ def _refuse_full_disk(folder: Path, wanted_bytes: float) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < wanted_bytes:
         raise BackendError(
-            f"the exported model needs {wanted_bytes / 1e9:.1f} GB in {folder.parent}, where"
-            f" {free_bytes / 1e9:.1f} GB are free; free some, or set XDG_CACHE_HOME elsewhere"
+            f"the exported model needs {size_in(wanted_bytes, 'GB')} in {folder.parent},"
+            f" where {size_in(free_bytes, 'GB')} are free; free some, or set XDG_CACHE_HOME"
+            " elsewhere"
         )
 
 

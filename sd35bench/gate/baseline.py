@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench import words
 from sd35bench.disk import parse_json, read_regular
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.fields import ASKED, completed
@@ -205,7 +206,7 @@ def _known(start: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(value: float) -> float | None:
-    return float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None
+    return float(words.digits(value, _DIGITS)) if np.isfinite(value) else None
 
 
 def _hashes(values: Sequence[str]) -> NDArray[np.uint64]:

@@ -26,6 +26,7 @@ from sd35bench.machine.contention import unlike
 from sd35bench.stats.clustered import mean_t, student
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.latency import Spread, couple_starts, log_ratio, run_drift
+from sd35bench.words import digits
 
 Distances = Callable[[Side, Side, Matched], NDArray[np.float64] | str]
 """Differences [n, 4] of matched images in levels of 255: the mean absolute one, then the mean
@@ -358,7 +359,10 @@ def _floor(wanted: Dimension, a: Side, b: Side) -> tuple[float, str]:
     Never the candidate's: one that became noisy would be excused by its own noise.
     """
     if a.floor_levels is not None:
-        floor, said = a.floor_levels, f"noise floor {a.floor_levels:.3g} levels, of the baseline"
+        floor, said = (
+            a.floor_levels,
+            f"noise floor {digits(a.floor_levels)} levels, of the baseline",
+        )
     elif wanted.floor_levels is not None:
         floor = wanted.floor_levels
         said = f"noise floor {floor:g} levels, from the policy"
@@ -366,5 +370,5 @@ def _floor(wanted: Dimension, a: Side, b: Side) -> tuple[float, str]:
         floor, said = 0.0, "the baseline measured no noise floor: taken as 0"
         said += " (run it with noise_floor=BACKEND to have one)"
     if b.floor_levels is not None and b.floor_levels > floor:
-        said += f"; the candidate's own is larger, {b.floor_levels:.3g}, and excuses nothing"
+        said += f"; the candidate's own is larger, {digits(b.floor_levels)}, and excuses nothing"
     return floor, said

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench import words
 from sd35bench.errors import ConfigError
 from sd35bench.gate.dimensions import Distances, figures, start_drifts
 from sd35bench.gate.figure import Figure
@@ -45,7 +46,6 @@ from sd35bench.stats.verdicts import (
     judge,
     worst,
 )
-from sd35bench.words import plural
 
 _ROUNDING = 1e-9
 """A share such as 7/10 is below the 0.7 of a policy in the last digit."""
@@ -88,9 +88,9 @@ def judge_coverage(
         reason = f"of the baseline's, the candidate {kept} {'; '.join(lacks)}"
     if not passes:
         reason += (
-            f" (coverage {least:.3g}, the policy asks for {policy.coverage:g}): run the candidate"
-            " on the baseline's settings, prompts and seeds, to its end and in one environment,"
-            " or set the policy's coverage where fewer are meant"
+            f" (coverage {words.digits(least)}, the policy asks for {policy.coverage:g}): run the"
+            " candidate on the baseline's settings, prompts and seeds, to its end and in one"
+            " environment, or set the policy's coverage where fewer are meant"
         )
     return {
         "verdict": Verdict.PASS if passes else Verdict.FAIL,
@@ -384,10 +384,11 @@ def _doubt(item: _Judged) -> str:
     name, tested = item.figure.name, item.tested
     if tested is None or not _has_ends(item.figure.effect):
         return f"{name} has too few prompts or images for an interval"
-    if item.size is not None and tested.p_fail < TAIL:
+    if item.p_adjusted is not None and tested.p_fail < TAIL:
         return (
-            f"{name}: alone it would fail (p {tested.p_fail:.2g}); as one of {item.size} figures"
-            f" it does not (corrected p {item.p_adjusted:.2g}, {TAIL:g} fails)"
+            f"{name}: alone it would fail (p {words.digits(tested.p_fail, 2)}); as one of"
+            f" {item.size} figures it does not (corrected p {words.digits(item.p_adjusted, 2)},"
+            f" {TAIL:g} fails)"
         )
     return f"{name}: the interval reaches across the margin"
 
@@ -469,7 +470,7 @@ def _unexplained(a: Side, comparison: dict[str, Any]) -> list[str]:
     if not changed or judged or differs:
         return []
     floor = a.floor_levels
-    noise = "" if floor is None else f" (noise floor {floor:.2g} levels)"
+    noise = "" if floor is None else f" (noise floor {words.digits(floor, 2)} levels)"
     return [
         f"{comparison['title']}: {changed} of {comparison['n_images']} images are not"
         f" bit-identical, though no setting and no machine differs{noise}; --policy exact fails for"
@@ -492,12 +493,13 @@ def _comparison_warnings(comparison: dict[str, Any]) -> list[str]:
         alone = comparison[f"only_{side}"]
         if alone:
             found.append(
-                f"{comparison['title']}: {plural(alone, 'pair')} of the {side} only, left out"
+                f"{comparison['title']}: {words.plural(alone, 'pair')} of the {side} only, left out"
             )
         for start in comparison["latency_drift"][side]:
             if start["drifting"]:
+                change = words.number(100 * start["change_frac"], 0, "+")
                 found.append(
-                    f"latency of the {side} changed by {start['change_frac']:+.0%} during start"
+                    f"latency of the {side} changed by {change}% during start"
                     f" {start['start']}: the machine was not steady"
                 )
     names = [

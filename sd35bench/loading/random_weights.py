@@ -22,6 +22,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
 )
 from torch import nn
 
+from sd35bench import words
 from sd35bench.architectures import SEED, TEXT_PARTS, architecture_name, random_parts
 from sd35bench.errors import OutOfMemory
 from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
@@ -143,7 +144,7 @@ def _refuse_too_large(spec: ModelSpec, needed_bytes: int, device: torch.device) 
     free_bytes = available_bytes(device)
     if needed_bytes > free_bytes:
         raise OutOfMemory(
-            f"{spec.name} needs {needed_bytes / 1e9:.1f} GB for its weights alone, {device} has"
-            f" {free_bytes / 1e9:.1f} GB free; use backend.dtype=bf16 or fewer layers"
+            f"{spec.name} needs {words.size_in(needed_bytes, 'GB')} for its weights alone, {device}"
+            f" has {words.size_in(free_bytes, 'GB')} free; use backend.dtype=bf16 or fewer layers"
             " (model.layers=N)"
         )

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench import words
 from sd35bench.fields import setting_identity
 from sd35bench.study.columns import (
     Columns,
@@ -41,7 +42,6 @@ from sd35bench.study.columns import (
 )
 from sd35bench.study.view import name_number
 from sd35bench.types import CanaryFacts, Record, Session, Status, Surroundings
-from sd35bench.words import plural
 
 TOLERANCE = 0.10
 REGIME = 0.8
@@ -399,25 +399,25 @@ def sentences(settings: Iterable[Timed], speeds: Mapping[str, float]) -> list[st
     found = []
     if unlike(low, high):
         found.append(
-            f"this machine ran at {low:.2f} of its best in one process start and at {high:.2f} in"
-            " another: latencies of unlike regimes are not pooled, and settings that were timed in"
-            " unlike ones cannot be compared"
+            f"this machine ran at {words.number(low, 2)} of its best in one process start and at"
+            f" {words.number(high, 2)} in another: latencies of unlike regimes are not pooled, and"
+            " settings that were timed in unlike ones cannot be compared"
         )
     elif low < REGIME:
         found.append(
-            f"this machine ran at {low:.2f} of its best: latencies hold for that, not for a quiet"
-            " one"
+            f"this machine ran at {words.number(low, 2)} of its best: latencies hold for that, not"
+            " for a quiet one"
         )
     disturbed = sum(each.disturbed for each in settings)
     if disturbed:
-        share = disturbed / sum(each.watched for each in settings)
+        share = words.number(100 * (disturbed / sum(each.watched for each in settings)), 0)
         marked = sum(each.marked for each in settings)
         said = "none of them is in a latency"
         if marked:
             have, count = ("has", "counts") if marked == 1 else ("have", "count")
-            of = plural(len(settings), "setting")
+            of = words.plural(len(settings), "setting")
             said = f"{marked} of {of} {have} more than half such and {count} them"
-        found.append(f"{disturbed} timed images ({share:.0%}) were {DISTURBED}; {said}")
+        found.append(f"{disturbed} timed images ({share}%) were {DISTURBED}; {said}")
     return found
 
 
@@ -429,8 +429,8 @@ def clock_text(settings: Iterable[Timed], speeds: Mapping[str, float]) -> str | 
         return None
     disturbed = sum(each.disturbed for each in settings)
     return (
-        f"clock: median canary at {median(speeds.values()):.2f} of this machine's best;"
-        f" {disturbed} of {watched} timed images disturbed"
+        f"clock: median canary at {words.number(median(speeds.values()), 2)} of this machine's"
+        f" best; {disturbed} of {watched} timed images disturbed"
     )
 
 

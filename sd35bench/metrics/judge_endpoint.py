@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image as Pillow
 
+from sd35bench import words
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.loopback import is_loopback
 from sd35bench.metrics.base import Image, Value
@@ -83,7 +84,8 @@ class Endpoint:
         if self.spent_usd + bill > self.max_cost_usd + 1e-9:
             raise MetricError(
                 f"metric.judge.max_cost_usd={self.max_cost_usd:g}: {calls} calls at"
-                f" {self.usd_per_call:g} USD would cost {bill:.2f} USD; raise the limit to agree"
+                f" {self.usd_per_call:g} USD would cost {words.bill(bill)}; raise the limit to"
+                " agree"
             )
 
     def __call__(

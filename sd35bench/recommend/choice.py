@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench import words
 from sd35bench.analysis.pairs import Comparison
 from sd35bench.recommend.pareto import Limits, Speeds, amount, check_limits, contradiction
 from sd35bench.recommend.profiles import Profile
@@ -214,7 +215,8 @@ def _named_because(
         )
     text = (
         f"the fastest whose quality is shown to be within {choice.margin:g} of {what}"
-        f" (one-sided {100 * choice.level:.2g} %, tested from slow to fast, n={n} pairs)"
+        f" (one-sided {words.digits(100 * choice.level, 2)} %, tested from slow to fast, n={n}"
+        " pairs)"
     )
     ratio = comparison.log_speed_ratio(choice.chosen, choice.reference)
     if speed.basis == "latency_s" and (ratio is None or ratio.high is None or ratio.high >= 0.0):
@@ -230,8 +232,8 @@ def _provisional(choice: Choice, what: str) -> str:
         return "; provisional: another setting may be better by more than the margin"
     if choice.margin > 0.0 and choice.expected_loss > choice.margin:
         return (
-            f"; provisional: the expected loss against the best is {choice.expected_loss:.2g},"
-            f" the margin {choice.margin:g}"
+            "; provisional: the expected loss against the best is"
+            f" {words.digits(choice.expected_loss, 2)}, the margin {choice.margin:g}"
         )
     return f"; provisional: a faster setting may be within {choice.margin:g} of {what}"
 

@@ -38,6 +38,7 @@ from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import weight_chunks
 from sd35bench.stats.latency import centres, counted_starts
 from sd35bench.study.columns import Floats, numbers, pick, seconds
+from sd35bench.words import digits, gib, in_usd
 
 LEAST_FOR_P95 = 20
 """Timed images below which one of them decides where the 95th percentile is."""
@@ -85,14 +86,16 @@ class _Figure:
     def broken(self) -> str | None:
         if self.value <= self.limit:
             return None
-        return f"too slow: {self.name}{self.value:.3g} s, limit {self.limit:.3g} s"
+        return f"too slow: {self.name}{digits(self.value)} s, limit {digits(self.limit)} s"
 
     @property
     def close(self) -> str | None:
         if self.high is not None and self.high <= self.limit:
             return None
         name = self.name or "p50 "
-        return f"{name}{self.value:.3g} s is not surely within the limit of {self.limit:.3g} s"
+        return (
+            f"{name}{digits(self.value)} s is not surely within the limit of {digits(self.limit)} s"
+        )
 
 
 def speeds(comparison: Comparison) -> Speeds:
@@ -148,7 +151,7 @@ def contradiction(comparison: Comparison, chosen: int, others: Iterable[int]) ->
             settings = [comparison.candidates[i].row.setting for i in (best, chosen)]
             return (
                 f"by {name} it is slower than {describe(settings[0], settings[1:])}:"
-                f" {value:.3g} s against {known[best]:.3g} s"
+                f" {digits(value)} s against {digits(known[best])} s"
             )
     return None
 
@@ -191,7 +194,7 @@ def amount(speed: Speeds, value: float | None) -> str:
     """A latency in words, in the units of the speeds."""
     if value is None:
         return "no limit"
-    return f"{value:.3g} s" if speed.basis == "latency_s" else f"{value:.3g} evaluations"
+    return f"{digits(value)} {'s' if speed.basis == 'latency_s' else 'evaluations'}"
 
 
 def _first_in_seconds(profile: Profile) -> str | None:
@@ -237,7 +240,7 @@ def _long(candidate: Candidate, profile: Profile) -> str | None:
     limit = profile.evaluations_limit
     if limit is None or candidate.work <= limit:
         return None
-    return f"too slow: {candidate.work:.3g} evaluations, limit {limit:.3g}"
+    return f"too slow: {digits(candidate.work)} evaluations, limit {digits(limit)}"
 
 
 def _large(candidate: Candidate, profile: Profile) -> str | None:
@@ -247,7 +250,7 @@ def _large(candidate: Candidate, profile: Profile) -> str | None:
     peak = peak_bytes(candidate)
     if peak is None:
         return "its memory is unknown, and the profile limits it"
-    return None if peak <= limit else f"too large: {_gib(peak)}, limit {_gib(limit)}"
+    return None if peak <= limit else f"too large: {gib(peak)}, limit {gib(limit)}"
 
 
 def _too_expensive(candidate: Candidate, latency_s: float | None, profile: Profile) -> str | None:
@@ -258,7 +261,7 @@ def _too_expensive(candidate: Candidate, latency_s: float | None, profile: Profi
         return "its cost is unknown, and the profile limits it; give usd_per_hour for this machine"
     if price <= profile.cost_limit_usd:
         return None
-    return f"too dear: {price:.4g} USD an image, limit {profile.cost_limit_usd:.4g} USD"
+    return f"too dear: {in_usd(price)} an image, limit {in_usd(profile.cost_limit_usd)}"
 
 
 def _unreliable(candidate: Candidate, profile: Profile) -> str | None:
@@ -267,10 +270,6 @@ def _unreliable(candidate: Candidate, profile: Profile) -> str | None:
     if not failed or failed <= profile.failures_limit * tried:
         return None
     return f"failed {failed} of {tried} trials, limit {100 * profile.failures_limit:g} %"
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 RESAMPLES = 2000

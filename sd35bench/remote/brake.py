@@ -18,6 +18,7 @@ from collections.abc import Container
 
 from sd35bench.errors import Paused
 from sd35bench.remote.ledger import Intent, Ledger
+from sd35bench.words import digits, in_usd
 
 MOST_UNUSABLE = 3
 SHARE = 0.05
@@ -38,8 +39,9 @@ class Brake:
         """Count a purchase of this run; says why no more should be bought."""
         if intent.charge_usd > CHARGE_FACTOR * self._price_usd:
             return Paused(
-                f"the service charged {intent.charge_usd:.4g} USD for an image that is listed at"
-                f" {self._price_usd:g}; to agree, give remote.usd_per_image={intent.charge_usd:.4g}"
+                f"the service charged {in_usd(intent.charge_usd)} for an image that is listed"
+                f" at {self._price_usd:g}; to agree, give"
+                f" remote.usd_per_image={digits(intent.charge_usd, 4)}"
             )
         if usable:
             self.probation, self._row = False, 0
@@ -53,6 +55,6 @@ class Brake:
         if self._row < most and self._wasted_usd <= limit_usd:
             return None
         return Paused(
-            f"{self._wasted_usd:.4g} USD were paid for what cannot be used, {self._row} in a row,"
-            f" so nothing more is bought; the last: {why}"
+            f"{in_usd(self._wasted_usd)} were paid for what cannot be used, {self._row} in a"
+            f" row, so nothing more is bought; the last: {why}"
         )

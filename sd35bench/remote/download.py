@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import httpx2
 
+from sd35bench import words
 from sd35bench.errors import RemoteError, UnsafeAddress
 from sd35bench.remote.addresses import check_url, names_loopback
 from sd35bench.remote.http import Answer, Head, Interrupted, Network, Outgoing, exchange
@@ -159,11 +160,11 @@ def _from_data_uri(uri: str, max_bytes: int) -> tuple[bytes, str]:
             f"{uri[:40]!a}… is no data URI of an image (data:image/png;base64,… or jpeg, webp)"
         )
     if (len(uri) - start.end()) * 3 // 4 > max_bytes + 2:
-        raise RemoteError(f"a data URI holds more than the {max_bytes:,} bytes allowed")
+        raise RemoteError(f"a data URI holds more than the {words.count(max_bytes)} bytes allowed")
     try:
         data = base64.b64decode(uri[start.end() :], validate=True)
     except (binascii.Error, ValueError) as exc:
         raise RemoteError(f"a data URI is not valid base64: {exc}") from exc
     if len(data) > max_bytes:
-        raise RemoteError(f"a data URI holds more than the {max_bytes:,} bytes allowed")
+        raise RemoteError(f"a data URI holds more than the {words.count(max_bytes)} bytes allowed")
     return data, start[1].lower()

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import httpx2
 
+from sd35bench import words
 from sd35bench.errors import RemoteError
 from sd35bench.remote.addresses import Lookup, resolve, system_lookup
 
@@ -137,7 +138,7 @@ async def exchange(
                 head, body = await _converse(transport, request, steps, max_bytes, wants_body)
     except TimeoutError as exc:
         raise Interrupted(
-            f"{_place(outgoing)} gave no complete answer in {timeout_s:.4g} s",
+            f"{_place(outgoing)} gave no complete answer in {words.digits(timeout_s, 4)} s",
             sent=steps.may_have_left,
         ) from exc
     except httpx2.LocalProtocolError:
@@ -220,7 +221,7 @@ async def _read(response: httpx2.Response, max_bytes: int) -> bytes:
 
 
 def _too_large(max_bytes: int) -> str:
-    return f"an answer has more than the {max_bytes:,} bytes allowed"
+    return f"an answer has more than the {words.count(max_bytes)} bytes allowed"
 
 
 def _host(url: httpx2.URL) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from sd35bench import words
 from sd35bench.pictures import shown
 
 _NAMES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -85,9 +86,9 @@ def main(what: str, max_pixels: int, memory_bytes: int, cpu_s: int) -> None:
     except _Refused as exc:
         facts = {"error": str(exc)}
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        facts = {"error": f"it has more than {max_pixels:,} pixels"}
+        facts = {"error": f"it has more than {words.count(max_pixels)} pixels"}
     except MemoryError:
-        facts = {"error": f"it takes more than {memory_bytes / 2**20:.0f} MiB to decode"}
+        facts = {"error": f"it takes more than {words.size_in(memory_bytes, 'MiB', 0)} to decode"}
     except Exception as exc:  # a decoder's ways to fail are without number; all mean the same here
         why = re.sub(r"[^\x20-\x7e]+", " ", f"{type(exc).__name__}: {exc}")
         facts = {"error": f"it cannot be decoded: {why}"[:300]}

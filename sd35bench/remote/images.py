@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from sd35bench import words
 from sd35bench.errors import InvalidImage, RemoteError
 
 MAX_PIXELS = 4096 * 4096
@@ -102,7 +103,7 @@ def _decode(data: bytes, what: str, max_pixels: int) -> tuple[ImageFacts, bytes]
     if child.returncode != 0 or not line:
         raise BadImage(
             f"the image decoder ended with code {child.returncode}: the image takes more than"
-            f" {_CPU_S} s of CPU or {_MEMORY_BYTES / 2**20:.0f} MiB, or breaks the decoder"
+            f" {_CPU_S} s of CPU or {words.size_in(_MEMORY_BYTES, 'MiB', 0)}, or breaks the decoder"
         )
     return _facts(json.loads(line)), pixels
 

@@ -30,6 +30,7 @@ from typing import Any
 from sd35bench.disk import LineFile, disk_errors, open_lock, parse_json, read_regular
 from sd35bench.errors import Paused, StoreError
 from sd35bench.study.journal import shard_order
+from sd35bench.words import digits, in_usd
 
 ROUNDING_USD = 1e-9
 """Sums of prices are off by rounding; a budget is not passed by that."""
@@ -145,14 +146,15 @@ class Ledger:
                 self.catch_up()
                 if self.spent_usd + price_usd > limit_usd + ROUNDING_USD:
                     raise Paused(
-                        f"remote.max_cost_usd={limit_usd:g}: {self.spent_usd:.4g} USD are spent and"
-                        f" the next image costs {price_usd:.4g}"
+                        f"remote.max_cost_usd={limit_usd:g}: {in_usd(self.spent_usd)} are"
+                        f" spent and the next image costs {digits(price_usd, 4)}"
                     )
             if self.own_usd + price_usd > self.agreed_usd + ROUNDING_USD:
                 raise Paused(
-                    f"the agreed total of {self.agreed_usd:.4g} USD is used up: this run spent"
-                    f" {self.own_usd:.4g}, as the service charges more than the listed"
-                    f" {price_usd:.4g} an image; to agree, give remote.usd_per_image=PRICE"
+                    f"the agreed total of {in_usd(self.agreed_usd)} is used up: this run"
+                    f" spent {digits(self.own_usd, 4)}, as the service charges more than the"
+                    f" listed {digits(price_usd, 4)} an image; to agree, give"
+                    " remote.usd_per_image=PRICE"
                 )
             intent = Intent(
                 id=f"{self._shard}-{len(self._intents)}",

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from sd35bench import words
 from sd35bench.errors import Paused, StoreError
 
 T = TypeVar("T")
@@ -227,15 +228,16 @@ class Limiter:
 
 def _no_turn(per_minute: int, waited_s: float) -> str:
     return (
-        f"no request may leave for {waited_s:.0f} s: remote.requests_per_minute={per_minute} is"
-        " used up by this run, or by others with the same service and key"
+        f"no request may leave for {words.number(waited_s, 0)} s:"
+        f" remote.requests_per_minute={per_minute} is used up by this run, or by others with the"
+        " same service and key"
     )
 
 
 def _no_slot(in_flight: int, waited_s: float) -> str:
     return (
-        f"no slot was free for {waited_s:.0f} s: {in_flight} predictions, of this run or of others"
-        " with the same service and key, may still be at work there"
+        f"no slot was free for {words.number(waited_s, 0)} s: {in_flight} predictions, of this run"
+        " or of others with the same service and key, may still be at work there"
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import time
 
+from sd35bench import words
 from sd35bench.errors import LostAnswer, RemoteError, UnsupportedRequest
 from sd35bench.remote.images import sniff
 from sd35bench.remote.retry import Client, Deadline, ask, forget_frames
@@ -29,8 +30,9 @@ def data_uri(data: bytes, most_bytes: int) -> str:
     """
     if len(data) > most_bytes:
         raise UnsupportedRequest(
-            f"an init image has {len(data):,} bytes, and this service takes at most"
-            f" {most_bytes:,} without an upload: make it smaller, or give remote.init_image_url=URL"
+            f"an init image has {words.count(len(data))} bytes, and this service takes at most"
+            f" {words.count(most_bytes)} without an upload: make it smaller, or give"
+            " remote.init_image_url=URL"
         )
     return f"data:{content_type(data)};base64,{base64.b64encode(data).decode()}"
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd35bench import words
 from sd35bench.plugins import load_class
 from sd35bench.types import Scalar
 
@@ -110,4 +111,4 @@ def front_markdown(front: Sequence[Entry]) -> str:
 
 
 def _cell(value: str | float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return words.digits(value, 4) if isinstance(value, float) else str(value).replace("|", "\\|")

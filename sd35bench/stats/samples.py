@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from sd35bench import words
 from sd35bench.stats.decision import LEVEL
 from sd35bench.stats.verdicts import TAIL
 
@@ -163,7 +164,7 @@ def margin_for(pilot: Pilot, prompts: int, power: float, images: int) -> float |
         middle = (low + high) / 2.0
         needed = prompts_for(pilot, middle, power, images)
         low, high = (low, middle) if needed and needed <= prompts else (middle, high)
-    return float(f"{high:.3g}")
+    return float(words.digits(high))
 
 
 def read_timing(log_latency: list[list[Floats]]) -> Timing | None:

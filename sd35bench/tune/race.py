@@ -25,6 +25,7 @@ from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.clustered import mean_bounds, quantile_t
 from sd35bench.stats.intervals import resampled_means
 from sd35bench.tune.space import Point
+from sd35bench.words import digits, gib, in_usd
 
 SAME_SPEED = 0.02
 OVER_LIMITS = ("too slow", "too large", "too dear")
@@ -223,21 +224,23 @@ def _over(found: Look, i: int, profile: Profile) -> Out | None:
     """Whether a setting is over one of the profile's limits, as far as that is sure."""
     most = profile.evaluations_limit
     if most is not None and found.work[i] > most:
-        return Out(kind="too slow", why=f"{found.work[i]:.3g} evaluations, limit {most:.3g}")
+        return Out(
+            kind="too slow", why=f"{digits(found.work[i])} evaluations, limit {digits(most)}"
+        )
     limit = profile.latency_limit_s
     if found.failed[i] > profile.failures_limit:
         most = f"{100 * profile.failures_limit:g} %"
         return Out(kind="failed", why=f"more than {most} of all its images, whatever comes")
     if limit is not None and found.p50_low[i] > limit:
-        why = f"{found.p50_s[i]:.3g} s an image, over the profile's {limit:.3g} s"
+        why = f"{digits(found.p50_s[i])} s an image, over the profile's {digits(limit)} s"
         return Out(kind="too slow", why=why)
     most = profile.memory_limit_bytes
     if most is not None and found.peak_bytes[i] > most:  # a peak only grows
-        peak = f"{found.peak_bytes[i] / 2**30:.2f} GiB, limit {most / 2**30:.2f} GiB"
+        peak = f"{gib(found.peak_bytes[i])}, limit {gib(most)}"
         return Out(kind="too large", why=peak)
     price = _price(found, i, profile, float(found.p50_low[i]))
     if profile.cost_limit_usd is not None and price > profile.cost_limit_usd:
-        why = f"{price:.4g} USD an image or more, limit {profile.cost_limit_usd:.4g} USD"
+        why = f"{in_usd(price)} an image or more, limit {in_usd(profile.cost_limit_usd)}"
         return Out(kind="too dear", why=why)
     return None
 
@@ -287,7 +290,7 @@ def _beaten(
         return None
     lead = max(no_dearer, key=lambda j: found.low[j, i])
     if found.low[lead, i] > 0.0:
-        why = f"worse by {found.low[lead, i]:.3g} or more than one that is no slower"
+        why = f"worse by {digits(found.low[lead, i])} or more than one that is no slower"
         return Out(kind="dominated", why=why, by=found.points[lead])
     return None
 
@@ -301,7 +304,7 @@ def _out_of_reach(
     lead = max(rivals, key=lambda j: found.low[j, i])
     if not found.low[lead, i] > margin:
         return None
-    why = f"worse by {found.low[lead, i]:.3g} or more, {wanted}"
+    why = f"worse by {digits(found.low[lead, i])} or more, {wanted}"
     return Out(kind="out of reach", why=why, by=found.points[lead])
 
 

@@ -28,6 +28,7 @@ from sd35bench import plugins
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
 from sd35bench.machine.measure import BESIDE
 from sd35bench.types import Load, Scalar
+from sd35bench.words import digits, size_in
 from sd35bench.workers.leases import Lease
 from sd35bench.workers.limits import Limits
 from sd35bench.workers.seats import Seat, occupies, resources
@@ -149,8 +150,8 @@ class WorkerProcess:
         given = self._limits.deadline_s
         remedy = "set deadline_s" if given is None else f"raise deadline_s={given:g}"
         return (
-            f"no answer in {deadline_s:.4g} s, so the worker was ended; if it is slow and not hung,"
-            f" {remedy} (seconds for a batch; loading and warming up get ten times that)"
+            f"no answer in {digits(deadline_s, 4)} s, so the worker was ended; if it is slow and"
+            f" not hung, {remedy} (seconds for a batch; loading and warming up get ten times that)"
         )
 
     def _died(self) -> WorkerDied:
@@ -162,7 +163,7 @@ class WorkerProcess:
             code = self._process.wait()
         if self._watch is not None and self._watch.seen_bytes is not None:
             return WorkerTooLarge(
-                f"the worker held {self._watch.seen_bytes / 1e9:.2f} GB, over"
+                f"the worker held {size_in(self._watch.seen_bytes, 'GB', 2)}, over"
                 f" memory_limit_gb={self._watch.limit_bytes / 1e9:g}, so it was ended; raise the"
                 " limit, or use a smaller batch, size or dtype"
             )

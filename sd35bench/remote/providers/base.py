@@ -7,6 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from sd35bench import words
 from sd35bench.errors import RemoteError
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.types import Request
@@ -198,6 +199,6 @@ def _text(value: Any) -> str:
     if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
         return str(int(value))  # a seed may have 20 digits
     try:
-        return f"{float(value):.12g}"
+        return words.digits(float(value), 12)
     except (TypeError, ValueError):
         return str(value)
