@@ -7,9 +7,10 @@ converted to sRGB. A plain ``convert("RGB")`` does none of these: a turned photo
 bits become white, and transparent parts show colours that nobody was meant to see.
 """
 
+import base64
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageCms, ImageOps
 
@@ -21,6 +22,8 @@ WHITE = "white"
 LAID = "transparent parts laid on {}"
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ORIENTATION = 0x0112
+PIXEL_ART_PX = 128
+"""Images up to this size are shown without loss, and larger with square pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,13 @@ def oriented_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) in px as it is seen; from 5 on, an orientation swaps the sides."""
     width, height = image.size
     return (height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
+
+
+def webp_uri(image: Image.Image, **lossy: Any) -> str:
+    """Data URI of an image; without loss unless `lossy` says how."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", **(lossy or {"lossless": True, "quality": 50, "method": 3}))
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _eight_bit(image: Image.Image, done: list[str]) -> Image.Image:

@@ -102,8 +102,9 @@ def _compare(
 ) -> tuple[dict[str, Any], int]:
     """Run the verb; what it refuses as wrong input fails the test and is no regression."""
     from sd35bench.cli import answer
+    from sd35bench.cli.output import append_summary
     from sd35bench.errors import ConfigError, MetricError
-    from sd35bench.report.gate import compare_markdown
+    from sd35bench.report.gate import comparison_parts
 
     words = [baseline, candidate, f"--policy={policy}", f"--results-dir={results_dir}"]
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
@@ -112,9 +113,7 @@ def _compare(
     except (ConfigError, MetricError) as exc:
         pytest.fail(f"sd35gate: nothing was judged: {exc}", pytrace=False)
     if summary:
-        from sd35bench.disk import append_whole
-
-        append_whole(Path(summary), compare_markdown(found.document).encode("utf-8", "replace"))
+        append_summary(Path(summary), comparison_parts(found.document))
     return found.document, found.exit_code
 
 

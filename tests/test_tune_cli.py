@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("empty_folder", "fakes_here")
 @pytest.fixture
 def ruled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Score by the driver's rule: no torch."""
-    monkeypatch.setattr(verb, "_score", score)
+    monkeypatch.setattr(verb, "score_missing", score)
 
 
 def records(name: str = "t") -> list:

@@ -42,6 +42,6 @@ def _uniform(text: str | Request) -> float:
 
 
 if __name__ == "__main__":
-    verb._score = score
+    verb.score_missing = score
     process.WorkerProcess = HereWorker
     sys.exit(main(["tune", *sys.argv[1:]]))

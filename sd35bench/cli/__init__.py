@@ -47,9 +47,9 @@ VERBS = {
     "export": ("export", "export the denoiser for the onnx and openvino backends"),
     "list": ("studies", "list the studies of a results folder: images, failures, size, cost"),
     "rm": ("studies", "remove studies with all their files"),
-    "merge": ("merge", "unite studies of several machines in one"),
-    "clean": ("clean", "find image files that no record names, or move them away"),
-    "verify": ("verify", "check that a study's files are there and whole; exit code 1 if not"),
+    "merge": ("studies", "unite studies of several machines in one"),
+    "clean": ("studies", "find image files that no record names, or move them away"),
+    "verify": ("studies", "check that a study's files are there and whole; exit code 1 if not"),
     "contract": ("contract", "check on your own backend what every backend must do"),
     "completion": ("completion", "print the script with which bash, zsh or fish complete"),
     "doctor": ("doctor", "say what works on this machine, and what to install"),
@@ -139,7 +139,7 @@ def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:
     extra = given.config_dir
     if given.has("--help"):
         text = help_text(verb, VERBS[verb][1], command, extra)
-        console().print(text, markup=False, soft_wrap=True)
+        console().say(text)
         return Answer()
     with loudness(given):
         return command.call(given)

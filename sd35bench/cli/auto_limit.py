@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd35bench.cli.output import Answer, console
-from sd35bench.cli.parser import Given, number
+from sd35bench.cli.parser import Given, name_of, number
 from sd35bench.cli.study import score_missing
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.plan import Asked, plan_document
@@ -52,8 +52,8 @@ def read_auto(settings: Sequence[str]) -> Auto | None:
 
     Raises: ConfigError.
     """
-    limits = [text for text in settings if text.partition("=")[0] == _LIMIT]
-    own = {name: text.partition("=")[2] for text in settings if (name := _name(text)) in _OWN}
+    limits = [text for text in settings if name_of(text) == _LIMIT]
+    own = {name: text.partition("=")[2] for text in settings if (name := name_of(text)) in _OWN}
     if limits[-1:] != [f"{_LIMIT}={_AUTO}"]:
         for name in own:
             raise ConfigError(f"{name}={own[name]}: give it with {_LIMIT}={_AUTO}")
@@ -63,7 +63,7 @@ def read_auto(settings: Sequence[str]) -> Auto | None:
             f"{_LIMIT}={_AUTO}: give margin=M too, what may be lost of quality, such as margin=0.05"
         )
     asked = Asked(**{name: number(name, text) for name, text in own.items()}, keep_seeds=True)
-    left = [text for text in settings if text not in limits and _name(text) not in _OWN]
+    left = [text for text in settings if text not in limits and name_of(text) not in _OWN]
     return Auto(asked, left)
 
 
@@ -90,7 +90,7 @@ def run_planned(
     study = Study.open(planned.results_dir, planned.study)
     score_missing(study)
     prompts, said = _plan(study, auto.asked)
-    console(given.as_json).print(f"{_LIMIT}={_AUTO}: {said}", markup=False, soft_wrap=True)
+    console(given.as_json).say(f"{_LIMIT}={_AUTO}: {said}")
     last = auto.limited(given, prompts)
     there = look(last).prompts
     if there < prompts:
@@ -142,7 +142,3 @@ def _plan(study: Study, asked: Asked) -> tuple[int, str]:
         f"{prompts} prompts decide a margin of {asked.margin:g} with a probability of"
         f" {100 * asked.power:g} % where settings are equal, by a pilot of {pilot}"
     )
-
-
-def _name(text: str) -> str:
-    return text.partition("=")[0]

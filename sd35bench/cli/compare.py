@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd35bench.cli.output import Answer, console, show_progress
+from sd35bench.cli.output import Answer, append_summary, console, print_parts, show_progress
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.study import open_study, score_missing
 from sd35bench.errors import ConfigError, StoreError
@@ -24,7 +24,7 @@ def compare(given: Given) -> Answer:
     Raises: ConfigError where nothing can be compared.
     """
     from sd35bench.gate.judge import gate_fails
-    from sd35bench.report.gate import print_comparison
+    from sd35bench.report.gate import comparison_parts
 
     if given.has("--plan"):
         return _plan(given)
@@ -41,9 +41,8 @@ def compare(given: Given) -> Answer:
     document = judge(before, after, policy)
     out = console(given.as_json)
     if not given.as_json:
-        print_comparison(document, out)
-    for path in _write(given, document, before, after):
-        out.print(f"written: {path}", markup=False, soft_wrap=True)
+        print_parts(comparison_parts(document))
+    out.say(*(f"written: {path}" for path in _write(given, document, before, after)))
     return Answer(document=document, exit_code=REGRESSION if gate_fails(document) else 0)
 
 
@@ -91,7 +90,7 @@ def _plan(given: Given) -> Answer:
     from sd35bench.gate.distances import ImageDistances
     from sd35bench.gate.plan import plan_document
     from sd35bench.gate.sides import match_sides
-    from sd35bench.report.gate import plan_markdown, print_plan
+    from sd35bench.report.gate import plan_parts
 
     folder = config_dir() / "policy"
     named = given.text("--policy")
@@ -105,13 +104,11 @@ def _plan(given: Given) -> Answer:
     document = plan_document(*pairs[0], policies, distances)
     out = console(given.as_json)
     if not given.as_json:
-        print_plan(document, out)
+        print_parts(plan_parts(document))
     markdown = given.text("--markdown")
     if markdown is not None:
-        from sd35bench.disk import append_whole
-
-        append_whole(Path(markdown), plan_markdown(document).encode("utf-8", "replace"))
-        out.print(f"written: {markdown}", markup=False, soft_wrap=True)
+        append_summary(Path(markdown), plan_parts(document))
+        out.say(f"written: {markdown}")
     return Answer(document=document)
 
 
@@ -192,8 +189,8 @@ def _rerun(before: Source, after: Source, rounds: int) -> None:
 
 def _write(given: Given, document: dict[str, Any], before: Source, after: Source) -> list[Path]:
     """Write the files that were asked for and return their paths."""
-    from sd35bench.disk import append_whole, write_atomic
-    from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
+    from sd35bench.disk import write_atomic
+    from sd35bench.report.gate import compare_page, comparison_parts, junit_xml
 
     written = []
     junit, markdown, html = (given.text(name) for name in ("--junit", "--markdown", "--html"))
@@ -202,8 +199,7 @@ def _write(given: Given, document: dict[str, Any], before: Source, after: Source
         write_atomic(written[-1], junit_xml(document).encode())
     if markdown is not None:
         written.append(Path(markdown))
-        # A step summary is one file that every step adds to.
-        append_whole(written[-1], compare_markdown(document).encode("utf-8", "replace"))
+        append_summary(written[-1], comparison_parts(document))
     if html is not None:
         written.append(Path(html))
         page = compare_page(document, before.find_image, after.find_image, after.captions())
@@ -242,12 +238,8 @@ def baseline(given: Given) -> Answer:
         for source in map(study.image_path, digests):
             copy_atomic(source, images_folder(path) / source.name)
     trials = sum(len(side.pairs) for side in sides)
-    out = console(given.as_json)
-    for text in (
-        f"written: {path} ({plural(len(sides), 'setting')}, {plural(trials, 'trial')})",
-        *warnings,
-    ):
-        out.print(text, markup=False, soft_wrap=True)
+    counts = f"{plural(len(sides), 'setting')}, {plural(trials, 'trial')}"
+    console(given.as_json).say(f"written: {path} ({counts})", *warnings)
     return Answer(
         document={
             "study": study.name,

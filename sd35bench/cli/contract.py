@@ -27,7 +27,7 @@ def contract(given: Given) -> Answer:
         for check, wrong in _checked(given, name):
             checks.append({"check": check, "ok": wrong is None, "detail": wrong})
             said = "ok      " if wrong is None else f"BROKEN  {wrong}; "
-            out.print(f"  {said}{check}", markup=False, soft_wrap=True)
+            out.say(f"  {said}{check}")
         ok = all(each["ok"] for each in checks)
         found.append({"backend": name, "ok": ok, "checks": checks})
     whole = all(each["ok"] for each in found)

@@ -44,8 +44,7 @@ def data(given: Given) -> Answer:
     out = console(given.as_json)
     counts = {name: table.num_rows for name, table in found.items()}
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
-    for path in written:
-        out.print(f"written: {path}", markup=False, soft_wrap=True)
+    out.say(*(f"written: {path}" for path in written))
     out.print(said, markup=False)
     return Answer(document={"study": study.name, **counts, "written": [str(p) for p in written]})
 

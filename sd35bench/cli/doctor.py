@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sd35bench import plugins
+from sd35bench import plugins, words
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import Command, Given
 from sd35bench.errors import ConfigError, SD35BenchError
@@ -104,7 +104,7 @@ def _machine() -> Iterator[Check]:
         group="machine",
         name="disk",
         ok=free_gb > 1,
-        detail=f"{free_gb:.0f} GB free here",
+        detail=f"{words.number(free_gb, 0)} GB free here",
         remedy=None if free_gb > 1 else "free some space, or give results_dir=FOLDER elsewhere",
     )
 
@@ -138,7 +138,7 @@ def _devices() -> Iterator[Check]:
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
-        detail = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+        detail = f"{found.name}, {words.size_in(found.total_memory, 'GiB', 0)}"
         yield Check(group="devices", name=f"cuda:{index}", ok=True, detail=detail)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from sd35bench import words
 from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import Command, Given
 from sd35bench.config import check_overrides, compose, freeze
@@ -19,13 +20,11 @@ def export(given: Given) -> Answer:
 
     Raises: ConfigError for wrong input, BackendError where the export fails.
     """
-    out = console(given.as_json)
     output = _output(given)
     document = _made(_load(given))
     folder = Path(document["folder"])
     document["output"] = None if output is None else _copy(folder, output)
-    for line in _lines(document):
-        out.print(line, markup=False, soft_wrap=True)
+    console(given.as_json).say(*_lines(document))
     return Answer(document=document)
 
 
@@ -104,17 +103,18 @@ def _copy(folder: Path, output: Path) -> str:
 
 
 def _lines(document: dict[str, Any]) -> list[str]:
-    took = "found" if document["cached"] else f"exported in {document['made_s']:.1f} s"
+    took = "found" if document["cached"] else f"exported in {words.number(document['made_s'], 1)} s"
     layers = document["quantised_layers"]
     lines = [
         f"{document['model']} for {document['backend']}: {took}, opset {document['opset']}",
-        *(f"  {name}: {size / 1e6:.1f} MB" for name, size in document["files"].items()),
+        *(f"  {name}: {words.size_in(size, 'MB')}" for name, size in document["files"].items()),
         f"  in {document['folder']}",
     ]
     if layers is not None:
         lines.append(f"  {layers} layers in int8")
     lines.append(
-        f"  largest relative difference from PyTorch: {document['parity']['relative_max']:.1e}"
+        "  largest relative difference from PyTorch:"
+        f" {words.scientific(document['parity']['relative_max'])}"
     )
     if document["output"] is not None:
         lines.append(f"  copied to {document['output']}")

@@ -78,7 +78,7 @@ def answer_hydra(given: Given) -> Answer:
     """
     if given.has("--info"):
         said = _info(given, _one_of("--info", given, TOPICS))
-        console(given.as_json).print(said.rstrip("\n"), markup=False, soft_wrap=True)
+        console(given.as_json).say(said.rstrip("\n"))
         return Answer(document={"info": said})
     part = _one_of("--cfg", given, PARTS)
     package = given.text("--package")
@@ -118,12 +118,17 @@ def _configurations(given: Given, part: str) -> list[DictConfig]:
         sweep(task, written(given.settings), given.config_dir, root_of(given))
         return task.configs
     with hydra_session(given.config_dir) as hydra, explained():
-        config = hydra.compose_config(
-            config_name=root_of(given),
-            overrides=[*written(given.settings), *search_path(given.config_dir)],
-            run_mode=RunMode.MULTIRUN,
-        )
-        return [hydra.get_sanitized_cfg(config, part)]
+        return [hydra.get_sanitized_cfg(hydra.compose_config(**_asked(given)), part)]
+
+
+def _asked(given: Given) -> dict[str, Any]:
+    """What Hydra is told of a command line."""
+    overrides = [*written(given.settings), *search_path(given.config_dir)]
+    return {
+        "config_name": root_of(given),
+        "overrides": overrides,
+        "run_mode": RunMode.MULTIRUN,
+    }
 
 
 def _info(given: Given, topic: str) -> str:
@@ -134,12 +139,7 @@ def _info(given: Given, topic: str) -> str:
         _logging_kept(),
         contextlib.redirect_stdout(text),
     ):
-        hydra.show_info(
-            topic,
-            config_name=root_of(given),
-            overrides=[*written(given.settings), *search_path(given.config_dir)],
-            run_mode=RunMode.MULTIRUN,
-        )
+        hydra.show_info(topic, **_asked(given))
     return text.getvalue()
 
 

@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -24,8 +25,12 @@ from rich.progress import (
 )
 from rich.progress import Progress as ProgressBar
 
+from sd35bench import words
 from sd35bench.cli.parser import QUIET, VERBOSE, Given
 from sd35bench.trials import Progress
+
+if TYPE_CHECKING:
+    from sd35bench.report.render import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +63,10 @@ def is_quiet() -> bool:
 def remark(text: str, as_json: bool = False) -> None:
     """Print a line that a person can do without."""
     if not is_quiet():
-        console(as_json).print(text, markup=False, soft_wrap=True)
+        console(as_json).say(text)
 
 
-class _Terminal(Console):
+class Terminal(Console):
     """A console whose reader may leave: a closed pipe is neither an error nor a verdict."""
 
     def on_broken_pipe(self) -> None:
@@ -69,10 +74,15 @@ class _Terminal(Console):
         self.quiet = True
         leave_stdout()
 
+    def say(self, *lines: str) -> None:
+        """Print lines as they are: without markup, and never broken."""
+        for line in lines:
+            self.print(line, markup=False, soft_wrap=True)
 
-def console(as_json: bool = False) -> Console:
+
+def console(as_json: bool = False) -> Terminal:
     """A console on stdout, or on stderr when stdout belongs to a JSON document."""
-    return _Terminal(stderr=as_json, highlight=False)
+    return Terminal(stderr=as_json, highlight=False)
 
 
 def write_line(text: str) -> None:
@@ -81,6 +91,27 @@ def write_line(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         leave_stdout()
+
+
+def print_parts(parts: "Iterable[Part]", as_markdown: bool = False) -> None:
+    """Print a document in one of its two forms."""
+    from sd35bench.report.render import markdown_document, print_document
+
+    if as_markdown:
+        write_line(markdown_document(parts).rstrip("\n"))
+    else:
+        print_document(parts, console())
+
+
+def append_summary(path: Path, parts: "Iterable[Part]") -> None:
+    """Add a document to a file as Markdown: a step summary is one file that every step adds to.
+
+    Raises: DiskFull, StoreError.
+    """
+    from sd35bench.disk import append_whole
+    from sd35bench.report.render import markdown_document
+
+    append_whole(path, markdown_document(parts).encode("utf-8", "replace"))
 
 
 def leave_stdout() -> None:
@@ -133,14 +164,13 @@ class RunProgress:
         Of several workers, say how fast they go, and what each does.
         """
         finished = now.done + now.failed
+        is_known = finished and now.minutes > 0
+        rate = [f"{words.number(finished / now.minutes, 1)}/min"] if is_known else []
         parts = [self._title]
         if now.cost_usd is not None:
-            parts.append(f"{now.in_flight} in flight")
-            if finished and now.minutes > 0:
-                parts.append(f"{finished / now.minutes:.1f}/min")
-            parts.append(f"{now.cost_usd:.2f} USD")
-        if now.doing and finished and now.minutes > 0:
-            parts.append(f"{finished / now.minutes:.1f}/min")
+            parts += [f"{now.in_flight} in flight", *rate, words.bill(now.cost_usd)]
+        if now.doing:
+            parts += rate
         if now.failed:
             parts.append(f"{now.failed} failed")
         lines = [f"  worker {number}: {what}" for number, what in enumerate(now.doing)]
@@ -204,9 +234,10 @@ def progress_line(task: Task, minutes: float) -> str:
     """Where a task stands `minutes` after its start: done of total, rate, and what is left."""
     what = task.description.replace("\n", ";")
     if task.total is None:
-        return f"{what}: starting (loading, warming up), {minutes:.1f} min"
-    done = f"{what}: {task.completed:.0f} of {task.total:.0f}"
+        return f"{what}: starting (loading, warming up), {words.number(minutes, 1)} min"
+    done = f"{what}: {words.number(task.completed, 0)} of {words.number(task.total, 0)}"
     if not task.completed or minutes <= 0:
-        return f"{done}, {minutes:.1f} min"
+        return f"{done}, {words.number(minutes, 1)} min"
     rate = task.completed / minutes
-    return f"{done}, {rate:.1f}/min, about {(task.total - task.completed) / rate:.1f} min left"
+    left = words.number((task.total - task.completed) / rate, 1)
+    return f"{done}, {words.number(rate, 1)}/min, about {left} min left"

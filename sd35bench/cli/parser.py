@@ -77,9 +77,7 @@ class Given:
     def whole(self, flag: str) -> int | None:
         """The value of a flag as a whole number. Raises: ConfigError."""
         text = self.flags.get(flag)
-        if text is not None and not (text.isascii() and text.isdigit()):
-            raise ConfigError(f"{flag}={text}: must be a whole number")
-        return None if text is None else int(text)
+        return None if text is None else whole(flag, text)
 
     def number(self, flag: str) -> float | None:
         """The value of a flag as a number. Raises: ConfigError."""
@@ -128,6 +126,18 @@ def number(name: str, text: str) -> float:
     if not math.isfinite(found):
         raise ConfigError(f"{name}={text}: must be a number")
     return found
+
+
+def whole(name: str, text: str) -> int:
+    """Read a whole number. Raises: ConfigError, which says whose it is."""
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"{name}={text}: must be a whole number")
+    return int(text)
+
+
+def name_of(setting: str) -> str:
+    """The name of NAME=VALUE."""
+    return setting.partition("=")[0]
 
 
 def flags_of(command: Command) -> tuple[Flag, ...]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sd35bench.cli.parser import Given
+from sd35bench.cli.parser import Given, name_of
 from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError, nearest
 
@@ -27,9 +27,9 @@ def with_recommended(given: Given) -> Given:
     own = {name: text for name, _, text in (word.partition("=") for word in given.settings)}
     if _FROM not in own:
         return given
-    words = [w for w in given.settings if _name(w) not in (_FROM, _PROFILE, _TASK)]
+    words = [w for w in given.settings if name_of(w) not in (_FROM, _PROFILE, _TASK)]
     command = _command(Path(own[_FROM]), own.get(_PROFILE), own.get(_TASK))
-    names = {_name(word) for word in words}
+    names = {name_of(word) for word in words}
     replaced = names & set(_OWN_PROMPTS)
     found = shlex.split(command)[2:]
     # Flags are of the command line alone: no file may name a folder of code.
@@ -37,16 +37,12 @@ def with_recommended(given: Given) -> Given:
         word
         for word in found
         if not word.startswith("-")
-        and _name(word) not in names
+        and name_of(word) not in names
         and not (replaced and word.startswith(("prompts=", "prompts.")))
     ]
     # A choice made on several seeds is a sweep over them.
     flags = {**given.flags, **({_SWEEP: ""} if _SWEEP in found else {})}
     return replace(given, settings=[*kept, *words], flags=flags)
-
-
-def _name(word: str) -> str:
-    return word.partition("=")[0]
 
 
 def _command(path: Path, profile: str | None, task: str | None) -> str:

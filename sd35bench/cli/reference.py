@@ -7,7 +7,7 @@ from typing import Any
 
 from sd35bench import plugins
 from sd35bench.cli.output import Answer, console, show_progress
-from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
+from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given, whole
 from sd35bench.errors import ConfigError, StoreError, nearest
 from sd35bench.metrics.base import Extractor, is_nano, maker
 from sd35bench.metrics.dinov2 import FAMILY
@@ -29,18 +29,11 @@ class _Asked:
     options: dict[str, str]
     results: Path
 
-    def number(self, option: str) -> int | None:
-        """An option as a whole number. Raises: ConfigError."""
-        text = self.options.get(option)
-        if text is not None and not re.fullmatch(r"[0-9]+", text):
-            raise ConfigError(f"{option}={text}: must be a whole number")
-        return None if text is None else int(text)
-
     @property
     def choice(self) -> Choice:
-        """How many images, and rows to keep."""
-        given = {k: v for k in ("limit", "keep", "seed") if (v := self.number(k)) is not None}
-        return Choice(**given)
+        """How many images, and rows to keep. Raises: ConfigError."""
+        given = self.options.items()
+        return Choice(**{k: whole(k, v) for k, v in given if k in ("limit", "keep", "seed")})
 
 
 def reference(given: Given) -> Answer:
@@ -48,7 +41,6 @@ def reference(given: Given) -> Answer:
 
     Raises: ConfigError for wrong input, MetricError where weights or images are missing.
     """
-    out = console(given.as_json)
     asked = _read(given)
     path = asked.results / "references" / f"{asked.name}.npz"
     if path.exists() and not given.has("--force"):
@@ -57,8 +49,7 @@ def reference(given: Given) -> Answer:
             " it with --force"
         )
     document = _make(asked, path)
-    for line in _lines(document):
-        out.print(line, markup=False, soft_wrap=True)
+    console(given.as_json).say(*_lines(document))
     return Answer(document=document)
 
 

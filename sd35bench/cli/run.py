@@ -19,7 +19,15 @@ from sd35bench import plugins, words
 from sd35bench.analysis.settings import setting_key
 from sd35bench.cli.hydra_flags import FLAGS as HYDRA_FLAGS
 from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
-from sd35bench.cli.output import Answer, RunProgress, console, is_quiet, remark, show_progress
+from sd35bench.cli.output import (
+    Answer,
+    RunProgress,
+    Terminal,
+    console,
+    is_quiet,
+    remark,
+    show_progress,
+)
 from sd35bench.cli.parser import (
     DRY_RUN,
     QUIET,
@@ -52,6 +60,8 @@ from sd35bench.types import CUT, Status, content_hash
 from sd35bench.workers.lane import Crew
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as ProgressBar
+
     from sd35bench.cli.auto_limit import Planned
 
 RESUMABLE = 3
@@ -81,24 +91,9 @@ class RunTask:
         self.before: set[str] = set()
         self.damaged = 0
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """What travels to another process: not the plans, each job makes its own again."""
-        gone = {
-            "asked": [],
-            "say": None,
-            "prepared": [],
-            "crews": [],
-            "before": set(),
-            "damaged": 0,
-        }
-        known = {"dry_run": self.dry_run, "yes": self.yes, "plugins": plugins.given()}
-        return {**known, **gone}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take plug-ins from the same folder over there."""
-        for folder in state.pop("plugins"):
-            plugins.use_folder(folder)
-        self.__dict__.update(state)
+        return _arrived, (self.dry_run, self.yes, plugins.given())
 
     @property
     def is_pooled(self) -> bool:
@@ -118,7 +113,8 @@ class RunTask:
             self.prepared.append((job, expand(job.sweep)))
         for job, plan in self.prepared:
             job.engine.prepare(plan, dry=self.dry_run)
-        self.damaged = _damaged(self.prepared[0][0])
+        study = _there(self.prepared[0][0])
+        self.damaged = 0 if study is None else len(study.images().damaged)
         if (say := self.say) is not None:
             for note in _notes(self.prepared):
                 say(f"note: {note}")
@@ -137,26 +133,15 @@ class RunTask:
         """
         billed = [(job, plan) for job, plan in self.prepared if job.engine.price.is_billed]
         limit = min((job.engine.price.confirm_above_usd for job, _ in billed), default=0.0)
-        bill = _estimate(billed).usd if billed else 0.0
-        if bill > limit:
-            raise ConfigError(
-                f"remote.confirm_above_usd={limit:g}: this would cost up to {bill:.2f} USD; add"
-                " --yes to agree, or see --dry-run"
-            )
+        refuse_bill(_estimate(billed).usd if billed else 0.0, limit, "would")
 
     def __call__(self, config: DictConfig) -> dict[str, Any] | SD35BenchError:
         """Run one job; our own errors are returned, so that the other jobs still run."""
         try:
             job = freeze(config)
-            return self._alone(job, expand(job.sweep))
+            return _alone(job, expand(job.sweep))
         except SD35BenchError as exc:
             return exc
-
-    def _alone(self, job: Job, plan: Plan) -> dict[str, Any]:
-        study = Study.open(job.results_dir, job.study, create=True)
-        with show_progress() as bar:
-            summary = job.engine.run(plan, study, RunProgress(bar, _title(plan)))
-        return dataclasses.asdict(summary)
 
     def recount(self, lost: JobsLost) -> list[dict[str, Any]]:
         """What the store says of jobs whose launcher lost one; others of them may still run."""
@@ -187,15 +172,33 @@ class RunTask:
     def _group(self, group: Sequence[int], crew: Crew | None) -> list[dict[str, Any]]:
         jobs = [self.prepared[i] for i in group]
         if crew is None:
-            return [self._alone(*job) for job in jobs]
+            return [_alone(*job) for job in jobs]
         study = Study.open(jobs[0][0].results_dir, jobs[0][0].study, create=True)
         with show_progress() as bar:
-            pooled = [(job.engine, plan, RunProgress(bar, _title(plan))) for job, plan in jobs]
+            pooled = [(job.engine, plan, _progress(bar, plan)) for job, plan in jobs]
             return [dataclasses.asdict(s) for s in run_together(pooled, study, crew)]
 
 
-def _title(plan: Plan) -> str:
-    return f"{plan.load.model.name} on {plan.load.backend.name}"
+def _arrived(dry_run: bool, yes: bool, folders: Sequence[str]) -> RunTask:
+    """The task in another process, with plug-ins from the same folders."""
+    for folder in folders:
+        plugins.use_folder(folder)
+    return RunTask(dry_run, yes)
+
+
+def _progress(bar: "ProgressBar", plan: Plan) -> RunProgress:
+    return RunProgress(bar, f"{plan.load.model.name} on {plan.load.backend.name}")
+
+
+def run_plan(job: Job, plan: Plan, study: Study) -> RunSummary:
+    """Make what is missing of a plan; failures are records."""
+    with show_progress() as bar:
+        return job.engine.run(plan, study, _progress(bar, plan))
+
+
+def _alone(job: Job, plan: Plan) -> dict[str, Any]:
+    study = Study.open(job.results_dir, job.study, create=True)
+    return dataclasses.asdict(run_plan(job, plan, study))
 
 
 def run(given: Given) -> Answer:
@@ -322,6 +325,28 @@ def _notes(prepared: Sequence[tuple[Job, Plan]]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def refuse_bill(usd: float, limit: float, verb: str) -> None:
+    """Refuse a bill that nobody agreed to; `verb`: how sure it is. Raises: ConfigError."""
+    if usd > limit:
+        raise ConfigError(
+            f"remote.confirm_above_usd={limit:g}: this {verb} cost up to {words.bill(usd)}; add"
+            " --yes to agree, or see --dry-run"
+        )
+
+
+def takes(seconds: float | None, disk_bytes: float, usd: str, about: str) -> list[str]:
+    """What a dry run says last: time (`about` before it), disk, money."""
+    time_text = "unknown (nothing like it has run here yet)"
+    if seconds is not None:
+        time_text = f"{about} {words.number(seconds / 60, 1)} min"
+    return [
+        f"time: {time_text}",
+        f"disk: about {words.size_in(disk_bytes, 'MB')}",
+        f"money: {usd}",
+        "nothing was written or loaded",
+    ]
+
+
 def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Sum the jobs' summaries into what `run --json` prints."""
 
@@ -329,7 +354,10 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         known = [r[name] for r in results if r[name] is not None]
         return sum(known) if known else None
 
-    wall_s, measured_s, done = total("wall_s"), total("measured_s"), total("done")
+    def totals(*names: str) -> dict[str, Any]:
+        return {name: total(name) for name in names}
+
+    wall_s, measured_s = total("wall_s"), total("measured_s")
     errors: dict[str, int] = {}
     statuses: Counter[str] = Counter()
     for result in results:
@@ -339,39 +367,28 @@ def _document(job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     path = job.results_dir / job.study
     return {
         "study": job.study,
-        "planned": total("planned"),
-        "done": done,
-        "skipped": total("skipped"),
-        "failed": total("failed"),
-        "truncated": total("truncated"),
-        "loads": total("loads"),
-        "load_s": total("load_s"),
-        "warmup_s": total("warmup_s"),
-        "wall_s": wall_s,
-        "overhead_frac": max(0.0, 1 - measured_s / wall_s) if done and wall_s else None,
+        **totals("planned", "done", "skipped", "failed", "truncated", "loads"),
+        **totals("load_s", "warmup_s", "wall_s"),
+        "overhead_frac": max(0.0, 1 - measured_s / wall_s) if total("done") and wall_s else None,
         "errors": errors,
         "statuses": dict(statuses),
-        "timed": total("timed"),
-        "disturbed": total("disturbed"),
-        "retimed": total("retimed"),
+        **totals("timed", "disturbed", "retimed"),
         "speed": min((r["speed"] for r in results if r["speed"] is not None), default=None),
-        "cost_usd": total("cost_usd"),
-        "ambiguous": total("ambiguous"),
+        **totals("cost_usd", "ambiguous"),
         "paused": next((r["paused"] for r in results if r["paused"] is not None), None),
         "paths": {"study": str(path), "images": str(path / "images")},
     }
 
 
+def _there(job: Job) -> Study | None:
+    """The study, if it is there."""
+    there = os.path.exists(job.results_dir / job.study / "study.json")
+    return Study.open(job.results_dir, job.study) if there else None
+
+
 def _done(job: Job) -> set[str]:
-    """Keys of what a study has, if it is there."""
-    there = os.path.exists(job.results_dir / job.study / "study.json")
-    return Study.open(job.results_dir, job.study).done_keys() if there else set()
-
-
-def _damaged(job: Job) -> int:
-    """How many images of a study are not what their names say, if the study is there."""
-    there = os.path.exists(job.results_dir / job.study / "study.json")
-    return len(Study.open(job.results_dir, job.study).images().damaged) if there else 0
+    study = _there(job)
+    return set() if study is None else study.done_keys()
 
 
 def _print_unnamed(say: Callable[[str], None], job: Job) -> None:
@@ -384,7 +401,7 @@ def _print_unnamed(say: Callable[[str], None], job: Job) -> None:
         )
 
 
-def _print_summary(out: Any, document: dict[str, Any]) -> None:
+def _print_summary(out: Terminal, document: dict[str, Any]) -> None:
     name = document["study"]
     out.print(
         f"study {name}: {document['done']} made, {document['skipped']} were there already,"
@@ -393,32 +410,31 @@ def _print_summary(out: Any, document: dict[str, Any]) -> None:
     )
     if document["loads"]:
         wall_s, elapsed_s = document["wall_s"], document["elapsed_s"]
-        beside = f" of workers beside each other, {elapsed_s:.1f} s in all"
+        beside = f" of workers beside each other, {words.number(elapsed_s, 1)} s in all"
         said = beside if wall_s > elapsed_s else ""
-        out.print(f"{words.plural(document['loads'], 'load')}, {wall_s:.1f} s after loading{said}")
+        loads = words.plural(document["loads"], "load")
+        out.print(f"{loads}, {words.number(wall_s, 1)} s after loading{said}")
     if document["disturbed"] or document["retimed"]:
-        out.print(
+        out.say(
             f"{document['disturbed']} of {document['timed']} timed images were disturbed by other"
-            f" work, after {document['retimed']} were timed again",
-            markup=False,
-            soft_wrap=True,
+            f" work, after {document['retimed']} were timed again"
         )
     if document["speed"] is not None and document["speed"] < REGIME:
-        out.print(f"this machine ran at {document['speed']:.2f} of its best", markup=False)
+        out.print(f"this machine ran at {words.number(document['speed'], 2)} of its best")
     if document["statuses"]:
         counts = (f"{count} {status}" for status, count in document["statuses"].items())
         out.print(f"failed: {', '.join(counts)}", markup=False)
     for text, count in list(document["errors"].items())[:5]:
-        out.print(f"failed {words.plural(count, 'time')}: {text}", markup=False, soft_wrap=True)
+        out.say(f"failed {words.plural(count, 'time')}: {text}")
     if document["cost_usd"] is not None:
-        out.print(f"cost: {document['cost_usd']:.4g} USD")
+        out.print(f"cost: {words.in_usd(document['cost_usd'])}")
     if document["paused"] is not None:
-        out.print(document["paused"], markup=False, soft_wrap=True)
+        out.say(document["paused"])
     if document["truncated"]:
         out.print(f"prompts of {document['truncated']} images {CUT}", soft_wrap=True)
     if document["failed"]:
         out.print("the same command tries the failed ones again")
-    out.print(f"next: {plugins.command(f'show {name}')}", markup=False, soft_wrap=True)
+    out.say(f"next: {plugins.command(f'show {name}')}")
 
 
 def _already(found: Estimate) -> str:
@@ -426,27 +442,18 @@ def _already(found: Estimate) -> str:
     if not found.created and not found.spent_usd:
         return ""
     return (
-        f", after {found.spent_usd:.2f} so far; {found.created} images were asked for before and"
-        " cost nothing more"
+        f", after {words.number(found.spent_usd, 2)} so far; {found.created} images were asked for"
+        " before and cost nothing more"
     )
 
 
-def _print_estimate(out: Any, job: Job, found: Estimate) -> None:
-    if found.seconds is None:
-        time_text = "unknown (nothing like it has run here yet)"
-    else:
-        time_text = f"about {found.seconds / 60:.1f} min"
-    lines = (
+def _print_estimate(out: Terminal, job: Job, found: Estimate) -> None:
+    out.say(
         f"study {job.study}: {words.plural(found.trials, 'trial')}, {found.done} done,"
         f" {found.to_do} to do",
         f"{words.plural(found.settings, 'setting')}, {words.plural(found.loads, 'load')}",
-        f"time: {time_text}",
-        f"disk: about {found.disk_bytes / 1e6:.1f} MB",
-        f"money: {found.usd:.2f} USD{_already(found)}",
-        "nothing was written or loaded",
+        *takes(found.seconds, found.disk_bytes, words.bill(found.usd) + _already(found), "about"),
     )
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
 
 
 def _details(extra: Path | None) -> str:

@@ -65,8 +65,7 @@ def _send(
         sent = send(names, study, advice, None if report is None else Path(report))
     out = console(given.as_json or given.has("--markdown") or given.has("--snippet"))
     for name, why in sent.items():
-        text = f"sent to {name}" if why is None else f"warning: not sent to {name}: {why}"
-        out.print(text, markup=False, soft_wrap=True)
+        out.say(f"sent to {name}" if why is None else f"warning: not sent to {name}: {why}")
     return sent
 
 

@@ -79,7 +79,7 @@ def answer_parts(
             document = make(part)
         except ConfigError as exc:
             found.append({**head, "error": str(exc)})
-            console(given.as_json).print(f"{exc}", markup=False, soft_wrap=True)
+            console(given.as_json).say(f"{exc}")
             continue
         found.append({**head, **document})
         if not given.as_json:

@@ -3,15 +3,22 @@
 import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd35bench import plugins
-from sd35bench.cli.output import Answer, console, remark, show_progress, tell, write_line
+from sd35bench.cli.output import (
+    Answer,
+    console,
+    print_parts,
+    remark,
+    show_progress,
+    tell,
+    write_line,
+)
 from sd35bench.cli.parser import (
     MARKDOWN,
     QUIET,
@@ -49,12 +56,8 @@ def score(given: Given) -> Answer:
         remark(f"{name}: {plural(count, 'new score')}", given.as_json)
     if counts["total"] == 0:
         remark("nothing was missing", given.as_json)
-    for text in damaged_text(map(Path, counts["damaged"])):
-        out.print(text, markup=False, soft_wrap=True)
-    for name, note in counts["notes"].items():
-        out.print(f"{name}: {note}", markup=False, soft_wrap=True)
-    for text in _refused(counts):
-        out.print(text, markup=False, soft_wrap=True)
+    out.say(*damaged_text(map(Path, counts["damaged"])))
+    out.say(*(f"{name}: {note}" for name, note in counts["notes"].items()), *_refused(counts))
     return Answer(document=counts)
 
 
@@ -84,10 +87,9 @@ def show(given: Given) -> Answer:
         return document
 
     def print_one(document: dict[str, Any]) -> None:
-        from sd35bench.report.tables import print_settings, settings_markdown
+        from sd35bench.report.shown import settings_parts
 
-        markdown = partial(settings_markdown, shown=shown)
-        _print(document, given.has("--markdown"), markdown, partial(print_settings, shown=shown))
+        print_parts(settings_parts(document, shown), given.has("--markdown"))
 
     if asks_part(given):
         quiet = replace(given, as_json=True) if as_csv else given
@@ -144,7 +146,7 @@ def recommend(given: Given) -> Answer:
     if not given.as_json:
         _print_recommended(document, given)
     out = console(given.as_json or given.has("--markdown") or given.has("--snippet"))
-    out.print(f"written: {path}", markup=False, soft_wrap=True)
+    out.say(f"written: {path}")
     return Answer(document=document, exit_code=exit_code)
 
 
@@ -157,9 +159,9 @@ def _plan(study: Study, profiles: dict[str, "Profile"], given: Given) -> Answer:
     asked = asked if power is None else replace(asked, power=power)
     document = plan_document(study, profiles, asked)
     if not given.as_json:
-        from sd35bench.report.planning import plan_markdown, print_plan
+        from sd35bench.report.planning import plan_parts
 
-        _print(document, given.has("--markdown"), plan_markdown, print_plan)
+        print_parts(plan_parts(document), given.has("--markdown"))
     return Answer(document=document)
 
 
@@ -216,22 +218,18 @@ def _check_together(given: Given) -> None:
 
 
 def _print_recommended(document: dict[str, Any], given: Given) -> None:
-    from sd35bench.report.recommend import (
-        print_answer,
-        print_confirming,
-        print_recommendation,
-        recommendation_markdown,
-        snippets,
-    )
+    from sd35bench.report import recommend as forms
 
-    kind = given.text("--snippet")
+    kind, as_markdown = given.text("--snippet"), given.has("--markdown")
     if kind is not None:
-        write_line(snippets(document, kind))
-        return
-    commands = given.has("--confirm") and not given.has("--run")
-    in_full = print_recommendation if given.has("--why") else print_answer
-    printed = print_confirming if commands else in_full
-    _print(document, given.has("--markdown"), recommendation_markdown, printed)
+        write_line(forms.snippets(document, kind))
+    elif as_markdown:
+        print_parts(forms.paper_parts(document), as_markdown)
+    elif given.has("--confirm") and not given.has("--run"):
+        print_parts(forms.confirming_parts(document))
+    else:
+        in_full = given.has("--why")
+        print_parts((forms.evidence_parts if in_full else forms.answer_parts)(document))
 
 
 def claims(given: Given) -> Answer:
@@ -243,9 +241,9 @@ def claims(given: Given) -> Answer:
     _score_more(study, METRICS)
     document = claims_document(study)
     if not given.as_json:
-        from sd35bench.report.claims import claims_markdown, print_claims
+        from sd35bench.report.claims import claims_parts
 
-        _print(document, given.has("--markdown"), claims_markdown, print_claims)
+        print_parts(claims_parts(document), given.has("--markdown"))
     return Answer(document=document)
 
 
@@ -263,9 +261,14 @@ def report(given: Given) -> Answer:
     profiles = profiles_of(None)
     if asks_part(given):
         return _report_parts(given, study, profiles)
-    path = write_report(study, profiles, link=_links(given))
-    console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
-    return Answer(document={"study": study.name, "path": str(path)})
+    path = _told(given, write_report(study, profiles, link=_links(given)))
+    return Answer(document={"study": study.name, "path": path})
+
+
+def _told(given: Given, path: Path) -> str:
+    """Say where a report is."""
+    console(given.as_json).say(f"report: {path.resolve()}")
+    return str(path)
 
 
 def _report_beside(given: Given) -> Answer:
@@ -281,9 +284,8 @@ def _report_beside(given: Given) -> Answer:
     studies = [_open(replace(given, words=[name])) for name in names]
     for study in studies:
         score_missing(study)
-    path = write_beside(studies, profiles_of(None))
-    console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
-    return Answer(document={"studies": names, "path": str(path)})
+    path = _told(given, write_beside(studies, profiles_of(None)))
+    return Answer(document={"studies": names, "path": path})
 
 
 def _links(given: Given) -> bool:
@@ -302,8 +304,7 @@ def _report_parts(given: Given, study: Study, profiles: dict[str, "Profile"]) ->
     for where, part in parts_of(given, study):
         word = re.sub(r"[^\w.-]+", "-", said(where))
         path = write_report(part, profiles, f"report-{word}.html", link=_links(given))
-        console(given.as_json).print(f"report: {path.resolve()}", markup=False, soft_wrap=True)
-        found.append({"where": where, "path": str(path)})
+        found.append({"where": where, "path": _told(given, path)})
     return Answer(document={"study": study.name, "parts": found})
 
 
@@ -415,19 +416,6 @@ def _score_more(study: Study, names: Sequence[str]) -> None:
         score_missing(study, names)
     except MetricError:  # random weights: no claim about quality is tested on them
         return
-
-
-def _print(
-    document: dict[str, Any],
-    as_markdown: bool,
-    markdown: Callable[[dict[str, Any]], str],
-    terminal: Callable[[dict[str, Any], Any], None],
-) -> None:
-    """Print a document in one of its two forms."""
-    if as_markdown:
-        write_line(markdown(document).rstrip("\n"))
-    else:
-        terminal(document, console())
 
 
 def _refused(counts: dict[str, Any]) -> list[str]:

@@ -4,10 +4,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from sd35bench import plugins
-from sd35bench.cli.output import Answer, RunProgress, console, remark, show_progress, write_line
+from sd35bench import plugins, words
+from sd35bench.cli.output import Answer, Terminal, console, print_parts, remark
 from sd35bench.cli.parser import DRY_RUN, MARKDOWN, QUIET, VERBOSE, YES, Command, Flag, Given
-from sd35bench.cli.run import run_confirming
+from sd35bench.cli.run import refuse_bill, run_confirming, run_plan, takes
+from sd35bench.cli.study import score_missing
 from sd35bench.config import Job
 from sd35bench.config.experiments import with_models_own
 from sd35bench.config.tune import Tuning, read_tuning
@@ -41,10 +42,14 @@ def tune(given: Given) -> Answer:
     if given.has("--dry-run"):
         _print_bill(console(given.as_json), bill)
         return Answer(document=bill)
-    _agree(tuning, bill, given.has("--yes"))
+    if not given.has("--yes"):
+        limit = min(job.engine.price.confirm_above_usd for job in tuning.jobs.values())
+        refuse_bill(bill["usd"], limit, "may")
     document, exit_code = _tune(tuning, confirm)
     if not given.as_json:
-        _print_found(document, markdown)
+        from sd35bench.report.tuning import tuning_parts
+
+        print_parts(tuning_parts(document), markdown)
     say = functools.partial(remark, as_json=given.as_json or markdown)
     say(f"written: {tuning.job.results_dir / tuning.job.study / 'tune.json'}")
     name = tuning.job.study
@@ -99,15 +104,6 @@ def _search(tuning: Tuning, study: Study, lab: StudyLab) -> Outcome:
         worker.close()
 
 
-def _print_found(document: dict[str, Any], markdown: bool) -> None:
-    from sd35bench.report.tuning import print_tuning, tuning_markdown
-
-    if markdown:
-        write_line(tuning_markdown(document).rstrip("\n"))
-    else:
-        print_tuning(document, console())
-
-
 def _lab(tuning: Tuning, study: Study) -> StudyLab:
     jobs = {job.sweep.load.key: job for job in tuning.jobs.values()}
     return StudyLab(
@@ -115,7 +111,7 @@ def _lab(tuning: Tuning, study: Study) -> StudyLab:
         tuning.space,
         tuning.sources,
         lambda plan: _run(jobs[plan.load.key], plan, study),
-        lambda: _score(study),
+        lambda: score_missing(study),
     )
 
 
@@ -124,17 +120,9 @@ def _run(job: Job, plan: Plan, study: Study) -> None:
 
     Raises: Paused where a budget or a balance is used up.
     """
-    title = f"{plan.load.model.name} on {plan.load.backend.name}"
-    with show_progress() as bar:
-        summary = job.engine.run(plan, study, RunProgress(bar, title))
+    summary = run_plan(job, plan, study)
     if summary.paused is not None:
         raise Paused(summary.paused)
-
-
-def _score(study: Study) -> None:
-    from sd35bench.cli.study import score_missing
-
-    score_missing(study)
 
 
 def _check_flags(given: Given, tuning: Tuning) -> None:
@@ -218,38 +206,17 @@ def _sample(tuning: Tuning) -> list[tuple[Scalar, ...]]:
     return [tuning.space.point(i * last // (count - 1)) for i in range(count)]
 
 
-def _agree(tuning: Tuning, bill: dict[str, Any], yes: bool) -> None:
-    """Refuse a bill that nobody agreed to.
-
-    Raises: ConfigError.
-    """
-    limit = min(job.engine.price.confirm_above_usd for job in tuning.jobs.values())
-    if not yes and bill["usd"] > limit:
-        raise ConfigError(
-            f"remote.confirm_above_usd={limit:g}: this may cost up to {bill['usd']:.2f} USD; add"
-            " --yes to agree, or see --dry-run"
-        )
-
-
-def _print_bill(out: Any, bill: dict[str, Any]) -> None:
-    seconds, held_out = bill["estimated_s"], bill["held_out_images"]
-    time_text = "unknown (nothing like it has run here yet)"
-    if seconds is not None:
-        time_text = f"at most about {seconds / 60:.1f} min"
-    lines = (
+def _print_bill(out: Terminal, bill: dict[str, Any]) -> None:
+    held_out, usd = bill["held_out_images"], words.bill(bill["usd"])
+    out.say(
         f"study {bill['study']}: at most {bill['trials']} of {bill['grid']} settings, on up to"
         f" {bill['prompts']} prompts",
         f"at most {bill['images']} images; the full grid would take {bill['exhaustive']}"
-        f" ({100 * bill['images'] / bill['exhaustive']:.3g} %)",
+        f" ({words.digits(100 * bill['images'] / bill['exhaustive'])} %)",
         *([f"at most {held_out} held-out images to confirm the choice"] if held_out else []),
         f"about {bill['loads']} loads, each with a warm-up per kind of setting",
-        f"time: {time_text}",
-        f"disk: about {bill['disk_bytes'] / 1e6:.1f} MB",
-        f"money: {bill['usd']:.2f} USD",
-        "nothing was written or loaded",
+        *takes(bill["estimated_s"], bill["disk_bytes"], usd, "at most about"),
     )
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
 
 
 def _nowhere(tuning: Tuning) -> Study:

@@ -4,18 +4,24 @@ On a page a row's name stands to the left of its bar and its figure to the right
 the name stands above the bar.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
 
 from sd35bench import words
 from sd35bench.report.render import Figure, Table, text_table
-from sd35bench.report.svg import SMALL, Box, Scale, chart, cut, element, tick_texts
+from sd35bench.report.svg import SMALL, Box, Scale, chart, cut, element, tick_texts, units
 
-STAGES = ("text", "denoise", "decode", "encode", "other")
-CALL_PARTS = {
+STAGES = {
+    "text": "text encoders",
+    "denoise": "denoise",
+    "decode": "VAE decode",
+    "encode": "image file",
+    "other": "other",
+}
+_CALL_PARTS = {
     "submit": "submit",
     "queue": "queue",
     "predict": "inference",
@@ -42,8 +48,8 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CallBar:
-    """One setting's mean seconds by part (names of `CALL_PARTS`), seen at most `late_by_s` late."""
+class Stack:
+    """A bar of mean seconds by part, whose end was seen at most `late_by_s` late."""
 
     label: str
     parts: dict[str, float]
@@ -177,106 +183,76 @@ def _distribution(sample: Samples, x: Scale, y: float, rows: _Rows) -> Markup:
 
 def plot_stages(samples: Sequence[Samples]) -> Figure:
     """Where the time goes: text encoding, denoising, VAE decoding, image encoding, the rest."""
-    longest = max(sum(s.stage_s.values()) for s in samples)
-
-    def draw(rows: _Rows) -> Markup:
-        x = Scale(0.0, longest * 1.04, rows.box.left, rows.box.x_end)
-        parts = [_row_axes(rows.box, x, "seconds, mean by stage (right: all)")]
-        parts += [_stack(s, x, rows.y(i), rows) for i, s in enumerate(samples)]
-        return chart(rows.box, parts, "Stage breakdown")
-
-    used = [s for s in STAGES if any(sample.stage_s.get(s) for sample in samples)]
-    titles = ("setting", *map(_stage_name, used))
-    told = [(s.label, *(words.seconds(s.stage_s.get(u)) for u in used)) for s in samples]
-    return Figure(
-        title="Where the time goes",
-        **_both([s.label for s in samples], draw, _VALUE),
-        legend=tuple((f"st-{s}", "square", _stage_name(s)) for s in used),
-        keys=tuple(f"st-{s}" for s in used),
-        values=Table(columns=text_table(titles, told, titles[1:])),
-    )
+    stacks = [Stack(label=s.label, parts=s.stage_s, strong=s.strong) for s in samples]
+    labels = [s.label for s in samples]
+    figure = _stacks(stacks, labels, STAGES, ("setting", "stage", "Stage breakdown"))
+    return replace(figure, title="Where the time goes")
 
 
-def _stage_name(stage: str) -> str:
-    names = {"text": "text encoders", "decode": "VAE decode", "encode": "image file"}
-    return names.get(stage, stage)
-
-
-def _stack(sample: Samples, x: Scale, y: float, rows: _Rows) -> Markup:
-    parts = [(f"st-{s}", _stage_name(s), sample.stage_s.get(s, 0.0)) for s in STAGES]
-    bars, total = _segments(sample.label, parts, x, y)
-    name = rows.label(sample.label, y, sample.strong)
-    return element("g", name, *bars, rows.value(words.seconds(total), y))
-
-
-def _segments(
-    label: str, parts: Sequence[tuple[str, str, float]], x: Scale, y: float
-) -> tuple[list[Markup], float]:
-    """A bar of (class, name, seconds) laid end to end, and its length in seconds."""
-    total = sum(seconds for _, _, seconds in parts)
-    drawn, start = [], 0.0
-    for class_, name, seconds in parts:
-        if seconds <= 0:
-            continue
-        text = f"{label}\n{name}: {words.seconds(seconds)} ({seconds / total:.0%})"
-        width = max(x(start + seconds) - x(start), 0.5)
-        drawn.append(
-            element(
-                "rect",
-                element("title", text),
-                class_=class_,
-                x=x(start),
-                y=y - 7,
-                width=width,
-                height=14,
-                data_k=class_,
-            )
-        )
-        start += seconds
-    return drawn, total
-
-
-def plot_calls(bars: Sequence[CallBar]) -> Figure:
+def plot_calls(stacks: Sequence[Stack]) -> Figure:
     """Where a hosted call's seconds go, over the same image made on this machine."""
-    labels = [b.label + "   " * b.strong for b in bars]  # bold is wider
-    longest = max(sum(b.parts.values()) for b in bars)
-
-    def draw(rows: _Rows) -> Markup:
-        x = Scale(0.0, longest * 1.04, rows.box.left, rows.box.x_end)
-        drawn = [_call(bar, x, rows.y(i), rows) for i, bar in enumerate(bars)]
-        axis = _row_axes(rows.box, x, "seconds, mean by part (right: all)")
-        return chart(rows.box, [axis, *drawn], "Hosted calls")
-
-    used = [p for p in CALL_PARTS if any(p in bar.parts for bar in bars)]
-    legend = [(f"st-{p}", "square", CALL_PARTS[p]) for p in used]
-    if any(b.late_by_s for b in bars):
-        legend.append(("late", "bar", "polling: at most this much too long"))
-    titles = ("call", *(CALL_PARTS[p] for p in used))
-    told = [(b.label, *(words.seconds(b.parts.get(p)) for p in used)) for b in bars]
-    return Figure(
+    labels = [s.label + "   " * s.strong for s in stacks]  # bold is wider
+    figure = _stacks(stacks, labels, _CALL_PARTS, ("call", "part", "Hosted calls"))
+    if any(s.late_by_s for s in stacks):
+        late = ("late", "bar", "polling: at most this much too long")
+        figure = replace(figure, legend=(*figure.legend, late), keys=(*figure.keys, "late"))
+    return replace(
+        figure,
         title="Seconds of one image, made alone",
-        **_both(labels, draw, _VALUE),
-        legend=tuple(legend),
-        keys=tuple(class_ for class_, _, _ in legend),
         note="Hosted settings in bold, the same request on this machine below them.",
-        values=Table(columns=text_table(titles, told, titles[1:])),
     )
 
 
-def _call(bar: CallBar, x: Scale, y: float, rows: _Rows) -> Markup:
-    named = [(f"st-{p}", CALL_PARTS[p], bar.parts[p]) for p in CALL_PARTS if p in bar.parts]
-    parts, total = _segments(bar.label, named, x, y)
-    if bar.late_by_s:
-        parts.append(_late(x(max(total - bar.late_by_s, 0.0)), x(total), y, bar))
-    name = rows.label(bar.label, y, bar.strong)
-    return element("g", name, *parts, rows.value(words.seconds(total), y))
+def _stacks(
+    stacks: Sequence[Stack],
+    labels: Sequence[str],
+    names: Mapping[str, str],
+    titles: tuple[str, str, str],
+) -> Figure:
+    """Bars of parts laid end to end; `titles`: what a row is, what a part is, the chart's own."""
+    row, part, title = titles
+    longest = max(sum(s.parts.values()) for s in stacks)
+
+    def draw(rows: _Rows) -> Markup:
+        x = Scale(0.0, longest * 1.04, rows.box.left, rows.box.x_end)
+        drawn = [_row_axes(rows.box, x, f"seconds, mean by {part} (right: all)")]
+        drawn += [_stack(s, names, x, rows.y(i), rows) for i, s in enumerate(stacks)]
+        return chart(rows.box, drawn, title)
+
+    used = [p for p in names if any(s.parts.get(p) for s in stacks)]
+    columns = (row, *(names[p] for p in used))
+    told = [(s.label, *(words.seconds(s.parts.get(p)) for p in used)) for s in stacks]
+    return Figure(
+        title=title,
+        **_both(labels, draw, _VALUE),
+        legend=tuple((f"st-{p}", "square", names[p]) for p in used),
+        keys=tuple(f"st-{p}" for p in used),
+        values=Table(columns=text_table(columns, told, columns[1:])),
+    )
 
 
-def _late(start: float, end: float, y: float, bar: CallBar) -> Markup:
+def _stack(stack: Stack, names: Mapping[str, str], x: Scale, y: float, rows: _Rows) -> Markup:
+    known = [(f"st-{p}", names[p], stack.parts[p]) for p in names if stack.parts.get(p, 0) > 0]
+    total = sum(seconds for _, _, seconds in known)
+    drawn, start = [], 0.0
+    for class_, name, seconds in known:
+        share = words.number(100 * (seconds / total), 0)
+        text = f"{stack.label}\n{name}: {words.seconds(seconds)} ({share}%)"
+        place = {"x": x(start), "y": y - 7, "width": max(x(start + seconds) - x(start), 0.5)}
+        title = element("title", text)
+        drawn.append(element("rect", title, class_=class_, **place, height=14, data_k=class_))
+        start += seconds
+    if stack.late_by_s:
+        drawn.append(_late(x(max(total - stack.late_by_s, 0.0)), x(total), y, stack))
+    name = rows.label(stack.label, y, stack.strong)
+    return element("g", name, *drawn, rows.value(words.seconds(total), y))
+
+
+def _late(start: float, end: float, y: float, stack: Stack) -> Markup:
     """A bracket over the end of the bar: somewhere in it the image was ready."""
-    title = f"{bar.label}\npolling saw the end at most {words.seconds(bar.late_by_s)} late"
-    low, high = f"{start:.1f}", f"{end:.1f}"
-    path = f"M{low},{y - 5:.1f}v10M{high},{y - 5:.1f}v10M{low},{y:.1f}H{high}"
+    title = f"{stack.label}\npolling saw the end at most {words.seconds(stack.late_by_s)} late"
+    low, high, top = units(start), units(end), units(y - 5)
+    path = f"M{low},{top}v10M{high},{top}v10M{low},{units(y)}H{high}"
     return element(
         "g",
         element("title", title),

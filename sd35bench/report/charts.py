@@ -10,6 +10,7 @@ import numpy as np
 from sd35bench import words
 from sd35bench.analysis.facts import facts
 from sd35bench.analysis.table import made_alone
+from sd35bench.fields import words as in_words
 from sd35bench.report.bars import (
     STAGES,
     Samples,
@@ -22,11 +23,13 @@ from sd35bench.report.plots import Line, Point, plot_front, plot_lines, plot_tra
 from sd35bench.report.render import Figure
 from sd35bench.report.rows import (
     Row,
+    by_task,
     field_words,
     lower_is_better,
     metric_label,
     metric_names,
     read_rows,
+    size_rank,
     varying_fields,
 )
 from sd35bench.report.svg import MARKERS, SHAPES, ramp
@@ -103,14 +106,7 @@ def _values(row: Row, fields: Sequence[str]) -> tuple[Any, ...]:
 
 def _channel(rows: Sequence[Row], fields: tuple[str, ...]) -> _Channel:
     """The values in order: numbers by size, a field without a value left out of the name."""
-
-    def rank(row: Row) -> tuple[Any, ...]:
-        values = [row.setting.get(f) for f in fields]
-        return tuple(
-            (0, float(v), "") if isinstance(v, int | float) else (1, 0.0, str(v)) for v in values
-        )
-
-    ordered = sorted(rows, key=rank)
+    ordered = sorted(rows, key=lambda row: [size_rank(row.setting.get(f)) for f in fields])
     return _Channel(fields, {_values(r, fields): field_words(r, fields) for r in ordered})
 
 
@@ -155,8 +151,8 @@ def quality_figures(document: Mapping[str, Any]) -> list[Figure]:
     rows = read_rows(document)
     extra = varying_fields(rows)
     figures = []
-    for task in dict.fromkeys(r.task for r in rows):
-        figures += front_figures([r for r in rows if r.task == task], {}, extra, None, {})
+    for members in by_task(rows).values():
+        figures += front_figures(members, {}, extra, None, {})
     return figures
 
 
@@ -197,7 +193,7 @@ def line_figures(rows: Sequence[Row], pinned: Row | None) -> tuple[list[Figure],
                         log=axis == "steps",
                     )
                 )
-    note = "" if fixed is None else f"At prompt_strength {words.plain(fixed)}."
+    note = "" if fixed is None else f"At {in_words('prompt_strength', fixed)}."
     return figures, note
 
 
@@ -219,10 +215,9 @@ def _lines(rows: Sequence[Row], metric: str, axis: str, other: str) -> list[Line
             ((getattr(r, axis), r.metrics[metric]) for r in rows if getattr(r, other) == value),
             key=lambda p: p[0],
         )
-        name = f"cfg {words.plain(value)}" if other == "cfg" else f"{value} steps"
         lines.append(
             Line(
-                name=name,
+                name=in_words(other, value),
                 class_=ramp(i, len(shown)),
                 marker=MARKERS[i % len(MARKERS)],
                 points=tuple(points),
@@ -256,7 +251,7 @@ def tradeoff_figures(rows: Sequence[Row], pinned: Row | None) -> list[Figure]:
         return []
     lines = [
         (
-            f"{steps} steps · cfg {words.plain(cfg)}",
+            f"{in_words('steps', steps)} · {in_words('cfg', cfg)}",
             ramp(i, len(pairs)),
             MARKERS[i % len(MARKERS)],
             [
@@ -285,7 +280,7 @@ def _over_strength(
         Line(name="kept", class_="c6", marker="square", points=points(kept), dashed=True),
     ]
     figure = plot_lines(lines, axis="prompt_strength", metric="followed and kept")
-    note = f"At {chosen[0]} steps, cfg {words.plain(chosen[1])}."
+    note = f"At {in_words('steps', chosen[0])}, {in_words('cfg', chosen[1])}."
     return replace(
         figure,
         title="Followed and kept over prompt_strength",

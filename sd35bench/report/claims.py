@@ -1,10 +1,8 @@
 """Claims with their verdicts: for the terminal, in Markdown, and as the report's section."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-from rich.console import Console
 
 from sd35bench import words
 from sd35bench.report.provenance import environment_lines
@@ -17,9 +15,7 @@ from sd35bench.report.render import (
     Layout,
     Part,
     Table,
-    markdown_document,
     paragraph,
-    print_document,
     say,
     text_column,
     text_table,
@@ -47,55 +43,18 @@ _LONG_VERDICT = 24
 """Characters beyond which a verdict and its model may be broken, so that claims have room."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimView:
-    """One claim as the report shows it; `effect` is the deciding one in words.
-
-    `verdict` names the model that was measured.
-    """
-
-    verdict: str
-    mark: str
-    says: str
-    effect: str
-    reason: str
-    design: str
-    note: str
-    command: str
-    contrasts: Table | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimsSection:
+def claims_section(document: Mapping[str, Any]) -> dict[str, Any]:
     """The report's section: how many of what, each claim, and how verdicts come about."""
-
-    title: str
-    lead: str
-    claims: tuple[ClaimView, ...]
-    rules: str
-
-
-def claims_section(document: Mapping[str, Any]) -> ClaimsSection:
-    """Turn a claims document into what the template shows."""
-    return ClaimsSection(
-        title=_title(document),
-        lead=_lead(document),
-        claims=tuple(_view(claim) for claim in document["claims"]),
-        rules=_RULES,
-    )
+    return {
+        "title": _title(document),
+        "lead": _lead(document),
+        "claims": [_view(claim) for claim in document["claims"]],
+        "rules": _RULES,
+    }
 
 
-def print_claims(document: Mapping[str, Any], console: Console) -> None:
-    """Print one row per claim, with the effect that its verdict hangs on; then what is missing."""
-    print_document(_parts(document), console)
-
-
-def claims_markdown(document: Mapping[str, Any]) -> str:
-    """Render a claims document: verdicts, every effect, designs, what ran."""
-    return markdown_document(_parts(document))
-
-
-def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
+def claims_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """A claims document: the verdicts, what is missing; in Markdown designs and every effect."""
     claims, lead = document["claims"], _lead(document)
     yield say((str(document["study"]), "bold"), f"  {lead}", wraps=True)
     yield Heading(f"{_title(document)}: study {document['study']}", 1, forms=(MARKDOWN,))
@@ -147,30 +106,28 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
 def _detail(claim: Mapping[str, Any]) -> Iterator[Part]:
     """A claim's design and all its effects, in Markdown."""
     view = _view(claim)
-    yield Heading(f"{words.first_upper(_says(claim))}: {view.verdict}", forms=(MARKDOWN,))
-    yield paragraph(" ".join(part for part in (view.design, view.note) if part))
-    yield paragraph(f"{words.first_upper(view.reason)}.")
-    if view.command:
-        yield paragraph((view.command, "code"))
-    if view.contrasts is not None:
-        yield replace(view.contrasts, forms=(MARKDOWN,))
+    yield Heading(f"{words.first_upper(view['says'])}: {view['verdict']}", forms=(MARKDOWN,))
+    yield paragraph(" ".join(part for part in (view["design"], view["note"]) if part))
+    yield paragraph(f"{words.first_upper(view['reason'])}.")
+    if view["command"]:
+        yield paragraph((view["command"], "code"))
+    if view["contrasts"] is not None:
+        yield replace(view["contrasts"], forms=(MARKDOWN,))
 
 
-def _view(claim: Mapping[str, Any]) -> ClaimView:
-    verdict, one = claim["verdict"], _deciding(claim)
+def _view(claim: Mapping[str, Any]) -> dict[str, Any]:
+    """A claim as a page shows it; `effect` is the deciding one in words."""
+    one = _deciding(claim)
     found, least, _ = _figures(one)
-    effect = "" if one is None else f"{one['name']}: {found.line}, must exceed {least}"
-    return ClaimView(
-        verdict=_verdict(claim),
-        mark=verdict.replace(" ", "-"),
-        says=_says(claim),
-        effect=effect,
-        reason=claim["reason"],
-        design=claim["design"],
-        note="" if claim["note"] is None else claim["note"],
-        command="" if claim["command"] is None else claim["command"],
-        contrasts=_contrasts(claim),
-    )
+    return {
+        **claim,
+        "verdict": _verdict(claim),
+        "mark": claim["verdict"].replace(" ", "-"),
+        "says": _says(claim),
+        "effect": "" if one is None else f"{one['name']}: {found.line}, must exceed {least}",
+        "note": claim["note"] or "",
+        "contrasts": _contrasts(claim),
+    }
 
 
 _NUMERIC = ("effect", "found", "must exceed", "images", "prompts")

@@ -7,7 +7,6 @@ asked of the comparison as a whole is a suite of its own, so that a gate that fa
 failing test.
 """
 
-import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,10 +16,10 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 from PIL import Image
-from rich.console import Console
 
 from sd35bench import words
 from sd35bench.gate.sides import named_weights
+from sd35bench.pictures import PIXEL_ART_PX, webp_uri
 from sd35bench.report.render import (
     MARKDOWN,
     TERMINAL,
@@ -31,11 +30,10 @@ from sd35bench.report.render import (
     Layout,
     Part,
     Table,
+    Text,
     content_policy,
     html_templates,
-    markdown_document,
     paragraph,
-    print_document,
     say,
     text_table,
 )
@@ -49,24 +47,14 @@ _WORST_FIRST = ("fail", "undecided", "pass")
 _ORDER = ("fail", "undecided", "not applicable", "pass")
 _LEAST_SETTING = 26
 """Characters of a setting's name and the table's edges, below which it would break at each word."""
-_PIXEL_ART_PX = 128
 _LONGEST_PX = 384
 """Images are kept without loss, since small differences are what matters; 24 of them in all."""
 
 FindImage = Callable[[str], Path | None]
 
 
-def print_comparison(document: Mapping[str, Any], console: Console) -> None:
-    """Print the verdict first, then each setting's figures and what differs."""
-    print_document(_parts(document), console)
-
-
-def compare_markdown(document: Mapping[str, Any]) -> str:
-    """Render a `compare` document as GitHub's step summary shows it."""
-    return markdown_document(_parts(document))
-
-
-def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
+def comparison_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """A `compare` document: the verdict first, then each setting's figures and what differs."""
     whole = document["verdict"]
     sides = f": {document['candidate']} against {document['baseline']}"
     pairs = words.plural(document["n_pairs"], "pair")
@@ -108,7 +96,8 @@ def _many(ordered: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
         yield say((f"{count} {told}", "dim"), gap=True, wraps=True)
         yield paragraph((f"<details><summary>{count} passed</summary>", "raw"))
         for comparison in passed:
-            yield from (p for p in _detail(comparison, common) if p.forms == (MARKDOWN,))
+            details = (p for p in _detail(comparison, common) if MARKDOWN in p.forms)
+            yield from (replace(p, forms=(MARKDOWN,)) for p in details)
         yield paragraph(("</details>", "raw"))
 
 
@@ -174,30 +163,17 @@ def common_differences(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 def _detail(comparison: Mapping[str, Any], common: str = "", brief: bool = False) -> Iterator[Part]:
     """One setting's figures; where `brief`, a terminal gets those alone that did not pass."""
-    told = about(comparison, common)
-    yield Heading(comparison["title"], forms=(TERMINAL,))
-    yield Heading(comparison["title"], forms=(MARKDOWN,))
-    yield say(told)
-    yield paragraph((told, "raw"))
+    yield Heading(comparison["title"])
+    yield Text(((about(comparison, common), "raw"),))
     yield from _table(comparison, brief)
     yield _paper_table(comparison)
-    terminal = _reasons(comparison, brief)
-    yield from map(say, terminal)
+    yield from map(say, _reasons(comparison, brief))
     for i, reason in enumerate(_reasons(comparison)):
         yield paragraph((f"- {reason}", "raw"), joined=i > 0)
 
 
-def print_plan(document: Mapping[str, Any], console: Console) -> None:
-    """Print what each policy sees at which n."""
-    print_document(_plan_parts(document), console)
-
-
-def plan_markdown(document: Mapping[str, Any]) -> str:
-    """Render a plan document."""
-    return markdown_document(_plan_parts(document))
-
-
-def _plan_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+def plan_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """What each policy sees at which n."""
     pilot = document["candidate"]
     by = "with spreads that are assumed (*)" if pilot is None else f"by the pilot {pilot}"
     title = f"What a gate against {document['baseline']} sees, {by}"
@@ -213,8 +189,7 @@ def _plan_parts(document: Mapping[str, Any]) -> Iterator[Part]:
         " which a candidate that lost nothing passes. Images that are the same on both sides pass"
         " at any n."
     )
-    yield say((rule, "dim"), wraps=True)
-    yield paragraph(rule)
+    yield Text(((rule, "dim"),), wraps=True)
 
 
 def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -489,9 +464,9 @@ def _pairs(
         image = _decode(after.read_bytes())
         found.append(
             {
-                "baseline": None if before is None else _data_uri(_decode(before.read_bytes())),
-                "candidate": _data_uri(image),
-                "grain": "pixels" if max(image.size) <= _PIXEL_ART_PX else "smooth",
+                "baseline": None if before is None else webp_uri(_decode(before.read_bytes())),
+                "candidate": webp_uri(image),
+                "grain": "pixels" if max(image.size) <= PIXEL_ART_PX else "smooth",
                 "caption": captions.get(pair["candidate_image"], ""),
                 "lost": _lost(pair),
             }
@@ -511,12 +486,6 @@ def _decode(data: bytes) -> Image.Image:
         image = opened.convert("RGB")
     image.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
     return image
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=True, quality=50, method=3)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # JUnit ----------------------------------------------------------------------------------------

@@ -133,10 +133,7 @@ def join_headlines(parts: Sequence[Gathered]) -> Headline:
         for task, group in part.headline.answers:
             answers.setdefault(task, []).extend(group)
     other = parts[1]
-    chosen = {
-        task: other.headline.pinned(task, [r for r in other.rows if r.task == task])
-        for task in answers
-    }
+    chosen = {task: other.headline.pinned(task, other.rows) for task in answers}
     return Headline(
         lead=tuple(line for part in parts for line in part.headline.lead),
         answers=tuple((task, tuple(group)) for task, group in answers.items()),
@@ -175,6 +172,7 @@ def read_facts(one: Gathered) -> list[tuple[str, str]]:
     failed = len(records) - ok
     facts += [("failed", words.count(failed))] if failed else []
     facts += [("run", started[:16].replace("T", " "))] if started else []
+    facts.append(("clock", (one.source.show.get("clock") or "").removeprefix("clock: ")))
     return [(name, value) for name, value in facts if value]
 
 

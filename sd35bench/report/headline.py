@@ -4,9 +4,8 @@ Read from `recommend`'s document. Without one (nothing scored, say) the best mea
 named as just that, and without any measurement the report says so.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from sd35bench.recommend.entry import confirmation_text
 from sd35bench.report.leaderboard import best_first, primary_metric
 from sd35bench.report.recommend import (
     SHOWN,
+    body_text,
     compared,
     default_table,
     front_cell,
@@ -22,7 +22,7 @@ from sd35bench.report.recommend import (
     front_sentence,
 )
 from sd35bench.report.render import HTML, Table, text_table
-from sd35bench.report.rows import Row, metric_label, metric_names
+from sd35bench.report.rows import Row, by_task, metric_label, metric_names
 from sd35bench.words import Estimate
 
 _MAIN_PROFILE = "balanced"
@@ -78,9 +78,9 @@ class Headline:
 
         A named default where the study has one, the vendor's first; else the most steps.
         """
-        found = {}
+        found, tasks = {}, by_task(rows)
         for task, _ in self.answers:
-            members = [r for r in rows if r.task == task]
+            members = tasks.get(task, [])
             chosen = self.pinned(task, members)
             if chosen is None:
                 continue
@@ -97,10 +97,9 @@ class Headline:
         return found
 
     def pinned(self, task: str, rows: Sequence[Row]) -> Row | None:
-        """The row that charts of `task` hold fixed: the balanced profile's, else the first."""
-        chosen = [a for t, answers in self.answers if t == task for a in answers if a.row_id]
-        chosen.sort(key=lambda a: a.profile != _MAIN_PROFILE)
-        return next((r for a in chosen for r in rows if r.id == a.row_id), None)
+        """The row that charts of `task` hold fixed: the main answer's that is among `rows`."""
+        answers = [a for t, group in self.answers if t == task for a in group]
+        return next((r for a in _main_first(answers) for r in rows if r.id == a.row_id), None)
 
     def compare(self, rows: Sequence[Row]) -> list[str]:
         """The two settings that the wall compares first: the recommended and the cheapest."""
@@ -110,6 +109,12 @@ class Headline:
         others = [r for r in rows if r.task == first.task and r.id != first.id]
         others.sort(key=lambda r: r.latency.value if r.latency and r.latency.value else 0.0)
         return [first.id, *(r.id for r in others[:1])]
+
+
+def _main_first(answers: Iterable[Answer]) -> list[Answer]:
+    """The answers that name a setting: the balanced profile's, then the others as they come."""
+    chosen = (a for a in answers if a.row_id is not None)
+    return sorted(chosen, key=lambda a: a.profile != _MAIN_PROFILE)
 
 
 def read_headline(
@@ -219,7 +224,7 @@ def _answer(
         adding=tuple(d["command"] for d in entry["named_defaults"] if d["command"]),
         command=entry.get("command") or "",
         snippet=entry.get("snippet") or "",
-        body=_body(entry["api"]),
+        body=body_text(entry["api"]) or "",
     )
 
 
@@ -230,11 +235,6 @@ def _confirmed(confirmation: Mapping[str, Any]) -> tuple[str, str]:
     """The sentence of a confirmation, and its mark."""
     text = words.as_sentence(confirmation_text(confirmation))
     return text, _MARKS.get(confirmation["status"], "open")
-
-
-def _body(api: Mapping[str, Any]) -> str:
-    """The create's JSON; empty where the protocol cannot ask for the setting."""
-    return "" if api["body"] is None else json.dumps(api["body"], indent=2, ensure_ascii=False)
 
 
 def _why(evidence: Mapping[str, Any]) -> list[str]:
@@ -284,8 +284,7 @@ def _lead(
     """The main answer of each task: the balanced profile's, or the first that chose."""
     lead = []
     for task, group in answers.items():
-        chosen = [a for a in group if a.row_id is not None]
-        chosen.sort(key=lambda a: a.profile != _MAIN_PROFILE)
+        chosen = _main_first(group)
         if not chosen:
             lead.append((f"For {task} no setting meets any profile.", "", ""))
             continue
@@ -302,8 +301,7 @@ def _cost(row: Row) -> str:
         said.append(f"{words.latency(row.latency)} an image")
     if row.usd_per_image is not None:
         said.append(f"{words.usd(row.usd_per_image.value)} an image")
-    metric = next((m for m in metric_names([row]) if row.metrics[m].value is not None), None)
-    if metric is not None:
+    if (metric := primary_metric([row])) is not None:
         said.append(f"{metric_label(metric)} {words.estimate(row.metrics[metric])}")
     return ", ".join(said)
 
@@ -320,8 +318,7 @@ def _notes(recommendation: Mapping[str, Any]) -> list[str]:
 def _measured(rows: Sequence[Row], extra: Sequence[str], notes: tuple[str, ...]) -> Headline:
     """Best measured setting per task; not a recommendation, and it says so."""
     answers: dict[str, tuple[Answer, ...]] = {}
-    for task in dict.fromkeys(r.task for r in rows):
-        members = [r for r in rows if r.task == task]
+    for task, members in by_task(rows).items():
         metric = primary_metric(members)
         if metric is None:
             continue
@@ -365,10 +362,8 @@ def _badges(answers: Sequence[Answer]) -> dict[str, tuple[str, ...]]:
 def setting_values(row: Row, extra: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """(name, value) of what a person would type."""
     values = [("steps", str(row.steps)), ("cfg", words.plain(row.cfg))]
-    if row.prompt_strength is not None:
-        values.append(("prompt_strength", words.plain(row.prompt_strength)))
-    varying = [f for f in extra if row.setting.get(f) is not None]
-    return (*values, *((f, row.text(f)) for f in varying))
+    more = (f for f in ("prompt_strength", *extra) if row.setting.get(f) is not None)
+    return (*values, *((f, row.text(f)) for f in more))
 
 
 def gives(row: Row) -> tuple[tuple[str, str, str], ...]:

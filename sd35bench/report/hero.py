@@ -10,13 +10,14 @@ from typing import Any
 from urllib.parse import quote
 
 from sd35bench import words
+from sd35bench.pictures import PIXEL_ART_PX
 from sd35bench.report.headline import Headline
+from sd35bench.report.leaderboard import primary_metric
 from sd35bench.report.render import Figure
-from sd35bench.report.rows import Row, metric_label, metric_names
+from sd35bench.report.rows import Row, by_task, metric_label
 from sd35bench.report.wall import EXTREMES
 
 _PAIRS = 4
-_PIXEL_ART_PX = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +75,9 @@ def heroes(
     """
     beside = headline.beside(rows)
     found = {}
+    tasks = by_task(rows)
     for task, _ in headline.answers:
-        members = [r for r in rows if r.task == task]
+        members = tasks.get(task, [])
         chosen = headline.pinned(task, members)
         if chosen is None:
             continue
@@ -116,11 +118,9 @@ def _figures(row: Row) -> str:
     said = []
     if row.latency is not None:
         said.append(words.latency(row.latency.without_interval))
-    metric = next((m for m in metric_names([row]) if row.value(m) is not None), None)
-    if metric is not None:
-        said.append(
-            f"{metric_label(metric)} {words.estimate(row.metrics[metric].without_interval)}"
-        )
+    if (metric := primary_metric([row])) is not None:
+        shown = words.estimate(row.metrics[metric].without_interval)
+        said.append(f"{metric_label(metric)} {shown}")
     return " · ".join(said)
 
 
@@ -154,7 +154,7 @@ def _shot(
         href=wall_href(setting=tile["setting"], prompt=prompt["ref"], seed=tile["seed"], open=1),
         alt=f"{prompt['text']}, seed {tile['seed']}, {setting}",
         caption=caption,
-        pixels=max(tile["width"], tile["height"]) <= _PIXEL_ART_PX,
+        pixels=max(tile["width"], tile["height"]) <= PIXEL_ART_PX,
     )
 
 

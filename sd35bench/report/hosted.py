@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd35bench import words
-from sd35bench.report.bars import CallBar, plot_calls
+from sd35bench.fields import words as in_words
+from sd35bench.report.bars import Stack, plot_calls
 from sd35bench.report.blocks import block, figures, title_columns
 from sd35bench.report.render import Cell, Column, Figure, Table, estimate_cell
-from sd35bench.report.rows import Row, has_far, usd_text
+from sd35bench.report.rows import CURVES, Row, has_far, usd_text
 from sd35bench.words import MISSING, Estimate
 
 _MOST_BARS = 24
@@ -166,12 +167,15 @@ def _unsent(found: Sequence[_Hosted]) -> list[str]:
 
 def hosted_figures(rows: Sequence[Row]) -> list[Figure]:
     """Each hosted setting's seconds by part, over the same setting's total on this machine."""
-    bars: list[CallBar] = []
+    bars: list[Stack] = []
     shown = [h for h in _hosted(rows) if h.mean("total").value is not None]
     members = [r for h in shown for r in (h.row, *_same_request(h.row, rows))]
     for hosted in shown:
         bars.append(_call_bar(hosted, members))
-        bars += [_local_bar(r, members) for r in _same_request(hosted.row, rows)]
+        bars += [
+            Stack(label=_label(r, members), parts={"local": r.latency_s["mean"]})
+            for r in _same_request(hosted.row, rows)
+        ]
     if not bars:
         return []
     figure = plot_calls(bars[:_MOST_BARS])
@@ -193,18 +197,14 @@ def _same_request(row: Row, rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _call_bar(hosted: _Hosted, members: Sequence[Row]) -> CallBar:
+def _call_bar(hosted: _Hosted, members: Sequence[Row]) -> Stack:
     parts = {p: hosted.mean(p).value for p in ("submit", "queue", "predict", "download", "other")}
-    return CallBar(
+    return Stack(
         label=_label(hosted.row, members),
         parts={name: s for name, s in parts.items() if s is not None and s > 0},
         late_by_s=hosted.mean("poll_bound").value,
         strong=True,
     )
-
-
-def _local_bar(row: Row, members: Sequence[Row]) -> CallBar:
-    return CallBar(label=_label(row, members), parts={"local": row.latency_s["mean"]})
 
 
 def _label(row: Row, members: Sequence[Row]) -> str:
@@ -215,12 +215,11 @@ def _label(row: Row, members: Sequence[Row]) -> str:
 
     said = [row.text("backend")]
     said += [row.text("model")] if differs("model", members) else []
-    if differs("steps", members) and not row.unsent("steps"):
-        said.append(f"{row.steps} steps")
-    if differs("cfg", members) and not row.unsent("cfg"):
-        said.append(f"cfg {words.plain(row.cfg)}")
+    for name in CURVES[:2]:
+        if differs(name, members) and not row.unsent(name):
+            said.append(in_words(name, row.setting[name]))
     if differs("prompt_strength", members) and row.prompt_strength is not None:
-        said.append(f"prompt_strength {words.plain(row.prompt_strength)}")
+        said.append(in_words("prompt_strength", row.prompt_strength))
     if differs("width", members) or differs("height", members):
         said.append(f"{row.text('width')}×{row.text('height')}")
     if row.remote is None and differs("threads", [r for r in members if r.remote is None]):

@@ -184,14 +184,14 @@ def _missing_note(metric: str, rows: Sequence[Row]) -> str:
 
 def setting_columns(rows: Sequence[Row], extra: Sequence[str], shares: Shares) -> list[Column]:
     """Every column of `rows`, in reading order."""
-    target = _known("× target", rows, lambda r: r.target_ratio, _two_decimals, rank=4)
+    target = _known(_number("× target", rows, lambda r: r.target_ratio, _two_decimals, rank=4))
     usd, latency = _usd(rows), [r.latency for r in rows]
     hint = f"p50 of batch-1 trials; 95 % interval {latency_scope(rows)}"
     return [
         *(c for name in extra if name == "backend" for c in _field(name, rows)),
         _number("steps", rows, lambda r: None if r.unsent("steps") else r.steps),
         _number("cfg", rows, lambda r: None if r.unsent("cfg") else r.cfg),
-        *_known("strength", rows, lambda r: r.prompt_strength),
+        *_known(_number("strength", rows, lambda r: r.prompt_strength)),
         *(c for name in extra if name != "backend" for c in _field(name, rows)),
         _number("n", rows, lambda r: r.n, hint="images that the quality figures rest on"),
         *_metrics(rows),
@@ -224,18 +224,9 @@ def _number(
     return Column(title=title, cells=cells, rank=rank, hint=hint, forms=forms)
 
 
-def _known(
-    title: str,
-    rows: Sequence[Row],
-    value: Callable[[Row], float | None],
-    said: Callable[[float | None], str] = words.plain,
-    *,
-    rank: int = 0,
-) -> list[Column]:
+def _known(column: Column) -> list[Column]:
     """A column of numbers, where some row has one."""
-    if all(value(r) is None for r in rows):
-        return []
-    return [_number(title, rows, value, said, rank=rank)]
+    return [column] if any(cell.sort is not None for cell in column.cells) else []
 
 
 def _sortable(value: object) -> float | str | None:
@@ -366,7 +357,7 @@ def _usd(rows: Sequence[Row]) -> list[Column]:
 
 def _memory(rows: Sequence[Row]) -> list[Column]:
     """Both peaks; on the page the one that is scarcer."""
-    vram = _known("VRAM", rows, lambda r: r.peak_vram_bytes, words.size, rank=5)
+    vram = _known(_number("VRAM", rows, lambda r: r.peak_vram_bytes, words.size, rank=5))
     rank = 2 if len({r.setting.get("backend") for r in rows}) > 1 else 6
     rss = _number("peak RSS", rows, lambda r: r.peak_rss_bytes, words.size, rank=rank)
     hint = "peak GPU memory of the worker" if vram else "peak host memory of the worker so far"

@@ -10,6 +10,7 @@ that are in the file, by their hashes, and forbids every connection.
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from sd35bench.report.charts import (
     throughput_figures,
     tradeoff_figures,
 )
-from sd35bench.report.claims import ClaimsSection, claims_section
+from sd35bench.report.claims import claims_section
 from sd35bench.report.gather import (
     Gathered,
     Source,
@@ -61,7 +62,7 @@ from sd35bench.report.render import (
     html_templates,
     text_table,
 )
-from sd35bench.report.rows import Row, metric_label, read_rows
+from sd35bench.report.rows import Row, by_task, metric_label, read_rows
 from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import Wanted, build_wall, join_walls, pack_wall
 from sd35bench.study.columns import unlike
@@ -78,7 +79,6 @@ class TaskSection:
     """Everything about one task: leaderboard, charts of quality, figures by level of difficulty."""
 
     task: str
-    anchor: str
     leaderboard: Leaderboard
     fronts: tuple[Figure, ...]
     tradeoffs: tuple[Figure, ...]
@@ -97,7 +97,7 @@ class Document:
     headline: Headline
     heroes: dict[str, Hero]
     extremes: dict[str, Extremes]
-    claims: ClaimsSection | None
+    claims: dict[str, Any] | None
     tasks: tuple[TaskSection, ...]
     speed: tuple[Figure, ...]
     speed_note: str
@@ -114,24 +114,11 @@ class Document:
     commands: tuple[dict[str, str], ...]
 
 
-def build_document(
-    study: Study,
-    show: Mapping[str, Any],
-    recommendation: Mapping[str, Any] | str | None,
-    claims: Mapping[str, Any] | None = None,
-    link: bool = False,
-) -> Document:
-    """Gather the report on `study` from its `show` document and, where there are, the two others.
+def build_document(sources: Sequence[Source], link: bool = False) -> Document:
+    """Gather the report on one study, or on several side by side.
 
-    A text instead of a recommendation says why there is none. `link`: images are the study's
-    files, beside the page.
+    `link`: images are the study's files, beside the page.
     """
-    source = Source(study=study, show=show, recommendation=recommendation, claims=claims)
-    return build_beside([source], link)
-
-
-def build_beside(sources: Sequence[Source], link: bool = False) -> Document:
-    """Gather the report on one study, or on several side by side."""
     parts, extra = gather(sources)
     rows = tuple(row for part in parts for row in part.rows)
     matched = {row_id: found for part in parts for row_id, found in part.matched.items()}
@@ -141,10 +128,14 @@ def build_beside(sources: Sequence[Source], link: bool = False) -> Document:
     target_s = targets.pop() if len(targets) == 1 else None
     wall = _wall(parts, headline, extra, link)
     claims = sources[0].claims if len(sources) == 1 else None
-    fronts = _first_fronts(rows, headline, extra, target_s, shares)
+    draw = partial(
+        front_figures, badges=headline.badges, extra=extra, target_s=target_s, shares=shares
+    )
+    halves = {task: draw(members, half=True)[:1] for task, members in by_task(rows).items()}
+    fronts = {task: figures[0] for task, figures in halves.items() if figures}
     return Document(
         study=" beside ".join(part.name for part in parts),
-        facts=tuple(_each(parts, lambda p: [*read_facts(p), *_clock(p.source.show)], _fact)),
+        facts=tuple(_each(parts, read_facts, lambda name, fact: (f"{name} {fact[0]}", fact[1]))),
         state=tuple(
             _each(
                 parts,
@@ -156,14 +147,20 @@ def build_beside(sources: Sequence[Source], link: bool = False) -> Document:
         heroes=heroes(rows, headline, wall, fronts, extra),
         extremes=_extremes(rows, headline, wall, extra),
         claims=None if claims is None else claims_section(claims),
-        tasks=tuple(_tasks(rows, headline, extra, target_s, shares)),
+        tasks=tuple(_tasks(rows, headline, extra, shares, draw)),
         speed=tuple(speed),
         speed_note=speed_note,
         loads=tuple(_each(parts, lambda p: list_loads(p.sessions, p.records))),
         hosted=tuple(hosted_blocks(rows)),
         hosted_lead=tuple(_each(parts, lambda p: hosted_sentences(p.source.show, p.rows))),
         hosted_figures=tuple(hosted_figures(rows)),
-        backends=tuple(_each(parts, lambda p: comparison_blocks(p.source.show, p.rows), _titled)),
+        backends=tuple(
+            _each(
+                parts,
+                lambda p: comparison_blocks(p.source.show, p.rows),
+                lambda name, table: replace(table, title=f"{name}: {table.title}"),
+            )
+        ),
         throughput=tuple(throughput_figures(rows)),
         wall=wall,
         environments=tuple(_each(parts, lambda p: list_environments(p.sessions))),
@@ -198,20 +195,6 @@ def _each(
     return [named(part.name, item) for part in parts for item in read(part)]
 
 
-def _fact(name: str, fact: tuple[str, str]) -> tuple[str, str]:
-    return f"{name} {fact[0]}", fact[1]
-
-
-def _titled(name: str, table: Table) -> Table:
-    return replace(table, title=f"{name}: {table.title}")
-
-
-def _clock(show: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How quiet the machine was, where that is known."""
-    said = show.get("clock")
-    return [] if said is None else [("clock", said.removeprefix("clock: "))]
-
-
 def _target(records: Sequence[Record]) -> float | None:
     found = {r.trial.load.model.target_latency_s for r in unlike(records)}
     return found.pop() if len(found) == 1 else None
@@ -221,20 +204,18 @@ def _tasks(
     rows: Sequence[Row],
     headline: Headline,
     extra: Sequence[str],
-    target_s: float | None,
     shares: Mapping[str, Mapping[str, float]],
+    fronts: Callable[[Sequence[Row]], list[Figure]],
 ) -> list[TaskSection]:
     sections = []
-    for task in dict.fromkeys(r.task for r in rows):
-        members = [r for r in rows if r.task == task]
+    for task, members in by_task(rows).items():
         pinned = headline.pinned(task, members)
         lines, note = line_figures(members, pinned)
         sections.append(
             TaskSection(
                 task=task,
-                anchor=task,
                 leaderboard=build_leaderboard(members, headline.badges, extra, shares),
-                fronts=tuple(front_figures(members, headline.badges, extra, target_s, shares)),
+                fronts=tuple(fronts(members)),
                 tradeoffs=tuple(tradeoff_figures(members, pinned)),
                 lines=tuple(lines),
                 lines_note=note,
@@ -259,22 +240,6 @@ def _levels(rows: Sequence[Row], headline: Headline, extra: Sequence[str]) -> Ta
     return Table(title=metric_label(metric), columns=text_table(("setting", *names), named, names))
 
 
-def _first_fronts(
-    rows: Sequence[Row],
-    headline: Headline,
-    extra: Sequence[str],
-    target_s: float | None,
-    shares: Mapping[str, Mapping[str, float]],
-) -> dict[str, Figure]:
-    """Task → its first chart of quality over latency, for half a page."""
-    found = {}
-    for task in dict.fromkeys(r.task for r in rows):
-        members = [r for r in rows if r.task == task]
-        figures = front_figures(members, headline.badges, extra, target_s, shares, half=True)
-        found |= {task: figures[0]} if figures else {}
-    return found
-
-
 def _extremes(
     rows: Sequence[Row], headline: Headline, wall: Mapping[str, Any], extra: Sequence[str]
 ) -> dict[str, Extremes]:
@@ -289,7 +254,7 @@ def _wall(
     """The images, and what the page shows of them at first."""
     rows = tuple(row for part in parts for row in part.rows)
     beside = headline.beside(rows)
-    chosen = {task: headline.pinned(task, [r for r in rows if r.task == task]) for task in beside}
+    chosen = {task: headline.pinned(task, rows) for task in beside}
     against = {r.id: beside[task][0] for task, r in chosen.items() if r is not None}
     ids = dict.fromkeys((*headline.badges, *(row_id for row_id, _ in beside.values())))
     walls = []
@@ -330,7 +295,7 @@ def write_report(
     Raises: DiskFull, StoreError.
     """
     source = _read(study, profiles)
-    document = build_beside([source], link)
+    document = build_document([source], link)
     path = study.path / name
     if link:
         path = study.path / path.stem / "index.html"
@@ -344,7 +309,7 @@ def write_beside(studies: Sequence[Study], profiles: Mapping[str, Any] | None = 
 
     Raises: DiskFull, StoreError.
     """
-    document = build_beside([_read(study, profiles) for study in studies])
+    document = build_document([_read(study, profiles) for study in studies])
     others = "-".join(study.name for study in studies[1:])
     path = studies[0].path / f"report-beside-{others}.html"
     write_atomic(path, render_report(document).encode("utf-8", "replace"))

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-
 from sd35bench import words
 from sd35bench.fields import describe
+from sd35bench.report.recommend import entries_of
 from sd35bench.report.render import (
     MARKDOWN,
     TERMINAL,
@@ -15,8 +14,6 @@ from sd35bench.report.render import (
     Part,
     Table,
     Text,
-    markdown_document,
-    print_document,
     text_table,
 )
 
@@ -33,23 +30,9 @@ _TITLES = (
 )
 
 
-def print_plan(document: Mapping[str, Any], console: Console) -> None:
-    """Print a `recommend --plan` document."""
-    print_document(_parts(document), console)
-
-
-def plan_markdown(document: Mapping[str, Any]) -> str:
-    """Write a `recommend --plan` document as Markdown, commands included."""
-    return markdown_document(_parts(document))
-
-
-def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
-    entries = [
-        (profile, task, entry)
-        for profile, tasks in document["profiles"].items()
-        for task, entry in tasks.items()
-        if entry is not None
-    ]
+def plan_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """A `recommend --plan` document, commands included."""
+    entries = entries_of(document)
     rows = [_row(*e) for e in entries]
     hosted = any(row[-1] for row in rows)
     width = len(_TITLES) if hosted else len(_TITLES) - 1

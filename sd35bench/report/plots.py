@@ -26,6 +26,7 @@ from sd35bench.report.svg import (
     mark,
     place_labels,
     spread,
+    units,
 )
 from sd35bench.words import Estimate
 
@@ -86,8 +87,8 @@ def plot_front(
     note = "Up and to the left is better." if not lower else "Down and to the left is better."
     note += " Labels: steps · cfg."
     if target_s is not None and not shown_target:
-        ratio = target_s / max(xs)
-        note += f" The target of {target_s:g} s lies off this plot, {ratio:.0f}× to the right."
+        ratio = words.ratio(target_s / max(xs), 0)
+        note += f" The target of {target_s:g} s lies off this plot, {ratio} to the right."
     front = sorted((p for p in points if p.on_front), key=_x)
     aside = tuple(
         (p.label, p.badge, estimate_cell(p.y), estimate_cell(p.x, words.latency_decimals))
@@ -158,10 +159,9 @@ def _front_svg(
 
 def _front_values(points: Sequence[Point], metric: str) -> Table:
     rows = [
-        (p.label, words.latency(p.x), words.estimate(p.y), words.plain(p.y.n), p.badge or "front")
-        if p.on_front or p.badge
-        else (p.label, words.latency(p.x), words.estimate(p.y), words.plain(p.y.n), "")
+        (p.label, words.latency(p.x), words.estimate(p.y), words.plain(p.y.n), why)
         for p in sorted(points, key=_x)
+        for why in [p.badge or ("front" if p.on_front else "")]
     ]
     titles = ("setting", "latency p50", metric, "n", "chosen for")
     return Table(columns=text_table(titles, rows, titles[1:4]))
@@ -188,8 +188,8 @@ def _front_line(front: Sequence[Point], x: Scale, y: Scale) -> Markup:
     """A staircase: between two settings of the front nothing better than the faster one is had."""
     path = []
     for i, point in enumerate(front):
-        px, py = x(_x(point)), y(_y(point))
-        path.append(f"M{px:.1f},{py:.1f}" if i == 0 else f"H{px:.1f}V{py:.1f}")
+        px, py = units(x(_x(point))), units(y(_y(point)))
+        path.append(f"M{px},{py}" if i == 0 else f"H{px}V{py}")
     return element("path", class_="front", d="".join(path))
 
 
@@ -206,10 +206,11 @@ def _target(at: float, target_s: float, box: Box) -> Markup:
 def _draw_point(point: Point, x: Scale, y: Scale, metric: str) -> Markup:
     px, py = x(_x(point)), y(_y(point))
     class_ = f"{point.class_} {'pt' if point.on_front else 'pt dim'}"
+    dominated = words.share(point.dominated)
     title = (
         f"{point.label}\n{metric}: {_with_n(point.y)}\nlatency p50: {words.latency(point.x)}"
         + ("\non the Pareto front" if point.on_front else "")
-        + ("" if point.dominated is None else f"\n{_dominated(point.dominated)}")
+        + ("" if point.dominated is None else f"\ndominated in {dominated} of resampled prompts")
         + (f"\nrecommended: {point.badge}" if point.badge else "")
     )
     parts = [element("title", title)]
@@ -219,10 +220,6 @@ def _draw_point(point: Point, x: Scale, y: Scale, metric: str) -> Markup:
         parts.append(element("circle", class_="ring", cx=px, cy=py, r=10))
     parts.append(mark(point.marker, px, py, 5.0 if point.on_front else 4.0, class_))
     return element("g", *parts, data_k=point.keys or None)
-
-
-def _dominated(share: float) -> str:
-    return f"dominated in {words.share(share)} of resampled prompts"
 
 
 def _whisker(
@@ -304,7 +301,7 @@ def _lines_svg(lines: Sequence[Line], box: Box, titles: tuple[str, str, str], lo
 
 def _draw_line(line: Line, x: Scale, y: Scale, shift: float, metric: str) -> Markup:
     known = [(x(at) + shift, e, at) for at, e in line.points if e.value is not None]
-    path = " ".join(f"{px:.1f},{y(e.value):.1f}" for px, e, _ in known if e.value is not None)
+    path = " ".join(f"{units(px)},{units(y(e.value))}" for px, e, _ in known if e.value is not None)
     dash = " dashed" if line.dashed else ""
     parts = [element("polyline", class_=f"line {line.class_}{dash}", points=path)]
     for px, estimate, at in known:
@@ -384,7 +381,7 @@ def _tradeoff_svg(
     for i, (name, class_, marker, points) in enumerate(lines):
         at = [(x(f.value or 0.0), y(k.value or 0.0)) for _, f, k in points]
         spots += at
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in at)
+        path = " ".join(f"{units(px)},{units(py)}" for px, py in at)
         drawn = [element("polyline", class_=f"line {class_}", points=path)]
         for (px, py), (label, f, k) in zip(at, points, strict=True):
             title = (

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from sd35bench import plugins, words
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
-from sd35bench.fields import describe
+from sd35bench.fields import describe, unusual_words
 from sd35bench.recommend.entry import confirmation_text
 from sd35bench.report.render import (
     HTML,
@@ -24,9 +23,7 @@ from sd35bench.report.render import (
     Heading,
     Part,
     Table,
-    markdown_document,
     paragraph,
-    print_document,
     say,
     text_column,
     text_table,
@@ -60,7 +57,7 @@ def write_recommended(study: Any, document: dict[str, Any]) -> Path:
 def _answers(document: Mapping[str, Any]) -> dict[str, Any]:
     """What recommended.yaml holds."""
     profiles: dict[str, Any] = {}
-    for profile, task, entry in _entries(document):
+    for profile, task, entry in entries_of(document):
         profiles.setdefault(profile, {})[task] = _answer(entry)
     warnings = [*document["warnings"][:FILED_WARNINGS]]
     more = len(document["warnings"]) - len(warnings)
@@ -108,27 +105,8 @@ def _one_line(dumper: yaml.SafeDumper, found: _Flow) -> yaml.Node:
 _Dumper.add_representer(_Flow, _one_line)
 
 
-def print_answer(document: Mapping[str, Any], console: Console) -> None:
-    """Print what to use, the runner-up and what is not known: at most 25 lines of 80 columns."""
-    print_document(_brief(document), console)
-
-
-def print_recommendation(document: Mapping[str, Any], console: Console) -> None:
-    """Print the answers first, then per setting the evidence and how to reproduce it."""
-    print_document(_terminal(document), console)
-
-
-def print_confirming(document: Mapping[str, Any], console: Console) -> None:
-    """Print the commands that make the held-out images that are not there, one a line."""
-    print_document(_confirming(document), console)
-
-
-def recommendation_markdown(document: Mapping[str, Any]) -> str:
-    """Write a `recommend` document as Markdown, commands and API bodies included."""
-    return markdown_document(_paper(document))
-
-
-def _entries(document: Mapping[str, Any]) -> _Entries:
+def entries_of(document: Mapping[str, Any]) -> _Entries:
+    """Profile, task and entry of every answer of a document."""
     return [
         (profile, task, entry)
         for profile, tasks in document["profiles"].items()
@@ -144,8 +122,9 @@ def _prompts(document: Mapping[str, Any]) -> str:
 # Terminal -------------------------------------------------------------------------------------
 
 
-def _brief(document: Mapping[str, Any]) -> Iterator[Part]:
-    entries = _entries(document)
+def answer_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """What to use, the runner-up and what is not known: at most 25 lines of 80 columns."""
+    entries = entries_of(document)
     yield say(("Recommended settings", "bold"), f" from study {document['study']}", wraps=True)
     for task in dict.fromkeys(task for _, task, _ in entries):
         yield from _brief_task(task, [found for found in entries if found[1] == task])
@@ -189,7 +168,7 @@ def snippets(document: Mapping[str, Any], kind: str) -> str:
     Raises: ConfigError where a choice has none.
     """
     texts: dict[str, list[str]] = defaultdict(list)
-    for profile, task, entry in _entries(document):
+    for profile, task, entry in entries_of(document):
         text, why_not = _snippet(entry, kind)
         if text is None:
             raise ConfigError(f"--snippet={kind}: {profile}, {task}: {why_not}")
@@ -206,14 +185,18 @@ def _snippet(entry: Mapping[str, Any], kind: str) -> tuple[str | None, str]:
         return entry["command"], ""
     if kind == "diffusers":
         return entry["snippet"], "diffusers' own pipeline cannot make this setting"
-    body = entry["api"]["body"]
-    if body is None:
-        return None, entry["api"]["why_not"]
-    return json.dumps(body, indent=2, ensure_ascii=False), ""
+    return body_text(entry["api"]), entry["api"]["why_not"]
 
 
-def _terminal(document: Mapping[str, Any]) -> Iterator[Part]:
-    entries = _entries(document)
+def body_text(api: Mapping[str, Any]) -> str | None:
+    """The create's JSON; ``None`` where the protocol cannot ask for the setting."""
+    body = api["body"]
+    return None if body is None else json.dumps(body, indent=2, ensure_ascii=False)
+
+
+def evidence_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """The answers first, then per setting the evidence and how to reproduce it."""
+    entries = entries_of(document)
     yield say(("Recommended settings", "bold"), f" from study {document['study']}\n", wraps=True)
     answers = (
         text_column("", (profile for profile, _, _ in entries), style="bold"),
@@ -277,7 +260,8 @@ def _setting(group: _Entries) -> Iterator[Part]:
     yield say(text, gap=True)
 
 
-def _confirming(document: Mapping[str, Any]) -> Iterator[Part]:
+def confirming_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """The commands that make the held-out images that are not there, one a line."""
     confirm = document["confirm"]
     if not confirm["commands"]:
         yield say(f"{words.first_upper(document['confirmation'])}.")
@@ -294,8 +278,9 @@ def _confirming(document: Mapping[str, Any]) -> Iterator[Part]:
 _ANSWERS = ("profile", "task", "setting", "quality", "latency p50", "margin", "held-out prompts")
 
 
-def _paper(document: Mapping[str, Any]) -> Iterator[Part]:
-    entries = _entries(document)
+def paper_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """A `recommend` document for Markdown, commands and API bodies included."""
+    entries = entries_of(document)
     yield Heading(f"Recommended settings from study {document['study']}")
     yield Table(columns=text_table(_ANSWERS, (_answer_row(*e) for e in entries)))
     yield paragraph(
@@ -352,11 +337,8 @@ def _section(profile: str, task: str, entry: Mapping[str, Any]) -> Iterator[Part
     yield Code("\n".join([entry["command"], *adding]), "sh")
     if entry["snippet"] is not None:
         yield Code(entry["snippet"], "python")
-    api = entry["api"]
-    if api["body"] is None:
-        yield paragraph((f"No API body: {api['why_not']}.", "raw"))
-    else:
-        yield Code(json.dumps(api["body"], indent=2, ensure_ascii=False), "json")
+    body, why_not = body_text(entry["api"]), (f"No API body: {entry['api']['why_not']}.", "raw")
+    yield paragraph(why_not) if body is None else Code(body, "json")
 
 
 # Words and tables that the forms share --------------------------------------------------------
@@ -468,11 +450,8 @@ def default_table(entry: Mapping[str, Any], form: str) -> Table | None:
 
 def _default_row(default: Mapping[str, Any]) -> list[str]:
     """Name, setting, quality, the choice minus it, speed, verdict."""
-    strength = default["prompt_strength"]
-    name = f"{default['steps']} steps, cfg {words.plain(default['cfg'])}"
-    name += "" if strength is None else f", prompt_strength {words.plain(strength)}"
-    name += "" if default["sampler"] == "euler" else f", {default['sampler']}"
-    name += ", skip-layer guidance" if default["skip_layer_guidance"] else ""
+    said = unusual_words(default, ("steps", "cfg", "prompt_strength", "sampler"))
+    name = ", ".join([*said, *(["skip-layer guidance"] if default["skip_layer_guidance"] else [])])
     verdict = default["verdict"]
     if default["status"] == "not in the study":
         verdict = "not in the study"

@@ -9,7 +9,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import rich.table
 from markupsafe import Markup
@@ -44,7 +44,6 @@ class Text:
     gap: bool = False
     joined: bool = False
     forms: tuple[str, ...] = ALL
-    kind: ClassVar[str] = "text"
 
 
 def say(*spans: Span, wraps: bool = False, gap: bool = False) -> Text:
@@ -64,7 +63,6 @@ class Heading:
     text: str
     level: int = 2
     forms: tuple[str, ...] = ALL
-    kind: ClassVar[str] = "heading"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,6 @@ class Code:
     text: str
     language: str = ""
     forms: tuple[str, ...] = ALL
-    kind: ClassVar[str] = "code"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +157,6 @@ class Table:
     frame: str = "open"
     folded: str = "what differs"
     forms: tuple[str, ...] = ALL
-    kind: ClassVar[str] = "table"
 
     def of(self, form: str) -> tuple[Column, ...]:
         """The columns that a form shows."""
@@ -190,7 +186,6 @@ class Figure:
     dense: tuple[Markup, ...] = ()
     values: Table | None = None
     forms: tuple[str, ...] = (HTML,)
-    kind: ClassVar[str] = "figure"
 
     def _repr_svg_(self) -> str:
         """Show itself in a notebook: the chart with its legend and styles, on its own."""

@@ -142,10 +142,9 @@ class Row:
 
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4``, prompt_strength, and the `extra` fields that vary."""
-        parts = [] if self.unsent("steps") else [f"{self.steps} steps"]
-        parts += [] if self.unsent("cfg") else [f"cfg {words.plain(self.cfg)}"]
+        parts = [in_words(n, self.setting[n]) for n in CURVES[:2] if not self.unsent(n)]
         if self.prompt_strength is not None:
-            parts.append(f"prompt_strength {words.plain(self.prompt_strength)}")
+            parts.append(in_words("prompt_strength", self.prompt_strength))
         shown = [f for f in extra if f in self.setting and f not in _AXES]
         shown = [f for f in shown if f not in UNTOLD or self.remote is None]
         parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
@@ -187,13 +186,24 @@ def _read_row(raw: Mapping[str, Any], row_id: str, drift: Mapping[str, Any]) -> 
         in_force=dict(raw.get("in_force") or {}),
         speedup=_known(raw.get("speedup")),
         starts=raw.get("starts", 0),
-        throughput=_read_throughput(raw.get("throughput") or ()),
+        throughput={
+            each["batch_size"]: words.read_estimate(each, "images_per_s")
+            for each in raw.get("throughput") or ()
+        },
         psnr_db=_known(drift.get("psnr_db")),
         identical_pairs=_identical_pairs(drift),
         ambiguous=raw.get("ambiguous", 0),
         usd_per_image=_known(raw.get("usd_per_image")),
         **{name: raw.get(name) for name in _AS_IT_IS},
     )
+
+
+def by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each task, in the order in which tasks come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.task, []).append(row)
+    return found
 
 
 def latency_scope(rows: Iterable[Row]) -> str:
@@ -218,10 +228,6 @@ def _identical_pairs(drift: Mapping[str, Any]) -> int | None:
 def _quality(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics of quality: distance from another backend's image is none and has its own tables."""
     return {k: v for k, v in (raw.get("metrics") or {}).items() if not k.startswith(DRIFT)}
-
-
-def _read_throughput(raw: Iterable[Mapping[str, Any]]) -> dict[int, Estimate]:
-    return {entry["batch_size"]: words.read_estimate(entry, "images_per_s") for entry in raw}
 
 
 def _read_levels(metrics: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
@@ -258,11 +264,7 @@ def field_words(row: Row, fields: Sequence[str]) -> str:
     said = []
     for name in fields:
         value = row.setting.get(name)
-        if value is None:
-            continue
-        if name in CURVES:
-            said.append(f"{name} {words.plain(value)}" if name != "steps" else f"{value} steps")
-        elif name not in UNTOLD or row.remote is None:
+        if value is not None and (name not in UNTOLD or row.remote is None):
             said.append(_in_words(name, value))
     return " · ".join(said) if said else MISSING
 
@@ -270,6 +272,11 @@ def field_words(row: Row, fields: Sequence[str]) -> str:
 def _in_words(field: str, value: Any) -> str:
     """A varying field's value where no column title says what it is."""
     return words.plural(value, "thread") if field == "threads" else in_words(field, value)
+
+
+def size_rank(value: Any) -> tuple[int, float, str]:
+    """Sort key: numbers by size, then texts."""
+    return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
 
 
 def _hashable(value: Any) -> Any:

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sd35bench.analysis.settings import setting_fields
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.fields import value_text
+from sd35bench.report.rows import size_rank
 from sd35bench.study.store import Study
 from sd35bench.types import Record, Status
 
@@ -126,11 +127,4 @@ def _drawn(
 
 def _ordered(values: set[Any]) -> list[Any]:
     """Numbers by size, then texts; nothing (``None``) first."""
-
-    def place(value: Any) -> tuple[int, float, str]:
-        if value is None:
-            return (0, 0.0, "")
-        is_number = isinstance(value, int | float)
-        return (1, float(value), "") if is_number else (2, 0.0, f"{value}")
-
-    return sorted(values, key=place)
+    return sorted(values, key=lambda value: (value is not None, size_rank(value)))

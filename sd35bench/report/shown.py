@@ -1,4 +1,4 @@
-"""What `show` does with its rows: marks, orders and picks them, and writes them as CSV.
+"""`show`: its rows marked, ordered and picked, written as CSV, and as a document.
 
 A column is named as in ``show --json``; a figure with an interval is three columns of a CSV,
 ``NAME``, ``NAME_low`` and ``NAME_high``.
@@ -6,18 +6,35 @@ A column is named as in ``show --json``; a figure with an interval is three colu
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sd35bench import words
 from sd35bench.disk import read_yaml
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.fields import label, value_text
-from sd35bench.report.leaderboard import LAST_TO_GO, front_ids, primary_metric
-from sd35bench.report.render import Cell, Column, Layout, Table, estimate_cell
-from sd35bench.report.rows import read_rows
-from sd35bench.words import MISSING, Estimate, plain
+from sd35bench.report.blocks import comparison_blocks
+from sd35bench.report.hosted import hosted_blocks, network_note
+from sd35bench.report.leaderboard import LAST_TO_GO, front_ids, primary_metric, setting_table
+from sd35bench.report.provenance import environment_lines, list_warnings
+from sd35bench.report.render import (
+    MARKDOWN,
+    Cell,
+    Column,
+    Heading,
+    Layout,
+    Part,
+    Table,
+    Text,
+    estimate_cell,
+    paragraph,
+    say,
+)
+from sd35bench.report.rows import Row, by_task, latency_scope, read_rows, size_rank, varying_fields
+from sd35bench.stats.latency import LEAST_IMAGES
+from sd35bench.words import MISSING, Estimate
 
 RECOMMENDED = "recommended.yaml"
 _LEFT_OUT = frozenset(
@@ -37,6 +54,9 @@ class Shown:
     columns: tuple[str, ...] = ()
 
 
+_AS_USUAL = Shown()
+
+
 def mark_rows(document: dict[str, Any], folder: Path, written_at: float) -> None:
     """Say of each row whether it is on its task's front, and for which profiles it was chosen.
 
@@ -48,8 +68,7 @@ def mark_rows(document: dict[str, Any], folder: Path, written_at: float) -> None
     """
     rows = read_rows(document)
     front: set[str] = set()
-    for task in {row.task for row in rows}:
-        members = [row for row in rows if row.task == task]
+    for members in by_task(rows).values():
         front |= front_ids(members, primary_metric(members))
     path = folder / RECOMMENDED
     chosen = _chosen(path)
@@ -120,14 +139,8 @@ def sort_rows(document: dict[str, Any], sort: str | None) -> None:
     _check("--sort", [name], flat)
     known = [i for i, row in enumerate(flat) if row.get(name) is not None]
     unknown = [i for i, row in enumerate(flat) if row.get(name) is None]
-    known.sort(key=lambda i: _rank(flat[i][name]), reverse=sort.startswith("-"))
+    known.sort(key=lambda i: size_rank(flat[i][name]), reverse=sort.startswith("-"))
     document["settings"] = [document["settings"][i] for i in (*known, *unknown)]
-
-
-def _rank(value: Any) -> tuple[bool, float, str]:
-    if isinstance(value, int | float):
-        return False, float(value), ""
-    return True, 0.0, str(value)
 
 
 def _check(flag: str, names: Iterable[str], flat: Sequence[Mapping[str, Any]]) -> None:
@@ -189,7 +202,7 @@ def _picked(name: str, flat: Sequence[Mapping[str, Any]]) -> Column:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return MISSING if value == "" else plain(value)
+    return MISSING if value == "" else words.plain(value)
 
 
 def marks_column(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -224,3 +237,79 @@ def marks_note(document: Mapping[str, Any]) -> str:
         older = ", written before the newest images" if is_older else ""
         parts.append(f"names: the profiles that chose a setting ({RECOMMENDED}{older})")
     return "; ".join(parts)
+
+
+# The document ---------------------------------------------------------------------------------
+
+
+def settings_parts(document: Mapping[str, Any], shown: Shown = _AS_USUAL) -> Iterator[Part]:
+    """A `show` document: one row per setting, then what to be careful about.
+
+    Where `shown` sorts, its rows are in that order already.
+    """
+    rows = read_rows(document)
+    raw = {str(row.get("id")): row for row in document["settings"]}
+    if shown.sort is not None:
+        places = {row_id: place for place, row_id in enumerate(raw)}
+        rows = tuple(sorted(rows, key=lambda row: places[row.id]))
+    extra = varying_fields(rows)
+    yield _title(document, rows)
+    yield Heading(f"Study {document['study']}", 1, forms=(MARKDOWN,))
+    yield paragraph(_about(rows))
+    if not rows:
+        yield say("no trials yet", wraps=True)
+    for task, members in by_task(rows).items():
+        found = [raw.get(r.id, {}) for r in members]
+        if shown.columns:
+            yield picked_table(found, shown.columns, task)
+            continue
+        table = setting_table(members, extra)
+        yield replace(table, columns=(*table.columns, *marks_column(found)))
+    if note := marks_note(document):
+        yield say((note, "dim"), wraps=True)
+        yield paragraph(f"{words.first_upper(note)}.")
+    scope = f"of latencies {latency_scope(rows)}, none below {LEAST_IMAGES} images"
+    legend = f"latency: median of images made one at a time; brackets: 95 % intervals, {scope}"
+    if any(r.latency is not None for r in rows):
+        yield say((legend, "dim"), wraps=True)
+    yield paragraph(
+        "Latency: median of images made one at a time, from request to encoded file. Brackets:"
+        f" 95 % intervals, {scope}; of other figures over prompts. n: images." + _rates_note(rows)
+    )
+    if clock := document.get("clock"):
+        yield say((clock, "dim"), wraps=True)
+        yield paragraph(f"{words.first_upper(clock)}.")
+    if note := network_note(rows):
+        yield Text(((note, "dim"),), wraps=True)
+    yield from hosted_blocks(rows)
+    yield from comparison_blocks(document, rows)
+    warnings = list_warnings(document, rows, extra)
+    for warning in warnings:
+        yield say(("warning ", "yellow"), warning, wraps=True)
+    lines = environment_lines(document.get("environments", {}))
+    for i, line in enumerate((*((t, "raw") for t in lines), *(f"Warning: {t}" for t in warnings))):
+        yield paragraph(line, joined=i > 0)
+
+
+def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> Part:
+    """Study, and what all rows share."""
+    about = [*_shared(rows), words.plural(len(rows), "setting")] if rows else []
+    return say((str(document["study"]), "bold"), "  ", " · ".join(about), wraps=True)
+
+
+def _shared(rows: Sequence[Row]) -> list[str]:
+    return [", ".join(sorted({str(r.setting.get(n)) for r in rows})) for n in ("model", "backend")]
+
+
+def _about(rows: Sequence[Row]) -> str:
+    sizes = sorted({f"{r.setting.get('width')}×{r.setting.get('height')} px" for r in rows})
+    return " · ".join((*_shared(rows), ", ".join(sizes)))
+
+
+def _rates_note(rows: Sequence[Row]) -> str:
+    if all(row.achieved_tflops is None for row in rows):
+        return ""
+    return (
+        " TFLOP/s: operations that the image needs over its time, in brackets the share of the rate"
+        " at which this machine multiplies matrices of that precision."
+    )

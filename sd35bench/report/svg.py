@@ -24,6 +24,11 @@ def read_asset(name: str) -> str:
     return resources.files("sd35bench.report").joinpath("assets", name).read_text("utf-8")
 
 
+def units(length: float) -> str:
+    """A length as a path has it, to 0.1 units."""
+    return f"{length:.1f}"
+
+
 def element(tag: str, *children: str, **attributes: object) -> Markup:
     """An element; ``class_`` and ``stroke_width`` become ``class`` and ``stroke-width``.
 
@@ -33,7 +38,7 @@ def element(tag: str, *children: str, **attributes: object) -> Markup:
     for name, value in attributes.items():
         if value is None:
             continue
-        shown = f"{value:.1f}" if isinstance(value, float) else value
+        shown = units(value) if isinstance(value, float) else value
         parts.append(f' {name.rstrip("_").replace("_", "-")}="{escape(shown)}"')
     inner = Markup("").join(children)
     return Markup(f"<{tag}{''.join(parts)}>") + inner + Markup(f"</{tag}>")
@@ -175,7 +180,7 @@ def mark(marker: str, x: float, y: float, size: float, class_: str) -> Markup:
             *((-0.4 * s, 1.2 * s), (-0.4 * s, 0.4 * s), (-1.2 * s, 0.4 * s)),
         ],
     }
-    points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in shapes[marker](size))
+    points = " ".join(f"{units(x + dx)},{units(y + dy)}" for dx, dy in shapes[marker](size))
     return element("polygon", class_=class_, points=points)
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-
 from sd35bench import words
 from sd35bench.report.render import (
     MARKDOWN,
@@ -14,9 +12,7 @@ from sd35bench.report.render import (
     Part,
     Table,
     estimate_cell,
-    markdown_document,
     paragraph,
-    print_document,
     say,
     text_table,
 )
@@ -26,17 +22,8 @@ _SHOWN = 8
 """Settings that a terminal lists; Markdown has all."""
 
 
-def print_tuning(document: Mapping[str, Any], console: Console) -> None:
-    """Print the answer first, then what it cost and who else was in the race."""
-    print_document(_parts(document), console)
-
-
-def tuning_markdown(document: Mapping[str, Any]) -> str:
-    """Write a `tune` document as Markdown: the answer, what it cost, who else was in the race."""
-    return markdown_document(_parts(document))
-
-
-def _parts(document: Mapping[str, Any]) -> Iterator[Part]:
+def tuning_parts(document: Mapping[str, Any]) -> Iterator[Part]:
+    """A `tune` document: the answer, what it cost, who else was in the race."""
     best, images = document["recommended"], document["images"]
     yield Heading(f"Tuned setting from study {document['study']}", forms=(MARKDOWN,))
     if best is None:

@@ -25,12 +25,13 @@ from sd35bench.analysis.settings import PairKey, PairNumbers, tasks
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import StoreError
 from sd35bench.fields import label
+from sd35bench.pictures import PIXEL_ART_PX, webp_uri
 from sd35bench.prompts import encoder_fields
+from sd35bench.report.leaderboard import primary_metric
 from sd35bench.report.rows import (
     Row,
     lower_is_better,
     metric_label,
-    metric_names,
     metric_rank,
     setting_text,
 )
@@ -44,7 +45,6 @@ MAX_BYTES = 12_000_000
 MAX_LINKED = 200_000
 """Images that a page with links lists, 70 characters each; its further pages hold all."""
 _LONGEST_PX = 256
-_PIXEL_ART_PX = 128
 _SEEDS_FIRST = 2
 _MIN_PAIRS = 4
 
@@ -398,13 +398,10 @@ def encode_thumbnail(data: bytes) -> str:
     """
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")
-    buffer = io.BytesIO()
-    if max(image.size) <= _PIXEL_ART_PX:
-        image.save(buffer, "WEBP", lossless=True, quality=50, method=3)
-    else:
-        image.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
-        image.save(buffer, "WEBP", quality=82, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if max(image.size) <= PIXEL_ART_PX:
+        return webp_uri(image)
+    image.thumbnail((_LONGEST_PX, _LONGEST_PX), Image.Resampling.LANCZOS)
+    return webp_uri(image, quality=82, method=4)
 
 
 def _parts(detail: Mapping[str, Any]) -> list[list[Any]]:
@@ -424,7 +421,7 @@ def _parts(detail: Mapping[str, Any]) -> list[list[Any]]:
 
 def _setting(row: Row, extra: Sequence[str]) -> dict[str, Any]:
     """A setting for the page; `latency` in seconds, `quality` by the first metric."""
-    metric = next((m for m in metric_names([row]) if row.value(m) is not None), None)
+    metric = primary_metric([row])
     return {
         "id": row.id,
         "name": row.name(extra),

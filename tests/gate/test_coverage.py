@@ -13,7 +13,8 @@ from sd35bench.gate.baseline import baseline_text, read_baseline
 from sd35bench.gate.judge import compare_sides, count_covered, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import read_sides
-from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
+from sd35bench.report.gate import compare_page, comparison_parts, junit_xml
+from sd35bench.report.render import markdown_document
 from sd35bench.types import Status, Timings
 from tests.studies.memory import LOAD, MemoryStudy, planted, record, session
 
@@ -232,7 +233,9 @@ def test_named_metric_that_neither_side_has_is_not_dropped(base, margins, more, 
     assert document["verdict"] == verdict
     if verdict == "fail":
         assert "was scored on neither side" in document["dimensions"]["quality"]["reason"]
-    assert f"scored on neither side: {list(margins)[1]}" in compare_markdown(document)
+    assert f"scored on neither side: {list(margins)[1]}" in markdown_document(
+        comparison_parts(document)
+    )
 
 
 @pytest.mark.parametrize(
@@ -320,7 +323,7 @@ def test_every_form_says_why_the_gate_failed(lacking):
     assert "60 of 100 pairs" in failure.get("message", "")
     assert [s.get("failures") for s in suites.iter("testsuite")] == ["0", "1"]
     page = compare_page(lacking, lambda _: None, lambda _: None)
-    for text in (compare_markdown(lacking), page):
+    for text in (markdown_document(comparison_parts(lacking)), page):
         assert "60 of 100 pairs" in text
 
 

@@ -11,7 +11,8 @@ from sd35bench.gate import plan as gate_plan
 from sd35bench.gate.plan import COUPLES, PROMPTS, plan_document
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import read_sides
-from sd35bench.report.gate import plan_markdown
+from sd35bench.report.gate import plan_parts
+from sd35bench.report.render import markdown_document
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.verdicts import POWER, Direction, Verdict, decide, judge
 from tests.studies.memory import planted
@@ -51,7 +52,7 @@ def test_every_ready_policy_says_what_it_sees_at_which_n(sides):
                 assert all(harm > row["margin"] for harm in known)
                 numbers = [n for n, _ in row["sees"]]
                 assert tuple(numbers) in (PROMPTS, COUPLES)
-        assert "| changed | 0 % | 9.6 % |" in plan_markdown(document)
+        assert "| changed | 0 % | 9.6 % |" in markdown_document(plan_parts(document))
 
 
 def test_exact_sees_a_share_of_images_that_chance_would_show(sides):

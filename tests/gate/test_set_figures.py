@@ -24,7 +24,8 @@ from sd35bench.gate.judge import compare_sides, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.set_figures import LEAST_PROMPTS, set_difference
 from sd35bench.gate.sides import merge_starts, read_sides
-from sd35bench.report.gate import compare_markdown, compare_page, junit_xml
+from sd35bench.report.gate import compare_page, comparison_parts, junit_xml
+from sd35bench.report.render import markdown_document
 from sd35bench.stats import frechet
 from sd35bench.stats import kernel as kernels
 from sd35bench.stats.clustered import student
@@ -226,21 +227,23 @@ def test_reruns_add_no_images_to_a_set(same):
 
 def test_every_form_of_output_has_the_figure(worse):
     document = _judge(_read(worse), _policy(kid=0.3, prompt_accuracy=0.05))
-    row = next(x for x in compare_markdown(document).splitlines() if "kid\\_nano" in x)
+    row = next(
+        x for x in markdown_document(comparison_parts(document)).splitlines() if "kid\\_nano" in x
+    )
     assert row.startswith("| fail | quality |")
     (failure,) = ElementTree.fromstring(junit_xml(document)).iter("failure")
     assert "kid_nano is worse than the margin allows" in failure.get("message", "")
     page = compare_page(document, lambda _: None, lambda _: None)
     assert "kid_nano" in page
     unscored = _judge(_read(worse), _policy(fid=1.0, kid=0.3, optional=["fid"]))
-    assert "| not applicable | quality | fid |" in compare_markdown(unscored)
+    assert "| not applicable | quality | fid |" in markdown_document(comparison_parts(unscored))
 
 
 def test_refusal_is_said_in_every_form(tmp_path):
     studies = set_studies(tmp_path, SAME, prompts=128, names=("fid_nano",))
     document = _judge(_read(studies), _policy(fid=1.0, prompt_accuracy=0.05, optional=["fid"]))
     page = compare_page(document, lambda _: None, lambda _: None)
-    for text in (compare_markdown(document), junit_xml(document), page):
+    for text in (markdown_document(comparison_parts(document)), junit_xml(document), page):
         assert "holds from 256 prompts" in text
 
 

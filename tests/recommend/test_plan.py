@@ -9,7 +9,8 @@ from rich.console import Console
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.plan import Asked, plan_document
 from sd35bench.recommend.profiles import Profile
-from sd35bench.report.planning import plan_markdown, print_plan
+from sd35bench.report.planning import plan_parts
+from sd35bench.report.render import markdown_document, print_document
 from tests.recommend.test_advice import GRID, T2I
 from tests.studies.hosted_calls import HOSTED, call
 from tests.studies.memory import MemoryStudy, planted
@@ -28,7 +29,7 @@ def _entry(study, **fields):
 
 def _text(document) -> str:
     out = io.StringIO()
-    print_plan(document, Console(file=out, width=200))
+    print_document(plan_parts(document), Console(file=out, width=200))
     return out.getvalue()
 
 
@@ -84,7 +85,7 @@ def test_one_start_says_that_starts_were_not_seen(tmp_path):
 def test_forms_show_the_numbers_and_the_commands(tmp_path):
     document = _plan(planted(tmp_path, NEAR, prompts=40), margin=0.03)
     entry = document["profiles"]["p"][T2I]
-    for text in (_text(document), plan_markdown(document)):
+    for text in (_text(document), markdown_document(plan_parts(document))):
         assert f"{entry['prompts']} x {entry['images_per_prompt']}" in text
         assert entry["contenders"][0]["command"] in text
 

@@ -4,9 +4,9 @@ import pytest
 
 from sd35bench.analysis.summary import show_document
 from sd35bench.recommend.advice import recommend_document
-from sd35bench.report.page import build_document, render_report
+from sd35bench.report.page import render_report
 from tests.studies.backends import make_backends_study
-from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, make_study, show_of
+from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, document_of, make_study, show_of
 from tests.studies.hosted import make_hosted_study
 
 
@@ -20,7 +20,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
 @pytest.fixture(scope="session")
 def demo_page(demo: Synthetic) -> str:
     """Its report, which takes a second to make."""
-    return render_report(build_document(demo.study, demo.show, demo.recommend))
+    return render_report(document_of(demo.study, demo.show, demo.recommend))
 
 
 @pytest.fixture(scope="session")

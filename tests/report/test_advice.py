@@ -8,8 +8,8 @@ import pytest
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import as_profiles
 from sd35bench.report.headline import read_headline
-from sd35bench.report.page import build_document, render_report
-from tests.studies.drawn import PROFILES, Synthetic
+from sd35bench.report.page import render_report
+from tests.studies.drawn import PROFILES, Synthetic, document_of
 
 
 def _answer(recommend, rows, profile: str = "final", task: str = "text-to-image"):
@@ -73,7 +73,7 @@ def test_every_profile_of_the_tests_is_one(demo: Synthetic):
 
 
 def test_report_says_how_surely_each_setting_is_dominated(demo: Synthetic):
-    document = build_document(demo.study, demo.show, demo.recommend)
+    document = document_of(demo.study, demo.show, demo.recommend)
     for section in document.tasks:
         entry = demo.recommend["profiles"]["final"][section.task]
         said = {a["setting_id"]: a["p_dominated"] for a in entry["alternatives"]}
@@ -91,7 +91,7 @@ def test_report_says_how_surely_each_setting_is_dominated(demo: Synthetic):
 
 
 def test_report_without_a_recommendation_has_no_column_about_the_front(demo: Synthetic):
-    document = build_document(demo.study, demo.show, None)
+    document = document_of(demo.study, demo.show, None)
     for section in document.tasks:
         assert "dominated" not in [c.title for c in section.leaderboard.table.columns]
 

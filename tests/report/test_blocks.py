@@ -9,12 +9,12 @@ from rich.console import Console
 from sd35bench.analysis.summary import show_document
 from sd35bench.report.blocks import comparison_blocks
 from sd35bench.report.charts import throughput_figures
-from sd35bench.report.page import build_document, render_report
-from sd35bench.report.render import TERMINAL, Table
+from sd35bench.report.page import render_report
+from sd35bench.report.render import TERMINAL, Table, markdown_document, print_document
 from sd35bench.report.rows import read_rows
-from sd35bench.report.tables import print_settings, settings_markdown
+from sd35bench.report.shown import settings_parts
 from tests.studies.backends import DRIFT, GAIN, NOISE, SPEED, make_backends_study, with_impossible
-from tests.studies.drawn import Synthetic
+from tests.studies.drawn import Synthetic, document_of
 
 TITLES = (
     "Throughput, images per second",
@@ -39,7 +39,7 @@ def table(block: Table) -> list[dict[str, str]]:
 
 def printed(document: dict, width: int) -> str:
     out = io.StringIO()
-    print_settings(document, Console(file=out, width=width, highlight=False))
+    print_document(settings_parts(document), Console(file=out, width=width, highlight=False))
     return out.getvalue()
 
 
@@ -117,11 +117,15 @@ def test_lpips_has_a_column_where_it_was_measured_and_else_none(backends: Synthe
     assert table(found[TITLES[2]])[0]["LPIPS"] == "0.10 [0.05, 0.95]"
     last = table(found[TITLES[3]])[-1]["LPIPS"]
     assert value(last) == pytest.approx(0.1 + (len(rows) - 1) / 100)
-    page = render_report(build_document(backends.study, document, None))
-    for text in (printed(document, 300), settings_markdown(document), page):
+    page = render_report(document_of(backends.study, document, None))
+    for text in (printed(document, 300), markdown_document(settings_parts(document)), page):
         assert text.count("LPIPS") == 2
-    page = render_report(build_document(backends.study, backends.show, None))
-    for text in (printed(backends.show, 300), settings_markdown(backends.show), page):
+    page = render_report(document_of(backends.study, backends.show, None))
+    for text in (
+        printed(backends.show, 300),
+        markdown_document(settings_parts(backends.show)),
+        page,
+    ):
         assert "LPIPS" not in text
 
 
@@ -188,20 +192,20 @@ def test_show_names_the_share_of_the_measured_limit(tmp_path):
     row = next(r for r in document["settings"] if (r["backend"], r["threads"]) == ("eager", 2))
     share = f"({100 * row['achieved_tflops'] / 0.18:.0f} %)"
     assert share in printed(document, 200)
-    assert share in settings_markdown(document)
+    assert share in markdown_document(settings_parts(document))
 
 
 def test_an_impossible_latency_is_called_that_everywhere(tmp_path):
     study = with_impossible(make_backends_study(tmp_path))
     document = show_document(study)
     assert "warning impossible: " in printed(document, 120)
-    assert "Warning: impossible: " in settings_markdown(document)
-    page = render_report(build_document(study, document, None))
+    assert "Warning: impossible: " in markdown_document(settings_parts(document))
+    page = render_report(document_of(study, document, None))
     assert "<li>impossible: " in page
 
 
 def test_markdown_has_every_block_with_its_intervals(backends: Synthetic):
-    text = settings_markdown(backends.show)
+    text = markdown_document(settings_parts(backends.show))
     for title in TITLES:
         assert f"## {title}" in text
     lines = text.splitlines()
@@ -213,7 +217,7 @@ def test_markdown_has_every_block_with_its_intervals(backends: Synthetic):
 
 
 def test_html_has_every_block_and_its_columns(backends: Synthetic):
-    page = render_report(build_document(backends.study, backends.show, None))
+    page = render_report(document_of(backends.study, backends.show, None))
     assert '<section id="backends"' in page
     assert '<a href="#backends">Backends</a>' in page
     for title in TITLES:
@@ -239,7 +243,7 @@ def test_hostile_backend_names_stay_text(backends: Synthetic):
     for row in (*document["settings"], *document["drift"]["rows"]):
         if row["backend"] == "int8-w8a8":
             row["backend"] = "<img src=x>[/bold]|"
-    page = render_report(build_document(backends.study, document, None))
+    page = render_report(document_of(backends.study, document, None))
     assert "<img src=x>" not in page
     assert "<img src=x>[/bold]|" in printed(document, 200)
-    assert "\\<img src=x>[/bold]\\|" in settings_markdown(document)
+    assert "\\<img src=x>[/bold]\\|" in markdown_document(settings_parts(document))

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd35bench.report.page import build_document, render_report
-from tests.studies.drawn import Synthetic
+from sd35bench.report.page import render_report
+from tests.studies.drawn import Synthetic, document_of
 
 pytestmark = pytest.mark.browser
 
@@ -21,7 +21,7 @@ def written(tmp_path_factory, demo: Synthetic, demo_page: str):
         if id(synthetic) not in kept:
             page = demo_page
             if synthetic is not demo:
-                document = build_document(synthetic.study, synthetic.show, synthetic.recommend)
+                document = document_of(synthetic.study, synthetic.show, synthetic.recommend)
                 page = render_report(document)
             kept[id(synthetic)] = tmp_path_factory.mktemp("report") / "report.html"
             kept[id(synthetic)].write_text(page, encoding="utf-8")
@@ -292,7 +292,7 @@ def test_100_000_images_are_filtered_without_an_element_each(
         "beside": {},
         "chosen": {},
     }
-    document = build_document(demo.study, demo.show, demo.recommend)
+    document = document_of(demo.study, demo.show, demo.recommend)
     path = tmp_path / "large.html"
     path.write_text(render_report(replace(document, wall=wall)), encoding="utf-8")
     page = open_report(path)

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from sd35bench.claims.verdicts import CLAIMS, claims_document
-from sd35bench.report.claims import claims_markdown, claims_section, print_claims
-from sd35bench.report.page import build_document, render_report
-from tests.studies.drawn import Synthetic
+from sd35bench.report.claims import claims_parts, claims_section
+from sd35bench.report.page import render_report
+from sd35bench.report.render import markdown_document, print_document
+from tests.studies.drawn import Synthetic, document_of
 from tests.studies.planted_claims import Truth, planted_claims
 
 
@@ -24,16 +25,16 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def printed(document: dict, width: int = 120) -> str:
     out = io.StringIO()
-    print_claims(document, Console(file=out, width=width, highlight=False))
+    print_document(claims_parts(document), Console(file=out, width=width, highlight=False))
     return out.getvalue()
 
 
 def page(demo: Synthetic, document: dict) -> str:
-    return render_report(build_document(demo.study, demo.show, None, document))
+    return render_report(document_of(demo.study, demo.show, None, document))
 
 
 def test_the_lead_counts_verdicts_and_names_the_judge(document):
-    lead = claims_section(document).lead
+    lead = claims_section(document)["lead"]
     assert lead.startswith(f"Of {len(CLAIMS)} claims of the model page, tested on nano: ")
     assert "3 not measured" in lead
     assert "1 not testable" in lead
@@ -43,7 +44,7 @@ def test_the_lead_counts_verdicts_and_names_the_judge(document):
 
 
 def test_markdown_has_every_claim_with_effect_threshold_and_n(document):
-    text = claims_markdown(document)
+    text = markdown_document(claims_parts(document))
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     head = next(line for line in rows if line.startswith("| verdict"))
     summary = rows[2 : 2 + len(CLAIMS)]
@@ -85,7 +86,7 @@ def test_the_report_has_a_section_with_designs_and_figures(demo, document):
 
 
 def test_the_report_of_another_study_has_no_section(demo):
-    html = render_report(build_document(demo.study, demo.show, None))
+    html = render_report(document_of(demo.study, demo.show, None))
     assert 'id="claims"' not in html
     assert 'href="#claims"' not in html
 
@@ -95,13 +96,13 @@ def test_the_effect_shown_is_the_one_that_the_verdict_hangs_on(document):
     claim = next(c for c in changed["claims"] if c["name"] == "cfg-follows")
     claim["deciding"] = claim["contrasts"][1]["name"]
     section = claims_section(changed)
-    view = next(v for v in section.claims if v.says == claim["says"])
-    assert view.effect.startswith("cfg 15 better than 7: +0.2")
+    view = next(v for v in section["claims"] if v["says"] == claim["says"])
+    assert view["effect"].startswith("cfg 15 better than 7: +0.2")
 
 
 def test_names_are_escaped(demo, document):
     hostile = {**document, "study": "a|b<script>_x_"}
-    assert "a\\|b\\<script>\\_x\\_" in claims_markdown(hostile)
+    assert "a\\|b\\<script>\\_x\\_" in markdown_document(claims_parts(hostile))
     changed = copy.deepcopy(document)
     changed["claims"][0]["says"] = "<script>window.pwned=1</script>"
     assert "<script>window.pwned" not in page(demo, changed)

@@ -14,12 +14,12 @@ from sd35bench.gate.policy import as_policy
 from sd35bench.gate.sides import read_sides
 from sd35bench.report.gate import (
     about,
-    compare_markdown,
     compare_page,
+    comparison_parts,
     junit_xml,
-    print_comparison,
     verdict_of,
 )
+from sd35bench.report.render import markdown_document, print_document
 from tests.studies.memory import planted
 
 POLICY = {
@@ -62,7 +62,7 @@ def test_junit_fails_on_undecided_where_the_policy_does(document):
 
 
 def test_markdown_is_a_table_with_escaped_cells(document):
-    text = compare_markdown(document)
+    text = markdown_document(comparison_parts(document))
     assert text.startswith("# Fail: b\\|\\<script>")
     row = next(line for line in text.splitlines() if "prompt\\_accuracy" in line)
     assert row.startswith("| fail | quality |")
@@ -120,7 +120,7 @@ def many(tmp_path_factory):
 
 def printed(document) -> str:
     out = io.StringIO()
-    print_comparison(document, Console(file=out, width=80, highlight=False))
+    print_document(comparison_parts(document), Console(file=out, width=80, highlight=False))
     return out.getvalue()
 
 
@@ -139,7 +139,7 @@ def test_of_many_settings_the_failures_come_first_and_the_passed_are_folded(many
 
 
 def test_markdown_and_page_fold_what_passed(many):
-    text = compare_markdown(many)
+    text = markdown_document(comparison_parts(many))
     head, folded = text.split("<details><summary>")
     assert head.index("18 steps") < head.index("4 steps")
     assert "\n</details>\n" in folded

@@ -13,11 +13,11 @@ from sd35bench.report.blocks import comparison_blocks
 from sd35bench.report.charts import speed_figures
 from sd35bench.report.headline import gives
 from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_sentences, network_note
-from sd35bench.report.page import build_document, render_report
-from sd35bench.report.render import TERMINAL, Table
+from sd35bench.report.page import render_report
+from sd35bench.report.render import TERMINAL, Table, markdown_document, print_document
 from sd35bench.report.rows import match_records, read_rows
-from sd35bench.report.tables import print_settings, settings_markdown
-from tests.studies.drawn import Synthetic
+from sd35bench.report.shown import settings_parts
+from tests.studies.drawn import Synthetic, document_of
 from tests.studies.hosted import AMBIGUOUS, LONE, SECONDS, UNTOLD_S, USD
 
 TITLES = ("Hosted calls made alone, seconds", "Hosted calls: throughput and price")
@@ -38,7 +38,7 @@ def blocks_of(document: dict) -> dict[str, dict[tuple[str, str], dict[str, str]]
 
 def printed(document: dict, width: int = 200) -> str:
     out = io.StringIO()
-    print_settings(document, Console(file=out, width=width, highlight=False))
+    print_document(settings_parts(document), Console(file=out, width=width, highlight=False))
     return out.getvalue()
 
 
@@ -47,7 +47,7 @@ def value(text: str) -> float:
 
 
 def page_of(synthetic: Synthetic) -> str:
-    return render_report(build_document(synthetic.study, synthetic.show, None))
+    return render_report(document_of(synthetic.study, synthetic.show, None))
 
 
 def test_a_study_of_this_machine_alone_has_nothing_hosted(demo: Synthetic):
@@ -56,7 +56,7 @@ def test_a_study_of_this_machine_alone_has_nothing_hosted(demo: Synthetic):
     assert hosted_figures(rows) == []
     assert hosted_sentences(demo.show, rows) == []
     assert network_note(rows) == ""
-    assert 'id="hosted"' not in render_report(build_document(demo.study, demo.show, None))
+    assert 'id="hosted"' not in render_report(document_of(demo.study, demo.show, None))
     assert "USD" not in printed(demo.show)
 
 
@@ -223,7 +223,7 @@ def test_show_fits_the_terminal(hosted: Synthetic, width: int):
 
 
 def test_markdown_has_both_tables_and_the_service(hosted: Synthetic):
-    text = settings_markdown(hosted.show)
+    text = markdown_document(settings_parts(hosted.show))
     for title in TITLES:
         assert f"## {title}" in text
     lines = text.splitlines()
@@ -269,7 +269,7 @@ def test_html_has_the_section_between_speed_and_backends(hosted: Synthetic):
 
 
 def test_html_shows_no_load_or_memory_of_a_service(hosted: Synthetic):
-    document = build_document(hosted.study, hosted.show, None)
+    document = document_of(hosted.study, hosted.show, None)
     loads = {load["backend"]: load for load in document.loads}
     for name in ("load", "first_call", "warmup", "rss", "vram"):
         assert loads["eachlabs"][name] == "–", name
@@ -282,7 +282,7 @@ def test_names_from_a_study_are_never_markup(hosted: Synthetic):
     for row in document["settings"]:
         if row["backend"] == "eachlabs":
             row["backend"] = "<img src=x>[/bold]|"
-    page = render_report(build_document(hosted.study, document, None))
+    page = render_report(document_of(hosted.study, document, None))
     assert "<img src=x>" not in page
     assert "<img src=x>[/bold]|" in printed(document)
 

@@ -12,7 +12,6 @@ import pytest
 from sd35bench.report import linked, wall
 from sd35bench.report.gather import Source, gather, read_state
 from sd35bench.report.page import (
-    build_document,
     embed_json,
     render_report,
     write_beside,
@@ -20,7 +19,7 @@ from sd35bench.report.page import (
 )
 from sd35bench.report.wall import MAX_BYTES
 from sd35bench.study.store import Study
-from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, make_study, show_of
+from tests.studies.drawn import HOSTILE, PROFILES, Synthetic, document_of, make_study, show_of
 
 # Attributes that load something, and the only kinds of value that stay inside the file.
 LOADING = {"src", "href", "srcset", "data", "poster", "action", "background", "xlink:href"}
@@ -42,7 +41,7 @@ def elements(html: str) -> list[tuple[str, dict[str, str | None]]]:
 
 
 def render(synthetic: Synthetic) -> str:
-    return render_report(build_document(synthetic.study, synthetic.show, synthetic.recommend))
+    return render_report(document_of(synthetic.study, synthetic.show, synthetic.recommend))
 
 
 def outside_loads(html: str) -> list[str]:
@@ -251,7 +250,7 @@ def test_write_report_replaces_the_file_whole(tmp_path):
 
 def test_report_explains_why_nothing_is_recommended(tmp_path):
     study = make_study(tmp_path, "few", steps=(4,), cfgs=(1.0,), strengths=(), prompts=("a",))
-    document = build_document(study, show_of(study), "No recommendation: one setting only")
+    document = document_of(study, show_of(study), "No recommendation: one setting only")
     assert "one setting only" in render_report(document)
 
 

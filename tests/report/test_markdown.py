@@ -1,5 +1,6 @@
 from sd35bench.analysis.summary import show_document
-from sd35bench.report.tables import settings_markdown
+from sd35bench.report.render import markdown_document
+from sd35bench.report.shown import settings_parts
 from sd35bench.study.store import Study
 from sd35bench.workers.process import run_plan
 from tests.studies.fakes import fake_load, fake_plan
@@ -13,7 +14,7 @@ def make_document(tmp_path, name="s"):
 
 
 def test_markdown_has_a_row_per_setting_with_n_and_environment(tmp_path):
-    text = settings_markdown(make_document(tmp_path))
+    text = markdown_document(settings_parts(make_document(tmp_path)))
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 4
     widths = {line.count(" | ") for line in rows}
@@ -26,4 +27,4 @@ def test_markdown_has_a_row_per_setting_with_n_and_environment(tmp_path):
 def test_markdown_escapes_what_could_be_markup(tmp_path):
     document = make_document(tmp_path)
     document["study"] = "a|b<script>_x_"
-    assert "a\\|b\\<script>\\_x\\_" in settings_markdown(document)
+    assert "a\\|b\\<script>\\_x\\_" in markdown_document(settings_parts(document))

@@ -14,13 +14,14 @@ from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profiles
 from sd35bench.report.recommend import (
     SNIPPETS,
+    answer_parts,
+    evidence_parts,
     front_cell,
-    print_answer,
-    print_recommendation,
-    recommendation_markdown,
+    paper_parts,
     snippets,
     write_recommended,
 )
+from sd35bench.report.render import markdown_document, print_document
 from tests.studies.memory import planted
 
 PROFILES = Path(__file__).parents[2] / "configs" / "profile"
@@ -90,7 +91,7 @@ def test_the_answer_fits_a_screen_and_says_how_to_see_more(document):
         tasks[profile] = {"text-to-image": entry, "image-to-image": entry}
     out = io.StringIO()
     warned = {"profiles": tasks, "warnings": ["so"] * 30}
-    print_answer(document | warned, Console(file=out, width=80))
+    print_document(answer_parts(document | warned), Console(file=out, width=80))
     text = out.getvalue()
     assert len(text.splitlines()) <= 25
     assert max(map(len, text.splitlines())) <= 80
@@ -125,7 +126,7 @@ def _ids(document) -> list[str]:
 
 def _printed(document) -> str:
     out = io.StringIO()
-    print_recommendation(document, Console(file=out, width=120))
+    print_document(evidence_parts(document), Console(file=out, width=120))
     return out.getvalue()
 
 
@@ -145,10 +146,10 @@ def test_print_has_the_answers_first_then_why_and_how(document):
 
 
 def test_print_and_markdown_say_how_many_trials_failed(document):
-    assert "trials failed" not in _printed(document) + recommendation_markdown(document)
+    assert "trials failed" not in _printed(document) + markdown_document(paper_parts(document))
     for entry in document["profiles"].values():
         entry["text-to-image"]["evidence"] |= {"failed": 1, "n_trials": 120}
-    for text in (_printed(document), recommendation_markdown(document)):
+    for text in (_printed(document), markdown_document(paper_parts(document))):
         assert "1 of its 120 trials failed" in " ".join(text.split())
 
 

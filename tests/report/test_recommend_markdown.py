@@ -6,7 +6,8 @@ import pytest
 
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.recommend.profiles import load_profiles
-from sd35bench.report.recommend import recommendation_markdown
+from sd35bench.report.recommend import paper_parts
+from sd35bench.report.render import markdown_document
 from tests.studies.memory import planted
 
 PROFILES = Path(__file__).parents[2] / "configs" / "profile"
@@ -26,7 +27,7 @@ def _blocks(text: str, language: str) -> list[str]:
 
 
 def test_first_table_has_a_row_per_answer_with_figures_and_confirmation(document):
-    text = recommendation_markdown(document)
+    text = markdown_document(paper_parts(document))
     rows = [line for line in text.splitlines()[4:] if line.startswith("|")][:3]
     assert [row.split("|")[1].strip() for row in rows] == ["preview", "balanced", "final"]
     for row in rows:
@@ -37,7 +38,7 @@ def test_first_table_has_a_row_per_answer_with_figures_and_confirmation(document
 
 
 def test_every_table_row_has_as_many_cells_as_its_head(document):
-    lines = recommendation_markdown(document).splitlines()
+    lines = markdown_document(paper_parts(document)).splitlines()
     width = None
     for line in lines:
         if not line.startswith("|"):
@@ -49,7 +50,7 @@ def test_every_table_row_has_as_many_cells_as_its_head(document):
 
 
 def test_blocks_are_the_entrys_command_snippet_and_body(document):
-    text = recommendation_markdown(document)
+    text = markdown_document(paper_parts(document))
     entry = document["profiles"]["final"]["text-to-image"]
     assert json.loads(_blocks(text, "json")[-1]) == entry["api"]["body"]
     assert _blocks(text, "python")[-1] == entry["snippet"]
@@ -64,7 +65,7 @@ def test_hostile_prompt_stays_inside_its_block_and_its_cell(document):
     body = entry["api"]["body"] | {"input": {"prompt": "```\n# title\n| x |"}}
     hostile = entry | {"api": entry["api"] | {"body": body}, "snippet": "x = '''\n```\n'''\n"}
     profiles = {"final": {"text-to-image": hostile}}
-    text = recommendation_markdown(document | {"study": study, "profiles": profiles})
+    text = markdown_document(paper_parts(document | {"study": study, "profiles": profiles}))
     assert "a \\| \\`b\\` \\<i>" in text
     assert "````python\nx = '''\n```\n'''\n````" in text
     assert "\n# title" not in text
@@ -72,12 +73,14 @@ def test_hostile_prompt_stays_inside_its_block_and_its_cell(document):
 
 def test_answer_without_a_setting_is_a_row(document):
     nothing = {"setting": None, "evidence": {"reason": "no setting is within 1 s"}}
-    text = recommendation_markdown(document | {"profiles": {"fast": {"text-to-image": nothing}}})
+    text = markdown_document(
+        paper_parts(document | {"profiles": {"fast": {"text-to-image": nothing}}})
+    )
     assert "| fast | text-to-image | none: no setting is within 1 s |" in text
 
 
 def test_others_say_how_surely_they_are_dominated(document):
-    text = recommendation_markdown(document)
+    text = markdown_document(paper_parts(document))
     assert text.count("| p (adjusted) | dominated | why not |") == 3
     assert text.count("Dominated: in how many of 2000 resamples") == 3
     sentence = "The choice is on the Pareto front of quality and latency; dominated in "

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from sd35bench.report import leaderboard
-from sd35bench.report.page import build_document, render_report
+from sd35bench.report.page import render_report
 from sd35bench.report.render import (
     HTML,
     MARKDOWN,
@@ -24,8 +24,8 @@ from sd35bench.report.render import (
     say,
     text_column,
 )
-from sd35bench.report.tables import print_settings, settings_markdown, settings_parts
-from tests.studies.drawn import Synthetic
+from sd35bench.report.shown import settings_parts
+from tests.studies.drawn import Synthetic, document_of
 
 
 def printed(parts, width: int = 80) -> str:
@@ -91,9 +91,9 @@ def test_a_further_column_is_one_place_and_every_form_shows_it(demo: Synthetic, 
 
     monkeypatch.setattr(leaderboard, "setting_columns", more)
     out = io.StringIO()
-    print_settings(demo.show, Console(file=out, width=200, highlight=False))
-    page = render_report(build_document(demo.study, demo.show, demo.recommend))
-    for text in (out.getvalue(), settings_markdown(demo.show), page):
+    print_document(settings_parts(demo.show), Console(file=out, width=200, highlight=False))
+    page = render_report(document_of(demo.study, demo.show, demo.recommend))
+    for text in (out.getvalue(), markdown_document(settings_parts(demo.show)), page):
         assert text.count("per mille") == 2  # one table a task
         assert "250" in text
 

@@ -15,16 +15,17 @@ from rich.console import Console
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.pareto import SAME_COST
 from sd35bench.report.leaderboard import setting_table
-from sd35bench.report.render import TERMINAL
+from sd35bench.report.render import TERMINAL, markdown_document, print_document
 from sd35bench.report.rows import read_rows
-from sd35bench.report.shown import Shown, csv_text, flatten, mark_rows, sort_rows
-from sd35bench.report.tables import print_settings, settings_markdown
+from sd35bench.report.shown import Shown, csv_text, flatten, mark_rows, settings_parts, sort_rows
 from tests.studies.drawn import Synthetic
 
 
 def printed(document: dict, width: int = 160, **shown) -> str:
     out = io.StringIO()
-    print_settings(document, Console(file=out, width=width, highlight=False), Shown(**shown))
+    print_document(
+        settings_parts(document, Shown(**shown)), Console(file=out, width=width, highlight=False)
+    )
     return out.getvalue()
 
 
@@ -57,7 +58,7 @@ def test_the_chosen_setting_is_named_with_its_profiles(marked):
     text = printed(marked)
     assert "final, mine" in text
     assert "names: the profiles that chose a setting (recommended.yaml)" in text
-    assert "final, mine" in settings_markdown(marked)
+    assert "final, mine" in markdown_document(settings_parts(marked))
 
 
 def test_a_choice_older_than_the_images_says_so(marked, tmp_path):

@@ -11,10 +11,9 @@ from sd35bench.cli.studies import _table as studies_table
 from sd35bench.fields import FIELDS, value_text
 from sd35bench.report import leaderboard
 from sd35bench.report.claims import _verdicts
-from sd35bench.report.gate import print_comparison
+from sd35bench.report.gate import comparison_parts
 from sd35bench.report.render import WRAPPED, Layout, Part, Table, print_document, text_table
-from sd35bench.report.shown import Shown
-from sd35bench.report.tables import print_settings
+from sd35bench.report.shown import Shown, settings_parts
 from tests.studies.wide import VARYING, wide_document
 
 WIDTHS = (60, 80, 100, 120)
@@ -29,7 +28,7 @@ def drawn(parts: Iterable[Part], width: int = 80) -> str:
 def printed(document: dict, width: int, shown: Shown | None = None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, highlight=False)
-    print_settings(document, console, Shown() if shown is None else shown)
+    print_document(settings_parts(document, Shown() if shown is None else shown), console)
     return out.getvalue()
 
 
@@ -115,7 +114,7 @@ def test_compare_names_what_did_not_pass_where_a_column_of_each_has_no_room():
     document = {"verdict": "fail", "candidate": "b", "baseline": "a", "n_pairs": 96, "gate": {}}
     document |= {"policy": "all", "comparisons": comparisons, "warnings": []}
     out = io.StringIO()
-    print_comparison(document, Console(file=out, width=80, highlight=False))
+    print_document(comparison_parts(document), Console(file=out, width=80, highlight=False))
     matrix = out.getvalue().partition("\n\n\n")[0].partition("every setting")[0]
     assert "not passed" in matrix
     assert "quality fail" in " ".join(matrix.split())

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 
 from sd35bench.analysis.summary import show_document
 from sd35bench.fields import make_trial
+from sd35bench.report.gather import Source
+from sd35bench.report.page import Document, build_document
 from sd35bench.study.store import Score, Study
 from sd35bench.types import (
     BackendSpec,
@@ -194,3 +196,14 @@ def show_of(study: Study) -> dict[str, Any]:
             entry = {"value": None, "ci95": None, "n": row["n"], "needs": 256, "reason": "refused"}
             row["metrics"]["fid_nano"] = entry
     return document
+
+
+def document_of(
+    study: Study,
+    show: dict[str, Any],
+    recommend: dict[str, Any] | str | None,
+    claims: dict[str, Any] | None = None,
+) -> Document:
+    """The report's document of one study, made from these documents."""
+    source = Source(study=study, show=show, recommendation=recommend, claims=claims)
+    return build_document([source])

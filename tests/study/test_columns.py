@@ -16,7 +16,7 @@ from sd35bench.analysis.table import read_table
 from sd35bench.errors import ConfigError
 from sd35bench.machine import contention
 from sd35bench.recommend.advice import recommend_document
-from sd35bench.report.page import build_document, render_report
+from sd35bench.report.page import render_report
 from sd35bench.score import score_study
 from sd35bench.study import latest, view
 from sd35bench.study.columns import Columns, dense, grouped, prompts, samples, split, tags
@@ -35,6 +35,7 @@ from sd35bench.types import (
     Surroundings,
     Timings,
 )
+from tests.studies.drawn import document_of
 from tests.studies.memory import LOAD, record, session
 
 PROFILES = {
@@ -227,7 +228,7 @@ def documents(path: Path) -> list[str]:
             found.append(advice := recommend_document(part, PROFILES, table))
         except ConfigError as exc:
             found.append(advice := str(exc))
-    page = render_report(build_document(study, show, advice))
+    page = render_report(document_of(study, show, advice))
     return [*map(json.dumps, found), page]
 
 

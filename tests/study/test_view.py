@@ -13,7 +13,7 @@ from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import read_table
 from sd35bench.errors import StoreError
 from sd35bench.recommend.advice import recommend_document
-from sd35bench.report.page import build_document, render_report
+from sd35bench.report.page import render_report
 from sd35bench.score import score_study
 from sd35bench.study import columns, view
 from sd35bench.study.columns import Records
@@ -22,6 +22,7 @@ from sd35bench.study.store import Score, Study
 from sd35bench.types import Record, Status, to_json
 from sd35bench.verify import verify_study
 from tests.scale import make_study
+from tests.studies.drawn import document_of
 from tests.studies.memory import record, session
 
 RECORDS = 800
@@ -267,7 +268,7 @@ def documents(path: Path) -> list[str]:
     table = read_table(s)
     show = show_document(s, table)
     advice = recommend_document(s, PROFILES, table)
-    page = render_report(build_document(s, show, advice))
+    page = render_report(document_of(s, show, advice))
     return [json.dumps(show), json.dumps(advice), page]
 
 

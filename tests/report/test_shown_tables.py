@@ -6,13 +6,14 @@ import io
 import pytest
 from rich.console import Console
 
-from sd35bench.report.tables import print_settings
+from sd35bench.report.render import print_document
+from sd35bench.report.shown import settings_parts
 from tests.studies.drawn import Synthetic
 
 
 def printed(document: dict, width: int = 160) -> str:
     out = io.StringIO()
-    print_settings(document, Console(file=out, width=width, highlight=False))
+    print_document(settings_parts(document), Console(file=out, width=width, highlight=False))
     return out.getvalue()
 
 
