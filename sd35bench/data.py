@@ -27,7 +27,7 @@ from sd35bench.errors import ConfigError, nearest
 from sd35bench.fields import SETTING, pair_fields
 from sd35bench.study.columns import Some, has, join, numbers, prompt_refs, seconds, seeds, texts
 from sd35bench.study.store import Study
-from sd35bench.study.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, OWN, WHOLE
+from sd35bench.study.view import FREE, OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, OWN, WHOLE
 from sd35bench.types import Status, content_hash, to_json
 
 _AS_JSON = (
@@ -181,7 +181,7 @@ def pairs_table(images: pa.Table, metrics: Sequence[str], reference: str | None 
     )
     chosen = _references(made, reference)
     names = ("setting_id", *_SIDE, *metrics)
-    shared = ("pair", "prompt", "negative_prompt", "seed", "init_image", "batch_size")
+    shared = ("pair", *FREE, "batch_size")
     keys = list(zip(*(made[n].to_pylist() for n in ("pair", "batch_size")), strict=True))
     ids = made["setting_id"].to_pylist()
     where = {

@@ -14,9 +14,9 @@ from sd35bench.plan import Plan
 from sd35bench.remote.settings import RemoteSettings
 from sd35bench.study.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
-from sd35bench.workers.lane import Crew
+from sd35bench.workers.lane import Crew, run_plans
 from sd35bench.workers.limits import Limits
-from sd35bench.workers.process import LocalProcesses, run_plans
+from sd35bench.workers.process import LocalProcesses
 
 if TYPE_CHECKING:
     from sd35bench.workers.cluster import RaySettings

@@ -359,7 +359,9 @@ ASKED = ("task", *SETTING)
 GRIDS = {f.name: f.grid for f in _FIELDS if f.grid is not None}
 """Distance of neighbouring values of an axis that can be searched."""
 
-_SIZE = ("width", "height")
+CURVES = ("steps", "cfg", "prompt_strength")
+"""Fields that charts have as axes and curves, and that titles say first."""
+SIZE = ("width", "height")
 _OF_LOADS = {
     **dict.fromkeys(("model", "backend", "weights", "task", "what"), "{}"),
     "weights_digest": "weights {}",
@@ -465,6 +467,9 @@ FIRST_PAIR = tuple(name for name in PAIR if FIELDS[name].neutral is KEYED)
 _LATER_PAIR = tuple(name for name in PAIR if FIELDS[name].neutral is not KEYED)
 _SETTING_FIELDS = tuple((f.name, f) for f in _FIELDS if f.setting)
 _FLOATS = frozenset(f.name for f in _FIELDS if get_args(f.takes)[:1] == (float,))
+_INTS = frozenset(f.name for f in _FIELDS if get_args(f.takes)[:1] == (int,))
+NUMBERS = tuple(name for name in SETTING if name in _FLOATS | _INTS)
+"""Fields of a setting whose values are numbers."""
 
 
 def _plain(value: Any, is_float: bool) -> Any:
@@ -519,9 +524,9 @@ def unusual_words(setting: Mapping[str, Any], names: Iterable[str]) -> list[str]
 
 def describe(setting: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> str:
     """A setting in a few words: what is not as usual; size and backend where `beside` differs."""
-    said = unusual_words(setting, (n for n in SETTING if n not in _SIZE))
+    said = unusual_words(setting, (n for n in SETTING if n not in SIZE))
     others = list(beside)
-    if any(o[n] != setting[n] for o in others for n in _SIZE):
+    if any(o[n] != setting[n] for o in others for n in SIZE):
         said.append(f"{setting['width']}x{setting['height']}")
     if "backend" in setting and any(o["backend"] != setting["backend"] for o in others):
         said.append(f"on {setting['backend']}")

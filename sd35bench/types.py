@@ -182,6 +182,21 @@ class Load:
         identity = [self.model.name, self.model.weights_digest, to_json(self.backend), self.threads]
         return content_hash(identity)
 
+    @property
+    def is_hosted(self) -> bool:
+        """Whether a hosted service makes the images; its backends alone have a base URL."""
+        return "base_url" in self.backend.options
+
+    @property
+    def known_digest(self) -> str | None:
+        """The digest of the weights; ``None`` of a hosted service, which does not tell it."""
+        return None if self.is_hosted else self.model.weights_digest
+
+    @property
+    def known_threads(self) -> int | None:
+        """The threads that made the images; ``None`` of a hosted service, which does not tell."""
+        return None if self.is_hosted else self.threads
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRef:
@@ -405,6 +420,11 @@ class Record:
     gpu: GpuState | None = None
     remote: RemoteCall | None = None
     surroundings: Surroundings | None = None
+
+    @property
+    def unsent(self) -> tuple[str, ...]:
+        """Request fields that whoever made the image has no input for."""
+        return () if self.remote is None else self.remote.unsent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

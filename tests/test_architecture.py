@@ -4,7 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+import pytest
+
+from sd35bench.backends.fake import FakeBackend
+from sd35bench.workers.worker import Job
 
 ROOT = Path(__file__).parent.parent
 TORCH_FREE = [
@@ -105,3 +112,32 @@ def test_contributing_sends_to_names_that_are_there():
         code = (ROOT / path).read_text()
         missing = [n for n in names if n and not re.search(rf"^(def |class )?{n}\b", code, re.M)]
         assert not missing, f"CONTRIBUTING.md says {missing} of {path}"
+
+
+def files_on_the_stack() -> set[str]:
+    """Files of the package that have called each other up to here."""
+    paths = (Path(frame.filename) for frame in traceback.extract_stack())
+    package = ROOT / "sd35bench"
+    return {str(p.relative_to(package)) for p in paths if p.is_relative_to(package)}
+
+
+@pytest.mark.usefixtures("empty_folder", "fakes_here")
+def test_steps_travel_through_six_of_our_files_to_the_backend(call, monkeypatch):
+    """From the command line to the worker, and on to what makes the image."""
+    asking, making = set(), set()
+    send, generate = Connection.send, FakeBackend.generate
+
+    def sent(self, message):
+        if isinstance(message, Job):
+            asking.update(files_on_the_stack())
+        send(self, message)
+
+    def generated(self, requests, inits):
+        making.update(files_on_the_stack())
+        return generate(self, requests, inits)
+
+    monkeypatch.setattr(Connection, "send", sent)
+    monkeypatch.setattr(FakeBackend, "generate", generated)
+    assert call("run", "backend=fake", "steps=2", "prompts.limit=1")[0] == 0
+    assert asking == {"cli/__init__.py", "cli/run.py", "workers/process.py", "workers/lane.py"}
+    assert making == {"workers/worker.py"}, "and the backend's own file"

@@ -324,7 +324,7 @@ def test_encode_png_is_lossless_and_deterministic():
 
 
 def test_readers_a_new_kind_is_one_function_and_one_line(monkeypatch):
-    monkeypatch.setitem(READERS, "mine", f"{__name__}:read_mine")
+    monkeypatch.setitem(READERS, "mine", read_mine)
     assert [i.prompt for i in load_prompts(PromptSpec(kind="mine"))] == ["from my own reader"]
 
 

@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.settings import known_threads
 from sd35bench.architectures import architecture_name
 from sd35bench.evaluations import skip_layer_text
 from sd35bench.fields import FIELDS, SETTING, is_unasked
@@ -86,7 +85,7 @@ def remote_overrides(loads: Iterable[Load]) -> dict[str, str]:
 
 
 def _threads(load: Load) -> Said:
-    threads = known_threads(load)
+    threads = load.known_threads
     return {} if threads is None else {"threads": str(threads)}
 
 

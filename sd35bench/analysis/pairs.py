@@ -232,8 +232,9 @@ def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
             continue
         if row.setting["task"] == task.value and row.usable:
             s = row.setting
-            place = (row.environment_id, row.hosted)
-            key = (s["model"], s["weights_digest"], place, s["width"], s["height"])
+            # A hosted service tells no digest of its weights, so it is a family of its own.
+            where = (s["model"], s["weights_digest"], row.environment_id)
+            key = (*where, s["width"], s["height"])
             families.setdefault(key, []).append(row)
     if not families:
         return [], []
@@ -241,7 +242,7 @@ def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
         families, key=lambda k: (len(families[k]), sum(len(r.usable) for r in families[k]))
     )
     notes = [
-        f"left out: {len(rest)} settings of {k[0]} at {k[3]}x{k[4]} {_place(*k[2])}; only one"
+        f"left out: {len(rest)} settings of {k[0]} at {k[3]}x{k[4]} {_place(rest[0])}; only one"
         " model, size and environment are compared, hosted services apart"
         for k, rest in families.items()
         if k != chosen
@@ -249,8 +250,8 @@ def pick_family(rows: Iterable[Row], task: Task) -> tuple[list[Row], list[str]]:
     return families[chosen], notes
 
 
-def _place(environment_id: str | None, hosted: bool) -> str:
-    return "by a hosted service" if hosted else f"in environment {str(environment_id)[:8]}"
+def _place(row: Row) -> str:
+    return "by a hosted service" if row.hosted else f"in environment {str(row.environment_id)[:8]}"
 
 
 def candidates(table: Table, rows: list[Row], task: Task) -> tuple[str, list[Candidate]]:

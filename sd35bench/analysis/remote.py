@@ -17,7 +17,7 @@ where they were billed. ``None`` is unknown, never 0; what a machine of one's ow
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -28,17 +28,17 @@ from sd35bench.analysis.speed import by_start
 from sd35bench.analysis.table import BESIDE, RESUMED, Row, Table
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.latency import latency_interval, mean_latency
-from sd35bench.study.columns import has, pick
+from sd35bench.study.columns import Some, has, pick
 from sd35bench.types import Record, RemoteCall, Status
 
-Phase = list[Record]
-"""Calls of one session that ran beside others, in order of their start."""
+Calls = list[tuple[Record, RemoteCall]]
+"""What was recorded of hosted calls, and the calls; a phase's are in the order of their start."""
 
 _LEAST_PER_BLOCK = 4
 _MOST_BLOCKS = 10
 
 
-def remote_summary(row: Row, phases: Mapping[str, Sequence[Phase]]) -> dict[str, Any] | None:
+def remote_summary(row: Row, phases: Mapping[str, Sequence[Calls]]) -> dict[str, Any] | None:
     """Sum up a hosted row's calls; ``None`` for a row of this machine.
 
     `phases` are those of `concurrent_phases`. Every entry of `parts` is ``{"p50", "ci95", "mean",
@@ -48,7 +48,7 @@ def remote_summary(row: Row, phases: Mapping[str, Sequence[Phase]]) -> dict[str,
     """
     if not row.hosted:
         return None
-    calls = [r.remote for r in row.records if r.remote is not None]
+    timed, calls = _calls(row.timed), [call for _, call in _calls(row.records)]
     watched = [c for c in _ok_calls(row) if not c.resumed]
     return {
         "provider": row.records[0].trial.load.backend.kind,
@@ -56,8 +56,8 @@ def remote_summary(row: Row, phases: Mapping[str, Sequence[Phase]]) -> dict[str,
         "beside_n": row.untimed[BESIDE],
         "resumed_n": row.untimed[RESUMED],
         "in_flight": max((c.in_flight for c in calls), default=None),
-        "parts": {name: _spread(row.timed, part) for name, part in _PARTS.items()},
-        "inference_share": _share(row.timed),
+        "parts": {name: _spread(timed, part) for name, part in _PARTS.items()},
+        "inference_share": _share(timed),
         "throughput": _throughput(row, phases),
         "polls_per_image": _mean(c.polls for c in watched),
         "refused_creates": sum(max(0, c.attempts - 1) for c in calls) if calls else None,
@@ -73,9 +73,9 @@ def usd_per_image(row: Row) -> dict[str, Any] | None:
     `reported` counts those whose cost the service named; the others' is the listed price.
     """
     paid = [
-        (r, r.remote.cost_usd, r.remote.cost_reported)
-        for r in pick(row.records, has(row.records, "remote"))
-        if r.status is Status.OK and r.remote is not None and r.remote.cost_usd is not None
+        (r, call.cost_usd, call.cost_reported)
+        for r, call in _calls(row.records)
+        if r.status is Status.OK and call.cost_usd is not None
     ]
     if not paid:
         return None
@@ -86,14 +86,18 @@ def usd_per_image(row: Row) -> dict[str, Any] | None:
 
 def made_by_others(row: Row) -> str:
     """Models that made a row's images in place of the one that was asked for, between commas."""
-    if not row.hosted:
-        return ""
     named = {call.made_by for call in _ok_calls(row) if call.made_by is not None}
     return ", ".join(sorted(named - {row.setting["model"]}))
 
 
 def _ok_calls(row: Row) -> list[RemoteCall]:
-    return [r.remote for r in row.records if r.status is Status.OK and r.remote is not None]
+    return [call for record, call in _calls(row.records) if record.status is Status.OK]
+
+
+def _calls(records: Some) -> Calls:
+    """The records that a hosted service was asked for, each with its call."""
+    asked = pick(records, has(records, "remote"))
+    return [(record, call) for record in asked if (call := record.remote) is not None]
 
 
 def _cost(row: Row) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def _cost(row: Row) -> dict[str, Any]:
 
     `at_stake` is what the ambiguous ones cost if they were made, which is in no total.
     """
-    calls = [(r.status, r.remote) for r in row.records if r.remote is not None]
+    calls = [(record.status, call) for record, call in _calls(row.records)]
     sure = [c for status, c in calls if status is not Status.AMBIGUOUS]
     known = [(c.cost_usd, c.cost_reported) for c in sure if c.cost_usd is not None]
     stake = [c.cost_usd for status, c in calls if status is Status.AMBIGUOUS]
@@ -122,45 +126,41 @@ def _sum(dollars: Iterable[float]) -> float | None:
 # Seconds --------------------------------------------------------------------------------------
 
 
-def _network(record: Record) -> float | None:
-    c = record.remote
-    if c is None or c.submit_s is None or c.download_s is None:
+def _network(call: RemoteCall, _: float | None) -> float | None:
+    if call.submit_s is None or call.download_s is None:
         return None
-    return c.submit_s + c.download_s
+    return call.submit_s + call.download_s
 
 
-def _other(record: Record) -> float | None:
+def _other(call: RemoteCall, total_s: float | None) -> float | None:
     """What is left of the latency; ``None`` where nothing of it is known."""
-    c, total = record.remote, _total(record)
-    if c is None or total is None:
-        return None
-    known = [s for s in (c.submit_s, c.queue_s, c.predict_s, c.download_s) if s is not None]
-    return total - sum(known) if known else None
+    parts = (call.submit_s, call.queue_s, call.predict_s, call.download_s)
+    known = [seconds for seconds in parts if seconds is not None]
+    return total_s - sum(known) if known and total_s is not None else None
 
 
 def _total(record: Record) -> float | None:
     return None if record.timings is None else record.timings.latency_s
 
 
-def _of_call(name: str) -> Any:
-    return lambda record: None if record.remote is None else getattr(record.remote, name)
-
-
-_PARTS: dict[str, Any] = {
-    "submit": _of_call("submit_s"),
-    "queue": _of_call("queue_s"),
-    "predict": _of_call("predict_s"),
-    "download": _of_call("download_s"),
+_PARTS: dict[str, Callable[[RemoteCall, float | None], float | None]] = {
+    "submit": lambda call, _: call.submit_s,
+    "queue": lambda call, _: call.queue_s,
+    "predict": lambda call, _: call.predict_s,
+    "download": lambda call, _: call.download_s,
     "network": _network,
     "other": _other,
-    "total": _total,
-    "poll_bound": _of_call("poll_bound_s"),
+    "total": lambda _, total_s: total_s,
+    "poll_bound": lambda call, _: call.poll_bound_s,
 }
+"""Seconds of a call by what they went to, of the call and its latency."""
 
 
-def _spread(timed: Sequence[Record], part: Any) -> dict[str, Any]:
+def _spread(
+    timed: Calls, part: Callable[[RemoteCall, float | None], float | None]
+) -> dict[str, Any]:
     """Median and mean over the calls that have this part, each with its interval."""
-    known = [(r, s) for r in timed if (s := part(r)) is not None]
+    known = [(r, s) for r, call in timed if (s := part(call, _total(r))) is not None]
     if not known:
         return dict.fromkeys(("p50", "ci95", "mean", "mean_ci95")) | {"n": 0}
     starts = by_start(known)
@@ -174,12 +174,12 @@ def _spread(timed: Sequence[Record], part: Any) -> dict[str, Any]:
     }
 
 
-def _share(timed: Sequence[Record]) -> dict[str, Any] | None:
+def _share(timed: Calls) -> dict[str, Any] | None:
     """Which share of a lone call's latency the service's own inference is: mean over calls."""
     known = [
-        (r, r.remote.predict_s / total)
-        for r in timed
-        if r.remote is not None and r.remote.predict_s is not None and (total := _total(r))
+        (r, call.predict_s / total)
+        for r, call in timed
+        if call.predict_s is not None and (total := _total(r))
     ]
     if not known:
         return None
@@ -196,26 +196,26 @@ def _mean(values: Iterable[float]) -> dict[str, Any] | None:
 # Images per minute ----------------------------------------------------------------------------
 
 
-def concurrent_phases(table: Table) -> dict[str, list[Phase]]:
+def concurrent_phases(table: Table) -> dict[str, list[Calls]]:
     """Session → the stretches in which its calls ran beside others, over all of its settings."""
-    sessions: dict[str, list[Record]] = defaultdict(list)
+    sessions: dict[str, Calls] = defaultdict(list)
     for row in table.rows:
-        for record in pick(row.records, has(row.records, "remote")):
-            if record.remote is not None and not record.remote.resumed:
-                sessions[record.session_id].append(record)
-    found: dict[str, list[Phase]] = {}
-    for name, records in sessions.items():
-        phases: list[Phase] = [[]]
-        for record in sorted(records, key=_start_s):
-            if record.remote is not None and record.remote.in_flight > 1:
-                phases[-1].append(record)
+        for record, call in _calls(row.records):
+            if not call.resumed:
+                sessions[record.session_id].append((record, call))
+    found: dict[str, list[Calls]] = {}
+    for name, calls in sessions.items():
+        phases: list[Calls] = [[]]
+        for record, call in sorted(calls, key=lambda pair: _start_s(pair[0])):
+            if call.in_flight > 1:
+                phases[-1].append((record, call))
             elif phases[-1]:
                 phases.append([])
         found[name] = [p for p in phases if p]
     return found
 
 
-def _throughput(row: Row, phases: Mapping[str, Sequence[Phase]]) -> dict[str, Any] | None:
+def _throughput(row: Row, phases: Mapping[str, Sequence[Calls]]) -> dict[str, Any] | None:
     """Images a minute over the phases that a row has a part in; ``None`` without a finished one.
 
     `n` counts the phases' images, `settings` whose they are; `in_flight` is the most at once.
@@ -226,7 +226,7 @@ def _throughput(row: Row, phases: Mapping[str, Sequence[Phase]]) -> dict[str, An
         phase
         for name in sessions
         for phase in phases.get(name, ())
-        if any(setting_key(r.trial) == key for r in phase)
+        if any(setting_key(r.trial) == key for r, _ in phase)
     ]
     gaps = [gap for phase in own for gap in _gaps(phase)]
     wall_s = float(np.sum(gaps))
@@ -235,25 +235,24 @@ def _throughput(row: Row, phases: Mapping[str, Sequence[Phase]]) -> dict[str, An
     blocks = min(_MOST_BLOCKS, max(1, len(gaps) // _LEAST_PER_BLOCK))
     mean = mean_t(gaps, [i * blocks // len(gaps) for i in range(len(gaps))])
     ends = mean.ci95
-    calls = [r.remote for phase in own for r in phase if r.remote is not None]
     return {
         "images_per_min": 60.0 / mean.value,
         "ci95": None if ends is None or ends[0] <= 0 else [60.0 / ends[1], 60.0 / ends[0]],
         "n": len(gaps),
         "wall_s": wall_s,
-        "in_flight": max(c.in_flight for c in calls),
-        "settings": len({setting_key(r.trial) for phase in own for r in phase}),
+        "in_flight": max(call.in_flight for phase in own for _, call in phase),
+        "settings": len({setting_key(r.trial) for phase in own for r, _ in phase}),
     }
 
 
-def _gaps(phase: Phase) -> list[float]:
+def _gaps(phase: Calls) -> list[float]:
     """Seconds from the phase's start to its first image, and from each to the next."""
     ends = sorted(
         _start_s(r) + r.timings.latency_s
-        for r in phase
+        for r, _ in phase
         if r.status is Status.OK and r.timings is not None
     )
-    return [float(gap) for gap in np.diff([_start_s(phase[0]), *ends])]
+    return [float(gap) for gap in np.diff([_start_s(phase[0][0]), *ends])]
 
 
 def _start_s(record: Record) -> float:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sd35bench.fields import FIRST_PAIR, asked_fields, pair_identity, setting_identity
 from sd35bench.prompts import same_prompt
 from sd35bench.study.columns import (
+    FREE_TEXTS,
     Columns,
     Records,
     Some,
@@ -79,7 +80,7 @@ def request_codes(records: Some) -> NDArray[np.int64]:
     """A number for the request of each record, in the order of appearance: [n]."""
     if not isinstance(records, Records):
         return numbered([r.trial.request for r in records])[0]
-    parts = (coded(records, name)[0] for name in ("asked", *_FREE[:3]))
+    parts = (coded(records, name)[0] for name in ("asked", *FREE_TEXTS))
     return grouped(*parts, seeds(records))[0]
 
 
@@ -152,7 +153,7 @@ def _settings(columns: Columns) -> tuple[NDArray[np.int64], list[str]]:
     return each[codes], [*numbers]
 
 
-_FREE = ("prompt", "negative_prompt", "init_image", "seed")
+_FREE = (*FREE_TEXTS, "seed")
 """What of a pair is a column of its own; one record of each request says the rest."""
 
 
@@ -166,9 +167,9 @@ def _pairs(columns: Columns) -> tuple[NDArray[np.int64], list[PairKey], NDArray[
         kinds: dict[Any, int] = {}
         rest = (tuple(v for i, v in enumerate(key) if i not in at) for key in like)
         part = np.array([kinds.setdefault(r, len(kinds)) for r in rest], np.int64)[asked]
-        own = (columns.codes(name)[0] for name in _FREE[:3])
+        own = (columns.codes(name)[0] for name in FREE_TEXTS)
         codes, firsts = grouped(*own, columns.whole("seed"), part)
-        values = [columns.texts(name)[firsts].tolist() for name in _FREE[:3]]
+        values = [columns.texts(name)[firsts].tolist() for name in FREE_TEXTS]
         found, labels = [], []
         prompts: dict[Any, int] = {}
         seeds = columns.whole("seed")[firsts].tolist()
@@ -183,23 +184,13 @@ def _pairs(columns: Columns) -> tuple[NDArray[np.int64], list[PairKey], NDArray[
     return columns.kept("pairs", make)
 
 
-def known_digest(load: Load) -> str | None:
-    """The digest of the weights; ``None`` of a hosted service, which does not tell it."""
-    return None if is_hosted(load) else load.model.weights_digest
-
-
-def known_threads(load: Load) -> int | None:
-    """The threads that made the images; ``None`` of a hosted service, which does not tell them."""
-    return None if is_hosted(load) else load.threads
-
-
 def weights_text(load: Load) -> str | None:
     """Name the weights by their files: ``base.safetensors + team.safetensors × 0.8``.
 
     What came with the model's name has that name; ``None`` for a hosted service.
     """
     model = load.model
-    if is_hosted(load):
+    if load.known_digest is None:
         return None
     path = Path(model.path)
     base = model.name if path.name in ("", "weights") else path.name
@@ -214,11 +205,6 @@ def weights_text(load: Load) -> str | None:
         for c in model.changes
     )
     return " + ".join((base, *added))
-
-
-def is_hosted(load: Load) -> bool:
-    """Whether a hosted service makes the images; its backends alone have a base URL."""
-    return "base_url" in load.backend.options
 
 
 def cluster_key(trial: Trial) -> tuple[str, str | None]:
@@ -262,10 +248,10 @@ def setting_fields(record: Record) -> dict[str, Any]:
     return {
         "setting": setting_key(record.trial),
         "model": load.model.name,
-        "weights_digest": known_digest(load),
+        "weights_digest": load.known_digest,
         "backend": load.backend.name,
         "backend_options": dict(load.backend.options),
-        "threads": known_threads(load),
+        "threads": load.known_threads,
         **asked_fields(record.trial.request),
     }
 

@@ -123,8 +123,7 @@ def _row(
     sessions = [table.sessions[i] for i in named if i in table.sessions]
     target = row.records[0].trial.load.model.target_latency_s
     p50 = latency.p50
-    # What this process took to talk to a service says nothing of the model's memory.
-    measured: Some = [] if row.hosted else row.records
+    measured, loads = row.here(row.records), row.here(sessions)
     return row.setting | {
         "id": row.id,
         "weights": weights_text(row.records[0].trial.load),
@@ -141,11 +140,9 @@ def _row(
         "contention": row.clock.document(),
         "target_latency_s": target,
         "latency_ratio": None if target is None or p50 is None else p50 / target,
-        "stage_s": _stages([] if row.hosted else row.timed),
-        "load_s": None if row.hosted else _median(_floats([s.load_s for s in sessions])),
-        "first_call_s": None
-        if row.hosted
-        else _median(_floats([s.first_call_s for s in sessions])),
+        "stage_s": _stages(row.here(row.timed)),
+        "load_s": _median(_floats([s.load_s for s in loads])),
+        "first_call_s": _median(_floats([s.first_call_s for s in loads])),
         "peak_vram_bytes": _peak(numbers(measured, "peak_vram_bytes")),
         "peak_allocator_bytes": _peak(numbers(measured, "peak_allocator_bytes")),
         "peak_rss_bytes": _peak(numbers(measured, "peak_rss_bytes")),

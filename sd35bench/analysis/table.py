@@ -7,17 +7,17 @@ file that another seed gave in the same setting. One pass over the records, one 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import GUARD
 from sd35bench.analysis.scores import Found, ScoreIndex, ScoreLike
-from sd35bench.analysis.settings import HELD_OUT, is_hosted, setting_codes, setting_fields
+from sd35bench.analysis.settings import HELD_OUT, setting_codes, setting_fields
 from sd35bench.machine.contention import Timed, choose, clock_text, read_contention, sentences
 from sd35bench.machine.measure import environment_id
 from sd35bench.study.columns import (
@@ -39,6 +39,8 @@ from sd35bench.study.columns import (
 )
 from sd35bench.types import CUT, Record, Session, Status, content_hash
 from sd35bench.words import plural
+
+T = TypeVar("T")
 
 REPEATED = "same image under different seeds"
 MISSING = "image file missing"
@@ -87,7 +89,14 @@ class Row:
     @property
     def hosted(self) -> bool:
         """Whether a hosted service made its images, so that no limit of this machine holds."""
-        return is_hosted(self.records[0].trial.load)
+        return self.records[0].trial.load.is_hosted
+
+    def here(self, found: Sequence[T]) -> Sequence[T]:
+        """What was found of this machine: none of it is a hosted service's.
+
+        What this process took to talk to a service says nothing of the model.
+        """
+        return [] if self.hosted else found
 
     @property
     def ambiguous(self) -> int:
@@ -235,10 +244,9 @@ def why_untimed(record: Record) -> str | None:
     A hosted call that ran beside others of this client shared the service with them; one that was
     found again was not watched all the time.
     """
-    if record.remote is not None and record.remote.resumed:
-        return RESUMED
-    if record.remote is not None and record.remote.in_flight != 1:
-        return BESIDE
+    call = record.remote
+    if call is not None and (call.resumed or call.in_flight != 1):
+        return RESUMED if call.resumed else BESIDE
     alone = record.trial.batch_size == 1 and record.batch_actual == 1
     return None if alone and record.timings is not None else _BATCHED
 

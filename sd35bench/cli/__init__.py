@@ -142,7 +142,12 @@ def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:
         console().say(text)
         return Answer()
     with loudness(given):
-        return command.call(given)
+        if not given.has("--sink"):
+            return command.call(given)
+        from sd35bench.cli import sinks
+
+        names = sinks.named(given)  # a wrong one is refused before the verb begins
+        return sinks.sent(given, command.call(given), names)
 
 
 def _command(verb: str) -> Command:

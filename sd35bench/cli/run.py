@@ -1,6 +1,7 @@
 """`sd35bench run`: a Hydra application behind the parser of all verbs.
 
-Each load's job calls `RunTask`, possibly on another machine; the rest sums and prints.
+Hydra composes the jobs, one a load, and `RunTask` runs them here, one after the other or on one
+crew. Where a launcher is named, Hydra calls `RunTask` for each, possibly on another machine.
 """
 
 import dataclasses
@@ -40,13 +41,13 @@ from sd35bench.cli.parser import (
     parse,
 )
 from sd35bench.cli.recommended import with_recommended
-from sd35bench.cli.sinks import SINK, sending
+from sd35bench.cli.sinks import SINK
 from sd35bench.config import Job, check_overrides, choices, freeze
 from sd35bench.config.experiments import with_models_own
 from sd35bench.config.files import GROUPS
 from sd35bench.config.models import FIELDS, Known
 from sd35bench.config.overrides import written
-from sd35bench.config.sweeper import sweep
+from sd35bench.config.sweeper import folders_made, sweep
 from sd35bench.config.unread import refuse_unread
 from sd35bench.engine import crew_of, run_together
 from sd35bench.errors import ConfigError, JobsLost, SD35BenchError, StudyLocked, count_error
@@ -71,7 +72,7 @@ POLL_S = 0.5
 
 
 class RunTask:
-    """The task that Hydra's launcher calls once per load; can be sent to another process."""
+    """One command's jobs; a launcher of Hydra's calls it for each, also in another process."""
 
     def __init__(
         self,
@@ -87,7 +88,6 @@ class RunTask:
         """
         self.dry_run, self.yes, self.asked, self.say = dry_run, yes, list(asked), say
         self.prepared: list[tuple[Job, Plan]] = []
-        self.crews: list[Crew | None] = []
         self.before: set[str] = set()
         self.damaged = 0
 
@@ -96,14 +96,9 @@ class RunTask:
         return _arrived, (self.dry_run, self.yes, plugins.given())
 
     @property
-    def is_pooled(self) -> bool:
-        """Whether jobs share several workers, so that Hydra composes and does not launch."""
-        return any(crew is not None for crew in self.crews) and not self.is_launched
-
-    @property
     def is_launched(self) -> bool:
-        """Whether the command line names a launcher of Hydra's."""
-        return any(text.lstrip("+").startswith("hydra/launcher") for text in self.asked)
+        """Whether Hydra launches the jobs: a launcher of its own is named, or set up."""
+        return any(text.lstrip("+").startswith("hydra") for text in self.asked)
 
     def prepare(self, configs: Sequence[DictConfig]) -> bool:
         """Validate and plan every job before the first is launched; True ends it there."""
@@ -122,9 +117,7 @@ class RunTask:
             self._refuse_bill()
         if self.is_launched:
             self.before = _done(self.prepared[0][0])
-        if not self.dry_run:
-            self.crews = [crew_of(job.engine, plan) for job, plan in self.prepared]
-        return self.dry_run or self.is_pooled
+        return self.dry_run or not self.is_launched
 
     def _refuse_bill(self) -> None:
         """Refuse a bill that nobody agreed to.
@@ -156,18 +149,21 @@ class RunTask:
             found.append(dataclasses.asdict(summary))
         return found
 
-    def run_pooled(self) -> list[dict[str, Any] | SD35BenchError]:
+    def run_all(self) -> list[dict[str, Any] | SD35BenchError]:
         """Run the jobs of equal crews together and the others one by one; as `__call__`."""
+        crews = [crew_of(job.engine, plan) for job, plan in self.prepared]
+        with folders_made():
+            self.prepared[0][0].results_dir.mkdir(parents=True, exist_ok=True)
         found: dict[int, dict[str, Any] | SD35BenchError] = {}
-        for first, crew in enumerate(self.crews):
-            alike = [i for i, other in enumerate(self.crews) if crew and other == crew]
+        for first, crew in enumerate(crews):
+            alike = [i for i, other in enumerate(crews) if crew and other == crew]
             group = alike or [first]
             if first not in found:
                 try:
                     found |= zip(group, self._group(group, crew), strict=True)
                 except SD35BenchError as exc:
                     found |= dict.fromkeys(group, exc)
-        return [found[i] for i in range(len(self.crews))]
+        return [found[i] for i in range(len(crews))]
 
     def _group(self, group: Sequence[int], crew: Crew | None) -> list[dict[str, Any]]:
         jobs = [self.prepared[i] for i in group]
@@ -230,7 +226,7 @@ def run(given: Given) -> Answer:
         found = _estimate(task.prepared)
         _print_estimate(out, job, found)
         return Answer(document=found.document(job.study))
-    results = task.run_pooled() if task.is_pooled else results
+    results = results if task.is_launched else task.run_all()
     elapsed_s = time.perf_counter() - began
     for result in results:
         if isinstance(result, SD35BenchError):
@@ -484,7 +480,7 @@ def _field_lines(field: Known) -> str:
 
 COMMANDS = {
     "run": Command(
-        call=sending(run),
+        call=run,
         settings="NAME=VALUE ...",
         about="The same command again makes only what is missing; failed images are tried again.",
         examples="""

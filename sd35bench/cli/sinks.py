@@ -1,8 +1,6 @@
 """`--sink`: after a verb, its study goes to the trackers that are named."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,20 @@ SINK = Flag(
 )
 
 
-def sending(call: Callable[[Given], Answer]) -> Callable[[Given], Answer]:
-    """The same verb; where `--sink` was given, its study is sent when it is done.
+def named(given: Given) -> list[str]:
+    """The sinks of `--sink`. Raises: ConfigError for a name that is none."""
+    from sd35bench.sinks.base import sink_names
 
-    Raises: ConfigError for a name that is no sink, before anything else.
-    """
+    return sink_names(given.text(SINK.name))
 
-    @wraps(call)
-    def answer(given: Given) -> Answer:
-        if not given.has(SINK.name):
-            return call(given)
-        from sd35bench.sinks.base import sink_names
 
-        names = sink_names(given.text(SINK.name))
-        found = call(given)
-        document = found.document if isinstance(found.document, dict) else {}
-        path = _study(given, document)
-        if path is None:
-            return found
-        return replace(found, document={**document, "sinks": _send(given, path, document, names)})
-
-    return answer
+def sent(given: Given, found: Answer, names: list[str]) -> Answer:
+    """What a verb found, once its study was sent to these sinks."""
+    document = found.document if isinstance(found.document, dict) else {}
+    path = _study(given, document)
+    if path is None:
+        return found
+    return replace(found, document={**document, "sinks": _send(given, path, document, names)})
 
 
 def _study(given: Given, document: dict[str, Any]) -> Path | None:

@@ -29,7 +29,7 @@ from sd35bench.cli.parser import (
     Given,
     in_columns,
 )
-from sd35bench.cli.sinks import SINK, sending
+from sd35bench.cli.sinks import SINK
 from sd35bench.cli.slices import FLAGS as SLICES
 from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
 from sd35bench.errors import ConfigError, SD35BenchError, StoreError
@@ -433,7 +433,7 @@ def _metric_names(extra: Path | None) -> str:
 
 COMMANDS = {
     "score": Command(
-        call=sending(score),
+        call=score,
         words=("[STUDY]",),
         settings="[metric.NAME.OPTION=VALUE ...] [workers=N] [threads=N] [engine=ray]",
         about="""Only what is missing is computed. Without --metric: quality where there are trained
@@ -500,7 +500,7 @@ sd35bench show grid --json | jq '.settings[].latency_s.p50'
         ),
     ),
     "recommend": Command(
-        call=sending(recommend),
+        call=recommend,
         words=("[STUDY]",),
         about="""A profile says what a setting is for. preview: the best within a quarter of the
 vendor's work; balanced: the fastest that is as good as the best, within a margin; final: the same
@@ -565,7 +565,7 @@ sd35bench claims claims --markdown > claims.md
         flags=(MARKDOWN, RESULTS_DIR),
     ),
     "report": Command(
-        call=sending(report),
+        call=report,
         words=("[STUDY...]",),
         about="The file opens offline. First: the answer, the chosen setting's images beside"
         " a default's,\nand quality over latency. Then a grid of images over any two fields.",

@@ -14,7 +14,8 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from sd35bench.config.files import choices, group_file
 from sd35bench.config.models import AXES, SWEEPER_MODULE, check_lists
 from sd35bench.config.overrides import LOAD_AXES, OWN_INPUTS, parse, sweep_values
 from sd35bench.errors import ConfigError, JobsLost, StoreError, nearest
+from sd35bench.fields import SIZE
 from sd35bench.remote.inputs import IMAGE
 
 NOISE_BATCH = 8
@@ -128,17 +130,25 @@ class GroupingSweeper(Sweeper):
         if prepare is not None and prepare(configs):
             return []
         try:
-            returned = self.launcher.launch(jobs, initial_job_idx=0)
-        except OSError as exc:  # Hydra makes its folders before it calls the task
-            raise StoreError(
-                f"cannot write {exc.filename}: {exc.strerror}; give another results_dir="
-            ) from exc
+            with folders_made():  # Hydra makes its own before it calls the task
+                returned = self.launcher.launch(jobs, initial_job_idx=0)
         except Exception as exc:
             if type(exc).__module__.partition(".")[0] in _OURS:
                 raise
             said = (str(exc).strip().splitlines() or [""])[0]
             raise JobsLost(f"{type(exc).__name__}: {said}") from exc
         return [_value(job) for job in returned]
+
+
+@contextmanager
+def folders_made() -> Iterator[None]:
+    """Say of a folder that cannot be made how to name another. Raises: StoreError."""
+    try:
+        yield
+    except OSError as exc:
+        raise StoreError(
+            f"cannot write {exc.filename}: {exc.strerror}; give another results_dir="
+        ) from exc
 
 
 def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str]]:
@@ -165,10 +175,10 @@ def job_overrides(arguments: Sequence[str], config: DictConfig) -> list[list[str
             shared.append(str(override.input_line))
             if name in REQUEST_AXES:
                 shared.append(f"axes.{name}=[]")
-    sides = {"width", "height"}
-    if sides & given and "aspect_ratio" not in given:
+    sides = given & {*SIZE}
+    if sides and "aspect_ratio" not in given:
         shared += ["aspect_ratio=null", "axes.aspect_ratio=[]"]
-    if "aspect_ratio" in given and not sides & given:
+    if "aspect_ratio" in given and not sides:
         shared += ["width=null", "height=null", "axes.width=[]", "axes.height=[]"]
     for name in LOAD_AXES:
         if name not in given:

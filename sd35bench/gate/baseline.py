@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sd35bench import words
 from sd35bench.disk import parse_json, read_regular
 from sd35bench.errors import ConfigError, StoreError
-from sd35bench.fields import ASKED, completed
+from sd35bench.fields import ASKED, FIELDS, NUMBERS, completed
 from sd35bench.gate.sides import FeatureReader, Features, SetScore, Side, Start, told_apart
 
 SCHEMA = 1
@@ -192,9 +192,9 @@ def _required(found: Any) -> dict[str, Any]:
     for name in ("setting", "backend", *ASKED):
         if name not in setting:
             raise KeyError(f"setting.{name}")
-    for name in ("steps", "cfg", "prompt_strength"):
+    for name in NUMBERS:
         value = setting[name]
-        unknown = name == "prompt_strength" and value is None
+        unknown = value is None and FIELDS[name].quiet is None
         if not unknown and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise TypeError(f"setting.{name} {value!r} is no number")
     return setting

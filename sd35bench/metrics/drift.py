@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.drift import SHIFTS, psnr_db
-from sd35bench.analysis.settings import known_digest, known_threads
 from sd35bench.errors import ConfigError, MetricError
 from sd35bench.metrics.base import Image, Pair, PairMetric, Value, require_uint8_rgb
 from sd35bench.metrics.cvvdp import find_cvvdp
@@ -63,7 +62,7 @@ class Drift(PairMetric):
         models: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record in records:
             load = record.trial.load
-            digest = known_digest(load)
+            digest = load.known_digest
             if digest is not None:
                 models[load.model.name, digest].append(record)
         # Without a digest the weights with the most images are meant.
@@ -71,7 +70,7 @@ class Drift(PairMetric):
         by_name = dict(most)
         for record in records:
             name = record.trial.load.model.name
-            if known_digest(record.trial.load) is None:
+            if record.trial.load.known_digest is None:
                 models[name, by_name.get(name, "")].append(record)
         found: dict[str, list[Record]] = {}
         for rows in models.values():
@@ -139,7 +138,7 @@ class _Standard:
         own = [r for r in named if _identity(r.trial.load.backend) == self.identity]
         threads = {r.trial.load.threads for r in own}
         # A thread count that nobody told says nothing, unless there is no other.
-        told = [t for r in everyone if (t := known_threads(r.trial.load)) in threads]
+        told = [t for r in everyone if (t := r.trial.load.known_threads) in threads]
         every = [r.trial.load.threads for r in everyone]
         self.threads = _commonest(told if told else [t for t in every if t in threads])
         alone = any(r.trial.batch_size == 1 for r in own)
@@ -151,7 +150,7 @@ class _Standard:
     def candidates(self, record: Record) -> list[Record]:
         """The reference's records for this one, best first; empty for the standard itself."""
         load, batch_size = record.trial.load, record.trial.batch_size
-        told = known_threads(load)
+        told = load.known_threads
         threads = self.threads if told is None else told
         found = self.by_request.get(record.trial.request, [])
         if _identity(record.trial.load.backend) == self.identity:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sd35bench.analysis.facts import METRICS
-from sd35bench.analysis.settings import known_digest
 from sd35bench.errors import MetricError
 from sd35bench.metrics.base import (
     FeatureMetric,
@@ -126,7 +125,7 @@ def _has_contestants(records: Sequence[Record], options: Options) -> bool:
 
 def _same_model(a: Load, b: Load) -> bool:
     """By name, and by digest where both tell it."""
-    digests = {known_digest(a), known_digest(b)}
+    digests = {a.known_digest, b.known_digest}
     return a.model.name == b.model.name and (len(digests) == 1 or None in digests)
 
 

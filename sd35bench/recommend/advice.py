@@ -16,7 +16,7 @@ from typing import Any
 from sd35bench import plugins
 from sd35bench.analysis.commands import Elsewhere, results_dir_of
 from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
-from sd35bench.analysis.settings import HELD_OUT, is_hosted
+from sd35bench.analysis.settings import HELD_OUT
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
@@ -95,7 +95,7 @@ def _document(run: Run) -> dict[str, Any]:
         "prompts": run.prompts,
         "there": run.there,
         "images": (run.prompts - run.there) * len(set(seeds(records).tolist())),
-        "hosted": is_hosted(records[0].trial.load),
+        "hosted": records[0].trial.load.is_hosted,
         "command": run_command(records, run.study, asked),
     }
 

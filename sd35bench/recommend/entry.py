@@ -333,10 +333,7 @@ class Entry:
         wanted = {
             "name": default.name,
             "source": default.source,
-            "steps": default.steps,
-            "cfg": default.cfg,
-            "prompt_strength": default.prompt_strength,
-            "sampler": default.sampler,
+            **default.asked,
             "skip_layer_guidance": default.skips_layers,
         }
         blank = dict.fromkeys(

@@ -11,7 +11,7 @@ skip-layer guidance at cfg 4. All of them leave the shift to the checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sd35bench.analysis.table import Row
@@ -28,7 +28,6 @@ PRESET = "stability"
 _OWN_SHIFT = {None, 3.0}
 """The checkpoint's shift: unasked, or asked for as the value that it has."""
 
-_NAMES = ("steps", "cfg", "prompt_strength", "sampler")
 _FREE = ("max_sequence_length", "width", "height", "output_format", "output_quality")
 """What of a setting no default names; all else that a default does not name is as unasked."""
 
@@ -45,6 +44,11 @@ class NamedDefault:
     prompt_strength: float | None = None
     sampler: str = "euler"
     skips_layers: bool = False
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields of a request that it names; skip-layer guidance is left to the command."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in FIELDS}
 
 
 NAMED = (
@@ -154,8 +158,7 @@ def verdict_beside(difference: Interval, margin: float, above: bool | None) -> s
 
 def _values(default: NamedDefault) -> dict[str, Any]:
     """What a request of the default asks for; skip-layer guidance is as unasked."""
-    named = {name: getattr(default, name) for name in _NAMES}
-    return {name: FIELDS[name].quiet for name in SETTING if name not in _FREE} | named
+    return {name: FIELDS[name].quiet for name in SETTING if name not in _FREE} | default.asked
 
 
 def _same_place(row: Row, like: Row) -> bool:

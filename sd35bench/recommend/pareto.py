@@ -170,10 +170,9 @@ def _seconds(candidate: Candidate) -> Floats:
 
 def peak_bytes(candidate: Candidate) -> int | None:
     """Peak memory of what made the images: the GPU's where there is one, else the process's."""
-    if candidate.row.hosted:
-        return None  # the service's memory is none of ours
+    records = candidate.row.here(candidate.row.records)
     for name in ("peak_vram_bytes", "peak_rss_bytes"):
-        peaks = numbers(candidate.row.records, name)
+        peaks = numbers(records, name)
         known = peaks[~np.isnan(peaks)]
         if len(known):
             return int(known.max())

@@ -20,15 +20,13 @@ from sd35bench.analysis.commands import (
     negative_overrides,
     prompt_overrides,
 )
-from sd35bench.analysis.settings import known_digest, shared_negatives
+from sd35bench.analysis.settings import shared_negatives
 from sd35bench.evaluations import skip_layer_window
-from sd35bench.fields import FIELDS, later_asked
+from sd35bench.fields import CURVES, FIELDS, SIZE, later_asked
 from sd35bench.remote.providers.wire import MOST_CFG, MOST_STEPS, RATIOS, schema_input
 from sd35bench.study.columns import Some, seeds
 from sd35bench.types import Record, Request, Task
 
-_FIRST = ("steps", "cfg", "prompt_strength", "width", "height")
-"""What a command says before the weights."""
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -47,10 +45,9 @@ def run_command(
     asked = Elsewhere() if elsewhere is None else elsewhere
     known = sorted(set(seeds(records).tolist()))
     said = asked_overrides(load, [request], asked.skip_layers)
-    remote = records[0].remote
-    for name in () if remote is None or load.model.family == "sd3" else remote.unsent:
+    for name in () if load.model.family == "sd3" else records[0].unsent:
         said.pop(name, None)  # the model has no input for it, and a run refuses it
-    first = {name: said.pop(name) for name in _FIRST if name in said}
+    first = {name: said.pop(name) for name in CURVES + SIZE if name in said}
     loads = load_overrides(load)
     weights = {name: text for name, text in loads.items() if name.startswith("model.")}
     parts = [f"{n}={loads[n]}" for n in loads if n not in weights]
@@ -72,7 +69,7 @@ def snippet(record: Record, init_path: Path | None) -> str | None:
     """
     load, request = record.trial.load, record.trial.request
     if (
-        known_digest(load) is None
+        load.known_digest is None
         or load.model.weights != "checkpoint"
         or load.model.components is not None
         or load.model.changes
@@ -215,7 +212,7 @@ def api_body(record: Record) -> dict[str, Any]:
         name for name in ("shift", "max_sequence_length") if getattr(request, name) is not None
     ]
     body = {"model": SLUG, "version": "0.0.1", "input": inputs}
-    return {"body": body, "not_sent": ["width", "height", *unsaid], "why_not": None}
+    return {"body": body, "not_sent": [*SIZE, *unsaid], "why_not": None}
 
 
 def _refusal(request: Request, ratio: str) -> str | None:

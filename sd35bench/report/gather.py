@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd35bench import words
-from sd35bench.analysis.settings import is_hosted
 from sd35bench.analysis.table import by_host
 from sd35bench.disk import is_locked
 from sd35bench.report.headline import (
@@ -178,7 +177,7 @@ def read_facts(one: Gathered) -> list[tuple[str, str]]:
 
 def _device(session: Session) -> str:
     load = session.load
-    if is_hosted(load):
+    if load.is_hosted:
         return f"hosted by {load.backend.kind}"
     return str(session.in_force.get("device", "?"))
 

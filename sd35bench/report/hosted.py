@@ -222,7 +222,7 @@ def _label(row: Row, members: Sequence[Row]) -> str:
         said.append(in_words("prompt_strength", row.prompt_strength))
     if differs("width", members) or differs("height", members):
         said.append(f"{row.text('width')}×{row.text('height')}")
-    if row.remote is None and differs("threads", [r for r in members if r.remote is None]):
+    if row.tells("threads") and differs("threads", [r for r in members if r.tells("threads")]):
         said.append(f"{row.text('threads')} threads")
     return " · ".join(said)
 

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from sd35bench import words
+from sd35bench.fields import CURVES
 from sd35bench.recommend.pareto import pareto_front
 from sd35bench.report.render import (
     FIRST_TO_GO,
@@ -24,7 +25,6 @@ from sd35bench.report.render import (
     Table,
 )
 from sd35bench.report.rows import (
-    CURVES,
     Row,
     failed_text,
     has_far,

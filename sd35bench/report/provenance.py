@@ -20,7 +20,6 @@ from sd35bench.analysis.commands import (
 )
 from sd35bench.analysis.settings import (
     Numbered,
-    is_hosted,
     setting_codes,
     shared_negatives,
     tasks,
@@ -90,11 +89,11 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Some]) -> dict[str, A
     load = sessions[0].load
     parts = [peaks[s.id] for s in sessions if s.id in peaks]
     vram, rss = (_highest(parts, f"peak_{kind}_bytes") for kind in ("vram", "rss"))
-    hosted = is_hosted(load)  # what it loads and takes, nobody told us
-    options = {**load.backend.options, "threads": "n/a" if hosted else load.threads}
+    told = [] if load.is_hosted else sessions  # what a service loads and takes, nobody told us
+    options = {**load.backend.options, "threads": load.threads if told else "n/a"}
 
     def middle(seconds: Iterable[float]) -> str:
-        return words.seconds(None if hosted else median(seconds))
+        return words.seconds(median(seconds) if told else None)
 
     return {
         "model": load.model.name,
@@ -102,10 +101,10 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Some]) -> dict[str, A
         "backend": load.backend.name,
         "options": ", ".join(f"{k}={_plain(v)}" for k, v in options.items()),
         "starts": len(sessions),
-        "load": middle(s.load_s for s in sessions),
-        "first_call": middle(s.first_call_s for s in sessions),
-        "warmup": middle(s.warmup_s for s in sessions),
-        "rss": words.size(None if hosted else rss),
+        "load": middle(s.load_s for s in told),
+        "first_call": middle(s.first_call_s for s in told),
+        "warmup": middle(s.warmup_s for s in told),
+        "rss": words.size(rss if told else None),
         "vram": words.size(vram),
         "in_force": [(k, _plain(v)) for k, v in sessions[-1].in_force.items()],
     }
@@ -205,8 +204,8 @@ def _rerun(study: str, records: Some, results_dir: str | None) -> dict[str, str]
     kinds = unlike(records)
     loads = [load_overrides(r.trial.load) for r in kinds]
     requests = [r.trial.request for r in kinds]
-    others = (r.remote for r in kinds if r.trial.load.model.family != "sd3")
-    unsent = {n for remote in others if remote for n in remote.unsent}  # a run refuses them
+    others = (r for r in kinds if r.trial.load.model.family != "sd3")
+    unsent = {name for record in others for name in record.unsent}  # a run refuses them
     swept = {name: [load[name] for load in loads if name in load] for name in SWEPT}
     seeds_of = sorted(set(seeds(records).tolist()))
     words_of = {

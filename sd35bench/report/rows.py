@@ -12,18 +12,16 @@ from sd35bench import words
 from sd35bench.analysis.facts import METRICS, facts
 from sd35bench.analysis.pairs import EDIT_QUALITY
 from sd35bench.analysis.settings import setting_codes
-from sd35bench.fields import SETTING, unusual_words, value_text
+from sd35bench.fields import CURVES, SETTING, SIZE, unusual_words, value_text
 from sd35bench.fields import words as in_words
 from sd35bench.study.columns import Some, coded, grouped, numbered, pick, split
 from sd35bench.types import Session, to_json
 from sd35bench.words import MISSING, Estimate
 
 # The fields of a setting, in the order in which a person would name them.
-CURVES = ("steps", "cfg", "prompt_strength")
-_SIZE = ("width", "height")
 SETTING_FIELDS = (
-    *("model", "weights", "weights_digest", "backend", "threads", *_SIZE),
-    *(name for name in SETTING if name not in CURVES + _SIZE),
+    *("model", "weights", "weights_digest", "backend", "threads", *SIZE),
+    *(name for name in SETTING if name not in CURVES + SIZE),
     *CURVES,
 )
 DRIFT = "drift"
@@ -118,6 +116,10 @@ class Row:
         """Everything but steps, cfg and strength: what the curves must hold fixed."""
         return tuple((k, _hashable(v)) for k, v in self.setting.items() if k not in _AXES)
 
+    def tells(self, name: str) -> bool:
+        """Whether who made the images tells this field; a hosted service does not tell all."""
+        return self.remote is None or name not in UNTOLD
+
     def unsent(self, name: str) -> bool:
         """Whether a service was not told this field: it has none, or its own value."""
         return self.remote is not None and name in (self.remote.get("unsent") or ())
@@ -129,7 +131,7 @@ class Row:
 
     def text(self, name: str) -> str:
         """A field of the setting as a table shows it; a service has neither threads nor digest."""
-        if name in UNTOLD and self.remote is not None:
+        if not self.tells(name):
             return "n/a"
         if name in CURVES and self.unsent(name):
             return MISSING
@@ -137,16 +139,16 @@ class Row:
 
     def differences(self, fields: Iterable[str]) -> str:
         """Those of some fields that are not as usual, in words; a service does not tell all."""
-        known = [f for f in fields if f not in UNTOLD or self.remote is None]
-        return ", ".join(unusual_words(self.setting, (f for f in known if not self.unsent(f))))
+        known = (f for f in fields if self.tells(f) and not self.unsent(f))
+        return ", ".join(unusual_words(self.setting, known))
 
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4``, prompt_strength, and the `extra` fields that vary."""
         parts = [in_words(n, self.setting[n]) for n in CURVES[:2] if not self.unsent(n)]
         if self.prompt_strength is not None:
             parts.append(in_words("prompt_strength", self.prompt_strength))
-        shown = [f for f in extra if f in self.setting and f not in _AXES]
-        shown = [f for f in shown if f not in UNTOLD or self.remote is None]
+        known = (f for f in extra if f in self.setting and f not in _AXES)
+        shown = [f for f in known if self.tells(f)]
         parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
         return " · ".join(parts) if parts else str(self.setting.get("model", MISSING))
 
@@ -264,7 +266,7 @@ def field_words(row: Row, fields: Sequence[str]) -> str:
     said = []
     for name in fields:
         value = row.setting.get(name)
-        if value is not None and (name not in UNTOLD or row.remote is None):
+        if value is not None and row.tells(name):
             said.append(_in_words(name, value))
     return " · ".join(said) if said else MISSING
 
@@ -286,13 +288,12 @@ def _hashable(value: Any) -> Any:
 def varying_fields(rows: Sequence[Row]) -> tuple[str, ...]:
     """Fields beyond steps, cfg and strength that differ between `rows`, in reading order."""
     names = (*SETTING_FIELDS, "environment_id")
-    local = [r for r in rows if r.remote is None]
     varying = [
         f
         for f in names
-        if f not in _AXES
-        and len({_hashable(r.setting.get(f)) for r in (local if f in UNTOLD else rows)}) > 1
+        if f not in _AXES and len({_hashable(r.setting.get(f)) for r in rows if r.tells(f)}) > 1
     ]
+    local = [r for r in rows if r.tells("weights")]
     if "weights" in varying and _tells(local, "weights") == _tells(local, "weights_digest"):
         varying.remove("weights_digest")
     return tuple(f for f in varying if f != "environment_id" or not told_by_threads(rows))
@@ -311,7 +312,7 @@ def told_by_threads(rows: Sequence[Row]) -> bool:
     """
 
     def told(row: Row) -> Any:
-        return row.setting.get("threads" if row.remote is None else "backend")
+        return row.setting.get("threads" if row.tells("threads") else "backend")
 
     pairs = {(told(r), r.setting.get("environment_id")) for r in rows}
     return len({name for name, _ in pairs}) == len(pairs)

@@ -24,7 +24,7 @@ from sd35bench.analysis.scores import Found, ScoreIndex
 from sd35bench.analysis.settings import PairKey, PairNumbers, tasks
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import StoreError
-from sd35bench.fields import label
+from sd35bench.fields import CURVES, label
 from sd35bench.pictures import PIXEL_ART_PX, webp_uri
 from sd35bench.prompts import encoder_fields
 from sd35bench.report.leaderboard import primary_metric
@@ -435,7 +435,7 @@ def _setting(row: Row, extra: Sequence[str]) -> dict[str, Any]:
 def _fields(rows: Sequence[Row], extra: Sequence[str]) -> list[dict[str, Any]]:
     """The fields that tell settings apart: each value once, in order, and each setting's place."""
     found = []
-    for name in dict.fromkeys(("task", "steps", "cfg", "prompt_strength", *extra)):
+    for name in dict.fromkeys(("task", *CURVES, *extra)):
         values = [r.task if name == "task" else r.setting.get(name) for r in rows]
         said = {setting_text(v): v for v in values if v is not None}
         is_number = all(isinstance(v, int | float) for v in said.values())

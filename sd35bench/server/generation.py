@@ -25,8 +25,8 @@ from sd35bench.server.predictions import PredictionStore, Work
 from sd35bench.server.settings import ServerSettings
 from sd35bench.types import Request, Status
 from sd35bench.workers.limits import work_of
+from sd35bench.workers.process import WorkerProcess
 from sd35bench.workers.worker import Answer, Failed, Job
-from sd35bench.workers.worker_process import WorkerProcess
 
 RETRY_S = 1.0
 ENDING_S = 0.1

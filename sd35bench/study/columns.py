@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.study.view import OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, ParquetView
+from sd35bench.study.view import FREE, OF_MEMORY, OF_SURROUNDINGS, OF_TIMINGS, ParquetView
 from sd35bench.types import Flops, Record, from_json
 
 Floats = NDArray[np.float64]
@@ -24,7 +24,8 @@ _PART = {
     **dict.fromkeys(OF_SURROUNDINGS, "surroundings"),
     **dict.fromkeys(("key", "batch_size"), "trial"),
 }
-_ASKED = frozenset(("prompt", "negative_prompt", "init_image"))
+FREE_TEXTS = tuple(name for name in FREE if name != "seed")
+"""Texts of a request that are columns of their own."""
 
 
 _FEW, _MOST_MADE = 8192, 65536
@@ -499,7 +500,7 @@ def with_tags(records: Some, where: Mapping[str, str]) -> Some:
 
 
 def _value(record: Record, name: str) -> Any:
-    if name in _ASKED:
+    if name in FREE_TEXTS:
         return getattr(record.trial.request, name)
     part = _PART.get(name)
     owner = record if part is None else getattr(record, part)
@@ -552,8 +553,7 @@ def samples(records: Some) -> Sequence[Record]:
         return records
 
     def make() -> list[Record]:
-        names = ("prompt", "negative_prompt", "init_image", "ref")
-        _, firsts = grouped(*(coded(records, name)[0] for name in names))
+        _, firsts = grouped(*(coded(records, name)[0] for name in (*FREE_TEXTS, "ref")))
         _, of_seeds = grouped(seeds(records))
         return list(pick(records, np.union1d(firsts, of_seeds)))
 

@@ -38,7 +38,8 @@ LEAST_BYTES = 8_000_000
 """Of a smaller journal (some 5,000 records) no view is kept: reading it takes half a second."""
 VERSION = 3
 FOLDER = "view"
-_FREE = ("prompt", "negative_prompt", "seed", "init_image")
+FREE = ("prompt", "negative_prompt", "seed", "init_image")
+"""What of a request is a column of its own, and not in `asked`."""
 _RECORD = b'{"kind":"record",'
 
 
@@ -493,7 +494,7 @@ class JournalView(ParquetView):
                     yield found
 
     def schema(self) -> Any:
-        """A record's fields; `asked` is the request without what is `_FREE`."""
+        """A record's fields; `asked` is the request without what is `FREE`."""
         import pyarrow as pa
 
         coded = pa.dictionary(pa.int32(), pa.string())
@@ -512,7 +513,7 @@ class JournalView(ParquetView):
         if not line.startswith(_RECORD) and _KIND(line).kind != "record":
             return self._parse(line)
         found = _DECODE(line)
-        asked = {k: v for k, v in found.trial.request.items() if k not in _FREE}
+        asked = {k: v for k, v in found.trial.request.items() if k not in FREE}
         like = _text(found.trial.load), repr(asked)
         if like not in self._seen:
             self._parse(line)  # refuses what columns would not see
@@ -547,7 +548,7 @@ class JournalView(ParquetView):
         found["has_surroundings"] = [r.surroundings is not None for r in rows]
         requests = [t.request for t in trials]
         defaults = {"negative_prompt": "", "init_image": None}
-        for name in _FREE:
+        for name in FREE:
             found[name] = [r.pop(name, defaults.get(name)) for r in requests]
         encode = msgspec.json.Encoder().encode
         found["asked"] = [encode(r).decode() for r in requests]

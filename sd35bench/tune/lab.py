@@ -379,12 +379,7 @@ def reference_point(
 
 def _like(default: NamedDefault, space: Space) -> list[Point]:
     """Points that have the default's values on the axes that name them alike."""
-    fixed = {
-        "steps": default.steps,
-        "cfg": default.cfg,
-        "prompt_strength": default.prompt_strength,
-        "sampler": default.sampler,
-    }
+    fixed = default.asked
     values = [
         [v for v in axis.values if axis.name not in fixed or v == fixed[axis.name]]
         for axis in space.axes

@@ -1,7 +1,7 @@
 """Many machines through Ray: the same chunks on actors, each of which keeps one worker process.
 
 An actor is a worker's host and nothing more: on its node it starts the very process that a local
-run starts (`worker_process`), so deadlines, the memory limit, leases and the canary are
+run starts (`process.py`), so deadlines, the memory limit, leases and the canary are
 those of a local worker. The driver asks it batch by batch and alone writes; init images go out and
 image files come back as bytes, so that nodes share no disk. A batch costs one call, 1 to 3 ms.
 
@@ -36,10 +36,9 @@ from sd35bench.workers.features import FeatureProcess, Spread
 from sd35bench.workers.lane import Worker
 from sd35bench.workers.leases import claim_cores
 from sd35bench.workers.limits import Limits
-from sd35bench.workers.process import run_plan
+from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.workers.seats import AUTO, Seat, occupies
 from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settled
-from sd35bench.workers.worker_process import WorkerProcess
 
 ANSWER_S = 8.0
 """How long an address may take to answer as Ray; Ray itself would try for 47 s."""

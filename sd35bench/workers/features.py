@@ -15,9 +15,6 @@ import os
 import pickle
 import platform
 import queue
-import signal
-import socket
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,13 +24,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sd35bench import plugins
 from sd35bench.errors import MetricError, SD35BenchError, WorkerDied
 from sd35bench.metrics.base import Extractor
 from sd35bench.pictures import decode_rgb
 from sd35bench.workers.leases import Lease
+from sd35bench.workers.process import start_child
 from sd35bench.workers.seats import share_cores
-from sd35bench.workers.worker import die_with_parent
+from sd35bench.workers.worker import answer_parent
 
 DEATHS = 3
 """Workers that one batch may lose before scoring ends with the last one's error."""
@@ -118,26 +115,7 @@ class FeatureProcess:
     def __init__(self, threads: int, cores: tuple[int, ...] | None = None) -> None:
         """Start it; networks are loaded when they are first needed."""
         self._lease = Lease(tuple(f"core-{number}" for number in cores or ()))
-        ours, theirs = socket.socketpair()
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            "SD35BENCH_PARENT": str(os.getpid()),
-            "HF_HUB_OFFLINE": "1",
-        }
-        words = [str(theirs.fileno()), *plugins.given()]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sd35bench.workers.features", *words],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=environment,
-            )
-        if cores is not None:
-            os.sched_setaffinity(self._process.pid, cores)
-        self._connection = Connection(ours.detach())
+        self._process, self._connection = start_child("sd35bench.workers.features", threads, cores)
 
     @property
     def pid(self) -> int:
@@ -207,10 +185,5 @@ def _load(key: bytes, name: str) -> Any:
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    plugins.use_folder(*sys.argv[2:] or [None])
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what they mean
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, ConnectionError), Connection(int(sys.argv[1])) as ours:
-        serve(ours)
+    answer_parent(serve, int(sys.argv[1]), *sys.argv[2:])
     os._exit(0)

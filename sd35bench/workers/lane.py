@@ -1,5 +1,8 @@
-"""A lane: drives one worker after the other over what it takes of a load's chunks.
+"""How plans are run on a crew of workers: a lane drives one after the other over a load's chunks.
 
+A `Crew` says how many workers there are and starts one; each is driven by a lane, a thread of this
+process, which alone writes (docs/adr/0018). A lane takes chunks of whole blocks of one load
+(`sharing.py`), keeps its worker while chunks of that load are left, then goes to the next.
 What a worker dies over gets a record with the phase it died in, and a new worker goes on with the
 rest. One that dies in warm-up takes everything of the same kind with it, which would die alike;
 after `max_failures` deaths the rest is skipped. Skipped trials have records that say why, and are
@@ -13,17 +16,26 @@ Cost: a trial costs one message each way, and two fsyncs; the canary's readings 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
 from sd35bench.errors import WorkerDied, WorkerHung, WorkerLost, WorkerTooLarge
 from sd35bench.fields import work_identity
-from sd35bench.machine.contention import BUDGET, is_timed, judge, judge_session, relative, sustained
+from sd35bench.machine.contention import (
+    BUDGET,
+    is_timed,
+    judge,
+    judge_session,
+    read_contention,
+    relative,
+    sustained,
+)
 from sd35bench.machine.rates import canary_facts, keep_best
-from sd35bench.plan import Batch
+from sd35bench.plan import Batch, Plan
 from sd35bench.study.store import Study
+from sd35bench.trials import Observer, RunSummary, open_run
 from sd35bench.types import CanaryFacts, Load, Record, Session, Status, Trial
 from sd35bench.workers.limits import Limits, work_of
 from sd35bench.workers.sharing import Failure, Kind, Work
@@ -81,6 +93,8 @@ class Crew(Protocol):
 
 LOSSES = 3
 """Workers that a lane may lose in a row before what it tried counts as having killed them."""
+JOIN_S = 0.2
+"""How often the main thread looks up while lanes work, so that Ctrl-C is heard."""
 
 
 class Stopped(Exception):
@@ -404,6 +418,87 @@ class Lane:
     def _append(self, record: Record, again: bool = False) -> None:
         self.run.append(record, again)
         self.run.show()
+
+
+def run_plans(
+    plans: Sequence[tuple[Plan, Limits, Observer | None]], study: Study, crew: Crew
+) -> list[RunSummary]:
+    """Make what is missing of several loads' plans on one crew; summaries in the same order.
+
+    Raises: StudyLocked, DiskFull, StoreError. Failures of trials become records.
+    """
+    with contextlib.ExitStack() as stack:
+        works = []
+        for plan, limits, observer in plans:
+            refused = _refused(study) if limits.contention == "error" else frozenset[str]()
+            run = stack.enter_context(open_run(plan, study, observer, refused))
+            works.append(Work(run, limits, crew.size))
+        if any(work.left for work in works):
+            stack.enter_context(crew.opened())
+            _Lanes(works, crew).make()
+    return [work.run.summary for work in works]
+
+
+def _refused(study: Study) -> Set[str]:
+    """Keys of the trials whose last timing was disturbed, or made on a slow machine."""
+    found = read_contention(study.all_records(), study.sessions())
+    return {r.trial.key for r in study.records() if found.is_refused(r)}
+
+
+class _Lanes:
+    """The threads of a run: each drives one worker at a time."""
+
+    def __init__(self, works: Sequence[Work], crew: Crew) -> None:
+        self.works = works
+        self.lanes = [Lane(number, crew, self.next_work) for number in range(crew.size)]
+        self._lock = threading.Lock()
+        self._errors: list[BaseException] = []
+
+    def make(self) -> None:
+        """Run every missing batch; raises the first of what ended a lane."""
+        if len(self.lanes) == 1:
+            self.lanes[0].make()
+            return
+        threads = [
+            threading.Thread(target=self._guarded, args=(lane,), name=f"lane-{i}", daemon=True)
+            for i, lane in enumerate(self.lanes)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads) and not self._errors:
+                for thread in threads:
+                    thread.join(JOIN_S / len(threads))
+        finally:
+            self._stop(threads)
+        if self._errors:
+            raise self._errors[0]
+
+    def next_work(self, lane: int) -> Work | None:
+        """The load that a lane goes to: one with a single lane first, then one with none."""
+        with self._lock:
+            open_works = [w for w in self.works if w.failure is None and w.room(lane)]
+            order = {1: 0, 0: 1}
+            rank = [(order.get(len(w.takers - {lane}), 2 + len(w.takers))) for w in open_works]
+            if not open_works:
+                return None
+            work = open_works[rank.index(min(rank))]
+            work.takers.add(lane)
+            return work
+
+    def _guarded(self, lane: Lane) -> None:
+        try:
+            lane.make()
+        except Stopped:
+            return
+        except BaseException as exc:
+            self._errors.append(exc)
+
+    def _stop(self, threads: Sequence[threading.Thread]) -> None:
+        for lane in self.lanes:
+            lane.stop()
+        for thread in threads:
+            thread.join()
 
 
 def _kind(batch: Batch) -> Kind:

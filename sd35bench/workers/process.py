@@ -1,29 +1,48 @@
-"""Worker processes and the engine that runs plans on them: one worker, or many beside each other.
+"""Worker processes of this machine: the engine that runs plans on them, and their parent's end.
 
-A `Crew` says how many workers there are and starts one; each is driven by a lane (`lane.py`), a
-thread of this process, which alone writes (docs/adr/0018). A lane takes chunks of whole blocks of
-one load (`sharing.py`), keeps its worker while chunks of that load are left, then goes to the next.
+Three ways in which a worker can fail to answer, told apart by type: it ended by itself
+(`WorkerDied`, with the exit code or signal), it let a deadline pass (`WorkerHung`), its resident
+set passed the limit (`WorkerTooLarge`). In the last two it is killed here.
+
+Cost: waiting is one poll(2) per message; the memory watch, only there with a limit, reads the
+process's size every `WATCH_S`, 10 µs each time in the parent, so it takes 0.02 % of one core
+and none of the worker's.
 """
 
 import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
-from sd35bench.machine.contention import read_contention
+import psutil
+
+from sd35bench import plugins
+from sd35bench.errors import WorkerDied, WorkerHung, WorkerTooLarge
+from sd35bench.machine.measure import BESIDE
 from sd35bench.machine.rates import measure_once
 from sd35bench.plan import Plan
 from sd35bench.study.store import Study
-from sd35bench.trials import Observer, Price, RunSummary, open_run
-from sd35bench.types import Load
-from sd35bench.workers.lane import Crew, Lane, Stopped, Worker
+from sd35bench.trials import Observer, Price, RunSummary
+from sd35bench.types import Load, Scalar
+from sd35bench.words import digits, size_in
+from sd35bench.workers.lane import Crew, Worker, run_plans
+from sd35bench.workers.leases import Lease
 from sd35bench.workers.limits import Limits
-from sd35bench.workers.seats import Seat, seats_of
-from sd35bench.workers.sharing import Work
-from sd35bench.workers.worker_process import WorkerProcess
+from sd35bench.workers.seats import Seat, occupies, resources, seats_of
+from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settle, Settled
 
-JOIN_S = 0.2
-"""How often the main thread looks up while lanes work, so that Ctrl-C is heard."""
+WATCH_S = 0.05
+EXIT_WAIT_S = 10.0
+ANYWHERE = Seat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,82 +116,209 @@ def run_plan(
     return run_plans([(plan, bounds, observer)], study, workers)[0]
 
 
-def run_plans(
-    plans: Sequence[tuple[Plan, Limits, Observer | None]], study: Study, crew: Crew
-) -> list[RunSummary]:
-    """Make what is missing of several loads' plans on one crew.
+class WorkerProcess:
+    """One worker process; every method that waits for it raises `WorkerDied` or a kind of it."""
 
-    Raises: as `run_plan`.
+    def __init__(self, load: Load, limits: Limits, seat: Seat = ANYWHERE) -> None:
+        """Start the process, which sees its seat alone; `load` waits for it."""
+        self._load, self._limits = load, limits
+        self._lease = Lease(resources(load, seat))
+        own = {} if seat.gpu is None else {"CUDA_VISIBLE_DEVICES": seat.gpu}
+        own |= {BESIDE: str(seat.beside)} if seat.beside else {}
+        dump, path = tempfile.mkstemp(prefix="sd35bench-crash-", suffix=".txt")
+        self._dump = Path(path)
+        with open(dump, "wb"):
+            self._process, self._connection = start_child(
+                "sd35bench.workers.worker", load.threads, seat.cores, own, dump
+            )
+        limit_bytes = limits.memory_limit_bytes
+        self._watch = None if limit_bytes is None else _MemoryWatch(self._process, limit_bytes)
+
+    @property
+    def pid(self) -> int:
+        """The operating system's number of the process."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def load(self) -> Ready | Failed:
+        """Load the backend and wait until it is there; nothing is timed beside it."""
+        with self._lease.hold(alone=False):
+            ready = self._ask(self._load, self._limits.start_deadline_s())
+        if isinstance(ready, Ready) and occupies(self._load):
+            names = tuple(str(ready.environment.get("occupies") or "").split(","))
+            if names not in (self._lease.names, ("",)):
+                self._lease.close()
+                self._lease = Lease(names)
+            ready = replace(ready, environment=ready.environment | self._kept())
+        return ready
+
+    def _kept(self) -> dict[str, Scalar]:
+        """Whether no other run of ours can time on the same device meanwhile."""
+        return {"leased": self._lease.is_honoured}
+
+    def settle(self) -> Settled | Failed:
+        """Say that the warm-up is over."""
+        return self._ask(Settle(), self._limits.start_deadline_s())
+
+    def run(self, job: Job, deadline_s: float) -> Answer:
+        """Run one batch, alone on its device if it is timed; the deadline begins after the wait."""
+        with self._lease.hold(alone=job.timed):
+            return self._ask(job, deadline_s)
+
+    def close(self) -> None:
+        """Ask the worker to end, and see to it."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            self._connection.send(None)
+            self._process.wait(timeout=EXIT_WAIT_S)
+        self.kill()
+
+    def stop(self) -> None:
+        """End the process; the thread that waits for it finds it dead."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """End the worker now; safe to call twice."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+        self._lease.close()
+        if not self._has_dump():
+            self._dump.unlink(missing_ok=True)
+        if self._watch is not None:
+            self._watch.stop()
+
+    def _ask(self, message: Any, deadline_s: float) -> Any:
+        try:
+            self._connection.send(message)
+            if self._connection.poll(deadline_s):
+                return self._connection.recv()
+        except (EOFError, OSError) as exc:
+            died = self._died()
+            self.kill()
+            raise died from exc
+        self.kill()
+        raise WorkerHung(self._hung(deadline_s))
+
+    def _hung(self, deadline_s: float) -> str:
+        given = self._limits.deadline_s
+        remedy = "set deadline_s" if given is None else f"raise deadline_s={given:g}"
+        return (
+            f"no answer in {digits(deadline_s, 4)} s, so the worker was ended; if it is slow and"
+            f" not hung, {remedy} (seconds for a batch; loading and warming up get ten times that)"
+        )
+
+    def _died(self) -> WorkerDied:
+        """Say how the process ended; it has closed its side or is about to."""
+        try:
+            code = self._process.wait(timeout=EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        if self._watch is not None and self._watch.seen_bytes is not None:
+            return WorkerTooLarge(
+                f"the worker held {size_in(self._watch.seen_bytes, 'GB', 2)}, over"
+                f" memory_limit_gb={self._watch.limit_bytes / 1e9:g}, so it was ended; raise the"
+                " limit, or use a smaller batch, size or dtype"
+            )
+        if code >= 0:
+            return WorkerDied(f"the worker process ended with exit code {code}; stderr says more")
+        hint = " (the kernel's out-of-memory killer, perhaps)" if code == -signal.SIGKILL else ""
+        where = f"; its stack is in {self._dump}" if self._has_dump() else ""
+        return WorkerDied(
+            f"the worker process ended with signal {-code}{_name(-code)}{hint}{where}"
+        )
+
+    def _has_dump(self) -> bool:
+        """Whether a fatal signal left the worker's stack behind: that file is the user's."""
+        with contextlib.suppress(OSError):
+            return self._dump.stat().st_size > 0
+        return False
+
+
+def start_child(
+    module: str,
+    threads: int,
+    cores: Collection[int] | None,
+    own: Mapping[str, str] | None = None,
+    dump: int | None = None,
+) -> tuple["subprocess.Popen[bytes]", Connection]:
+    """Start a module of ours as a process that dies with this one; our end of its connection.
+
+    `own` are variables of its environment. It is told the handles of its end and of `dump`, a file
+    for its stack, and the folder of plug-ins. With a dump it may print, to our stderr.
     """
-    with contextlib.ExitStack() as stack:
-        works = []
-        for plan, limits, observer in plans:
-            refused = _refused(study) if limits.contention == "error" else frozenset[str]()
-            run = stack.enter_context(open_run(plan, study, observer, refused))
-            works.append(Work(run, limits, crew.size))
-        if any(work.left for work in works):
-            stack.enter_context(crew.opened())
-            _Lanes(works, crew).make()
-    return [work.run.summary for work in works]
+    ours, theirs = socket.socketpair()
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "SD35BENCH_PARENT": str(os.getpid()),
+        "HF_HUB_OFFLINE": "1",
+        **(own or {}),
+    }
+    with theirs:
+        handles = [theirs.fileno()] if dump is None else [theirs.fileno(), dump]
+        says = dump is not None and _has_fileno(sys.stderr)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *map(str, handles), *plugins.given()],
+            pass_fds=handles,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if says else subprocess.DEVNULL,
+            env=environment,
+        )
+    if cores is not None:
+        # At once: threads that it starts later inherit it, and Python takes longer to begin.
+        os.sched_setaffinity(process.pid, cores)
+    return process, Connection(ours.detach())
 
 
-def _refused(study: Study) -> Set[str]:
-    """Keys of the trials whose last timing was disturbed, or made on a slow machine."""
-    found = read_contention(study.all_records(), study.sessions())
-    return {r.trial.key for r in study.records() if found.is_refused(r)}
+class _MemoryWatch:
+    """A thread that kills a process whose resident set passes a limit.
 
+    It sees the worker alone, neither its children nor the GPU's memory; between two readings a
+    process can grow by what it touches in `WATCH_S`.
+    """
 
-class _Lanes:
-    """The threads of a run: each drives one worker at a time."""
+    def __init__(self, process: subprocess.Popen, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.seen_bytes: int | None = None
+        self._process = process
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+        self._thread.start()
 
-    def __init__(self, works: Sequence[Work], crew: Crew) -> None:
-        self.works = works
-        self.lanes = [Lane(number, crew, self.next_work) for number in range(crew.size)]
-        self._lock = threading.Lock()
-        self._errors: list[BaseException] = []
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
 
-    def make(self) -> None:
-        """Run every missing batch; raises the first of what ended a lane."""
-        if len(self.lanes) == 1:
-            self.lanes[0].make()
-            return
-        threads = [
-            threading.Thread(target=self._guarded, args=(lane,), name=f"lane-{i}", daemon=True)
-            for i, lane in enumerate(self.lanes)
-        ]
+    def _run(self) -> None:
         try:
-            for thread in threads:
-                thread.start()
-            while any(thread.is_alive() for thread in threads) and not self._errors:
-                for thread in threads:
-                    thread.join(JOIN_S / len(threads))
-        finally:
-            self._stop(threads)
-        if self._errors:
-            raise self._errors[0]
-
-    def next_work(self, lane: int) -> Work | None:
-        """The load that a lane goes to: one with a single lane first, then one with none."""
-        with self._lock:
-            open_works = [w for w in self.works if w.failure is None and w.room(lane)]
-            order = {1: 0, 0: 1}
-            rank = [(order.get(len(w.takers - {lane}), 2 + len(w.takers))) for w in open_works]
-            if not open_works:
-                return None
-            work = open_works[rank.index(min(rank))]
-            work.takers.add(lane)
-            return work
-
-    def _guarded(self, lane: Lane) -> None:
-        try:
-            lane.make()
-        except Stopped:
+            watched = psutil.Process(self._process.pid)
+            while not self._stop.wait(WATCH_S):
+                size_bytes = watched.memory_info().rss
+                if size_bytes > self.limit_bytes:
+                    self.seen_bytes = size_bytes
+                    self._process.kill()
+                    return
+        except psutil.Error:  # it has ended
             return
-        except BaseException as exc:
-            self._errors.append(exc)
 
-    def _stop(self, threads: Sequence[threading.Thread]) -> None:
-        for lane in self.lanes:
-            lane.stop()
-        for thread in threads:
-            thread.join()
+
+def _name(number: int) -> str:
+    try:
+        return f", {signal.Signals(number).name}"
+    except ValueError:
+        return ""
+
+
+def _has_fileno(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True

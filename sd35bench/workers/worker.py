@@ -1,6 +1,6 @@
 """The process that holds one loaded backend and answers batches, timed between synchronisations.
 
-Started as ``python -m sd35bench.workers.worker FD`` by `worker_process.py`; its parent talks to it
+Started as ``python -m sd35bench.workers.worker FD`` by `process.py`; its parent talks to it
 over a socket pair and alone writes to the store. The worker dies with its parent. Messages to it
 are a `Load`, then `Job`s with one `Settle` after those that warm up, and ``None`` to end; it
 answers with `Ready`, an `Answer` per job, `Settled`, or `Failed` where the backend cannot be used.
@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -160,13 +160,20 @@ def main(handle: int, dump: int, plugin_dir: str | None = None) -> None:
 
     `plugin_dir`: the folder of the command's `--plugin-dir`.
     """
+    faulthandler.enable(dump)
+    answer_parent(_serve, handle, plugin_dir)
+
+
+def answer_parent(
+    serve: Callable[[Connection], None], handle: int, plugin_dir: str | None = None
+) -> None:
+    """Serve the process that started this one, and end with it."""
     die_with_parent()
     plugins.use_folder(plugin_dir)
-    faulthandler.enable(dump)
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError), Connection(handle) as connection:
-        _serve(connection)
+        serve(connection)
 
 
 def _serve(connection: Connection) -> None:

@@ -12,7 +12,7 @@ from sd35bench.analysis.summary import show_document
 from sd35bench.cli import main
 from sd35bench.cli.output import Answer
 from sd35bench.cli.parser import Given
-from sd35bench.cli.sinks import sending
+from sd35bench.cli.sinks import named, sent
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document
 from sd35bench.sinks import base
@@ -117,8 +117,8 @@ def given_of(verb: str, study, sink: str) -> Given:
 
 def test_a_run_keeps_its_document_and_exit_code(study, capsys):
     document = {"failed": 1, "paths": {"study": str(study.path)}}
-    answer = sending(lambda _: Answer(document=document, exit_code=3))
-    found = answer(given_of("run", study, "away,recorder"))
+    given = given_of("run", study, "away,recorder")
+    found = sent(given, Answer(document=document, exit_code=3), named(given))
     assert found.exit_code == 3
     assert found.document == {
         **document,
@@ -133,9 +133,9 @@ def test_a_run_keeps_its_document_and_exit_code(study, capsys):
 
 def test_a_dry_run_is_sent_nowhere(study, sinks):
     document = {"study": "s", "trials": 4}
-    assert sending(lambda _: Answer(document=document))(
-        given_of("run", study, "recorder")
-    ) == Answer(document=document)
+    given = given_of("run", study, "recorder")
+    answer = Answer(document=document)
+    assert sent(given, answer, named(given)) == answer
     assert sinks == []
 
 

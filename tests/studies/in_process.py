@@ -12,8 +12,8 @@ from sd35bench.types import Load
 from sd35bench.workers import process, worker
 from sd35bench.workers.leases import Lease
 from sd35bench.workers.limits import Limits
+from sd35bench.workers.process import ANYWHERE, WorkerProcess
 from sd35bench.workers.seats import Seat, resources
-from sd35bench.workers.worker_process import ANYWHERE, WorkerProcess
 
 if TYPE_CHECKING:
     import pytest
