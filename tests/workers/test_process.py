@@ -94,7 +94,7 @@ def test_every_load_goes_to_two_workers_at_least(study):
     sessions = defaultdict(set)
     for record in study.records():
         sessions[record.trial.load.key].add(record.session_id)
-    assert [len(found) for found in sessions.values()] == [2] * 4
+    assert min(len(found) for found in sessions.values()) >= 2
 
 
 def test_a_worker_that_dies_costs_one_batch_and_its_lane_goes_on(study, monkeypatch):
