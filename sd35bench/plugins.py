@@ -21,7 +21,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -225,6 +225,17 @@ def load_class(group: str, kind: str, base: type[T], known: Sequence[str] = ()) 
             f" {base.__module__}.{base.__qualname__}"
         )
     return found
+
+
+def load_own(group: str, name: str, base: type[T], places: Mapping[str, str]) -> type[T]:
+    """Import the class of a name of ours, `places` has module:class of each, or of a plug-in.
+
+    Raises: ConfigError as `load_class`, ImportError where a module of ours cannot be imported.
+    """
+    if name not in places:
+        return load_class(group, name, base, list(places))
+    module, _, found = places[name].partition(":")
+    return getattr(importlib.import_module(module), found)
 
 
 def _imported(place: str, where: str) -> Any:

@@ -6,7 +6,6 @@ Modules register by *kind* in `KINDS` and are imported only when loaded, so that
 costs nothing.
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,10 +121,7 @@ def backend_class(kind: str) -> type[Backend]:
     Raises: ConfigError for an unknown kind and for a plug-in that cannot be had, ImportError where
     a module of ours cannot be imported.
     """
-    if kind not in KINDS:
-        return plugins.load_class("backends", kind, Backend, list(KINDS))
-    module_name, class_name = KINDS[kind].split(":")
-    return getattr(importlib.import_module(module_name), class_name)
+    return plugins.load_own("backends", kind, Backend, KINDS)
 
 
 def load_backend(load: Load) -> Backend:

@@ -12,9 +12,8 @@ Every image arrives as uint8 RGB [H, W, 3], decoded from the file that the trial
 else is refused. Modules are imported when a metric is loaded, torch when it first needs weights.
 """
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -229,11 +228,8 @@ def load_metric(name: str, **options: Any) -> Metric:
     if not known:
         raise ConfigError(f"metric={name!r} is unknown; known: {', '.join(families)}")
     family = max(known, key=len)
-    if family not in METRICS:
-        make: Any = plugins.load_class("metrics", family, Metric)
-        return make(name, **options)
-    module, function = METRICS[family].load.split(":")
-    load: Callable[..., Metric] = getattr(importlib.import_module(module), function)
+    places = {each: own.load for each, own in METRICS.items()}
+    load: Any = plugins.load_own("metrics", family, Metric, places)
     return load(name, **options)
 
 

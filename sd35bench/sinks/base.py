@@ -6,14 +6,12 @@ and replaces what it has under the same id where its tracker can. What it raises
 line and changes neither a trial nor an exit code. Trackers are imported when a sink is made.
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd35bench import words
-from sd35bench.plugins import load_class
+from sd35bench import plugins, words
 from sd35bench.types import Scalar
 
 SINKS = {
@@ -85,11 +83,8 @@ def sink_names(text: str | None) -> list[str]:
 
 
 def load_sink(name: str) -> type[Sink]:
-    """The class of a sink. Raises: ConfigError for a name that is none, as `plugins.load_class`."""
-    if name not in SINKS:
-        return load_class("sinks", name, Sink, [*SINKS])
-    module, _, cls = SINKS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)
+    """The class of a sink. Raises: ConfigError for a name that is none, as `load_own`."""
+    return plugins.load_own("sinks", name, Sink, SINKS)
 
 
 FRONT_COLUMNS = ("setting", "latency_s", "quality", "chosen for")

@@ -4,8 +4,6 @@ A provider sends nothing itself. It says what to send (`Call`) and reads what ca
 transport, limits, polling, retries, downloads and accounting are the same for all of them.
 """
 
-import importlib
-
 from sd35bench import plugins
 from sd35bench.backends.base import KINDS
 from sd35bench.remote.providers.base import Provider
@@ -37,7 +35,4 @@ def provider_class(name: str) -> type[Provider]:
 
     Raises: ConfigError for an unknown name, and for a plug-in that cannot be had.
     """
-    if name not in PROVIDERS:
-        return plugins.load_class("providers", name, Provider, list(PROVIDERS))
-    module_name, class_name = PROVIDERS[name].split(":")
-    return getattr(importlib.import_module(module_name), class_name)
+    return plugins.load_own("providers", name, Provider, PROVIDERS)
