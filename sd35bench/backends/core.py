@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,12 @@ from PIL import Image
 from sd35_kernels import KernelUnavailable
 from sd35_kernels.mmdit import check_level
 from sd35bench.backends.base import Generation, Probe
-from sd35bench.backends.compile import cache_folder
-from sd35bench.backends.compiled import CompiledRegion, HowToCompile, hush_dynamo
+from sd35bench.backends.compile import (
+    CompiledRegion,
+    HowToCompile,
+    cache_folder,
+    silence_dynamo,
+)
 from sd35bench.backends.families import text_of
 from sd35bench.backends.packed import (
     LAYERS,
@@ -34,16 +38,22 @@ from sd35bench.backends.packed import (
     recipe_of,
     stand_in,
 )
-from sd35bench.backends.pipeline import DiffusersBackend, choice, foreign_errors, refuse_not_finite
+from sd35bench.backends.pipeline import (
+    DiffusersBackend,
+    choice,
+    foreign_errors,
+    on_host,
+    refuse_not_finite,
+)
 from sd35bench.backends.probes import probe_compiler
 from sd35bench.backends.samplers import own_shift
 from sd35bench.core.executors import EXECUTORS, Compile, build, pick
 from sd35bench.core.generate import Ask, Core, generate
 from sd35bench.core.model import Config, Embedder, Executor, Weights
 from sd35bench.core.schedule import TRAIN_STEPS
-from sd35bench.core.text import CachedText, SD3Text, Shelf
+from sd35bench.core.text import CachedText, DiskCache, SD3Text
 from sd35bench.core.vae import CHOOSE, WAYS, Choices, Vae
-from sd35bench.core.weights import config_of_diffusers, fuse_diffusers
+from sd35bench.core.weights import config_of_diffusers, fuse
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
 from sd35bench.evaluations import guidance_of, sampler_order
 from sd35bench.export import artifact
@@ -79,7 +89,7 @@ class CoreBackend(DiffusersBackend):
     off by default: `quantisation` (int8: 8-bit products, C++ only).
     """
 
-    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
+    options = MappingProxyType(
         {
             **DiffusersBackend.options,
             "executor": "auto",
@@ -152,7 +162,7 @@ class CoreBackend(DiffusersBackend):
             config=config,
             embedder=embedder,
             executor=executor,
-            text=CachedText(_text(pipe, config), shelf=self._shelf() if kept == "disk" else None),
+            text=CachedText(_text(pipe, config), disk=self._disk() if kept == "disk" else None),
             vae=Vae(pipe.vae, way, Choices(self._choices_path()), self._compile("vae_decoder")),
             device=self.device,
             dtype=dtype,
@@ -221,8 +231,8 @@ class CoreBackend(DiffusersBackend):
             truncated_tokens=self.family.truncated_tokens(
                 [text_of(r) for r in requests], self._max_sequence_length(first)
             ),
-            latents_first=_host(kept[0]) if kept else None,
-            latents_last=_host(last) if self.keep_latents else None,
+            latents_first=on_host(kept[0]) if kept else None,
+            latents_last=on_host(last) if self.keep_latents else None,
         )
 
     def close(self) -> None:
@@ -242,7 +252,7 @@ class CoreBackend(DiffusersBackend):
         source = dict(transformer.config)
         del transformer
         with foreign_errors():
-            fused = fuse_diffusers(config, weights, dtype)
+            fused = fuse(config, weights, dtype)
         gc.collect()
         embedder = Embedder(config, fused, steps)
         executor = self._executor(config, fused)
@@ -283,7 +293,7 @@ class CoreBackend(DiffusersBackend):
         """Return what compiles a function for each shape: one graph, kept on disk."""
 
         def compiled(function: Callable[..., torch.Tensor]) -> CompiledRegion:
-            hush_dynamo()
+            silence_dynamo()
             how = HowToCompile(
                 compiler="inductor",
                 mode="default",
@@ -306,12 +316,12 @@ class CoreBackend(DiffusersBackend):
         if faults:
             raise OptimizationNotApplied("; ".join(dict.fromkeys(faults)))
 
-    def _shelf(self) -> Shelf:
+    def _disk(self) -> DiskCache:
         """Where embeddings are kept: a folder for each model, dtype and the libraries' versions."""
         versions = [torch.__version__, transformers.__version__]
         model = [self._load.model.weights_digest, str(self._load.model.changes)]
         digest = content_hash([*versions, *model, self._dtype, str(self.device)])[:16]
-        return Shelf(artifact.artifact_root().parent / "text" / digest)
+        return DiskCache(artifact.artifact_root().parent / "text" / digest)
 
     def _choices_path(self) -> Path:
         """Where what was timed is kept: a file for each model, machine and version of torch."""
@@ -364,10 +374,7 @@ class _Absent:
         self.device: torch.device = transformer.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Nobody calls it.
-
-        Raises: BackendError.
-        """
+        """Nobody calls it. Raises: BackendError."""
         raise BackendError("the core's weights are fused: diffusers' transformer is gone")
 
 
@@ -384,10 +391,7 @@ def _text(pipe: Any, config: Config) -> Any:
 
 
 def _refuse_other_schedules(scheduler: Any) -> None:
-    """Refuse a model whose own schedule is more than a shift.
-
-    Raises: BackendError.
-    """
+    """Refuse a model whose own schedule is more than a shift. Raises: BackendError."""
     config = scheduler.config
     other = {k: config[k] for k, plain in PLAIN_SCHEDULE.items() if config.get(k, plain) != plain}
     if other or own_shift(scheduler) is None:
@@ -403,7 +407,3 @@ def _fitted(image: np.ndarray, request: Request) -> np.ndarray:
         return image
     size = (request.width, request.height)
     return np.asarray(Image.fromarray(image).resize(size, resample=Image.Resampling.LANCZOS))
-
-
-def _host(latents: torch.Tensor) -> np.ndarray:
-    return latents.to("cpu", torch.float32).numpy()

@@ -6,9 +6,8 @@ bit-identical to a bare diffusers call with the same seed. Two options save memo
 alone; with offloading only the part that is computing is on the GPU.
 """
 
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from sd35bench.backends.pipeline import DiffusersBackend, choice
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.loading.sources import load_model, prove_device
-from sd35bench.types import Load, Scalar
+from sd35bench.types import Load
 
 OFFLOADS = ("none", "model")
 T5 = ("text_encoder_3", "tokenizer_3")
@@ -29,9 +28,7 @@ class EagerBackend(DiffusersBackend):
     third text encoder), `offload` (model: parts wait on the CPU for their turn).
     """
 
-    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
-        {**DiffusersBackend.options, "t5": True, "offload": "none"}
-    )
+    options = MappingProxyType({**DiffusersBackend.options, "t5": True, "offload": "none"})
 
     def load_pipe(self, load: Load, dtype: torch.dtype) -> Any:
         """Load the model, with or without T5, onto the device or into the CPU's waiting room.

@@ -10,7 +10,7 @@ import gc
 from abc import abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRe
 from sd35bench.export.artifact import Artifact, Recipe
 from sd35bench.export.denoiser import INPUTS, OUTPUT, ExportableDenoiser, GraphDenoiser
 from sd35bench.export.onnx_model import export_onnx, probe_error
-from sd35bench.types import Request, Scalar
+from sd35bench.types import Request
 
 QUANTISATIONS = ("none", "int8")
 PARITY = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
@@ -62,9 +62,7 @@ class Engine(Protocol):
 class ExportedBackend(DiffusersBackend):
     """diffusers around a denoiser that runs as an exported graph."""
 
-    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
-        {**DiffusersBackend.options, "quantisation": "none", "exclude": ""}
-    )
+    options = MappingProxyType({**DiffusersBackend.options, "quantisation": "none", "exclude": ""})
     _engine: Engine | None = None
 
     @abstractmethod
@@ -103,7 +101,6 @@ class ExportedBackend(DiffusersBackend):
                 f"backend {self._load.backend.name} exports SD3's denoiser; a model of the family"
                 f" {self._load.model.family!r} runs on the eager and compile backends"
             )
-        self.asked = self._read_options(self._load)
         self.check()
         config = pipe.transformer.config
         exported = export_onnx(self.recipe("onnx"), pipe.transformer)

@@ -33,7 +33,7 @@ from sd35bench.core.text import Embeddings, SD3Text, Text, Texts, read_by
 from sd35bench.errors import BackendError, UnsupportedRequest
 from sd35bench.evaluations import SAMPLERS, skip_layer_window
 from sd35bench.fields import GUIDES, later_asked
-from sd35bench.loading.sources import hush_truncation_warnings
+from sd35bench.loading.sources import silence_truncation_warnings
 from sd35bench.prompts import encoder_fields, places_of, read_weights
 from sd35bench.types import Request, Task
 
@@ -62,7 +62,7 @@ class Family(ABC):
         self.pipe = pipe
         self.own_scheduler = pipe.scheduler
         self.pipes: dict[Task, Any] = {Task.TEXT_TO_IMAGE: pipe}
-        hush_truncation_warnings()
+        silence_truncation_warnings()
 
     def watch(self, meter: StageMeter, decoded: Callable[[Any], None]) -> None:
         """Have `meter` stamp the stages; `decoded` is shown what the VAE's decoder returns."""
@@ -105,10 +105,7 @@ class Family(ABC):
         return {"callback_on_step_end": ended, "callback_on_step_end_tensor_inputs": ["latents"]}
 
     def refuse(self, request: Request) -> None:
-        """Refuse what these pipelines cannot do.
-
-        Raises: UnsupportedRequest.
-        """
+        """Refuse what these pipelines cannot do. Raises: UnsupportedRequest."""
         if request.task not in self.tasks:
             raise UnsupportedRequest(f"this model does {', '.join(self.tasks)} only")
         if request.sampler not in self.samplers:
@@ -305,10 +302,7 @@ class PixArt(_ExactFamily):
     samplers = ("dpmpp_2m",)
 
     def __init__(self, pipe: Any) -> None:
-        """Refuse a checkpoint whose scheduler is not the one that runs.
-
-        Raises: BackendError.
-        """
+        """Refuse a checkpoint whose scheduler is not the one that runs. Raises: BackendError."""
         super().__init__(pipe)
         noise_scheduler(pipe.scheduler, None)
 

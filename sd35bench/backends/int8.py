@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,15 +21,8 @@ from torch import nn
 from sd35_kernels import KernelUnavailable, check_available
 from sd35bench.backends.base import Probe
 from sd35bench.backends.pipeline import DiffusersBackend, choice
-from sd35bench.backends.probes import hush_cuda_remark
-from sd35bench.backends.quantised import (
-    EXCLUDED,
-    choose_layers,
-    outputs,
-    proof,
-    prove_layers,
-    state_bytes,
-)
+from sd35bench.backends.probes import silence_cuda_remark
+from sd35bench.backends.quantised import EXCLUDED, quantise
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Load, Request, Scalar
 
@@ -61,7 +54,7 @@ class Int8Backend(DiffusersBackend):
     `calibration_prompts` (1 to 8 of `CALIBRATION_PROMPTS`) and `calibration_steps`.
     """
 
-    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
+    options = MappingProxyType(
         {
             **DiffusersBackend.options,
             "activations": "none",
@@ -105,15 +98,16 @@ class Int8Backend(DiffusersBackend):
         Raises: OptimizationNotApplied, BackendError for an option's wrong value.
         """
         super().prepare(pipe)
-        hush_cuda_remark()
-        self._asked = _checked(self._read_options(self._load))
-        denoiser = pipe.transformer
-        self._denoiser: Any = denoiser
-        names, excluded = choose_layers(denoiser, self._asked["exclude"])
-        size, before = state_bytes(denoiser), outputs(denoiser, names)
-        _quantize(denoiser, names)
-        errors = prove_layers(denoiser, names, before, _is_quantised)
-        self._proof = proof(names, excluded, errors, (size, state_bytes(denoiser)))
+        silence_cuda_remark()
+        self._asked = _checked(self.asked)
+        denoiser: Any = pipe.transformer
+        self._denoiser = denoiser
+        self._proof = quantise(
+            denoiser,
+            self._asked["exclude"],
+            lambda names: _quantize(denoiser, names),
+            _is_quantised,
+        )
 
     def close(self) -> None:
         """Drop the denoiser as well."""
@@ -192,10 +186,7 @@ class Int8Backend(DiffusersBackend):
 
 
 def _checked(asked: dict[str, Scalar]) -> dict[str, Any]:
-    """Refuse wrong values.
-
-    Raises: BackendError.
-    """
+    """Refuse wrong values. Raises: BackendError."""
     choice("activations", asked["activations"], ACTIVATIONS)
     limits = {"calibration_prompts": len(CALIBRATION_PROMPTS), "calibration_steps": 100}
     for name, most in limits.items():

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import onnxruntime as ort
 import torch
@@ -131,7 +131,7 @@ class OnnxEngine:
 class OnnxBackend(ExportedBackend):
     """diffusers around an ONNX Runtime session."""
 
-    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
+    options = MappingProxyType(
         {**ExportedBackend.options, "provider": "auto", "graph_optimization": "all"}
     )
 
@@ -277,10 +277,7 @@ def prove_provider(provider: str) -> None:
 
 @contextlib.contextmanager
 def ort_errors() -> Iterator[None]:
-    """Turn ONNX Runtime's errors into ours.
-
-    Raises: OutOfMemory, BackendError.
-    """
+    """Turn ONNX Runtime's errors into ours. Raises: OutOfMemory, BackendError."""
     try:
         yield
     except ORT_ERRORS as exc:

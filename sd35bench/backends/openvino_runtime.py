@@ -7,7 +7,7 @@ itself on CPUs that have it, so the precision is always said and proven.
 import contextlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -82,9 +82,7 @@ class OpenVinoEngine:
 class OpenVinoBackend(ExportedBackend):
     """diffusers around OpenVINO; option `precision` (fp32, bf16) is what the CPU computes in."""
 
-    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
-        {**ExportedBackend.options, "precision": "fp32"}
-    )
+    options = MappingProxyType({**ExportedBackend.options, "precision": "fp32"})
 
     @classmethod
     def probe(cls, options: Mapping[str, Scalar]) -> Probe:
@@ -151,10 +149,7 @@ def _import(quantisation: str) -> Any:
 
 
 def prove_compiled(compiled: Any, *, precision: str, threads: int) -> dict[str, Any]:
-    """Ask a compiled graph where and how it runs.
-
-    Raises: OptimizationNotApplied.
-    """
+    """Ask a compiled graph where and how it runs. Raises: OptimizationNotApplied."""
     found = {
         "providers": list(compiled.get_property("EXECUTION_DEVICES")),
         "inference_precision": _text(compiled.get_property("INFERENCE_PRECISION_HINT")),
@@ -186,10 +181,7 @@ def openvino_errors() -> Iterator[None]:
 
 
 def _refuse_precision(ov: Any, precision: str) -> None:
-    """Refuse a precision that this CPU lacks.
-
-    Raises: OptimizationNotApplied.
-    """
+    """Refuse a precision that this CPU lacks. Raises: OptimizationNotApplied."""
     known = ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
     if precision == "bf16" and "BF16" not in known:
         raise OptimizationNotApplied("backend.precision=bf16 asked, but this CPU has no bf16")

@@ -67,7 +67,7 @@ class DiffusersBackend(Backend):
         Raises: BackendError for a missing or broken model or an unknown option;
         OptimizationNotApplied where the device or dtype asked for cannot be had.
         """
-        self.asked = self._read_options(load)
+        self.asked = _read_options(load, self.options)
         self._load = load
         self._dtype = choice("dtype", self.asked["dtype"], DTYPES)
         self.device = _device(self.asked["device"])
@@ -84,17 +84,11 @@ class DiffusersBackend(Backend):
         self.in_force = self.prove(pipe)
 
     def load_pipe(self, load: Load, dtype: torch.dtype) -> Any:
-        """Load the model and move it to the device.
-
-        Raises: BackendError, OutOfMemory.
-        """
+        """Load the model and move it to the device. Raises: BackendError, OutOfMemory."""
         return self.place(load_model(load.model, dtype, self.device))
 
     def place(self, pipe: Any) -> Any:
-        """Move a loaded pipeline to the device.
-
-        Raises: OutOfMemory, BackendError.
-        """
+        """Move a loaded pipeline to the device. Raises: OutOfMemory, BackendError."""
         if self.device.type == "cuda":
             with foreign_errors():
                 pipe.to(self.device)
@@ -178,8 +172,8 @@ class DiffusersBackend(Backend):
             truncated_tokens=self.family.truncated_tokens(
                 [text_of(r) for r in requests], self._max_sequence_length(first)
             ),
-            latents_first=_host(latents.first) if self.keep_latents else None,
-            latents_last=_host(latents.last) if self.keep_latents else None,
+            latents_first=on_host(latents.first) if self.keep_latents else None,
+            latents_last=on_host(latents.last) if self.keep_latents else None,
         )
 
     def flops(self, request: Request, evaluations: int | None) -> Flops | None:
@@ -205,15 +199,6 @@ class DiffusersBackend(Backend):
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _read_options(self, load: Load) -> dict[str, Scalar]:
-        unknown = sorted(set(load.backend.options) - set(self.options))
-        if unknown:
-            known = ", ".join(sorted(self.options))
-            raise BackendError(
-                f"backend {load.backend.name!r} has no option {unknown[0]!r}; known: {known}"
-            )
-        return {**self.options, **load.backend.options}
 
     def _arguments(
         self, requests: Sequence[Request], inits: Sequence[np.ndarray | None]
@@ -331,13 +316,20 @@ def foreign_errors() -> Iterator[None]:
 
 
 def choice(name: str, value: Scalar, known: Collection[str]) -> str:
-    """Return an option's value if it is one of the known words.
-
-    Raises: BackendError.
-    """
+    """Return an option's value if it is one of the known words. Raises: BackendError."""
     if not isinstance(value, str) or value not in known:
         raise BackendError(f"backend.{name}={value!r} is unknown; known: {', '.join(known)}")
     return value
+
+
+def _read_options(load: Load, known: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    unknown = sorted(set(load.backend.options) - set(known))
+    if unknown:
+        raise BackendError(
+            f"backend {load.backend.name!r} has no option {unknown[0]!r};"
+            f" known: {', '.join(sorted(known))}"
+        )
+    return {**known, **load.backend.options}
 
 
 def _device(asked: Scalar) -> torch.device:
@@ -356,7 +348,8 @@ def _device(asked: Scalar) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _host(latents: torch.Tensor | None) -> np.ndarray | None:
+def on_host(latents: torch.Tensor | None) -> np.ndarray | None:
+    """Copy latents to the CPU, in float32."""
     return None if latents is None else latents.detach().to("cpu", torch.float32).numpy()
 
 

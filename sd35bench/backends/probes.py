@@ -20,7 +20,7 @@ SOURCE = "#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_ma
 BUILD_TIMEOUT_S = 20.0
 
 
-def hush_cuda_remark() -> None:
+def silence_cuda_remark() -> None:
     """Drop what torch's extension builder says where it finds CUDA's tools and no GPU.
 
     inductor and optimum-quanto import it.

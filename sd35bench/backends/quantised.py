@@ -60,6 +60,38 @@ class Proof:
         }
 
 
+def quantise(
+    denoiser: nn.Module,
+    exclude: Scalar,
+    replace: Callable[[list[str]], None],
+    is_quantised: Callable[[nn.Module], bool],
+) -> Proof:
+    """Have `replace` put quantised layers where those that it is given by name are; prove each.
+
+    Raises: as `choose_layers` and `prove_layers`; OptimizationNotApplied where the weights did not
+    become smaller.
+    """
+    names, excluded = choose_layers(denoiser, exclude)
+    size, before = state_bytes(denoiser), outputs(denoiser, names)
+    replace(names)
+    errors = prove_layers(denoiser, names, before, is_quantised)
+    after = state_bytes(denoiser)
+    if after >= size:
+        raise OptimizationNotApplied(
+            f"int8 asked, but the denoiser holds {after} bytes after and {size} before"
+        )
+    worst = max(errors, key=lambda name: errors[name])
+    return Proof(
+        names=tuple(names),
+        excluded=tuple(excluded),
+        error_mean=sum(errors.values()) / len(errors),
+        error_max=errors[worst],
+        worst=worst,
+        bytes_before=size,
+        bytes_after=after,
+    )
+
+
 def choose_layers(denoiser: nn.Module, exclude: Scalar) -> tuple[list[str], list[str]]:
     """Return the names of the linear layers to quantise and of those to leave.
 
@@ -137,32 +169,6 @@ def prove_layers(
 def state_bytes(module: nn.Module) -> int:
     """Bytes of all tensors of a module as its state dict holds them: in memory, and on disk."""
     return sum(t.nbytes for t in module.state_dict().values() if isinstance(t, torch.Tensor))
-
-
-def proof(
-    names: Sequence[str],
-    excluded: Sequence[str],
-    errors: Mapping[str, float],
-    sizes: tuple[int, int],
-) -> Proof:
-    """Put together what was found; `sizes`: bytes before and after.
-
-    Raises: OptimizationNotApplied where the weights did not become smaller.
-    """
-    if sizes[1] >= sizes[0]:
-        raise OptimizationNotApplied(
-            f"int8 asked, but the denoiser holds {sizes[1]} bytes after and {sizes[0]} before"
-        )
-    worst = max(errors, key=lambda name: errors[name])
-    return Proof(
-        names=tuple(names),
-        excluded=tuple(excluded),
-        error_mean=sum(errors.values()) / len(errors),
-        error_max=errors[worst],
-        worst=worst,
-        bytes_before=sizes[0],
-        bytes_after=sizes[1],
-    )
 
 
 def _place(layer: nn.Module) -> tuple[torch.device, torch.dtype]:

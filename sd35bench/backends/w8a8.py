@@ -8,7 +8,7 @@ neighbours. Tier: measured-lossy.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -16,14 +16,7 @@ from sd35_kernels import KernelUnavailable, W8A8Linear, check_available
 from sd35bench.backends.base import Probe
 from sd35bench.backends.compile import CompileBackend
 from sd35bench.backends.pipeline import choice
-from sd35bench.backends.quantised import (
-    EXCLUDED,
-    choose_layers,
-    outputs,
-    proof,
-    prove_layers,
-    state_bytes,
-)
+from sd35bench.backends.quantised import EXCLUDED, quantise
 from sd35bench.errors import OptimizationNotApplied
 from sd35bench.types import Scalar
 
@@ -37,9 +30,7 @@ class W8A8Backend(CompileBackend):
     comma-separated patterns of layer names that stay in floating point.
     """
 
-    options: ClassVar[Mapping[str, Scalar]] = MappingProxyType(
-        {**CompileBackend.options, "weights": "int8", "exclude": EXCLUDED}
-    )
+    options = MappingProxyType({**CompileBackend.options, "weights": "int8", "exclude": EXCLUDED})
 
     @classmethod
     def probe(cls, options: Mapping[str, Scalar]) -> Probe:
@@ -63,19 +54,18 @@ class W8A8Backend(CompileBackend):
         Raises: OptimizationNotApplied where there is no kernel or a layer cannot be proven;
         BackendError for an option's wrong value.
         """
-        asked = self._read_options(self._load)
-        dtype, denoiser = _weights(asked), pipe.transformer
-        names, excluded = choose_layers(denoiser, asked["exclude"])
-        size, before = state_bytes(denoiser), outputs(denoiser, names)
-        try:
-            self._kernel = check_available(self.device, dtype)
-            for name in names:
-                layer = denoiser.get_submodule(name)
-                denoiser.set_submodule(name, W8A8Linear.from_linear(layer, dtype))
-        except (KernelUnavailable, ValueError) as exc:
-            raise OptimizationNotApplied(f"w8a8 cannot be applied: {exc}") from exc
-        errors = prove_layers(denoiser, names, before, _is_quantised)
-        self._proof = proof(names, excluded, errors, (size, state_bytes(denoiser)))
+        dtype, denoiser = _weights(self.asked), pipe.transformer
+
+        def replace(names: list[str]) -> None:
+            try:
+                self._kernel = check_available(self.device, dtype)
+                for name in names:
+                    layer = denoiser.get_submodule(name)
+                    denoiser.set_submodule(name, W8A8Linear.from_linear(layer, dtype))
+            except (KernelUnavailable, ValueError) as exc:
+                raise OptimizationNotApplied(f"w8a8 cannot be applied: {exc}") from exc
+
+        self._proof = quantise(denoiser, self.asked["exclude"], replace, _is_quantised)
         super().prepare(pipe)
 
     def prove(self, pipe: Any) -> dict[str, Any]:
@@ -84,10 +74,10 @@ class W8A8Backend(CompileBackend):
             layer = pipe.transformer.get_submodule(name)
             if not _is_quantised(layer) or layer.weight_q.device != self.device:
                 raise OptimizationNotApplied(f"{name} is not an 8-bit layer on {self.device}")
-        asked = self._read_options(self._load)
+        weights = self.asked["weights"]
         facts = {
-            "weights": asked["weights"],
-            "activations": f"{asked['weights']}, per row",
+            "weights": weights,
+            "activations": f"{weights}, per row",
             "kernel": self._kernel,
         }
         return {**super().prove(pipe), "quantised": {**self._proof.facts(), **facts}}

@@ -11,8 +11,6 @@ what it competes with.
 Source: Liu et al. 2025 (arXiv 2503.06923), TaylorSeer, its order 1, on the velocity.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,40 +61,3 @@ def predict_between(
         return v0.lerp(v1, (times[e] - before) / (after - before))
 
     return found
-
-
-def best_mask(
-    times: Sequence[float], velocities: "Sequence[torch.Tensor]", count: int
-) -> tuple[int, ...]:
-    """Find the `count` steps to evaluate whose predictions miss recorded velocities least.
-
-    `times`, `velocities`: one for each step of a whole loop of order 1, of as many images as there
-    are in a batch. What a prediction misses is weighed with the length of its step and added up,
-    as if the latents stayed where they were; a shortest path over the last two evaluated steps, so
-    N^3 predictions for N steps.
-
-    Raises: ValueError for fewer than two, or more than there are steps.
-    """
-    steps = len(times)
-    if not FIRST_KEPT <= count <= steps:
-        raise ValueError(f"count={count}: must be from {FIRST_KEPT} to {steps}")
-    lengths = [a - b for a, b in itertools.pairwise((*times, 0.0))]
-
-    def missed(a: int, b: int, i: int) -> float:
-        line = velocities[a].lerp(velocities[b], (times[i] - times[a]) / (times[b] - times[a]))
-        return lengths[i] * float((line - velocities[i]).square().mean().sqrt())
-
-    # The least error of evaluating `path`, by its last two steps; later steps are still open.
-    found: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 1): (0.0, (0, 1))}
-    for _ in range(count - FIRST_KEPT):
-        longer: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
-        for (a, b), (error, path) in found.items():
-            for c in range(b + 1, steps):
-                if (b, c) not in longer or error < longer[b, c][0]:
-                    longer[b, c] = (error, (*path, c))
-                error += missed(a, b, c)
-        found = longer
-    ends = []
-    for (a, b), (error, path) in found.items():
-        ends.append((error + math.fsum(missed(a, b, i) for i in range(b + 1, steps)), path))
-    return min(ends)[1]

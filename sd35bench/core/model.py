@@ -177,12 +177,9 @@ class Embedder:
     def _position(self, size: tuple[int, int]) -> torch.Tensor:
         """Crop the middle of the table, once for each size."""
         if size not in self._positions:
-            patch, side = self._config.patch, self._config.position_side
-            rows, columns = size[0] // patch, size[1] // patch
-            top, left = (side - rows) // 2, (side - columns) // 2
-            table = self._weights["position"].view(side, side, -1)
-            crop = table[top : top + rows, left : left + columns]
-            self._positions[size] = crop.reshape(rows * columns, -1).to(self._dtype)
+            rows, columns = (each // self._config.patch for each in size)
+            table, side = self._weights["position"], self._config.position_side
+            self._positions[size] = crop_positions(table, side, rows, columns).to(self._dtype)
         return self._positions[size]
 
 
@@ -245,7 +242,7 @@ def velocity(
             x, text = _block(config, weights, i, vectors, x, text)
     x = _modulated(config, x, vectors, "final.")
     x = F.linear(x, weights["final.weight"], weights["final.bias"])
-    return unpatchify(x, config, size).to(latents.dtype)
+    return unpatchify(x, config.patch, size).to(latents.dtype)
 
 
 def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
@@ -255,11 +252,21 @@ def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), -1)
 
 
-def unpatchify(x: torch.Tensor, config: Config, size: tuple[int, ...]) -> torch.Tensor:
-    """Put [B, N, patch * patch * C] together to [B, C, H, W]."""
-    patch, (h, w) = config.patch, size
-    cut = x.view(len(x), h // patch, w // patch, patch, patch, config.out_channels)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(x), config.out_channels, h, w)
+def unpatchify(x: torch.Tensor, patch: int, size: tuple[int, ...]) -> torch.Tensor:
+    """Put [B, N, patch * patch * C] together to [B, C, H, W]; `size` is H and W."""
+    h, w = size
+    cut = x.reshape(len(x), h // patch, w // patch, patch, patch, -1)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h, w)
+
+
+def crop_positions(table: torch.Tensor, side: int, rows: int, columns: int) -> torch.Tensor:
+    """Cut the middle of a table of positions [side * side, D]: [rows * columns, D].
+
+    Source: diffusers, models/embeddings.py, `PatchEmbed.cropped_pos_embed`.
+    """
+    top, left = (side - rows) // 2, (side - columns) // 2
+    crop = table.view(side, side, -1)[top : top + rows, left : left + columns]
+    return crop.reshape(rows * columns, -1)
 
 
 def sinusoids(timesteps: torch.Tensor, width: int) -> torch.Tensor:

@@ -37,17 +37,15 @@ class Schedule:
     steps: tuple[int, ...]
 
 
-def schedule(
-    sampler: str, steps: int, shift: float, *, skip: int = 0, train_steps: int = TRAIN_STEPS
-) -> Schedule:
+def schedule(sampler: str, steps: int, shift: float, *, skip: int = 0) -> Schedule:
     """Build the schedule of `steps` steps; the first `skip` are left out, as image-to-image does.
 
     Raises: ValueError for an unknown sampler.
     """
-    sigmas, cut = _grid(sampler, steps, shift, train_steps)
+    sigmas, cut = _grid(sampler, steps, shift)
     single = sigmas.astype(np.float32)
     # The flow schedulers multiply in float32, the multistep ones in double precision.
-    times = np.trunc(sigmas * train_steps) if cut else single * np.float32(train_steps)
+    times = np.trunc(sigmas * TRAIN_STEPS) if cut else single * np.float32(TRAIN_STEPS)
     numbers = list(range(skip, steps))
     if sampler == "heun":
         evaluated = [skip, *(i for i in numbers[1:] for _ in range(2))]
@@ -62,16 +60,17 @@ def schedule(
     )
 
 
-def _grid(sampler: str, steps: int, shift: float, train: int) -> tuple[np.ndarray, bool]:
+def _grid(sampler: str, steps: int, shift: float) -> tuple[np.ndarray, bool]:
     """Return N sigmas in double precision, and whether timesteps are cut to integers."""
     if sampler in ("euler", "heun"):
-        last = float(np.float32(shifted(np.array(1 / train), shift)))
-        return shifted(np.linspace(train, last * train, steps) / train, shift), False
+        last = float(np.float32(shifted(np.array(1 / TRAIN_STEPS), shift)))
+        times = np.linspace(TRAIN_STEPS, last * TRAIN_STEPS, steps)
+        return shifted(times / TRAIN_STEPS, shift), False
     if sampler == "dpmpp_2m":
-        rising = 1.0 - np.linspace(1, 1 / train, steps + 1)
+        rising = 1.0 - np.linspace(1, 1 / TRAIN_STEPS, steps + 1)
         return shifted(rising, shift)[::-1][:-1], True
     if sampler == "unipc":
-        sigmas = shifted(np.linspace(1, 1 / train, steps + 1)[:-1], shift)
+        sigmas = shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift)
         sigmas[0] = min(sigmas[0], 1 - UNIPC_START)
         return sigmas, True
     raise ValueError(f"sampler={sampler!r} is unknown; known: {', '.join(SAMPLERS)}")

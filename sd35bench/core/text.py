@@ -5,7 +5,7 @@ The three encoders cost 2.5 TFLOP for a prompt of 256 T5 tokens, as much as one 
 the negative prompt of a whole study is encoded once, and a prompt that comes again costs nothing if
 the caller says so.
 
-On disk (`Shelf`) they outlive the process: a second start that asks for the same texts encodes
+On disk (`DiskCache`) they outlive the process: a second start that asks for the same texts encodes
 nothing.
 
 The encoders may read different texts, and words may have weights. A weight w takes a token's
@@ -125,7 +125,7 @@ class SD3Text:
         )
 
 
-class Shelf:
+class DiskCache:
     """Embeddings on disk, a file for each text and length, which appears whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
@@ -156,14 +156,14 @@ class Shelf:
 
 
 class CachedText:
-    """Embeds each prompt once while it is among the last `kept`, or on the shelf.
+    """Embeds each prompt once while it is among the last `kept`, or on disk.
 
-    `hits` counts texts that were in memory, `read` those from the shelf, `misses` those encoded.
+    `hits` counts texts that were in memory, `read` those from disk, `misses` those encoded.
     """
 
-    def __init__(self, encoder: Encoder, kept: int = KEPT, shelf: Shelf | None = None) -> None:
+    def __init__(self, encoder: Encoder, kept: int = KEPT, disk: DiskCache | None = None) -> None:
         """Wrap `encoder`."""
-        self._encoder, self._kept, self._shelf = encoder, kept, shelf
+        self._encoder, self._kept, self._disk = encoder, kept, disk
         self._known: OrderedDict[tuple[Text, int], Embeddings] = OrderedDict()
         self.hits = self.read = self.misses = 0
 
@@ -171,7 +171,7 @@ class CachedText:
         """Embed `prompts`, those that are not known in one batch; `keep` them for later calls."""
         new = [p for p in dict.fromkeys(prompts) if (p, tokens) not in self._known]
         self.hits += len(prompts) - len(new)
-        fresh = {} if self._shelf is None or not keep else self._read(new, tokens)
+        fresh = {} if self._disk is None or not keep else self._read(new, tokens)
         new = [p for p in new if p not in fresh]
         self.misses += len(new)
         if new:
@@ -180,17 +180,17 @@ class CachedText:
         found = {p: fresh.get(p) or self._known[p, tokens] for p in prompts}
         if keep:
             self._keep(found, tokens)
-        if keep and self._shelf is not None:
+        if keep and self._disk is not None:
             for prompt in new:
-                self._shelf.put(prompt, tokens, fresh[prompt])
+                self._disk.put(prompt, tokens, fresh[prompt])
         # What was read lies on the CPU, what was encoded where the encoder is.
         device = found[new[0] if new else prompts[0]][0].device
         pairs = [[each.to(device) for each in found[p]] for p in prompts]
         return torch.stack([e for e, _ in pairs]), torch.stack([p for _, p in pairs])
 
     def _read(self, texts: Sequence[Text], tokens: int) -> dict[Text, Embeddings]:
-        assert self._shelf is not None
-        known = {text: self._shelf.get(text, tokens) for text in texts}
+        assert self._disk is not None
+        known = {text: self._disk.get(text, tokens) for text in texts}
         fresh = {text: pair for text, pair in known.items() if pair is not None}
         self.read += len(fresh)
         return fresh

@@ -9,7 +9,6 @@ they are placed, so that fusing needs the memory of one layer beyond the model's
 Source of the layouts: Stability-AI/sd3.5, `mmditx.py`; diffusers 0.42, `transformer_sd3.py`.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -32,24 +31,6 @@ def read_file(path: Path, prefix: str = "") -> Weights:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-
-
-def read_folder(part: Path, variant: str | None = None) -> tuple[Config, Weights]:
-    """Read a transformer's folder in diffusers' format: configuration, and weights as stored.
-
-    `variant`: a spelling in the files' names, as in ``*.bf16.safetensors``.
-
-    Raises: OSError, ValueError for a folder without them.
-    """
-    config = config_of_diffusers(json.loads((part / "config.json").read_text()))
-    dot = "" if variant is None else f".{variant}"
-    stem = "diffusion_pytorch_model"
-    files = sorted(part.glob(f"{stem}{dot}.safetensors")) or sorted(
-        part.glob(f"{stem}{dot}-*-of-*.safetensors")
-    )
-    if not files:
-        raise ValueError(f"{part} has no {stem}{dot}.safetensors")
-    return config, {name: value for file in files for name, value in read_file(file).items()}
 
 
 def config_of_diffusers(values: Mapping[str, Any]) -> Config:
@@ -97,22 +78,6 @@ def config_of_stability(weights: Mapping[str, torch.Tensor]) -> Config:
     )
 
 
-def fuse_diffusers(config: Config, weights: Weights, dtype: torch.dtype) -> Weights:
-    """Fuse diffusers' weights, in `dtype`; `weights` is emptied.
-
-    Raises: ValueError for weights too few or too many.
-    """
-    return _fuse(_diffusers, config, weights, dtype)
-
-
-def fuse_stability(config: Config, weights: Weights, dtype: torch.dtype) -> Weights:
-    """Fuse the single file's weights, in `dtype`; `weights` is emptied.
-
-    Raises: ValueError for weights too few or too many.
-    """
-    return _fuse(_stability, config, weights, dtype)
-
-
 def original_layers(config: Config) -> Iterator[tuple[str, list[str], bool]]:
     """Each layer of the original layout, with the layers of diffusers' that are put together in it.
 
@@ -120,11 +85,11 @@ def original_layers(config: Config) -> Iterator[tuple[str, list[str], bool]]:
     """
     places: dict[tuple[str, int], tuple[list[str], bool]] = {}
     seen: Counter[str] = Counter()
-    for name, sources, swapped in _diffusers(config):
+    for name, sources, swapped in diffusers_layout(config):
         places[name, seen[name]] = (sources, swapped)
         seen[name] += 1
     seen.clear()
-    for name, (source,), _ in _stability(config):
+    for name, (source,), _ in stability_layout(config):
         sources, swapped = places[name, seen[name]]
         seen[name] += 1
         if source.endswith(".weight"):
@@ -136,15 +101,19 @@ Place = tuple[str, list[str], bool]
 """A fused tensor's name, the source's names from top to bottom, and whether halves are swapped."""
 
 
-def _fuse(
-    layout: Callable[[Config], Iterator[Place]],
+def fuse(
     config: Config,
     weights: Weights,
     dtype: torch.dtype,
+    layout: Callable[[Config], Iterator[Place]] | None = None,
 ) -> Weights:
+    """Fuse the weights of a layout (`diffusers_layout` by default), in `dtype`; empties `weights`.
+
+    Raises: ValueError for weights too few or too many.
+    """
     fused: Weights = {}
     modulation: dict[str, list[torch.Tensor]] = {kind: [] for kind in LINEAR}
-    for name, sources, swapped in layout(config):
+    for name, sources, swapped in (diffusers_layout if layout is None else layout)(config):
         missing = [source for source in sources if source not in weights]
         if missing:
             raise ValueError(f"the transformer lacks weights, first {missing[0]}")
@@ -173,7 +142,8 @@ def _linear(name: str, *sources: str, swapped: bool = False) -> Iterator[Place]:
         yield f"{name}.{kind}", [f"{source}.{kind}" for source in sources], swapped
 
 
-def _diffusers(config: Config) -> Iterator[Place]:
+def diffusers_layout(config: Config) -> Iterator[Place]:
+    """Where each tensor of diffusers' transformer goes."""
     yield from _linear("patch", "pos_embed.proj")
     yield "position", ["pos_embed.pos_embed"], False
     for name, inner in {"time": "timestep_embedder", "pooled": "text_embedder"}.items():
@@ -214,7 +184,8 @@ def _diffusers(config: Config) -> Iterator[Place]:
     yield from _linear("final", "proj_out")
 
 
-def _stability(config: Config) -> Iterator[Place]:
+def stability_layout(config: Config) -> Iterator[Place]:
+    """Where each tensor of Stability's single file goes."""
     yield from _linear("patch", "x_embedder.proj")
     yield "position", ["pos_embed"], False
     for name, inner in {"time": "t_embedder", "pooled": "y_embedder"}.items():

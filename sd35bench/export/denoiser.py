@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sd35bench.core.model import crop_positions, patchify, unpatchify
+
 INPUTS = ("patches", "positions", "timestep", "text", "pooled")
 """The graph's inputs: [B, T, C·p·p], [1, T, D], [B] in float32, [B, L, E] and [B, P]."""
 OUTPUT = "velocity"
@@ -107,7 +109,7 @@ class GraphDenoiser:
         rows, columns = (side // size for side in hidden_states.shape[-2:])
         velocity = self._run(
             {
-                "patches": patchify(hidden_states, size),
+                "patches": patchify(hidden_states, size).contiguous(),
                 "positions": self._positions(rows, columns),
                 # diffusers' embedding casts too; solvers give int64, and an expanded scalar.
                 "timestep": timestep.float().contiguous(),
@@ -116,37 +118,11 @@ class GraphDenoiser:
             },
             tuple(sorted(set(skip_layers))) if skip_layers is not None else (),
         )
-        return (unpatchify(velocity, rows, columns, size),)
+        return (unpatchify(velocity, size, (rows * size, columns * size)),)
 
     def _positions(self, rows: int, columns: int) -> torch.Tensor:
         key = (rows, columns)
         if key not in self._crops:
-            self._crops[key] = crop_positions(
-                self._table, self.config.pos_embed_max_size, rows, columns
-            )
+            side = self.config.pos_embed_max_size
+            self._crops[key] = crop_positions(self._table[0], side, rows, columns)[None]
         return self._crops[key]
-
-
-def patchify(latents: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut latents [B, C, H, W] into patches [B, T, C·p·p], in the order of a convolution."""
-    batch, channels, height, width = latents.shape
-    grid = latents.reshape(batch, channels, height // size, size, width // size, size)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size).contiguous()
-
-
-def unpatchify(patches: torch.Tensor, rows: int, columns: int, size: int) -> torch.Tensor:
-    """Put patches [B, T, p·p·C] together to [B, C, rows·p, columns·p], as diffusers does."""
-    batch = patches.shape[0]
-    grid = patches.reshape(batch, rows, columns, size, size, -1)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, rows * size, columns * size)
-
-
-def crop_positions(table: torch.Tensor, side: int, rows: int, columns: int) -> torch.Tensor:
-    """Cut the middle of the position table [1, side·side, D]: [1, rows·columns, D].
-
-    Source: diffusers, models/embeddings.py, `PatchEmbed.cropped_pos_embed`.
-    """
-    top, left = (side - rows) // 2, (side - columns) // 2
-    grid = table.reshape(1, side, side, -1)
-    crop = grid[:, top : top + rows, left : left + columns]
-    return crop.reshape(1, rows * columns, -1).contiguous()

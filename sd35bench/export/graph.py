@@ -59,7 +59,8 @@ def export_graph(transformer: Any, path: Path) -> None:
     tokens = torch.export.Dim("tokens", min=2, max=MAX_TOKENS)
     text = torch.export.Dim("text_tokens", min=2, max=MAX_TOKENS)
     example = example_inputs(transformer, batch=2, tokens=6, text=5)
-    with _quiet(), torch.no_grad():
+    with quiet(*NOISY), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
         try:
             program: Any = torch.onnx.export(
                 ExportableDenoiser(transformer).eval(),
@@ -177,16 +178,14 @@ def _keep_only_output(model: onnx.ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress and deprecation notes off the terminal."""
-    loggers = [logging.getLogger(name) for name in NOISY]
+def quiet(*names: str) -> Iterator[None]:
+    """Keep what these loggers say below an error off the terminal."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -5,9 +5,7 @@ denoiser made of them. Every load runs the probe again, so that parity is shown 
 the session that are timed, without the PyTorch weights.
 """
 
-import contextlib
 import fnmatch
-import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from sd35bench.export.graph import (
     example_inputs,
     export_graph,
     module_of,
+    quiet,
     read_graph,
     weight_counts,
 )
@@ -128,7 +127,8 @@ def _quantise(source: Path, target: Path, excluded: Sequence[str]) -> None:
         if any(fnmatch.fnmatch(module_of(node.name), pattern) for pattern in excluded)
         for name in (node.name, f"{node.name}_MatMul")  # what a Gemm is renamed to first
     ]
-    with _quiet(), locked(source.parent):  # a graph with shapes lies beside the source meanwhile
+    # Advice to pre-process comes on the root logger; a graph with shapes lies beside the source.
+    with quiet(""), locked(source.parent):
         quantize_dynamic(
             source,
             target,
@@ -160,15 +160,3 @@ def _refuse_full_disk(folder: Path, wanted_bytes: float) -> None:
             f" where {size_in(free_bytes, 'GB')} are free; free some, or set XDG_CACHE_HOME"
             " elsewhere"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop the quantiser's advice to pre-process, which it logs on the root logger."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)

@@ -7,7 +7,6 @@ import contextlib
 import fnmatch
 import importlib
 import io
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
 from sd35bench.export.artifact import Artifact, Recipe, make_artifact
 from sd35bench.export.denoiser import INPUTS
-from sd35bench.export.graph import module_of
+from sd35bench.export.graph import module_of, quiet
 from sd35bench.export.onnx_model import MODEL, PROBE, write_probe
 
 IR = "model.xml"
@@ -151,11 +150,6 @@ def _weight_counts(model: Any) -> dict[str, int]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep NNCF's progress bars and advice off the terminal."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
+    out, err = io.StringIO(), io.StringIO()
+    with quiet("nncf"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield

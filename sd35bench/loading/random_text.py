@@ -92,8 +92,12 @@ class EncodedText(RandomText):
 
 
 def _generator(prompt: Text) -> torch.Generator:
-    prompt = prompt if isinstance(prompt, str) else "\n".join(prompt.read)
-    digest = hashlib.sha256(f"{SEED}:{prompt}".encode()).digest()
+    return seeded(prompt if isinstance(prompt, str) else "\n".join(prompt.read))
+
+
+def seeded(name: str) -> torch.Generator:
+    """A source of noise named by a text, on the CPU, so that a name means one noise."""
+    digest = hashlib.sha256(f"{SEED}:{name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -11,7 +11,6 @@ minute; one block per parameter is drawn and repeated instead. The block's lengt
 no two rows of a matrix are alike and its rank is full.
 """
 
-import hashlib
 from typing import Any
 
 import diffusers
@@ -26,7 +25,7 @@ from sd35bench import words
 from sd35bench.architectures import SEED, TEXT_PARTS, architecture_name, random_parts
 from sd35bench.errors import OutOfMemory
 from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
-from sd35bench.loading.random_text import EncodedText, NoiseText
+from sd35bench.loading.random_text import EncodedText, NoiseText, seeded
 from sd35bench.types import ModelSpec
 
 BLOCK = 1_048_573
@@ -95,36 +94,34 @@ def fill(model: nn.Module, part: str, dtype: torch.dtype, device: torch.device) 
         for name, empty in list(module.named_parameters(recurse=False)):
             if id(empty) not in made:
                 path = f"{prefix}.{name}"
-                mean, std = _distribution(module, name, empty)
-                noise = _Noise(seed=f"{part}.{path}", mean=mean, std=std)
-                values = noise.draw(empty.shape, dtype_of(model, path, dtype), device)
+                wanted, source = dtype_of(model, path, dtype), seeded(f"{part}.{path}")
+                at = _distribution(module, name, empty)
+                values = _noise(empty.shape, wanted, device, source, *at)
                 made[id(empty)] = (empty, nn.Parameter(values, requires_grad=empty.requires_grad))
             module.register_parameter(name, made[id(empty)][1])
     restore_buffers(model, dtype, device)
 
 
-class _Noise:
-    """Normal values from a named seed, drawn on the CPU, so that a seed means one noise."""
-
-    def __init__(self, seed: str, mean: float, std: float) -> None:
-        digest = hashlib.sha256(f"{SEED}:{seed}".encode()).digest()
-        self._generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
-        self._mean, self._std = mean, std
-
-    def draw(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Values of the shape, repeating after `BLOCK` of them."""
-        count = shape.numel()
-        # Drawn before the values are allocated, and kept: freed in between, its place would be
-        # taken by small values and the next block would need another; the heap grew by a sixth.
-        drawn = torch.empty(min(count, BLOCK))
-        drawn.normal_(self._mean, self._std, generator=self._generator)
-        block = drawn.to(device=device, dtype=dtype)
-        values = torch.empty(shape, dtype=dtype, device=device)
-        flat = values.view(-1)
-        whole = count // len(block) * len(block)
-        flat[:whole].view(-1, len(block)).copy_(block)
-        flat[whole:].copy_(block[: count - whole])
-        return values
+def _noise(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    source: torch.Generator,
+    mean: float,
+    std: float,
+) -> torch.Tensor:
+    """Normal values of a shape, repeating after `BLOCK` of them."""
+    count = shape.numel()
+    # Drawn before the values are allocated, and kept: freed in between, its place would be
+    # taken by small values and the next block would need another; the heap grew by a sixth.
+    drawn = torch.empty(min(count, BLOCK)).normal_(mean, std, generator=source)
+    block = drawn.to(device=device, dtype=dtype)
+    values = torch.empty(shape, dtype=dtype, device=device)
+    flat = values.view(-1)
+    whole = count // len(block) * len(block)
+    flat[:whole].view(-1, len(block)).copy_(block)
+    flat[whole:].copy_(block[: count - whole])
+    return values
 
 
 def _distribution(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[float, float]:
@@ -137,10 +134,7 @@ def _distribution(module: nn.Module, name: str, parameter: torch.Tensor) -> tupl
 
 
 def _refuse_too_large(spec: ModelSpec, needed_bytes: int, device: torch.device) -> None:
-    """Refuse before allocating what cannot fit; activations come on top.
-
-    Raises: OutOfMemory.
-    """
+    """Refuse before allocating what cannot fit; activations come on top. Raises: OutOfMemory."""
     free_bytes = available_bytes(device)
     if needed_bytes > free_bytes:
         raise OutOfMemory(

@@ -114,7 +114,7 @@ def prove_device(pipe: Any, asked: torch.device) -> str:
     return str(asked)
 
 
-def hush_truncation_warnings() -> None:
+def silence_truncation_warnings() -> None:
     """Drop the libraries' warnings about prompts cut short: every record says it already."""
     for name in TRUNCATION_LOGGERS:
         logging.getLogger(name).addFilter(_is_no_truncation)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from sd35bench.backends import compiled
+from sd35bench.backends import compile as compiled
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.backends.onnx_runtime import OnnxBackend
 from sd35bench.export import artifact, onnx_model

@@ -17,9 +17,8 @@ import pytest
 import torch
 import torch._dynamo
 
-from sd35bench.backends import compiled
-from sd35bench.backends.compile import CompileBackend, cache_folder
-from sd35bench.backends.compiled import CompiledRegion, HowToCompile
+from sd35bench.backends import compile as compiled
+from sd35bench.backends.compile import CompileBackend, CompiledRegion, HowToCompile, cache_folder
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.errors import BackendError, OptimizationNotApplied
 from sd35bench.types import Request, SkipLayerGuidance

@@ -40,7 +40,7 @@ def test_a_second_start_reads_no_denoiser(
 ) -> None:
     first, latents = start(tiny_path)
     assert (first["kept"], first["cached"]) == (True, False)
-    monkeypatch.setattr(core, "fuse_diffusers", lambda *_: pytest.fail("fused again"))
+    monkeypatch.setattr(core, "fuse", lambda *_: pytest.fail("fused again"))
     again, same = start(tiny_path)
     assert again["cached"]
     assert again["digest"] == first["digest"]

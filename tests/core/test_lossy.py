@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sd35bench.backends.core import CoreBackend
-from sd35bench.core.cache import best_mask, evaluated_steps, predict_between
+from sd35bench.core.cache import evaluated_steps, predict_between
 from sd35bench.core.guidance import guided_steps
 from sd35bench.core.schedule import schedule
 from sd35bench.errors import BackendError
@@ -102,17 +102,3 @@ def test_outside_the_interval_nothing_is_guided(core: CoreBackend) -> None:
 def test_a_wrong_option_is_refused(tiny_path: Path) -> None:
     with pytest.raises(BackendError, match=r"backend\.executor="):
         CoreBackend(make_load(tiny_path, "core", executor="magic"))
-
-
-def bent(steps: int, at: int) -> list[torch.Tensor]:
-    """Velocities straight in time until step `at`, and along another line after it."""
-    return [torch.tensor([float(i if i <= at else at + 9 * (i - at))]) for i in range(steps)]
-
-
-def test_the_best_mask_evaluates_where_the_velocity_bends() -> None:
-    times = [float(10 - i) for i in range(10)]
-    # Two points behind the bend give the second line; of such masks the earliest is taken.
-    assert best_mask(times, bent(10, 5), 4) == (0, 1, 5, 6)
-    assert best_mask(times, bent(10, 5), 10) == tuple(range(10))
-    with pytest.raises(ValueError, match="count=1"):
-        best_mask(times, bent(10, 5), 1)

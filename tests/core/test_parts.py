@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sd35bench.core.text import CachedText, Embeddings, Shelf
+from sd35bench.core.text import CachedText, DiskCache, Embeddings
 from sd35bench.core.vae import WAYS, Choices, Vae
 from tests.forked import forget, in_fork
 from tests.studies.tiny import build_tiny_sd3
@@ -53,10 +53,10 @@ def test_another_length_is_another_text_and_others_are_not_kept() -> None:
     assert encoder.asked == [["a"], ["a"], ["a"], ["a"]]
 
 
-def test_a_shelf_outlives_the_process(tmp_path: Path) -> None:
+def test_what_is_on_disk_outlives_the_process(tmp_path: Path) -> None:
     first, second = Counting(), Counting()
-    kept = CachedText(first, shelf=Shelf(tmp_path)).encode(["ab", "c"], 3, keep=True)
-    text = CachedText(second, shelf=Shelf(tmp_path))
+    kept = CachedText(first, disk=DiskCache(tmp_path)).encode(["ab", "c"], 3, keep=True)
+    text = CachedText(second, disk=DiskCache(tmp_path))
     again = text.encode(["c", "ab", "new"], 3, keep=True)
     assert second.asked == [["new"]]
     assert (text.hits, text.read, text.misses) == (0, 2, 1)
@@ -66,15 +66,15 @@ def test_a_shelf_outlives_the_process(tmp_path: Path) -> None:
     assert second.asked[1:] == [["c"], ["d"]]  # another length is another text
 
 
-def test_a_broken_shelf_is_as_good_as_none(tmp_path: Path) -> None:
-    CachedText(Counting(), shelf=Shelf(tmp_path)).encode(["ab"], 3, keep=True)
+def test_a_broken_file_is_as_good_as_none(tmp_path: Path) -> None:
+    CachedText(Counting(), disk=DiskCache(tmp_path)).encode(["ab"], 3, keep=True)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:40])
     encoder = Counting()
-    CachedText(encoder, shelf=Shelf(tmp_path)).encode(["ab"], 3, keep=True)
+    CachedText(encoder, disk=DiskCache(tmp_path)).encode(["ab"], 3, keep=True)
     assert encoder.asked == [["ab"]]
     (tmp_path / "file").write_text("")
-    CachedText(encoder, shelf=Shelf(tmp_path / "file")).encode(["ab"], 3, keep=True)
+    CachedText(encoder, disk=DiskCache(tmp_path / "file")).encode(["ab"], 3, keep=True)
     assert encoder.asked == [["ab"], ["ab"]]
 
 

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sd35bench.core.model import Config, Embedder, TorchExecutor, Weights, modulation_names
 from sd35bench.core.weights import (
     config_of_diffusers,
     config_of_stability,
-    fuse_diffusers,
-    fuse_stability,
+    fuse,
     read_file,
-    read_folder,
+    stability_layout,
 )
 from sd35bench.loading.checkpoint import LAYOUT
 from tests.original_layout import write_original
@@ -31,7 +29,7 @@ def transformer():
 @pytest.fixture
 def fused(transformer) -> tuple[Config, Weights]:
     config = config_of_diffusers(transformer.config)
-    return config, fuse_diffusers(config, dict(transformer.state_dict()), torch.float32)
+    return config, fuse(config, dict(transformer.state_dict()), torch.float32)
 
 
 def test_both_layouts_fuse_to_the_same(fused: tuple[Config, Weights], tmp_path: Path) -> None:
@@ -39,18 +37,9 @@ def test_both_layouts_fuse_to_the_same(fused: tuple[Config, Weights], tmp_path: 
     weights = read_file(path, LAYOUT["transformer"])
     config = config_of_stability(weights)
     assert config == fused[0]
-    other = fuse_stability(config, weights, torch.float32)
+    other = fuse(config, weights, torch.float32, stability_layout)
     assert set(other) == set(fused[1])
     assert all(torch.equal(other[name], value) for name, value in fused[1].items())
-
-
-def test_a_folder_is_read_as_it_was_written(fused: tuple[Config, Weights], tiny_path: Path) -> None:
-    config, weights = read_folder(tiny_path / "transformer")
-    assert config == fused[0]
-    assert (
-        weights.keys()
-        == load_file(tiny_path / "transformer" / "diffusion_pytorch_model.safetensors").keys()
-    )
 
 
 @pytest.mark.parametrize("skip", [(), (1,), (0, 2)], ids=str)
@@ -92,4 +81,4 @@ def test_weights_too_few_or_too_many_are_refused(transformer, change, said: str)
     weights = dict(transformer.state_dict())
     change(weights)
     with pytest.raises(ValueError, match=said):
-        fuse_diffusers(config_of_diffusers(transformer.config), weights, torch.float32)
+        fuse(config_of_diffusers(transformer.config), weights, torch.float32)

@@ -11,17 +11,10 @@ import pytest
 import torch
 
 import sd35bench.export.artifact as artifact
+from sd35bench.core.model import crop_positions, patchify, unpatchify
 from sd35bench.errors import BackendError, UnsupportedRequest
 from sd35bench.export.artifact import Artifact
-from sd35bench.export.denoiser import (
-    INPUTS,
-    OUTPUT,
-    ExportableDenoiser,
-    GraphDenoiser,
-    crop_positions,
-    patchify,
-    unpatchify,
-)
+from sd35bench.export.denoiser import INPUTS, OUTPUT, ExportableDenoiser, GraphDenoiser
 from sd35bench.export.graph import (
     OPSET,
     example_inputs,
@@ -166,11 +159,11 @@ def test_patches_and_crop_equal_diffusers(stem: Any, height: int, width: int) ->
     latents = torch.randn(2, 16, height, width)
     wanted = stem(latents)
     patches = patchify(latents, 2)
-    positions = crop_positions(stem.pos_embed, 8, height // 2, width // 2)
+    positions = crop_positions(stem.pos_embed[0], 8, height // 2, width // 2)
     weight = stem.proj.weight.flatten(1)
     found = torch.nn.functional.linear(patches, weight, stem.proj.bias) + positions
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    moved = found - positions + positions.roll(1, dims=1)  # a crop that is not in the middle
+    moved = found - positions + positions.roll(1, dims=0)  # a crop that is not in the middle
     assert not torch.allclose(moved, wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -178,7 +171,7 @@ def test_unpatchify_is_diffusers_order(transformer: Any) -> None:
     tokens = torch.randn(2, 3 * 5, 2 * 2 * 16)
     grid = tokens.reshape(2, 3, 5, 2, 2, 16)
     wanted = torch.einsum("nhwpqc->nchpwq", grid).reshape(2, 16, 6, 10)
-    assert torch.equal(unpatchify(tokens, 3, 5, 2), wanted)
+    assert torch.equal(unpatchify(tokens, 2, (6, 10)), wanted)
 
 
 def test_denoiser_refuses_what_a_graph_cannot_take(
