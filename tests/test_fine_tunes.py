@@ -18,8 +18,8 @@ from sd35bench.config import check_overrides, compose, freeze
 from sd35bench.config.overrides import written
 from sd35bench.loading.checkpoint import NANO_WEIGHTS, path_digest
 from sd35bench.loading.sources import load_model
+from sd35bench.nano.train.card import load_pipeline
 from sd35bench.nano.train.lora import FineTune, adapt, train
-from sd35bench.nano.train.measure import load_pipeline
 from sd35bench.types import Change, ModelSpec
 from tests.studies.in_process import compute_here
 

@@ -1,4 +1,4 @@
-"""Reading a caption back: text to what it asks for, without looking at any scene."""
+"""Reading a caption back: text to what it asks for, without looking at any scene; its words."""
 
 import re
 from dataclasses import dataclass
@@ -36,6 +36,17 @@ _COUNT = re.compile(rf"({'|'.join(NUMBERS.values())}) {_COLOUR} ({'|'.join(PLURA
 _PAIR = re.compile(rf"{_THING} {_RELATION} {_THING}")
 _LIST = re.compile(rf"{_THING}(?: and {_THING})+")
 
+_PHRASES = (
+    *("a", "and", "background", "on", "with", "small", "large", "in front of", "behind"),
+    *COLOURS,
+    *BACKGROUNDS,
+    *SHAPES,
+    *PLURALS.values(),
+    *NUMBERS.values(),
+    *PLACES.values(),
+    *BESIDE,
+)
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -50,12 +61,13 @@ class Spec:
     relation: Relation | None = None
 
 
-def parse(prompt: str) -> Spec:
-    """What a caption of nano's world asks for.
+def words() -> list[str]:
+    """Every word that a caption can contain, sorted: of the world, so that none is forgotten."""
+    return sorted({word for phrase in _PHRASES for word in phrase.split()})
 
-    Raises:
-        ValueError: the text is not one of the world's captions.
-    """
+
+def parse(prompt: str) -> Spec:
+    """What a caption of nano's world asks for. Raises: ValueError for any other text."""
     text = " ".join(prompt.lower().split())
     for wording in _WORDINGS:
         found = wording.fullmatch(text)

@@ -18,7 +18,7 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sd35bench.nano.vocabulary import words
+from sd35bench.nano.captions import words
 
 EVALUATOR = Path(__file__).parent / "evaluator"
 IMAGE_PX = 64
@@ -62,15 +62,14 @@ class Evaluator:
     ) -> NDArray[np.float32]:
         """Features [n, 48] of uint8 [H, W, 3] images of any size and aspect ratio.
 
-        Raises:
-            TypeError: an image is not uint8. ValueError: an image is not [H, W, 3].
+        Raises: TypeError for an image that is not uint8, ValueError for one that is not [H, W, 3].
         """
         pixels = [to_square(image) for image in images]
         return self._in_batches(self.model.encode_image, [normalise(p) for p in pixels], batch)
 
-    def text_features(self, prompts: Sequence[str], batch: int = 256) -> NDArray[np.float32]:
+    def text_features(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """Features [n, 48] of prompts; words outside the captions' vocabulary count as unknown."""
-        return self._in_batches(self.model.encode_text, list(tokenize(prompts)), batch)
+        return self._in_batches(self.model.encode_text, list(tokenize(prompts)), 256)
 
     @torch.no_grad()
     def _in_batches(self, encode: Any, rows: list[torch.Tensor], batch: int) -> NDArray[np.float32]:
@@ -86,11 +85,7 @@ def build_model() -> CLIP:
 
 
 def load_evaluator(folder: Path = EVALUATOR) -> Evaluator:
-    """The evaluator saved in a folder, on the CPU in float32.
-
-    Raises:
-        FileNotFoundError: the folder holds none.
-    """
+    """The evaluator saved in a folder, on the CPU in float32. Raises: FileNotFoundError."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update((folder / name).read_bytes())
@@ -128,8 +123,7 @@ def tokenize(prompts: Sequence[str]) -> torch.Tensor:
 def to_square(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The image padded to a square by its own edges, then resized with antialiasing.
 
-    Raises:
-        TypeError: not uint8. ValueError: not [H, W, 3].
+    Raises: TypeError for one that is not uint8, ValueError for one that is not [H, W, 3].
     """
     if image.dtype != np.uint8:
         raise TypeError(f"image has dtype {image.dtype}; the evaluator reads uint8 in [0, 255]")

@@ -3,18 +3,32 @@
 A set is a stream: the first 8 items of a longer set are the set of 8. Levels are interleaved so
 that every prefix is a balanced mix, half of it single objects. Overlap, the hardest level, has a
 set of its own, so that it is never averaged with the rest.
+
+An edit is a pair of scenes: the init image's, and one that differs from it in one part.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.nano.edits import CHANGES, sample_edit
-from sd35bench.nano.world import Level, Scene, caption, render, replace_layout, sample_scene
+from sd35bench.nano.world import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    Level,
+    Partition,
+    Scene,
+    caption,
+    fits,
+    render,
+    replace_layout,
+    sample_scene,
+    scene_partition,
+)
 
 Split = Literal["tune", "heldout"]
 Kind = Literal["t2i", "edit"]
@@ -27,6 +41,8 @@ _T2I_LEVELS: tuple[Level, ...] = (
     *("single", "relation", "single", "several"),
 )
 _EDIT_LEVELS: tuple[Level, ...] = ("single", "single", "single", "relation", "relation", "relation")
+Change = Literal["colour", "shape", "background"]
+CHANGES: tuple[Change, ...] = get_args(Change)
 
 
 @dataclass(frozen=True)
@@ -51,8 +67,7 @@ def prompt_set(
 ) -> list[NanoPrompt]:
     """The first `limit` items (all of `SIZES` by default), with distinct prompts.
 
-    Raises:
-        ValueError: an unknown split or kind, or a limit outside [1, MAX_ITEMS].
+    Raises: ValueError for an unknown split or kind, or a limit outside [1, MAX_ITEMS].
     """
     if split not in ("tune", "heldout") or kind not in SIZES:
         raise ValueError(f"no prompt set {split!r}/{kind!r}: tune or heldout, t2i or edit")
@@ -65,18 +80,13 @@ def level_set(split: Split, level: Level, limit: int = 64, seed: int = 0) -> lis
 
     Relations are where guidance and steps still buy quality at 20 steps.
 
-    Raises:
-        ValueError: a limit outside [1, MAX_ITEMS].
+    Raises: ValueError for a limit outside [1, MAX_ITEMS].
     """
     return list(islice(_stream(split, "t2i", (level,), seed), _checked(limit)))
 
 
 def init_image(item: NanoPrompt) -> NDArray[np.uint8]:
-    """The picture that an edit starts from: [height, width, 3] uint8.
-
-    Raises:
-        ValueError: the item is no edit.
-    """
+    """The picture that an edit starts from: [height, width, 3] uint8. Raises: ValueError."""
     if item.init_scene is None:
         raise ValueError(f"prompt {item.id} has no init image; edits have one")
     return render(item.init_scene)
@@ -126,3 +136,45 @@ def _draw(
     return NanoPrompt(
         "", caption(scene), level, scene.width, scene.height, scene, edit.init, change
     )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Two scenes of one layout that differ in one part."""
+
+    change: Change
+    init: Scene
+    target: Scene
+
+
+def sample_edit(
+    rng: np.random.Generator,
+    level: Level = "single",
+    change: Change = "colour",
+    wanted: Partition = "train",
+) -> Edit:
+    """A random edit whose target's combinations lie in `wanted`.
+
+    The init scene's lie there or in training, so that edits of one split never show the other's.
+    """
+    while True:
+        target = sample_scene(rng, level, wanted=wanted)
+        init = _changed(rng, target, change)
+        if fits(init) and scene_partition(init) in ("train", wanted):
+            return Edit(change, init, target)
+
+
+def _changed(rng: np.random.Generator, scene: Scene, change: Change) -> Scene:
+    if change == "background":
+        others = [name for name in BACKGROUNDS if name != scene.background]
+        return replace(scene, background=others[rng.integers(len(others))])
+    index = int(rng.integers(len(scene.things)))
+    thing = scene.things[index]
+    if change == "colour":
+        taken = {other.colour for other in scene.things}
+        hues = [name for name in COLOURS if name not in taken]
+        thing = replace(thing, colour=hues[rng.integers(len(hues))])
+    else:
+        shapes = [name for name in SHAPES if name != thing.shape]
+        thing = replace(thing, shape=shapes[rng.integers(len(shapes))])
+    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))

@@ -59,8 +59,7 @@ class Picture:
 def check_pixels(image: Pixels) -> None:
     """Refuse anything but a uint8 RGB image.
 
-    Raises:
-        TypeError: not uint8. ValueError: not [H, W, 3] with at least 8 px a side.
+    Raises: TypeError where it is not uint8, ValueError where it is not [H, W, 3] of 8 px or more.
     """
     if image.dtype != np.uint8:
         raise TypeError(f"image has dtype {image.dtype}; nano reads uint8 in [0, 255]")

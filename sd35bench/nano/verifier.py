@@ -58,9 +58,7 @@ class EditVerdict:
 def verify(image: Pixels, prompt: str) -> Verdict:
     """Judge a uint8 [H, W, 3] picture of at least 8 px a side against a caption of the world.
 
-    Raises:
-        ValueError: the prompt is no such caption, or the image has another shape.
-        TypeError: the image is not uint8.
+    Raises: ValueError for another prompt or shape, TypeError for an image that is not uint8.
     """
     spec = parse(prompt)
     picture = segment(image)
@@ -119,10 +117,9 @@ def verify_edit(image: Pixels, init_image: Pixels, prompt: str) -> EditVerdict:
     What was to change is found by comparing the prompt with what the init image shows, objects
     assigned so that the fewest differences remain.
 
-    Raises:
-        ValueError: the prompt is no caption without overlap, the images differ in size, or the
-            init image does not show as many objects as the prompt names.
-        TypeError: an image is not uint8.
+    Raises: ValueError for a prompt that is no caption without overlap, for images of unlike sizes,
+    and for an init image with another number of objects than the prompt names; TypeError for an
+    image that is not uint8.
     """
     spec = parse(prompt)
     if spec.level == "overlap":

@@ -9,15 +9,20 @@ import pytest
 import torch
 from torch import nn
 
+from sd35bench.nano.captions import words
 from sd35bench.nano.evaluator import build_model
-from sd35bench.nano.networks import TransformerSize, build_clip_tokenizer, build_transformer
+from sd35bench.nano.networks import (
+    TransformerSize,
+    assemble,
+    build_clip_tokenizer,
+    build_transformer,
+    export,
+)
 from sd35bench.nano.train import flow
-from sd35bench.nano.train.evaluator import train_evaluator
-from sd35bench.nano.train.export import assemble, export
+from sd35bench.nano.train.contrastive import train_evaluator
 from sd35bench.nano.train.loop import Run, warmup_cosine
 from sd35bench.nano.train.team import run_team
 from sd35bench.nano.train.vae import build_vae, finish_vae, load_vae, train_vae
-from sd35bench.nano.vocabulary import words
 
 TOY_BATCH = 2
 TOY_SIZE = TransformerSize(layers=2, heads=2, dual_attention_layers=(0,))
@@ -35,7 +40,7 @@ def toy_flow(run: Run) -> nn.Module:
 
 TRAININGS: dict[str, Callable[[Run], nn.Module]] = {
     "vae": train_vae,
-    "evaluator": train_evaluator,
+    "contrastive": train_evaluator,
     "flow": toy_flow,
 }
 
@@ -44,7 +49,7 @@ TRAININGS: dict[str, Callable[[Run], nn.Module]] = {
 def toy_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encode in the smallest portions, train the smallest model."""
     monkeypatch.setattr(flow, "ENCODE_BATCH", TOY_BATCH)
-    monkeypatch.setattr(flow, "build_transformer", lambda size: build_transformer(TOY_SIZE))
+    monkeypatch.setattr(flow, "build_transformer", lambda: build_transformer(TOY_SIZE))
 
 
 LONG = ("flow", "vae")  # 10 s of 12 s together

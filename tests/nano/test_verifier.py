@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sd35bench.nano.edits import CHANGES, sample_edit
+from sd35bench.nano.prompts import CHANGES, sample_edit
 from sd35bench.nano.verifier import verify, verify_edit
 from sd35bench.nano.world import (
     ASPECT_RATIOS,

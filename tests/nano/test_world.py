@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from sd35bench.nano import world
-from sd35bench.nano.captions import Spec, parse
-from sd35bench.nano.edits import CHANGES, sample_edit
-from sd35bench.nano.vocabulary import words
+from sd35bench.nano.captions import Spec, parse, words
+from sd35bench.nano.prompts import CHANGES, sample_edit
 from sd35bench.nano.world import ASPECT_RATIOS, LEVELS, Scene, caption, render, sample_scene
 
 SQUARE_AND_EXTREMES = [(64, 64), (112, 48), (48, 112)]

@@ -8,12 +8,11 @@ import torch
 
 from sd35bench.nano import WEIGHTS
 from sd35bench.nano.evaluator import save_evaluator
-from sd35bench.nano.train.card import write_card
-from sd35bench.nano.train.evaluator import train_evaluator
-from sd35bench.nano.train.export import assemble, export
+from sd35bench.nano.networks import assemble, export
+from sd35bench.nano.train.card import load_pipeline, write_card, write_measurements
+from sd35bench.nano.train.contrastive import train_evaluator
 from sd35bench.nano.train.flow import REFINE, FlowModel, load_average
 from sd35bench.nano.train.loop import Run
-from sd35bench.nano.train.measure import load_pipeline, write_measurements
 from sd35bench.nano.train.probe import train_and_probe
 from sd35bench.nano.train.team import run_team
 from sd35bench.nano.train.vae import load_vae, train_vae

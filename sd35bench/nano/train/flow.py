@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from sd35bench.nano.networks import NANO, TextEncoders, TransformerSize, build_transformer
+from sd35bench.nano.networks import TextEncoders, build_transformer
 from sd35bench.nano.train import team
 from sd35bench.nano.train.loop import (
     Run,
@@ -87,10 +87,10 @@ class LatentSet:
 class FlowModel(nn.Module):
     """The transformer with its text encoders: everything that this training changes."""
 
-    def __init__(self, size: TransformerSize = NANO) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.text = TextEncoders()
-        self.transformer: SD3Transformer2DModel = build_transformer(size)
+        self.transformer: SD3Transformer2DModel = build_transformer()
 
     def forward(self, latents: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         """The predicted velocity for latents [N, 16, h, w] at sigma [N] in (0, 1)."""
@@ -267,11 +267,7 @@ def update(
 
 
 def load_average(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged weights that a stage ended with.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-    """
+    """The averaged weights that a stage ended with. Raises: FileNotFoundError."""
     state = load_checkpoint(checkpoint)
     if state is None:
         raise FileNotFoundError(f"no checkpoint at {checkpoint}: run the stage before this one")

@@ -16,6 +16,7 @@ from sd35bench.nano.train import team
 from sd35bench.nano.world import ASPECT_RATIOS, LEVELS, Level, Scene, sample_scene
 
 SQUARE_SHARE = 0.65
+LOG_EVERY = 50
 _OTHER_SIZES = [size for name, size in ASPECT_RATIOS.items() if name != "1:1"]
 
 
@@ -89,10 +90,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict[str, Any] | None:
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def steps_with_progress(
-    run: Run, first: int, describe: Callable[[], str], log_every: int = 50
-) -> Iterator[int]:
-    """Step numbers from `first`, with a bar on a terminal and a line per `log_every` in a log."""
+def steps_with_progress(run: Run, first: int, describe: Callable[[], str]) -> Iterator[int]:
+    """Step numbers from `first`, with a bar on a terminal and a line per `LOG_EVERY` in a log."""
     started = time.monotonic()
     console = Console(stderr=True)
     shown = console.is_terminal and team.rank() == 0
@@ -101,7 +100,7 @@ def steps_with_progress(
         for step in range(first, run.steps):
             yield step
             bar.update(task, advance=1, description=describe())
-            if (step + 1) % log_every == 0 or step + 1 == run.steps:
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == run.steps:
                 elapsed_s = time.monotonic() - started
                 append_log(run, f"step {step + 1} elapsed_s {elapsed_s:.0f} {describe()}")
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from sd35bench.nano import WEIGHTS
 from sd35bench.nano.networks import TEXT_TOKENS
+from sd35bench.nano.train.card import load_pipeline
 from sd35bench.nano.train.flow import BROAD_LEVELS, CAPTION_DROPOUT
 from sd35bench.nano.train.loop import batch_rng, draw_scenes, to_tensor, warmup_cosine
-from sd35bench.nano.train.measure import load_pipeline
 from sd35bench.nano.world import ASPECT_RATIOS, BACKGROUNDS, Background, caption, render
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sd35bench.nano.networks import TEXT_TOKENS
+from sd35bench.nano.networks import TEXT_TOKENS, assemble
 from sd35bench.nano.prompts import NanoPrompt, prompt_set
-from sd35bench.nano.train.export import assemble
 from sd35bench.nano.train.flow import BROAD, FlowModel, Recipe, train_flow
 from sd35bench.nano.train.loop import Run
 from sd35bench.nano.train.vae import load_vae

@@ -41,14 +41,13 @@ LEVEL_WEIGHTS: dict[Level, float] = {
 }
 
 
-def build_vae(widths: tuple[int, ...] = (16, 32, 64, 96)) -> AutoencoderKL:
+def build_vae() -> AutoencoderKL:
     """An untrained autoencoder with SD3's conventions."""
-    levels = len(widths)
-    channels: Any = widths
+    channels: Any = (16, 32, 64, 96)
     vae = AutoencoderKL(
         block_out_channels=channels,
-        down_block_types=cast(Any, ("DownEncoderBlock2D",) * levels),
-        up_block_types=cast(Any, ("UpDecoderBlock2D",) * levels),
+        down_block_types=cast(Any, ("DownEncoderBlock2D",) * len(channels)),
+        up_block_types=cast(Any, ("UpDecoderBlock2D",) * len(channels)),
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=LATENT_CHANNELS,
@@ -143,8 +142,7 @@ def finish_vae(vae: AutoencoderKL, seed: int, renders: int = 512) -> Autoencoder
 def load_vae(folder: Path, device: str = "cpu") -> AutoencoderKL:
     """The finished autoencoder of a training folder, frozen.
 
-    Raises:
-        FileNotFoundError: it was not trained to the end there.
+    Raises: FileNotFoundError where it was not trained to the end.
     """
     state = load_checkpoint(folder / FINISHED)
     if state is None:
