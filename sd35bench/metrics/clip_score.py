@@ -56,10 +56,8 @@ class ClipScore(FeatureMetric):
 def load(name: str, *, model: str | None = None, pretrained: str | None = None) -> ClipScore:
     """Load `clip_score`, `clip_score_nano` or `clip_score_<model>_<pretrained>`.
 
-    Args:
-        name: the metric's name; the bare family is ViT-L-14 openai.
-        model: instead of the name's backbone: an open_clip model, ``local-dir:PATH`` or ``nano``.
-        pretrained: its pretrained tag or checkpoint path.
+    `model` takes the place of the name's backbone (ViT-L-14 of openai for the bare family): an
+    open_clip model, ``local-dir:PATH`` or ``nano``; `pretrained` is its tag or checkpoint's path.
 
     Raises: MetricError for an unknown backbone.
     """

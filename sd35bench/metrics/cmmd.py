@@ -22,18 +22,14 @@ class Cmmd(ReferencedMetric):
     not_taken = frozenset({"extractor", "weights"})  # the features are CLIP's
     statistic = "cmmd"
     needs_features = True
-
-    def _own_least(self) -> int:
-        return MIN_IMAGES
+    own_least = MIN_IMAGES
 
 
 def load(name: str, *, model: str | None = None, **options: Any) -> Cmmd:
     """Load `cmmd`, `cmmd_nano` or `cmmd_<clip model>_<pretrained>`.
 
-    Args:
-        name: the metric's name; the bare family is the paper's ViT-L-14-336 openai.
-        model: instead of the name's backbone: an open_clip model, ``local-dir:PATH`` or ``nano``.
-        options: what else `ReferencedMetric.load` takes.
+    `model` takes the place of the name's backbone: an open_clip model, ``local-dir:PATH`` or
+    ``nano``. `options` are what else `ReferencedMetric.load` takes.
 
     Raises: ConfigError for a reference that is not there, MetricError for an unknown backbone.
     """

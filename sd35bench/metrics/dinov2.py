@@ -49,9 +49,8 @@ def dinov2_model(label: str, model: str | None) -> str:
 class Dinov2(Extractor):
     """Class tokens [n, d] of a DINOv2 model; d is 384, 768, 1024 or 1536 of the published ones.
 
-    Args:
-        model: a Hub id whose files are in the local cache, or ``local-dir:PATH`` of a folder with
-            config.json and model.safetensors.
+    `model` is a Hub id whose files are in the local cache, or ``local-dir:PATH`` of a folder with
+    config.json and model.safetensors.
     """
 
     resize = (

@@ -186,11 +186,8 @@ def load(
 ) -> Drift:
     """Load `drift` (from eager) or `drift_<backend>`.
 
-    Args:
-        name: the metric's name.
-        reference: a backend's name instead of the name's own.
-        pixels_per_degree: of FLIP's viewer, > 0.
-        lpips: torchvision's AlexNet weights; ``None``: torch's cache, and no LPIPS without them.
+    `reference` is a backend's name, `pixels_per_degree` (> 0) is of FLIP's viewer; `lpips` has
+    torchvision's AlexNet weights: ``None`` is torch's cache, and no LPIPS without them.
 
     Raises: ConfigError for a viewer that cannot be, or weights that are not there.
     """

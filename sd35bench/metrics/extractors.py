@@ -55,11 +55,7 @@ class ClipExtractor(Extractor):
 
 
 class NanoEvaluator(ClipExtractor):
-    """The embedded model's own small CLIP (`sd35bench.nano.evaluator`).
-
-    Args:
-        folder: where its weights are; ``None`` means the package's own.
-    """
+    """The embedded model's own small CLIP (`sd35bench.nano.evaluator`), the packaged or another."""
 
     label = "nano"
     resize = "padded to a square by its edges, then Pillow's bicubic with antialiasing to 64 px"
@@ -123,10 +119,8 @@ class NanoEvaluator(ClipExtractor):
 class OpenClip(ClipExtractor):
     """An open_clip model: by name and pretrained tag, by name and checkpoint file, or a folder.
 
-    Args:
-        model: an open_clip model's name, or ``local-dir:PATH`` of a folder with its configuration.
-        pretrained: a pretrained tag that is in the local cache, or a checkpoint's path; ``None``
-            with ``local-dir:``.
+    `model` is a name, or ``local-dir:PATH`` of a folder with its configuration; `pretrained` a tag
+    that is in the local cache, or a checkpoint's path, ``None`` with ``local-dir:``.
     """
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
@@ -197,8 +191,7 @@ class OpenClip(ClipExtractor):
 class Inception(Extractor):
     """Inception-v3 as FID defines it, through torchmetrics and torch-fidelity.
 
-    Args:
-        weights: path of torch-fidelity's Inception checkpoint; ``None`` looks in torch's cache.
+    `weights`: path of torch-fidelity's checkpoint; ``None`` looks in torch's cache.
     """
 
     min_images = 2048  # as many as dimensions: with fewer the covariance is singular
@@ -273,10 +266,8 @@ def clip_extractor(label: str, model: str | None, pretrained: str | None) -> Cli
 def choose_extractor(label: str, backbone: Backbone) -> tuple[Extractor, str]:
     """Return the extractor of a set metric's options or of its name's end, and its label.
 
-    Args:
-        label: what follows the family in the metric's name: `inception`, `nano`, `dinov2-base`,
-            `ViT-B-32_openai`.
-        backbone: the options; `extractor` goes before the label.
+    `label` is what follows the family in the metric's name: `inception`, `nano`, `dinov2-base`,
+    `ViT-B-32_openai`; the option `extractor` goes before it.
 
     Raises: MetricError for a backbone that nobody knows.
     """

@@ -16,8 +16,10 @@ class FidInfinity(ReferencedMetric):
     family = "fid_infinity"
     statistic = "frechet_infinity"
 
-    def _own_least(self) -> int:
-        return 2 * self.extractor.min_images
+    @property
+    def min_images(self) -> int:
+        """Twice what a Fréchet distance needs, or as configured."""
+        return 2 * self.extractor.min_images if self._least is None else self._least
 
 
 load = FidInfinity.load

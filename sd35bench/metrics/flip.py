@@ -35,10 +35,8 @@ def flip_map(
 ) -> NDArray[np.float32]:
     """Return the error of each pixel, in [0, 1]: [H, W]; the two images may be swapped.
 
-    Args:
-        image: uint8 sRGB [H, W, 3].
-        reference: the same.
-        pixels_per_degree: of visual angle, > 0; more means a viewer further away, who sees less.
+    Images are uint8 sRGB [H, W, 3]; more `pixels_per_degree` of visual angle (> 0) mean a viewer
+    further away, who sees less.
 
     Raises: MetricError for images that are not uint8 RGB or of unlike sizes.
     """

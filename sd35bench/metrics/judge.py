@@ -157,13 +157,10 @@ def load(
 ) -> JudgeMetric:
     """Load `judge_<kind>`.
 
-    Args:
-        name: the metric's name.
-        model: a checkpoint's path, or the model's name at an endpoint.
-        endpoint: the address before ``/chat/completions``; its key comes from OPENAI_API_KEY.
-        questions: of `judge_tifa`: a JSON Lines file of questions by prompt.
-        usd_per_call: what one question costs; 0 on this machine.
-        max_cost_usd: what all missing questions may cost; nothing is asked above it.
+    `model` is a checkpoint's path, or the model's name at an endpoint; `endpoint` the address
+    before ``/chat/completions``, whose key comes from OPENAI_API_KEY; `questions` the JSON Lines
+    file of `judge_tifa`, by prompt. One question costs `usd_per_call` (0 on this machine), and
+    nothing is asked where all missing ones cost more than `max_cost_usd`.
 
     Raises: ConfigError, MetricError.
     """

@@ -30,6 +30,7 @@ class Kid(ReferencedMetric):
     family = "kid"
     statistic = "kid"
     needs_features = True
+    own_least = MIN_IMAGES
     subset: tuple[int, int, int] | None = None
 
     @property
@@ -40,9 +41,6 @@ class Kid(ReferencedMetric):
             names = ("subset_size", "subsets", "subset_seed")
             found |= dict(zip(names, self.subset, strict=True))
         return found
-
-    def _own_least(self) -> int:
-        return MIN_IMAGES
 
 
 def load(
@@ -55,12 +53,8 @@ def load(
 ) -> Kid:
     """Load `kid`, `kid_inception`, `kid_nano` or `kid_<clip model>_<pretrained>`.
 
-    Args:
-        name: the metric's name; the bare family is Inception.
-        subset_size: images a subset; ``None`` uses all pairs at once.
-        subsets: how many.
-        subset_seed: of their draws.
-        options: what `ReferencedMetric.load` takes.
+    `subset_size` images make one of `subsets` subsets, drawn with `subset_seed`; ``None`` uses all
+    pairs at once. `options` are what `ReferencedMetric.load` takes.
 
     Raises: ConfigError for a reference that is not there, or subsets that cannot be.
     """

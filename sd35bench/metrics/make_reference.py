@@ -107,13 +107,9 @@ def from_study(
 ) -> Reference:
     """Make a reference of one setting's images in a study (`sd35bench.study.store.Study`).
 
-    Args:
-        name: the reference's own.
-        study: whose images went through the guards already.
-        extractor: embeds what is not embedded yet.
-        choice: how many images, and rows to keep.
-        setting: the beginning of the setting's id, as `show` has it; ``None`` if there is one.
-        progress: called after each batch.
+    Its images went through the guards already; `extractor` embeds what is not embedded yet.
+    `setting` begins like the setting's id in `show`, ``None`` if there is one. `progress` is called
+    after each batch.
 
     Raises: ConfigError where there is not exactly one such setting, or it is image-to-image.
     """

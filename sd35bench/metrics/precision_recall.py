@@ -18,15 +18,13 @@ from sd35bench.stats.neighbours import NEIGHBOURS
 
 class _Manifold(ReferencedMetric):
     needs_features = True
+    own_least = MIN_IMAGES
     k: int = NEIGHBOURS
 
     @property
     def parameters(self) -> dict[str, Any]:
         """How many neighbours a ball reaches to."""
         return {"k": self.k}
-
-    def _own_least(self) -> int:
-        return MIN_IMAGES
 
 
 class Precision(_Manifold):
@@ -46,10 +44,7 @@ class Recall(_Manifold):
 def load(name: str, *, k: int = NEIGHBOURS, **options: Any) -> Precision | Recall:
     """Load `precision` or `recall`, or either with an extractor: `precision_nano` and so on.
 
-    Args:
-        name: the metric's name; the bare families are Inception.
-        k: neighbours, at least 1.
-        options: what `ReferencedMetric.load` takes.
+    `k` is the number of neighbours, at least 1; `options` are what `ReferencedMetric.load` takes.
 
     Raises: ConfigError for a reference that is not there, or a `k` that cannot be.
     """

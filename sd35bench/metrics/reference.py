@@ -51,6 +51,8 @@ class ReferencedMetric(SetMetric):
     default_extractor: str = "inception"
     not_taken: frozenset[str] = frozenset()
     """Options of `load` that have no meaning for this family."""
+    own_least: int | None = None
+    """Fewest images for a value; ``None``: the extractor's."""
 
     @classmethod
     def load(
@@ -66,17 +68,10 @@ class ReferencedMetric(SetMetric):
     ) -> Self:
         """Load the family on its default extractor, or `<family>_nano` and so on.
 
-        Args:
-            name: the metric's name, with the extractor's label behind the family.
-            reference: ``prompts``, a folder of images, or an .npz of `sd35bench reference make`;
-                a Fréchet distance also takes one of `mean`, `cov` and `n` alone.
-            min_images: fewest images for a value instead of the family's own.
-            extractor: instead of the name's: ``inception``, ``nano``, ``clip`` (with `model`) or
-                ``dinov2``.
-            model: for ``clip``: an open_clip model; for ``dinov2``: a Hub id; or
-                ``local-dir:PATH``.
-            pretrained: its pretrained tag or checkpoint path.
-            weights: for ``inception``: its checkpoint's path.
+        `reference` is ``prompts``, a folder of images, or an .npz of `sd35bench reference make`; a
+        Fréchet distance also takes one of `mean`, `cov` and `n` alone. `min_images` takes the place
+        of the family's own number; `extractor`, `model`, `pretrained` and `weights` that of the
+        extractor in the name, see `Backbone`.
 
         Raises: ConfigError for a reference that is not there or an option that is not taken,
         MetricError for an unknown backbone.
@@ -114,10 +109,8 @@ class ReferencedMetric(SetMetric):
     @property
     def min_images(self) -> int:
         """Fewest images for which a value is given: as configured, or the family's own."""
-        return self._own_least() if self._least is None else self._least
-
-    def _own_least(self) -> int:
-        return self.extractor.min_images
+        least = self.own_least if self._least is None else self._least
+        return self.extractor.min_images if least is None else least
 
     def applies(self, record: Record) -> bool:
         """Text-to-image; nano's evaluator and true renders know nano's world only."""
@@ -231,13 +224,8 @@ def reduce_images(
 ) -> ReferenceData:
     """Embed images once; mean and covariance are of all, features of at most `keep` rows.
 
-    Args:
-        extractor: embeds uint8 RGB images.
-        images: read in batches, of any size each.
-        source: what they are, in words.
-        prompts: what each is a render of.
-        keep: rows of features to keep; of more, a subset drawn with `seed`.
-        seed: of that subset.
+    Images are read in batches, of any size each. `source` says in words what they are, `prompts`
+    what each is a render of. Of more rows than `keep` a subset is drawn with `seed`.
 
     Raises: MetricError for fewer than 2 images.
     """

@@ -23,13 +23,14 @@ class TensorboardSink(Sink):
     def __init__(self, study: str, folder: Path) -> None:
         """Remove what an earlier call wrote."""
         super().__init__(study, folder)
+        imported: Any = importlib.import_module
         proto = "tensorboard.compat.proto"
-        self._event = _imported(f"{proto}.event_pb2").Event
-        self._summary = _imported(f"{proto}.summary_pb2").Summary
-        self._tensor = _imported(f"{proto}.tensor_pb2").TensorProto
-        self._hparams = _imported("tensorboard.plugins.hparams.summary_v2").hparams_pb
-        self._text = _imported("tensorboard.plugins.text.metadata").create_summary_metadata
-        self._writer = _imported("tensorboard.summary.writer.event_file_writer").EventFileWriter
+        self._event = imported(f"{proto}.event_pb2").Event
+        self._summary = imported(f"{proto}.summary_pb2").Summary
+        self._tensor = imported(f"{proto}.tensor_pb2").TensorProto
+        self._hparams = imported("tensorboard.plugins.hparams.summary_v2").hparams_pb
+        self._text = imported("tensorboard.plugins.text.metadata").create_summary_metadata
+        self._writer = imported("tensorboard.summary.writer.event_file_writer").EventFileWriter
         shutil.rmtree(folder, ignore_errors=True)
 
     def put_setting(self, entry: Entry) -> None:
@@ -73,7 +74,3 @@ class TensorboardSink(Sink):
             )
         finally:
             writer.close()
-
-
-def _imported(name: str) -> Any:
-    return importlib.import_module(name)
