@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd35bench import plugins
+from sd35bench.disk import file_stamp
 from sd35bench.errors import ConfigError
 from sd35bench.server.envelope import log
 
@@ -76,10 +77,9 @@ class KeyRing:
 def _stamp(path: Path) -> tuple[int, ...]:
     """What changes when a file does."""
     try:
-        found = path.stat()
+        return file_stamp(path.stat())
     except OSError:
         return ()
-    return (found.st_mtime_ns, found.st_ino, found.st_size)
 
 
 def _read(path: Path, may_be_empty: bool = False) -> dict[bytes, Caller]:

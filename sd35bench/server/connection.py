@@ -7,9 +7,9 @@ first, whole, within `HEAD_S` seconds and `MOST_HEAD_BYTES`. Nothing of a body i
 application asks for it, which it does once the key is known, and then `SLICE_BYTES` at a time. A
 body that is refused is thrown away unparsed until its client has read the answer.
 
-There are at most `Door.most` connections. A new one takes the place of the one that has waited
-longest without a request; where all are at work it is answered 503. Refusals are counted, and
-logged once a second.
+There is a limit to connections. A new one takes the place of the one that has waited longest
+without a request; where all are at work it is answered 503. Refusals are counted, and logged once a
+second.
 
 Cost: about 20 µs a request, for finding the end of its head.
 """
@@ -54,7 +54,7 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _LENGTHS = re.compile(rb"\n(content-length|transfer-encoding)[ \t]*:", re.IGNORECASE)
 
 
-class Door:
+class ConnectionLimit:
     """All connections of one server, and the refusals that are not logged one by one."""
 
     def __init__(self, most: int = MOST_CONNECTIONS) -> None:
@@ -137,11 +137,11 @@ class _Closing:
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol behind bounds; `door` is shared by all connections of a server."""
+    """uvicorn's protocol behind bounds; `limit` is shared by all connections of a server."""
 
-    def __init__(self, *args: Any, door: Door, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limit: ConnectionLimit, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._door = door
+        self._limit = limit
         self._unread = bytearray()
         self._wanted = self._lingers = self._scheduled = False
         self._lingered = self._raw = self._decoded = 0
@@ -156,15 +156,15 @@ class Connection(H11Protocol):
         transport.max_size = READ_BYTES
         super().connection_made(_Closing(transport, self))  # type: ignore[arg-type]
         self.flow = _Flow(transport, self)
-        if not self._door.enter(self):
+        if not self._limit.enter(self):
             self._refuse(503, NO_PLACE, b"Retry-After: 1\r\n")
             return
-        self._door.waits(self, True)
+        self._limit.waits(self, True)
         self._head_timer = self.loop.call_later(HEAD_S, self._head_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
-        self._door.leave(self)
+        self._limit.leave(self)
         self._cancel_timers()
         super().connection_lost(exc)
 
@@ -204,7 +204,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._wanted = False
         if not self.transport.is_closing():
-            self._door.waits(self, True)
+            self._limit.waits(self, True)
             self._advance()
 
     def send_400_response(self, msg: str) -> None:
@@ -228,7 +228,7 @@ class Connection(H11Protocol):
 
     def drop(self, reason: str) -> None:
         """End the connection at once."""
-        self._door.count(reason)
+        self._limit.count(reason)
         self.transport.abort()
 
     # Heads and bodies ----------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class Connection(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        self._door.waits(self, False)
+        self._limit.waits(self, False)
         self._raw = self._decoded = 0
         super().data_received(head)
         if self.conn.their_state is h11.SEND_BODY:
@@ -312,12 +312,12 @@ class Connection(H11Protocol):
 
     def _head_late(self) -> None:
         self._head_timer = None
-        self._door.count("late: no whole head in time")
+        self._limit.count("late: no whole head in time")
         self.transport.close()
 
     def _refuse(self, status: int, reason: str, headers: bytes = b"") -> None:
         """Answer without the application, and close."""
-        self._door.count(reason)
+        self._limit.count(reason)
         if self.cycle is not None and not self.cycle.response_complete:
             if self.cycle.response_started:
                 self.transport.abort()
@@ -337,7 +337,7 @@ class Connection(H11Protocol):
         self._lingers = True
         self._unread.clear()
         self._cancel_timers()
-        if not self._door.lingers(self):
+        if not self._limit.lingers(self):
             transport.abort()
             return
         self._end_timer = self.loop.call_later(LINGER_S, transport.abort)

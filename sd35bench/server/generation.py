@@ -59,7 +59,7 @@ class InitFiles:
 
 
 class Generator:
-    """Makes images out of accepted predictions; `on_end(id)` is called from its thread."""
+    """Makes images out of accepted predictions; its thread calls `on_end(id)`."""
 
     def __init__(
         self,
@@ -67,11 +67,9 @@ class Generator:
         store: PredictionStore,
         files: FileStore,
         inits: InitFiles,
-        on_end: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Nothing is loaded yet."""
         self._settings, self._store, self._files, self._inits = settings, store, files, inits
-        self.on_end = on_end
+        self.on_end: Callable[[str], None] = lambda _: None
         self.expected_s = 0.0
         self._s_per_work = 0.0
         self._worker: WorkerProcess | None = None

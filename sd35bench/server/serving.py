@@ -24,7 +24,7 @@ from sd35bench.disk import disk_errors, open_lock, try_flock
 from sd35bench.errors import ConfigError
 from sd35bench.server.app import create_app
 from sd35bench.server.auth import KeyRing
-from sd35bench.server.connection import BACKLOG, QUEUE, Connection, Door
+from sd35bench.server.connection import BACKLOG, QUEUE, Connection, ConnectionLimit
 from sd35bench.server.envelope import configure_logs, log
 from sd35bench.server.file_store import FileStore
 from sd35bench.server.generation import Generator, InitFiles
@@ -77,7 +77,12 @@ def open_state(settings: ServerSettings) -> Iterator[ServerState]:
         inits = InitFiles(folder / "inits")
         still_open = store.recover()
         inits.sweep(still_open)
-        files = _files(folder, settings)
+        files = FileStore(
+            folder,
+            output_lifetime_s=settings.output_lifetime_s,
+            upload_lifetime_s=UPLOAD_LIFETIME_S,
+            max_upload_bytes=MOST_UPLOAD_BYTES,
+        )
         generator = Generator(settings, store, files, inits)
         try:
             yield ServerState(
@@ -112,15 +117,6 @@ def _make_private(folder: Path) -> None:
                 path.chmod(0o700 if path.is_dir() else 0o600)
 
 
-def _files(folder: Path, settings: ServerSettings) -> FileStore:
-    return FileStore(
-        folder,
-        output_lifetime_s=settings.output_lifetime_s,
-        upload_lifetime_s=UPLOAD_LIFETIME_S,
-        max_upload_bytes=MOST_UPLOAD_BYTES,
-    )
-
-
 class Server(uvicorn.Server):
     """uvicorn, which says when it is ready, and which ends normally after a signal."""
 
@@ -128,7 +124,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(state),
-                http=functools.partial(Connection, door=Door()),  # type: ignore[arg-type]
+                http=functools.partial(Connection, limit=ConnectionLimit()),  # type: ignore[arg-type]
                 backlog=BACKLOG,
                 access_log=False,
                 log_config=None,

@@ -50,7 +50,6 @@ class Ended:
     """Tells who waits for a prediction that it is over; lives in the event loop."""
 
     def __init__(self) -> None:
-        """Nobody waits."""
         self._waiting: dict[str, set[asyncio.Event]] = {}
 
     @contextmanager

@@ -18,7 +18,7 @@ import pytest
 
 from sd35bench.server import app, connection, envelope, predictions, serving
 from sd35bench.server.auth import KeyRing, make_key
-from sd35bench.server.connection import Door
+from sd35bench.server.connection import ConnectionLimit
 from tests.server.live import live, make_settings
 
 pytestmark = pytest.mark.usefixtures("served_here")
@@ -31,7 +31,7 @@ JSON_HEAD = b"POST /v1/prediction HTTP/1.1\r\nHost: localhost\r\nContent-Type: a
 
 @pytest.fixture
 def small_door(monkeypatch):
-    monkeypatch.setattr(serving, "Door", functools.partial(Door, MOST))
+    monkeypatch.setattr(serving, "ConnectionLimit", functools.partial(ConnectionLimit, MOST))
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_half_heads_do_not_keep_others_out(small_door, server, log_lines):
 
 
 def test_mutant_without_pushing_out_half_heads_keep_others_out(small_door, server, monkeypatch):
-    monkeypatch.setattr(Door, "waits", lambda *_: None)
+    monkeypatch.setattr(ConnectionLimit, "waits", lambda *_: None)
     with contextlib.ExitStack() as stack:
         hold_half_heads(server, stack, 5 * MOST)
         with dial(server) as wire:
