@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from sd35bench.plan import Plan
-from sd35bench.remote.settings import RemoteSettings
+from sd35bench.remote.providers.base import RemoteSettings
 from sd35bench.study.store import Study
 from sd35bench.trials import Observer, Price, RunSummary
 from sd35bench.workers.lane import Crew, run_plans

@@ -10,8 +10,8 @@ import pytest
 
 from sd35bench.config import choices
 from sd35bench.config.freeze import frozen
+from sd35bench.config.model_weights import _without_weights
 from sd35bench.config.models import RUN, PromptsConf, RemoteConf
-from sd35bench.config.weights import _without_weights
 from sd35bench.errors import ConfigError
 from sd35bench.plan import expand
 from sd35bench.remote.providers import PROVIDERS

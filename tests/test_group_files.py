@@ -8,7 +8,7 @@ import pytest
 
 from sd35bench.cli import main
 from sd35bench.config import compose
-from sd35bench.config.group_files import check_group_file
+from sd35bench.config.files import check_group_file
 from sd35bench.errors import ConfigError
 
 HEAD = "# @package _global_\n"

@@ -3,7 +3,7 @@
 import pytest
 
 from sd35bench.config import compose, freeze
-from sd35bench.config.weights import NO_WEIGHTS
+from sd35bench.config.model_weights import NO_WEIGHTS
 from sd35bench.errors import ConfigError
 from sd35bench.types import ModelSpec
 

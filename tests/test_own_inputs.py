@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from sd35bench.config import compose, freeze
-from sd35bench.config.inputs import own_axes, settle_axes
+from sd35bench.config.model_inputs import own_axes, settle_axes
 from sd35bench.config.models import RUN
 from sd35bench.config.overrides import check_overrides, written
-from sd35bench.config.remote import place_of
+from sd35bench.config.place import place_of
 from sd35bench.config.sweeper import job_overrides
 from sd35bench.config.unread import refuse_unread
 from sd35bench.errors import ConfigError

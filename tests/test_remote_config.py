@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sd35bench.config import compose, freeze
-from sd35bench.config.weights import NO_WEIGHTS
+from sd35bench.config.model_weights import NO_WEIGHTS
 from sd35bench.errors import ConfigError
 from sd35bench.remote.drive import HostedService
 from sd35bench.workers.process import LocalProcesses
@@ -168,7 +168,7 @@ def test_further_hosts_and_another_size_are_read_and_checked():
 
 
 def test_mutant_that_takes_an_address_as_it_is_written_knows_two_services(monkeypatch):
-    monkeypatch.setattr("sd35bench.config.remote._netloc", lambda parts: parts.netloc)
+    monkeypatch.setattr("sd35bench.config.place._netloc", lambda parts: parts.netloc)
     with pytest.raises(AssertionError):
         test_spellings_of_one_address_are_one_service(
             "http://localhost:8000", "http://127.0.0.1:8000"

@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 import sd35bench.config.unread as unread
 from sd35bench.config import compose, freeze
+from sd35bench.config.model_weights import ON_TOP
 from sd35bench.config.models import FIELDS
 from sd35bench.config.overrides import written
-from sd35bench.config.weights import ON_TOP
 from sd35bench.errors import ConfigError
 
 LOCAL = "backend.kind=fake"

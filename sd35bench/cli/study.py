@@ -403,7 +403,7 @@ def _workers(overrides: Sequence[str]) -> AbstractContextManager["Spread | None"
     """Who embeds the images: this process, unless workers are asked for."""
     if not overrides:
         return nullcontext()
-    from sd35bench.config.scoring import spread_of
+    from sd35bench.config.place import spread_of
 
     return spread_of(overrides)
 

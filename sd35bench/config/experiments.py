@@ -22,9 +22,8 @@ def with_models_own(
 ) -> tuple[list[str], list[str]]:
     """The command line with the model's own prompts and batch size, and what was changed in words.
 
-    Args:
-        settings: ``NAME=VALUE`` texts; only those with `experiment` and another `model` change.
-        extra: a folder of the user's own YAML files.
+    `settings` are ``NAME=VALUE`` texts, of which only those with `experiment` and another `model`
+    change; `extra` is a folder of the user's own YAML files.
 
     Raises: ConfigError where several models have unlike prompt sets.
     """

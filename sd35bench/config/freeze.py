@@ -15,13 +15,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sd35bench.backends.base import KINDS, backend_class
-from sd35bench.config.changes import notes_of
 from sd35bench.config.files import config_dir
-from sd35bench.config.inputs import inputs_in_force, own_axes, refuse_elsewhere, settle_axes
+from sd35bench.config.model_inputs import inputs_in_force, own_axes, refuse_elsewhere, settle_axes
+from sd35bench.config.model_weights import model_notes, model_spec, notes_of
 from sd35bench.config.models import AXES, RUN, BackendConf, ModelConf, PromptsConf, RunConf, read
 from sd35bench.config.overrides import checked_options
-from sd35bench.config.remote import place_of
-from sd35bench.config.weights import model_notes, model_spec
+from sd35bench.config.place import place_of
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import EVALUATIONS_PER_STEP, SAMPLERS, parse_skip_layers, plugin_sampler
@@ -235,20 +234,10 @@ def _prompt_spec(prompts: PromptsConf) -> PromptSpec:
     is_ours = path is not None and path.startswith("configs:")
     if path is not None and is_ours:
         path = str(config_dir() / path.removeprefix("configs:"))
-    return PromptSpec(
-        source={} if is_ours else _source(prompts),
-        kind=prompts.kind,
-        path=path,
-        split=prompts.split,
-        task=prompts.task,
-        limit=prompts.limit,
-        seed=prompts.seed,
-        texts=tuple(prompts.texts),
-        skip_empty=prompts.skip_empty,
-        first_frame=prompts.first_frame,
-        init_background=prompts.init_background,
-        columns={**vars(prompts.columns)},
-    )
+    source = {} if is_ours else _source(prompts)
+    columns, texts = {**vars(prompts.columns)}, tuple(prompts.texts)
+    own: dict[str, Any] = {**vars(prompts), "path": path, "texts": texts, "columns": columns}
+    return PromptSpec(**own, source=source)
 
 
 def _source(prompts: PromptsConf) -> dict[str, str]:
@@ -396,10 +385,7 @@ def check_backend(backend: BackendConf) -> None:
 
 
 def check_family(model: ModelConf, backend: BackendConf) -> None:
-    """Refuse a model that the backend cannot run.
-
-    Raises: ConfigError.
-    """
+    """Refuse a model that the backend cannot run. Raises: ConfigError."""
     if model.family not in backend.families:
         raise ConfigError(
             f"backend={backend.name}: it runs models of the family {', '.join(backend.families)}"
@@ -408,10 +394,7 @@ def check_family(model: ModelConf, backend: BackendConf) -> None:
 
 
 def check_task(model: ModelConf, backend: BackendConf, task: Task) -> None:
-    """Refuse a task that the model or the backend does not do.
-
-    Raises: ConfigError.
-    """
+    """Refuse a task that the model or the backend does not do. Raises: ConfigError."""
     for who, tasks in ((model.name, model.tasks), (f"backend {backend.name}", backend.tasks)):
         if task.value not in tasks:
             field = "init_image" if task is Task.IMAGE_TO_IMAGE else "prompts.task=t2i"

@@ -318,6 +318,11 @@ class LoadConf(Conf):
         None, "GB (1e9 bytes) of memory (RSS) that the worker process may hold"
     )
 
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """The limit of memory in bytes."""
+        return None if self.memory_limit_gb is None else round(self.memory_limit_gb * 1e9)
+
 
 class RunConf(LoadConf):
     """Everything that `sd35bench run` takes, but for the fields of a request: see `RUN`."""

@@ -20,8 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from sd35bench import plugins
-from sd35bench.config.files import choices, config_dir, file_state, group_file
-from sd35bench.config.group_files import check_group_file
+from sd35bench.config.files import check_group_file, choices, config_dir, file_state, group_file
 from sd35bench.config.models import FIELDS, BackendConf, check_field
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.remote.inputs import EXTRA, IMAGE
@@ -165,10 +164,7 @@ def _unquoted(text: str) -> str:
 
 
 def parse(text: str) -> Override:
-    """Parse one override.
-
-    Raises: ConfigError if it is not NAME=VALUE.
-    """
+    """Parse one override. Raises: ConfigError if it is not NAME=VALUE."""
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{text!r}: expected NAME=VALUE, such as steps=28; see --help")
     try:

@@ -7,18 +7,17 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 from hydra.core.config_store import ConfigStore
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from sd35bench import plugins
-from sd35bench.config.compose import explained, hydra_session, search_path
+from sd35bench.config.compose import compose
 from sd35bench.config.files import choices, config_dir
 from sd35bench.config.freeze import check_backend, check_family, sampler_axis
-from sd35bench.config.inputs import declared, refuse_elsewhere
+from sd35bench.config.model_inputs import declared, refuse_elsewhere
+from sd35bench.config.model_weights import model_spec
 from sd35bench.config.models import LoadConf, ModelConf, Text, defaults_of, known, names_of, read
 from sd35bench.config.overrides import checked_options, parse, written
-from sd35bench.config.remote import threads_of
-from sd35bench.config.weights import model_spec
+from sd35bench.config.place import threads_of
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.loopback import is_loopback
 from sd35bench.remote.inputs import Schema
@@ -92,17 +91,8 @@ def compose_serve(overrides: Sequence[str], extra: Path | None = None) -> DictCo
     """
     for text in overrides:
         _check_override(text, extra)
-    store = ConfigStore.instance()
-    store.store(name="serve_schema", node=defaults_of(ServeConf))
-    with hydra_session() as hydra, explained():
-        config = hydra.compose_config(
-            config_name="serve",
-            overrides=[*written(overrides), *search_path(extra)],
-            run_mode=RunMode.RUN,
-        )
-        with open_dict(config):
-            del config["hydra"]
-        return config
+    ConfigStore.instance().store(name="serve_schema", node=defaults_of(ServeConf))
+    return compose(written(overrides), extra, "serve")
 
 
 def freeze_serve(config: DictConfig) -> ServerSettings:
@@ -121,15 +111,11 @@ def freeze_serve(config: DictConfig) -> ServerSettings:
     check_family(conf.model, conf.backend)
     _check_access(conf)
     _check_balance(conf)
-    gigabytes = conf.memory_limit_gb
     return ServerSettings(
         load=_load(conf),
         model=_served_model(conf),
         state_dir=_state_dir(conf),
-        limits=Limits(
-            deadline_s=conf.deadline_s,
-            memory_limit_bytes=None if gigabytes is None else round(gigabytes * 1e9),
-        ),
+        limits=Limits(deadline_s=conf.deadline_s, memory_limit_bytes=conf.memory_limit_bytes),
         host=conf.host,
         port=conf.port,
         key_file=None if conf.key_file is None else Path(conf.key_file).expanduser(),

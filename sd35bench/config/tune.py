@@ -267,10 +267,7 @@ def _source(job: Job, lists: dict[str, tuple[Scalar, ...]]) -> Source:
 
 
 def _check_jobs(jobs: dict[tuple[Scalar, Scalar], Job]) -> None:
-    """Refuse what one race cannot hold.
-
-    Raises: ConfigError.
-    """
+    """Refuse what one race cannot hold. Raises: ConfigError."""
     sweeps = [job.sweep for job in jobs.values()]
     if len({job.engine.price.is_billed for job in jobs.values()}) > 1:
         raise ConfigError(
@@ -288,10 +285,7 @@ def _check_jobs(jobs: dict[tuple[Scalar, Scalar], Job]) -> None:
 
 
 def _check_cost(profile: Profile, sources: Mapping[tuple[Scalar, Scalar], Source]) -> None:
-    """Refuse a limit that no image could be held against.
-
-    Raises: ConfigError.
-    """
+    """Refuse a limit that no image could be held against. Raises: ConfigError."""
     if profile.cost_limit_usd is None or profile.usd_per_hour is not None:
         return
     if any(source.usd_per_image <= 0 for source in sources.values()):
@@ -303,10 +297,7 @@ def _check_cost(profile: Profile, sources: Mapping[tuple[Scalar, Scalar], Source
 
 
 def _check_reference(tuning: Tuning) -> None:
-    """Refuse a profile whose named default is not among what is searched.
-
-    Raises: ConfigError.
-    """
+    """Refuse a profile whose named default is not among what is searched. Raises: ConfigError."""
     lab = StudyLab(
         Study(tuning.job.results_dir / tuning.job.study),
         tuning.space,

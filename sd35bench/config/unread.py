@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sd35bench.config.inputs import has_input, known_inputs
-from sd35bench.config.weights import ON_TOP
+from sd35bench.config.model_inputs import has_input, known_inputs
+from sd35bench.config.model_weights import ON_TOP
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.prompts import READERS, prompt_set
 from sd35bench.remote.inputs import EXTRA, IMAGE

@@ -83,7 +83,6 @@ class HostNotAllowed(UnsafeAddress):
     """A URL on a `host` that the caller does not allow."""
 
     def __init__(self, message: str, *, host: str) -> None:
-        """Keep both."""
         super().__init__(message)
         self.host = host
 

@@ -23,18 +23,15 @@ from sd35bench.analysis.settings import setting_key
 from sd35bench.errors import ConfigError, Paused, UnsupportedRequest
 from sd35bench.machine.measure import environment, environment_id
 from sd35bench.plan import Plan
-from sd35bench.remote.brake import Brake
-from sd35bench.remote.flights import Flights
 from sd35bench.remote.images import sniff
 from sd35bench.remote.inputs import defaults
 from sd35bench.remote.key import Key, read_key
-from sd35bench.remote.ledger import Ledger
+from sd35bench.remote.ledger import Brake, Ledger
 from sd35bench.remote.limiter import LEASE_S, Limiter, WaitBounds, limiter_path
-from sd35bench.remote.prediction import HostedTrial, Outcome
+from sd35bench.remote.prediction import Flights, HostedTrial, Outcome
 from sd35bench.remote.providers import provider_class
-from sd35bench.remote.providers.base import Provider
+from sd35bench.remote.providers.base import Provider, RemoteSettings
 from sd35bench.remote.retry import Client, Latencies, RetryPolicy
-from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import Transport
 from sd35bench.remote.uploads import Uploads, content_type, data_uri
 from sd35bench.study.store import Study

@@ -39,7 +39,6 @@ class Interrupted(RemoteError):
     """A request got no complete answer; `sent` says whether any of it may have left."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
-        """Keep both."""
         super().__init__(message)
         self.sent = sent
 
@@ -168,15 +167,11 @@ def _request(outgoing: Outgoing, address: str, steps: _Steps) -> httpx2.Request:
     }
     return httpx2.Request(
         outgoing.method,
-        _at(outgoing.url, address),
+        outgoing.url.copy_with(host=address),
         headers=headers,
         content=outgoing.content,
         extensions={"sni_hostname": _host(outgoing.url), "trace": steps.trace},
     )
-
-
-def _at(url: httpx2.URL, address: str) -> httpx2.URL:
-    return url.copy_with(host=address)
 
 
 async def _converse(

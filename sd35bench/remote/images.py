@@ -69,12 +69,12 @@ def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     return facts
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data: bytes) -> np.ndarray:
     """Decode an image file to uint8 RGB [H, W, 3], as the store does.
 
     Raises: BadImage, as `check_image`.
     """
-    facts, pixels = _decode(data, "pixels", max_pixels)
+    facts, pixels = _decode(data, "pixels", MAX_PIXELS)
     shape = (facts.height, facts.width, 3)
     if len(pixels) != facts.height * facts.width * 3:
         raise BadImage(f"the image decoder gave {len(pixels)} bytes for {shape}")

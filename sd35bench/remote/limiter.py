@@ -85,7 +85,7 @@ def limiter_path(base_url: str, key: str) -> Path:
 
 
 @dataclass(slots=True)
-class Flight:
+class Slot:
     """A slot in flight. `abandon` it where the prediction may go on: it then counts to its end."""
 
     row: int
@@ -163,7 +163,7 @@ class Limiter:
     @asynccontextmanager
     async def flight(
         self, name: str | None = None, bounds: WaitBounds | None = None
-    ) -> AsyncIterator[Flight]:
+    ) -> AsyncIterator[Slot]:
         """Hold one slot in flight; waits until there is one, or its bounds end that.
 
         Raises: Paused where the bounds end the wait.
@@ -172,7 +172,7 @@ class Limiter:
         who takes it up again after a crash takes over the slot that it still holds, instead of
         waiting until the lease has ended.
         """
-        held = Flight(await self._entered(name, WaitBounds() if bounds is None else bounds))
+        held = Slot(await self._entered(name, WaitBounds() if bounds is None else bounds))
         renewal = asyncio.create_task(self._renew(held.row))
         try:
             yield held

@@ -26,6 +26,7 @@ import contextlib
 import functools
 import hashlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,26 +35,24 @@ from sd35bench.disk import write_atomic
 from sd35bench.errors import InvalidImage, LostAnswer, Paused, RemoteError, UnsafeAddress
 from sd35bench.remote.addresses import HostNotAllowed
 from sd35bench.remote.download import DEADLINE_S, Downloaded, download
-from sd35bench.remote.flights import Flight
 from sd35bench.remote.http import Interrupted
 from sd35bench.remote.images import decode_image, sniff
 from sd35bench.remote.inputs import takes, takes_size
 from sd35bench.remote.ledger import Intent
-from sd35bench.remote.lost import find_lost
-from sd35bench.remote.providers.base import UNNAMED, Phase, Prediction
+from sd35bench.remote.providers.base import UNNAMED, Phase, Prediction, RemoteSettings
 from sd35bench.remote.retry import (
     Client,
     Deadline,
     PredictionFailed,
     ask,
     despite_cancel,
+    find_lost,
     intervals,
     refuse_key,
     retry_after,
     send,
     shortest_gap_s,
 )
-from sd35bench.remote.settings import RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed
 from sd35bench.remote.uploads import Uploads
 from sd35bench.types import RemoteCall, Request, Status, Timings, Trial
@@ -76,6 +75,51 @@ class Outcome:
     data: bytes = b""
     timings: Timings | None = None
     blames_service: bool = False
+
+
+class Flights:
+    """The open predictions of one run; `busy_s` is the time with at least one."""
+
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        """`changed` is called whenever one opens or ends."""
+        self._open: set[Flight] = set()
+        self._changed = changed
+        self._since = 0.0
+        self.busy_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator["Flight"]:
+        """Have one open."""
+        flight = Flight(self)
+        if not self._open:
+            self._since = time.perf_counter()
+        self._open.add(flight)
+        for each in self._open:
+            each.most = max(each.most, len(self._open))
+        self._changed()
+        try:
+            yield flight
+        finally:
+            self._open.remove(flight)
+            if not self._open:
+                self.busy_s += time.perf_counter() - self._since
+            self._changed()
+
+
+class Flight:
+    """One open prediction; `most` is how many were open at once while it was, itself included."""
+
+    def __init__(self, flights: Flights) -> None:
+        self._flights = flights
+        self.most = 0
+
+    @property
+    def now(self) -> int:
+        """How many are open now, itself included."""
+        return len(self._flights)
 
 
 class HostedTrial:

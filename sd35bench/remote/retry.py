@@ -18,6 +18,9 @@ growth, a prediction that takes a thousand times as long as expected costs 20 po
 
 What is learnt of a finished prediction is the middle of the gap in which it finished: learning the
 poll's own time instead would never come down from a first guess that was too long.
+
+A create whose answer was lost is looked for in the service's own list of predictions: what is
+listed with the input that was sent, and belongs to no intent of the study, is the one.
 """
 
 import asyncio
@@ -28,13 +31,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from sd35bench.errors import ConfigError, LostAnswer, Paused, RemoteError, UnsafeAddress
-from sd35bench.remote.ledger import Ledger
+from sd35bench.remote.ledger import Intent, Ledger
 from sd35bench.remote.limiter import Limiter, WaitBounds
-from sd35bench.remote.providers.base import Call, Provider
-from sd35bench.remote.settings import RemoteSettings
+from sd35bench.remote.providers.base import Call, Prediction, Provider, RemoteSettings
 from sd35bench.remote.transport import NotSent, Refused, Reply, ServerFailed, Transport
 from sd35bench.types import Status
 
@@ -51,6 +54,12 @@ GROWTH = 1.5
 SHORTEST_S = 0.02
 LONGEST_S = 10.0
 """A gap is at most this, or the expected latency where that is longer."""
+CLOCK_SKEW = timedelta(minutes=2)
+"""How far the service's clock may be off ours."""
+SENDING = timedelta(minutes=10)
+"""A create that was sent at all was received within this."""
+PAGES = 50
+LATEST = datetime.max.replace(tzinfo=UTC)
 
 _Read = TypeVar("_Read")
 
@@ -277,3 +286,57 @@ async def despite_cancel(sending: Any) -> Any:
         if not task.cancelled():
             task.exception()  # seen: the next run goes on from the journal
         raise
+
+
+async def find_lost(client: Client, intent: Intent, deadline: Deadline) -> str | None:
+    """The id of the earliest listed prediction that this intent can have made.
+
+    Raises: PredictionFailed when the time is up, RemoteError where the list cannot be read.
+    """
+    candidates = await _listed(client, intent, deadline)
+    client.ledger.catch_up()
+    candidates.sort(key=lambda p: LATEST if p.created_at is None else p.created_at)
+    for candidate in candidates:
+        inputs = candidate.input
+        if inputs is None and client.ledger.owner(candidate.id) is None:
+            inputs = await _input_of(client, candidate.id, deadline)
+        if inputs is None or not client.provider.same_input(inputs, intent.input):
+            continue
+        if client.ledger.owner(candidate.id) is None:  # still: the poll took its time
+            return candidate.id
+    return None
+
+
+async def _listed(client: Client, intent: Intent, deadline: Deadline) -> list[Prediction]:
+    """Everything listed around the time of the intent."""
+    since = intent.at - CLOCK_SKEW
+    until = min(datetime.now(UTC), intent.at + SENDING) + CLOCK_SKEW
+    provider = client.provider
+    found: list[Prediction] = []
+    page: str | None = None
+    seen: set[str | None] = set()
+    while page not in seen and len(seen) < PAGES:
+        seen.add(page)
+        call = provider.listing(since, until, page)
+        _, (listed, page) = await ask(client, call, provider.read_listing, deadline)
+        found += listed
+        times = [p.created_at for p in listed if p.created_at is not None]
+        if page is None or (times and max(times) < since):  # all older than what is looked for
+            break
+    return [p for p in found if p.created_at is None or p.created_at >= since]
+
+
+async def _input_of(
+    client: Client, prediction_id: str, deadline: Deadline
+) -> Mapping[str, Any] | None:
+    """A listed prediction's input, which only a poll tells; asked once in a run."""
+    if prediction_id not in client.inputs:
+        call = client.provider.poll(prediction_id)
+        try:
+            _, found = await ask(client, call, client.provider.read_prediction, deadline)
+        except Refused:
+            return None
+        if found.input is None:
+            return None
+        client.inputs[prediction_id] = found.input
+    return client.inputs[prediction_id]

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from sd35bench.errors import InvalidImage, SD35BenchError
-from sd35bench.remote.brake import MOST_UNUSABLE
+from sd35bench.remote.ledger import MOST_UNUSABLE
 from sd35bench.study.store import Study, decode_rgb
 from sd35bench.types import Status
 from tests.reliability.experiment import Experiment, Figure

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from sd35bench.errors import RemoteError
 from sd35bench.remote.providers import provider_class
-from sd35bench.remote.providers.base import Phase, Prediction, Provider, Upload
-from sd35bench.remote.settings import RemoteSettings
+from sd35bench.remote.providers.base import Phase, Prediction, Provider, RemoteSettings, Upload
 from sd35bench.remote.transport import Transport
 from sd35bench.types import Request, SkipLayerGuidance
 from tests.remote.fault_server import SIZES, FaultServer

@@ -12,8 +12,8 @@ from typing import Any
 from sd35bench.fields import make_trial
 from sd35bench.plan import Batch, Plan
 from sd35bench.remote.drive import HostedService
+from sd35bench.remote.providers.base import RemoteSettings
 from sd35bench.remote.retry import RetryPolicy
-from sd35bench.remote.settings import RemoteSettings
 from sd35bench.study.store import Study
 from sd35bench.trials import RunSummary
 from sd35bench.types import BackendSpec, Load, ModelSpec, PromptRef, Record, Request

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-import sd35bench.remote.brake as brake
 import sd35bench.remote.ledger as ledger
 from sd35bench import disk
 from sd35bench.errors import StudyGone
@@ -81,12 +80,12 @@ def test_a_service_that_turns_bad_sells_three_more_and_those_in_flight(server, s
     assert done == creates(server) == 4
     mislead(server, how)
     assert make(server, study).paused is not None
-    assert creates(server) <= done + brake.MOST_UNUSABLE + WIDTH
+    assert creates(server) <= done + ledger.MOST_UNUSABLE + WIDTH
 
 
 def test_without_the_brake_all_would_be_bought(server, study, monkeypatch):
     """The mutant: a threshold that is never reached."""
-    monkeypatch.setattr(brake.Brake, "count", lambda *_: None)
+    monkeypatch.setattr(ledger.Brake, "count", lambda *_: None)
     mislead(server, "image-wrong-size")
     make(server, study)
     assert creates(server) == COUNT
@@ -142,7 +141,7 @@ def test_a_study_folder_that_goes_away_ends_the_purchases(server, study):
 
 
 def _charge_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brake, "CHARGE_FACTOR", float("inf"))
+    monkeypatch.setattr(ledger, "CHARGE_FACTOR", float("inf"))
 
 
 def _any_total_is_agreed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from sd35bench.errors import InvalidImage
 from sd35bench.remote.drive import download_hosts
-from sd35bench.remote.flights import Flights
-from sd35bench.remote.prediction import check_file
+from sd35bench.remote.prediction import Flights, check_file
 from sd35bench.remote.providers.eachlabs import Eachlabs
 from sd35bench.remote.providers.replicate import Replicate
 from sd35bench.remote.retry import (

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 
-from sd35bench.remote.secrets import Secrets
+from sd35bench.remote.transport import Secrets
 
 KEY = "sk-Live_9aB+/cD3eF5gH7iJ9kL1mN3oP5"
 KEPT = Secrets.of({"authorization": f"Bearer {KEY}", "accept": "json"})

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sd35bench.config.files import config_dir
-from sd35bench.config.inputs import declared
+from sd35bench.config.model_inputs import declared
 from sd35bench.config.models import BackendConf, ModelConf
 from sd35bench.remote.inputs import Schema
 

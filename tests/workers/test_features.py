@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from sd35bench.cli import main
-from sd35bench.config.scoring import spread_of
+from sd35bench.config.place import spread_of
 from sd35bench.errors import ConfigError, MetricError, WorkerDied
 from sd35bench.metrics.base import Extractor
 from sd35bench.metrics.extractors import NanoEvaluator

@@ -7,7 +7,7 @@ Source: deepinfra.com/stabilityai/sd3.5-medium/api.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 from sd35bench.errors import LostAnswer, RemoteError
@@ -37,21 +37,15 @@ FAILED = ("failed", "error", "cancelled")
 class DeepInfra(Provider):
     """DeepInfra's inference API."""
 
-    name: ClassVar[str] = "deepinfra"
-    base_url: ClassVar[str] = "https://api.deepinfra.com"
-    key_variable: ClassVar[str] = "DEEPINFRA_TOKEN"
-    output_hosts: ClassVar[tuple[str, ...]] = ()
+    name = "deepinfra"
+    base_url = "https://api.deepinfra.com"
+    key_variable = "DEEPINFRA_TOKEN"
+    output_hosts = ()
     # PNG is what it makes, and is looked for in the bytes that come back, as the size is.
-    unsent: ClassVar[tuple[str, ...]] = (
-        "sampler",
-        "shift",
-        "max_sequence_length",
-        "output_format",
-        "output_quality",
-    )
-    most_seed: ClassVar[int] = 2**64 - 1
-    synchronous: ClassVar[bool] = True
-    lists: ClassVar[bool] = False
+    unsent = ("sampler", "shift", "max_sequence_length", "output_format", "output_quality")
+    most_seed = 2**64 - 1
+    synchronous = True
+    lists = False
 
     def refusal(self, request: Request) -> str | None:
         """Say what the input schema has no field or no room for."""

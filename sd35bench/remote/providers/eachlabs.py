@@ -12,7 +12,7 @@ outputs lie on as seen in its published examples.
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from sd35bench.errors import LostAnswer, RemoteError
 from sd35bench.remote.inputs import payload, refusal, unsent
@@ -24,6 +24,7 @@ from sd35bench.remote.providers.wire import (
     fields_of,
     id_of,
     image_urls,
+    listed_phase,
     measured,
     model_name,
     moment,
@@ -63,16 +64,12 @@ WORDS = {
 class Eachlabs(Provider):
     """The protocol of Eachlabs, in both of its dialects."""
 
-    name: ClassVar[str] = "eachlabs"
-    base_url: ClassVar[str] = "https://api.eachlabs.ai"
-    key_variable: ClassVar[str] = "EACHLABS_API_KEY"
-    output_hosts: ClassVar[tuple[str, ...]] = (
-        ".eachlabs.ai",
-        ".eachlabs.run",
-        "storage.googleapis.com",
-    )
+    name = "eachlabs"
+    base_url = "https://api.eachlabs.ai"
+    key_variable = "EACHLABS_API_KEY"
+    output_hosts = (".eachlabs.ai", ".eachlabs.run", "storage.googleapis.com")
     # The size goes as an aspect ratio, and is looked for in the file that comes back.
-    unsent: ClassVar[tuple[str, ...]] = ("sampler", "shift", "max_sequence_length")
+    unsent = ("sampler", "shift", "max_sequence_length")
 
     def headers(self, key: str) -> dict[str, str]:
         """The header that `remote.auth` names."""
@@ -191,9 +188,7 @@ def _next_page(answer: Mapping[str, Any], count: int) -> str | None:
 
 def _listed(item: Any) -> Prediction:
     entry = fields_of(item, "the listing's entry")
-    status = entry.get("status")
-    word = status.strip().lower() if isinstance(status, str) else ""
-    return _prediction(entry, WORDS.get(word, Phase.WAITING))
+    return _prediction(entry, listed_phase(entry, WORDS))
 
 
 def _prediction(answer: Mapping[str, Any], phase: Phase) -> Prediction:

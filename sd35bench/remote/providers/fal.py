@@ -10,7 +10,7 @@ fal-ai/stable-diffusion-v35-medium, which has no init image.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 from sd35bench.errors import LostAnswer, RemoteError
@@ -38,18 +38,13 @@ WORDS = {"in_queue": Phase.WAITING, "in_progress": Phase.RUNNING, "completed": P
 class Fal(Provider):
     """fal's queue API."""
 
-    name: ClassVar[str] = "fal"
-    base_url: ClassVar[str] = "https://queue.fal.run"
-    key_variable: ClassVar[str] = "FAL_KEY"
-    output_hosts: ClassVar[tuple[str, ...]] = ("fal.media", ".fal.media")
-    unsent: ClassVar[tuple[str, ...]] = (
-        "sampler",
-        "shift",
-        "max_sequence_length",
-        "output_quality",
-    )
-    lists: ClassVar[bool] = False
-    takes_px: ClassVar[bool] = True
+    name = "fal"
+    base_url = "https://queue.fal.run"
+    key_variable = "FAL_KEY"
+    output_hosts = ("fal.media", ".fal.media")
+    unsent = ("sampler", "shift", "max_sequence_length", "output_quality")
+    lists = False
+    takes_px = True
 
     def headers(self, key: str) -> dict[str, str]:
         """The key, which is no bearer token here."""
@@ -71,10 +66,7 @@ class Fal(Provider):
         return Call(method="POST", path=path, json=dict(inputs), headers={"x-fal-no-retry": "1"})
 
     def read_created(self, body: Any) -> Prediction:
-        """Find the id.
-
-        Raises: LostAnswer where there is none: something was created, perhaps.
-        """
+        """Find the id. Raises: LostAnswer where there is none: something was created, perhaps."""
         try:
             answer = fields_of(body, "the create")
             id_ = id_of(answer, ("request_id",), "the create's answer")

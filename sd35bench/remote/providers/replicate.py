@@ -12,7 +12,7 @@ stability-ai/stable-diffusion-3.5-medium, version 382c0389, which has no negativ
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from sd35bench.errors import LostAnswer, RemoteError
@@ -22,6 +22,7 @@ from sd35bench.remote.providers.wire import (
     fields_of,
     id_of,
     image_urls,
+    listed_phase,
     measured,
     moment,
     phase_of,
@@ -52,12 +53,12 @@ MOST_CURSOR = 2048
 class Replicate(Provider):
     """Replicate's HTTP API."""
 
-    name: ClassVar[str] = "replicate"
-    base_url: ClassVar[str] = "https://api.replicate.com"
-    key_variable: ClassVar[str] = "REPLICATE_API_TOKEN"
-    output_hosts: ClassVar[tuple[str, ...]] = ("replicate.delivery", ".replicate.delivery")
+    name = "replicate"
+    base_url = "https://api.replicate.com"
+    key_variable = "REPLICATE_API_TOKEN"
+    output_hosts = ("replicate.delivery", ".replicate.delivery")
     # The size goes as an aspect ratio, and is looked for in the file that comes back.
-    unsent: ClassVar[tuple[str, ...]] = ("sampler", "shift", "max_sequence_length")
+    unsent = ("sampler", "shift", "max_sequence_length")
 
     def refusal(self, request: Request) -> str | None:
         """Say what the input schema has no field or no room for."""
@@ -129,9 +130,7 @@ def _cursor(following: Any) -> str:
 
 def _listed(item: Any) -> Prediction:
     entry = fields_of(item, "the listing's entry")
-    status = entry.get("status")
-    word = status.strip().lower() if isinstance(status, str) else ""
-    return _prediction(entry, WORDS.get(word, Phase.WAITING))
+    return _prediction(entry, listed_phase(entry, WORDS))
 
 
 def _prediction(answer: Mapping[str, Any], phase: Phase) -> Prediction:

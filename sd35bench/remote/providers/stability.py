@@ -12,7 +12,7 @@ Source: platform.stability.ai/docs/api-reference, "Stable Diffusion 3.5".
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from sd35bench.errors import LostAnswer, RemoteError
 from sd35bench.remote.providers.base import UNNAMED, Call, Phase, Prediction, Provider
@@ -44,22 +44,16 @@ OFFER = Offer(
 class Stability(Provider):
     """Stability's own API."""
 
-    name: ClassVar[str] = "stability"
-    base_url: ClassVar[str] = "https://api.stability.ai"
-    key_variable: ClassVar[str] = "STABILITY_API_KEY"
-    output_hosts: ClassVar[tuple[str, ...]] = ()
-    unsent: ClassVar[tuple[str, ...]] = (
-        "steps",
-        "sampler",
-        "shift",
-        "max_sequence_length",
-        "output_quality",
-    )
-    most_seed: ClassVar[int] = 4294967294
-    synchronous: ClassVar[bool] = True
-    lists: ClassVar[bool] = False
-    wrong_key: ClassVar[tuple[int, ...]] = (401,)  # 403 is a prompt that was flagged
-    data_uri_bytes: ClassVar[int] = 10 * 2**20
+    name = "stability"
+    base_url = "https://api.stability.ai"
+    key_variable = "STABILITY_API_KEY"
+    output_hosts = ()
+    unsent = ("steps", "sampler", "shift", "max_sequence_length", "output_quality")
+    most_seed = 4294967294
+    synchronous = True
+    lists = False
+    wrong_key = (401,)  # 403 is a prompt that was flagged
+    data_uri_bytes = 10 * 2**20
 
     def refusal(self, request: Request) -> str | None:
         """Say what the form has no field or no room for."""

@@ -80,6 +80,13 @@ def phase_of(value: Any, words: Mapping[str, Phase], what: str) -> Phase:
     return words[value.strip().lower()]
 
 
+def listed_phase(entry: Mapping[str, Any], words: Mapping[str, Phase]) -> Phase:
+    """What a listed status means; one that is not known counts as waiting, so that it is polled."""
+    status = entry.get("status")
+    word = status.strip().lower() if isinstance(status, str) else ""
+    return words.get(word, Phase.WAITING)
+
+
 def measured(value: Any, most: float) -> float | None:
     """A number, or a text that is one, in [0, `most`]; anything else is not known."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):

@@ -1,4 +1,4 @@
-"""Where a job's images are made: here, or by a hosted service, whose settings are checked here.
+"""Where images are made: here, or by a hosted service, whose settings are checked; where scored.
 
 Where images cost money nothing is guessed: a base URL that is not the provider's own needs a price
 and the model's name there, unless it is on this machine, where they are 0 and the model's own name.
@@ -8,18 +8,24 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
-from sd35bench.config.models import ModelConf, RunConf
+from sd35bench.config.models import FIELDS, ModelConf, RunConf, check_field
+from sd35bench.config.overrides import RAY_OPTIONS, WORKERS, parse
 from sd35bench.engine import Engine, hosted_engine, local_engine, ray_engine
-from sd35bench.errors import ConfigError
+from sd35bench.errors import ConfigError, nearest
 from sd35bench.loopback import is_loopback
 from sd35bench.remote.inputs import Schema, takes, takes_size
 from sd35bench.remote.providers import is_provider, provider_class
-from sd35bench.remote.settings import RemoteSettings
+from sd35bench.remote.providers.base import RemoteSettings
 from sd35bench.types import Scalar
 from sd35bench.workers.limits import Limits
+
+if TYPE_CHECKING:
+    from sd35bench.workers.features import Spread
 
 LATENCY_ELSEWHERE_S = 8.0
 """What the hosted service's page says an image takes."""
@@ -63,10 +69,9 @@ def place_of(
 
 
 def _local(conf: RunConf, batch_sizes: Sequence[int]) -> Place:
-    gigabytes = conf.memory_limit_gb
     limits = Limits(
         deadline_s=conf.deadline_s,
-        memory_limit_bytes=None if gigabytes is None else round(gigabytes * 1e9),
+        memory_limit_bytes=conf.memory_limit_bytes,
         max_failures=conf.max_failures,
         starts=conf.starts,
         keep_latents=conf.keep_latents,
@@ -126,25 +131,19 @@ def _remote_settings(
         guess_s = LATENCY_HERE_S if here else LATENCY_ELSEWHERE_S
         target_s = conf.model.target_latency_s
         latency_s = guess_s if target_s is None else target_s
+    settled: dict[str, Any] = {
+        "base_url": base_url,
+        "slug": _slug(conf, own, here),
+        "usd_per_image": _price(conf, own, here),
+        "init_image_url": _init_image_url(conf),
+        "expected_latency_s": latency_s,
+        "output_hosts": _output_hosts(remote.output_hosts),
+        "accept_size": _size(remote.accept_size),
+    }
     return RemoteSettings(
+        **{**vars(remote), **settled},  # the others are taken as they are
         provider=provider,
-        base_url=base_url,
-        slug=_slug(conf, own, here),
-        key_file=remote.key_file,
-        auth=remote.auth,
-        allow_loopback=remote.allow_loopback,
-        concurrency=remote.concurrency,
-        requests_per_minute=remote.requests_per_minute,
-        timeout_s=remote.timeout_s,
-        max_cost_usd=remote.max_cost_usd,
-        confirm_above_usd=remote.confirm_above_usd,
-        usd_per_image=_price(conf, own, here),
-        on_ambiguous=remote.on_ambiguous,
-        init_image_url=_init_image_url(conf),
-        expected_latency_s=latency_s,
         single_stream=single_stream,
-        output_hosts=_output_hosts(remote.output_hosts),
-        accept_size=_size(remote.accept_size),
         default_steps=conf.model.steps,
         aspect_ratios=_ratios(
             conf.model,
@@ -304,3 +303,38 @@ def _ratios(
                 f" give aspect_ratio=, one of {said}"
             )
     return known
+
+
+def spread_of(overrides: Sequence[str]) -> "AbstractContextManager[Spread | None]":
+    """The workers that `workers=`, `threads=`, `engine=` and `ray.…=` ask for; none where none do.
+
+    Raises: ConfigError for a wrong value, and for Ray's options without `engine=ray`. Entered:
+    ConfigError for more workers than fit, and where no Ray answers.
+    """
+    words = [text for text in overrides if text.startswith(WORKERS)]
+    given: dict[str, Any] = {}
+    for text in words:
+        override = parse(text)
+        name, value = override.get_key_element(), override.value()
+        if name not in FIELDS and not name.startswith(RAY_OPTIONS):
+            raise ConfigError(f"{text}: unknown field {name!r}{nearest(name, [*FIELDS])}")
+        given[name] = value if name.startswith(RAY_OPTIONS) else check_field(name, value)
+    if not given:
+        return nullcontext()
+    workers, threads = given.get("workers"), given.get("threads")
+    threads_of(threads)
+    if given.get("engine", "processes") != "ray":
+        from sd35bench.workers.features import local_spread
+
+        unread = [name for name in given if name.startswith("ray.")]
+        if unread:
+            raise ConfigError(f"{unread[0]}: it acts with engine=ray only; add engine=ray")
+        return local_spread(1 if workers is None else workers, threads)
+    from sd35bench.workers.cluster import RaySettings, ray_spread
+
+    init, actor = (
+        {name.removeprefix(head): v for name, v in given.items() if name.startswith(head)}
+        for head in RAY_OPTIONS
+    )
+    settings = RaySettings(address=given.get("ray.address"), init=init, actor=actor)
+    return ray_spread("auto" if workers is None else workers, threads, settings)

@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 
 from sd35bench.analysis.commands import load_overrides
 from sd35bench.config import compose
-from sd35bench.config.changes import notes_of
+from sd35bench.config.model_weights import ON_TOP, model_notes, model_spec, notes_of
 from sd35bench.config.models import ModelConf, read
 from sd35bench.config.overrides import check_overrides, parse, written
 from sd35bench.config.unread import refuse_unread
-from sd35bench.config.weights import ON_TOP, model_notes, model_spec
 from sd35bench.errors import ConfigError
 from sd35bench.loading.checkpoint import NANO_WEIGHTS, weights_digest
 from sd35bench.types import BackendSpec, Load, ModelSpec, from_json, to_json

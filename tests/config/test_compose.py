@@ -8,7 +8,7 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
 
-from sd35bench.config import compose, kept
+from sd35bench.config import compose
 from sd35bench.errors import ConfigError
 
 MULTIRUN = RunMode.MULTIRUN
@@ -25,12 +25,12 @@ def written(folder: Path, steps: int) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
-    monkeypatch.setattr(kept, "_repositories", {})
+    monkeypatch.setattr(MODULE, "_repositories", {})
 
 
 def test_every_composition_is_hydras_own(monkeypatch):
     found = [compose(asked) for asked in (*ASKED, *ASKED)]
-    (repository,) = kept._repositories.values()
+    (repository,) = MODULE._repositories.values()
     assert len(repository.composed) == 1, "values are put on top of one composition"
     monkeypatch.setattr(MODULE, "KeepingLoader", ConfigLoaderImpl)
     assert found == [compose(asked) for asked in ASKED] * 2
@@ -54,7 +54,7 @@ def test_what_a_caller_changes_changes_no_other_composition():
 
 def test_mutant_without_copies_has_one_configuration_for_all(monkeypatch):
     same = SimpleNamespace(dumps=lambda value: value, loads=lambda value: value)
-    monkeypatch.setattr(kept, "pickle", same)
+    monkeypatch.setattr(MODULE, "pickle", same)
     compose(ASKED[0])  # which takes Hydra's own node out
     with pytest.raises(ConfigError, match="hydra"):
         compose(ASKED[0])
@@ -70,13 +70,13 @@ def test_a_changed_or_a_gone_file_counts_at_once(tmp_path):
 
 
 def test_mutant_that_does_not_look_at_the_files_is_late(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "_files", lambda places: iter(()))
+    monkeypatch.setattr(MODULE, "_files", lambda places: iter(()))
     steps = [compose(["experiment=own"], written(tmp_path, n)).steps for n in (5, 6)]
     assert steps == [5, 5]
 
 
 def test_few_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "KEPT", 1)
+    monkeypatch.setattr(MODULE, "KEPT", 1)
     for steps in (5, 6):
         compose(["experiment=own"], written(tmp_path, steps))
-        assert len(kept._repositories) == 1
+        assert len(MODULE._repositories) == 1
