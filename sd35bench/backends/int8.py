@@ -223,7 +223,8 @@ def _is_quantised(layer: nn.Module) -> bool:
 def _kernel(layer: Any, dtype: str) -> str:
     """Run a layer once under the profiler and name the product that it used."""
     tensor = next(iter(layer.state_dict().values()))
-    rows = torch.zeros(32, layer.in_features, device=tensor.device, dtype=_float(layer))
+    floats = (layer.weight if layer.bias is None else layer.bias).dtype
+    rows = torch.zeros(32, layer.in_features, device=tensor.device, dtype=floats)
     with _no_stderr(), torch.inference_mode(), torch.autograd.profiler.profile() as seen:
         layer(rows)
     profile: Any = seen
@@ -243,10 +244,6 @@ def _no_stderr() -> Iterator[None]:
     finally:
         os.dup2(own, 2)
         os.close(own)
-
-
-def _float(layer: Any) -> torch.dtype:
-    return layer.weight.dtype if layer.bias is None else layer.bias.dtype
 
 
 def _version() -> str:

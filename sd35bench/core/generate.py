@@ -72,13 +72,9 @@ class Core:
     """Calls of the denoiser for the last batch."""
 
 
-def ignore(stage: str) -> None:
-    """Listen to no stage."""
-
-
 @torch.inference_mode()
 def generate(
-    core: Core, ask: Ask, see: See, stage: Callable[[str], None] = ignore
+    core: Core, ask: Ask, see: See, stage: Callable[[str], None] = lambda _: None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make one batch: the final latents [B, C, h, w] and pixels [B, 3, H, W], about -1 to 1.
 

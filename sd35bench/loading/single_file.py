@@ -10,7 +10,6 @@ Source of the layout: Stability-AI/sd3.5, `sd3_infer.py` and `mmditx.py`.
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -75,6 +74,10 @@ def load_single_file(
     parts: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
     parts |= replaced
     dequantised: dict[str, str] = {}
+
+    def wide(name: str) -> torch.dtype:  # T5's output projections stay in fp32 under fp16
+        return torch.float32 if dtype is torch.float16 and ".wo." in name else dtype
+
     with quiet_loading():
         try:
             if "transformer" not in replaced:
@@ -84,7 +87,7 @@ def load_single_file(
             for name in needed.keys() - replaced.keys():
                 weights = read_file(path, brought[name]) if name in brought else None
                 if weights is not None:
-                    dequantised[name] = widen(weights, partial(_wide, dtype))
+                    dequantised[name] = widen(weights, wide)
                 parts[name] = _part(components / name, index[name], weights, dtype)
         except LOAD_ERRORS as exc:
             raise BackendError(
@@ -94,11 +97,6 @@ def load_single_file(
     pipe: Any = StableDiffusion3Pipeline(**parts)
     pipe.dequantised = {name: said for name, said in dequantised.items() if said}
     return pipe
-
-
-def _wide(dtype: torch.dtype, name: str) -> torch.dtype:
-    """What fp8 is widened to: T5's output projections stay in fp32 under fp16."""
-    return torch.float32 if dtype is torch.float16 and ".wo." in name else dtype
 
 
 def transformer_config(weights: Weights) -> dict[str, Any]:
