@@ -100,8 +100,8 @@ class Int8Backend(DiffusersBackend):
         super().prepare(pipe)
         silence_cuda_remark()
         self._asked = _checked(self.asked)
-        denoiser: Any = pipe.transformer
-        self._denoiser = denoiser
+        denoiser = pipe.transformer
+        self._denoiser: Any = denoiser
         self._proof = quantise(
             denoiser,
             self._asked["exclude"],

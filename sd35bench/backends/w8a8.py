@@ -55,6 +55,7 @@ class W8A8Backend(CompileBackend):
         BackendError for an option's wrong value.
         """
         dtype, denoiser = _weights(self.asked), pipe.transformer
+        self._kernel = ""
 
         def replace(names: list[str]) -> None:
             try:
