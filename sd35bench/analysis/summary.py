@@ -44,6 +44,7 @@ from sd35bench.study.columns import (
     Floats,
     Some,
     by_text,
+    floats,
     is_text,
     numbers,
     pick,
@@ -141,8 +142,8 @@ def _row(
         "target_latency_s": target,
         "latency_ratio": None if target is None or p50 is None else p50 / target,
         "stage_s": _stages(row.here(row.timed)),
-        "load_s": _median(_floats([s.load_s for s in loads])),
-        "first_call_s": _median(_floats([s.first_call_s for s in loads])),
+        "load_s": _median(floats(s.load_s for s in loads)),
+        "first_call_s": _median(floats(s.first_call_s for s in loads)),
         "peak_vram_bytes": _peak(numbers(measured, "peak_vram_bytes")),
         "peak_allocator_bytes": _peak(numbers(measured, "peak_allocator_bytes")),
         "peak_rss_bytes": _peak(numbers(measured, "peak_rss_bytes")),
@@ -209,10 +210,6 @@ def _common(values: Floats) -> float | None:
 def _mean(values: Floats) -> float | None:
     known = values[~np.isnan(values)]
     return float(np.mean(known)) if len(known) else None
-
-
-def _floats(values: Sequence[float | None]) -> Floats:
-    return np.array([np.nan if v is None else v for v in values], np.float64)
 
 
 def _median(values: Floats) -> float | None:

@@ -26,6 +26,7 @@ from sd35bench.disk import parse_json, read_regular
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.fields import ASKED, FIELDS, NUMBERS, completed
 from sd35bench.gate.sides import FeatureReader, Features, SetScore, Side, Start, told_apart
+from sd35bench.study.columns import floats
 
 SCHEMA = 1
 _KIND = "sd35bench baseline"
@@ -174,11 +175,11 @@ def _side(study: str, raw: Mapping[str, Any], reader: FeatureReader) -> Side:
         prompts=_hashes(columns["prompt"]),
         start=np.array(columns["start"], np.int64),
         failed=np.array(columns["failed"], bool),
-        latency_s=_floats(columns["latency_s"]),
+        latency_s=floats(columns["latency_s"]),
         images=tuple(columns["image"]),
         # Files of earlier versions do not say which set metrics there were.
         sets={n: _set_score(v, columns["image"], reader) for n, v in raw.get("sets", {}).items()},
-        metrics={name: _floats(columns[name]) for name in names[len(_COLUMNS) :]},
+        metrics={name: floats(columns[name]) for name in names[len(_COLUMNS) :]},
         elsewhere=_hashes(raw.get("elsewhere", [])),
         elsewhere_differs=tuple(map(str, raw.get("elsewhere_differs", []))),
     )
@@ -211,7 +212,3 @@ def _rounded(value: float) -> float | None:
 
 def _hashes(values: Sequence[str]) -> NDArray[np.uint64]:
     return np.array([int(v, 16) for v in values], np.uint64)
-
-
-def _floats(values: Sequence[float | None]) -> NDArray[np.float64]:
-    return np.array([np.nan if v is None else v for v in values], np.float64)

@@ -25,7 +25,7 @@ _SKIP = {"scale": 2.5, "start": 0.01, "stop": 0.2}
 PRESET = "stability"
 """What models call Stability's skip-layer guidance in their configuration; layers are their own."""
 
-_OWN_SHIFT = {None, 3.0}
+OWN_SHIFT = {None, 3.0}
 """The checkpoint's shift: unasked, or asked for as the value that it has."""
 
 _FREE = ("max_sequence_length", "width", "height", "output_format", "output_quality")
@@ -171,7 +171,7 @@ def _same_place(row: Row, like: Row) -> bool:
 def _has(default: NamedDefault, s: Mapping[str, Any]) -> bool:
     wanted = {"task": default.task.value, **_values(default), **completed({})}
     del wanted["shift"], wanted["skip_layer_guidance"]
-    if any(s[n] != value for n, value in wanted.items()) or s["shift"] not in _OWN_SHIFT:
+    if any(s[n] != value for n, value in wanted.items()) or s["shift"] not in OWN_SHIFT:
         return False
     skip: dict[str, Any] | None = s["skip_layer_guidance"]
     if skip is None or not default.skips_layers:

@@ -42,7 +42,7 @@ from sd35bench.words import digits, gib, in_usd
 
 LEAST_FOR_P95 = 20
 """Timed images below which one of them decides where the 95th percentile is."""
-_TAIL = 0.95
+_P95 = 0.95
 _NOTABLE = 0.1
 """Means and medians of undisturbed settings differ by 0.02 to 0.05: less is no contradiction."""
 
@@ -160,7 +160,7 @@ def tails(candidate: Candidate) -> dict[str, float]:
     """Mean and 95th percentile of the latency in seconds; of few images the mean alone."""
     x = _seconds(candidate)
     found = {"the mean": float(np.mean(x))} if len(x) else {}
-    return found | ({"p95": float(np.quantile(x, _TAIL))} if len(x) >= LEAST_FOR_P95 else {})
+    return found | ({"p95": float(np.quantile(x, _P95))} if len(x) >= LEAST_FOR_P95 else {})
 
 
 def _seconds(candidate: Candidate) -> Floats:
@@ -220,7 +220,7 @@ def _figures(candidate: Candidate, speed: Speeds, i: int, profile: Profile) -> l
         found.append(_Figure("mean ", tail["the mean"], high, profile.latency_mean_limit_s))
     if profile.latency_p95_limit_s is not None and "p95" in tail:
         records = pick(candidate.row.timed, ~np.isnan(seconds(candidate.row.timed)))
-        high = quantile_t(seconds(records), cluster_labels(records), _TAIL).high
+        high = quantile_t(seconds(records), cluster_labels(records), _P95).high
         found.append(_Figure("p95 ", tail["p95"], high, profile.latency_p95_limit_s))
     return found
 

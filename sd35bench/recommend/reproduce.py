@@ -23,6 +23,7 @@ from sd35bench.analysis.commands import (
 from sd35bench.analysis.settings import shared_negatives
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.fields import CURVES, FIELDS, SIZE, later_asked
+from sd35bench.recommend.named_defaults import OWN_SHIFT
 from sd35bench.remote.providers.wire import MOST_CFG, MOST_STEPS, RATIOS, schema_input
 from sd35bench.study.columns import Some, seeds
 from sd35bench.types import Record, Request, Task
@@ -189,8 +190,6 @@ INIT_IMAGE = "https://example.com/init.png"
 _ROUNDED_AWAY = {(896, 1152): "3:4", (1152, 896): "4:3"}
 """Sizes of Stable Diffusion 3.5 that rounding to 64 px brought nearer to another ratio."""
 
-_OWN_SHIFT = (None, 3.0)
-
 
 def api_body(record: Record) -> dict[str, Any]:
     """Write the create that asks for this record's image.
@@ -220,7 +219,7 @@ def _refusal(request: Request, ratio: str) -> str | None:
         (request.negative_prompt != "", "the protocol has no negative prompt"),
         (request.skip_layer_guidance is not None, "the protocol has no skip-layer guidance"),
         (
-            request.shift not in _OWN_SHIFT,
+            request.shift not in OWN_SHIFT,
             f"the protocol cannot ask for a shift, here {request.shift}",
         ),
         *((not FIELDS[n].sent, f"the protocol cannot ask for {n}") for n in later_asked(request)),

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from sd35bench.stats.intervals import LEVEL, Interval
+from sd35bench.stats.intervals import CONFIDENCE, Interval
 
 FEW_TELLING = 2
 """Prompts that tell, below which a paired difference reaches as far as what was never seen."""
@@ -85,7 +85,7 @@ def mean_bounds(
     low, high = value - down * error, value + up * error
     if bounds is None or telling is None:
         return Bounds(value, low, high)
-    unseen = 1.0 - ((1.0 - LEVEL) / 2) ** (1.0 / k)
+    unseen = 1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / k)
     low = np.where(telling.few, np.minimum(low, value - (value - bounds[0]) * unseen), low)
     high = np.where(telling.few, np.maximum(high, value + (bounds[1] - value) * unseen), high)
     return Bounds(value, low.clip(*bounds), high.clip(*bounds))
@@ -162,7 +162,7 @@ def read_quantile(ordered: Floats, q: ArrayLike) -> Floats:
     return np.where(position < 0.0, -np.inf, np.where(position > n - 1.0, np.inf, read))
 
 
-def student(degrees: float | Floats, level: float = LEVEL) -> Floats:
+def student(degrees: float | Floats, level: float = CONFIDENCE) -> Floats:
     """Student's t for a two-sided interval of that level."""
     return special.stdtrit(degrees, 0.5 + level / 2)
 

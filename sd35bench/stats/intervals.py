@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 RESAMPLES = 2000
 _SEED = 20240917
 _CACHED_ELEMENTS = 4_000_000
@@ -105,7 +105,7 @@ def percentile_bounds(draws: NDArray[np.float64], clusters: int) -> NDArray[np.f
 
 def expanded_tail(clusters: int) -> float:
     """Return the percentile for a 95 % interval with so many clusters (2.5 % for very many)."""
-    t = special.stdtrit(clusters - 1, 0.5 + LEVEL / 2)
+    t = special.stdtrit(clusters - 1, 0.5 + CONFIDENCE / 2)
     return float(special.ndtr(-np.sqrt(clusters / (clusters - 1)) * t))
 
 

@@ -7,7 +7,7 @@ makes one only for who asks for it. Numbers that are not known are NaN.
 
 import itertools
 import json
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -257,8 +257,12 @@ def numbers(records: Some, name: str) -> Floats:
     """A field of each record as a float64, NaN where it is unknown: [n]."""
     if isinstance(records, Records):
         return records.column(name, records.columns.numbers)
-    found = (_value(r, name) for r in records)
-    return np.array([np.nan if v is None else v for v in found], np.float64)
+    return floats(_value(r, name) for r in records)
+
+
+def floats(values: Iterable[float | None]) -> Floats:
+    """Numbers as float64, NaN where they are unknown: [n]."""
+    return np.array([np.nan if v is None else v for v in values], np.float64)
 
 
 def dense(values: NDArray[Any]) -> Places:

@@ -13,9 +13,8 @@ from sd35bench.analysis.speed import starts_of
 from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.pareto import Speeds
 from sd35bench.recommend.profiles import Profile
-from sd35bench.stats.decision import LEVEL
+from sd35bench.stats.decision import LEVEL, SAME_COST
 from sd35bench.stats.latency import latency_interval
-from sd35bench.tune.race import SAME_SPEED
 from sd35bench.tune.space import Point
 
 
@@ -74,7 +73,7 @@ def settled(final: Final, profile: Profile) -> bool:
     if not final.shown or profile.objective == "best-quality":
         return final.shown
     left = [i for i in range(len(values)) if i not in choice.limits.broken and i != choice.chosen]
-    return not any(values[i] * (1.0 + SAME_SPEED) < values[choice.chosen] for i in left)
+    return not any(values[i] * (1.0 + SAME_COST) < values[choice.chosen] for i in left)
 
 
 def _speeds(comparison: Comparison) -> Speeds:

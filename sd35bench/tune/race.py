@@ -7,7 +7,7 @@ that both have: it is worse than one that is no slower and no dearer (*dominated
 than the profile's margin than any one (*out of reach*). "Shows" is the lower end of the paired 95 %
 interval clustered by prompt (`stats.clustered`): 97.5 % for each such claim, uncorrected. That
 decides where images go and is no statement about any setting; what is stated is in `final`.
-Up to `SAME_SPEED` slower counts as no slower, as it does in `recommend`.
+Up to `SAME_COST` slower counts as no slower, as it does in `recommend`.
 
 Speed spares nobody where the profile wants the best quality: there whatever is shown to be worse is
 out. Where it holds settings against a named default, only that one puts others out of reach, and it
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from sd35bench.recommend.profiles import Profile
 from sd35bench.stats.clustered import mean_bounds, quantile_t
+from sd35bench.stats.decision import SAME_COST
 from sd35bench.stats.intervals import resampled_means
 from sd35bench.tune.space import Point
 from sd35bench.words import digits, gib, in_usd
 
-SAME_SPEED = 0.02
 OVER_LIMITS = ("too slow", "too large", "too dear")
 """Kinds of `Out` that are the profile's limits, not another setting's doing."""
 _FEWEST = 4
@@ -215,7 +215,7 @@ def promise(
     good = means >= (best if ruler is None else ruler) - margin
     good |= top & ~good.any(axis=1, keepdims=True)  # none is as good: the best is taken
     reach = np.where(good, speed, np.inf)
-    chosen = reach <= reach.min(axis=1, keepdims=True) * (1.0 + SAME_SPEED)
+    chosen = reach <= reach.min(axis=1, keepdims=True) * (1.0 + SAME_COST)
     chances = (chosen / chosen.sum(axis=1, keepdims=True)).mean(axis=0) + leads
     return dict(zip(points, chances.tolist(), strict=True))
 
@@ -277,14 +277,14 @@ def _beaten(
     verdict = _out_of_reach(found, i, against, margin, f"the margin is {margin:g}")
     if verdict is not None:
         return verdict
-    slowest = np.inf if ruler is None else found.p50_high[ruler] * (1.0 + SAME_SPEED)
+    slowest = np.inf if ruler is None else found.p50_high[ruler] * (1.0 + SAME_COST)
     if ruler is not None and ruler in rivals and found.p50_low[i] > slowest:
         why = "slower than the default, which is as good as itself"
         return Out(kind="dominated", why=why, by=found.points[ruler])
     no_dearer = [
         j
         for j in rivals
-        if found.p50_s[j] <= found.p50_s[i] * (1.0 + SAME_SPEED) and found.usd[j] <= found.usd[i]
+        if found.p50_s[j] <= found.p50_s[i] * (1.0 + SAME_COST) and found.usd[j] <= found.usd[i]
     ]
     if not no_dearer:
         return None
