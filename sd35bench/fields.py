@@ -2,7 +2,9 @@
 
 Everything that has to know the fields of a `Request` reads this table: the command line and its
 ranges, the grid of a plan, trial keys, settings, pairs, warm-ups, the hosted protocol, the words
-of tables and titles. A new field is one line in `Request` and one entry here.
+of tables and titles. A new field is one line in `Request` and one entry here; a field that changes
+the image is also read by a backend, or in `evaluations.guidance_of`, and stands in `plan._IDLE` if
+it can be without effect.
 
 A field that is added gets a *neutral* value: what every image had before the field existed. It is
 fixed for ever, whatever a configuration's default becomes, and it is `Request`'s default, so that
@@ -42,32 +44,41 @@ KEYED: Any = object()
 class Field:
     """One field of a request.
 
-    `takes` is its type and range on the command line (an annotation), `means` and `default` are for
-    people, `unasked` is what a command line without it asks for (``None``: the model's own, or
-    none). `setting` and `pair` say what it is part of; `work` says what of it decides how long a
-    call takes, so that values alike in it share one warm-up. `sent` is whether the hosted protocol
-    has it. `said` is how its value is said where no column says what it is; `grid` is how far apart
-    neighbouring values are in a search. `axis`: whether it can be swept; `typed`: whether it is a
-    name of the command line; `nullable`: whether null may be typed. `reads` turns a text into its
-    one spelling, or raises ValueError.
+    Four values are near to a default:
+
+    default    what help says of a command line without the field, in words
+    unasked    what a request has then; ``None`` is the model's own value, or none
+    neutral    left out of keys and settings: what images had before the field existed
+    quiet      left out of titles: the default of `Request`
     """
 
     name: str
     takes: Any
+    """Its type and range on the command line: an annotation."""
     means: str
     default: str
     unasked: Any = None
     neutral: Any = KEYED
     setting: bool = True
+    """Whether two values of it make two settings."""
     pair: bool = False
+    """Whether two images must share it to be compared one by one."""
     work: Callable[[Request], Any] | None = None
+    """The part of it that decides how long a call takes: calls alike in this share a warm-up."""
     sent: bool = False
+    """Whether the hosted protocol has it."""
     label: str = ""
+    """Its column's title, where that is not its name."""
     said: str = ""
+    """Its value in words, where no column says which field it is of."""
     grid: float | None = None
+    """The distance of neighbouring values in a search."""
     axis: bool = True
+    """Whether it can be swept."""
     typed: bool = True
+    """Whether it is a name of the command line."""
     reads: Callable[[Any], str] | None = None
+    """Turns a text into its one spelling, or raises ValueError."""
 
     @property
     def nullable(self) -> bool:

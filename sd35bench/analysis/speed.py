@@ -37,7 +37,7 @@ from sd35bench.study.columns import (
     Floats,
     Records,
     Some,
-    by_text,
+    by_session,
     coded,
     dense,
     flops,
@@ -124,7 +124,7 @@ def named_seconds(timed: Some) -> dict[str, Floats]:
     def make() -> dict[str, Floats]:
         known = in_time(pick(timed, ~np.isnan(seconds(timed))))
         values = seconds(known)
-        return {name: values[places] for name, places in by_text(known, "session_id").items()}
+        return {name: values[places] for name, places in by_session(known).items()}
 
     return timed.kept("seconds", make) if isinstance(timed, Records) else make()
 
@@ -444,7 +444,7 @@ def _per_second(size: int, seconds: float, ends: Sequence[float] | None, n: int)
 
 def _starts(row: Row) -> dict[str, Any]:
     return {
-        "starts": len(by_text(row.timed, "session_id")),
+        "starts": len(by_session(row.timed)),
         "start_spread": _start_spread(row.timed),
     }
 
@@ -515,7 +515,7 @@ def compile_seconds(table: Table, row: Row) -> dict[str, float | None]:
 
 
 def _sessions(table: Table, row: Row) -> list[Session]:
-    ids = by_text(row.timed if row.timed else row.records, "session_id")
+    ids = by_session(row.timed if row.timed else row.records)
     return [table.sessions[i] for i in ids if i in table.sessions]
 
 

@@ -43,7 +43,7 @@ from sd35bench.machine.contention import DISTURBED, unlike
 from sd35bench.study.columns import (
     Floats,
     Some,
-    by_text,
+    by_session,
     floats,
     is_text,
     numbers,
@@ -120,7 +120,7 @@ def _row(
     study: Any, table: Table, row: Row, metrics: list[str], latency: Latency
 ) -> dict[str, Any]:
     ok = pick(row.records, is_text(row.records, "status", Status.OK))
-    named = by_text(ok if ok else row.records, "session_id")
+    named = by_session(ok if ok else row.records)
     sessions = [table.sessions[i] for i in named if i in table.sessions]
     target = row.records[0].trial.load.model.target_latency_s
     p50 = latency.p50
@@ -192,7 +192,7 @@ def _warnings(row: Row, sessions: Sequence[Session]) -> list[str]:
         alone = "call of this setting ran alone"
         lone = alone if row.hosted else "trial of this setting ran at batch size 1"
         found.append(f"no latency: no {lone}")
-    timed = by_text(row.timed, "session_id")
+    timed = by_session(row.timed)
     runs = Counter(s.start for s in sessions if s.id in timed)
     if max(runs.values(), default=0) > 1:  # the starts of one run are asked for, and shown
         found.append(f"figures from {max(runs.values())} separate runs in one environment")

@@ -31,7 +31,7 @@ from sd35bench.study.columns import (
     Floats,
     Records,
     Some,
-    by_text,
+    by_session,
     coded,
     grouped,
     has,
@@ -100,7 +100,7 @@ def read_contention(records: Iterable[Record], sessions: Mapping[str, Session]) 
     best: dict[str, float] = defaultdict(float)
     middles: dict[str, tuple[float, str]] = {}
     marked: list[Stamp] = []
-    for session_id, places in by_text(timed, "session_id").items():
+    for session_id, places in by_session(timed).items():
         series, session = pick(timed, places), sessions.get(session_id)
         marked += _stamps(pick(series, _judged(series)))
         seen, facts = readings(series), None if session is None else session.canary
@@ -130,7 +130,7 @@ class _Spans:
         if self._known:
             alone = (numbers(records, "batch_size") == 1) | has(records, "surroundings")
             timed = pick(records, alone & ~np.isnan(numbers(records, "generate_s")))
-            places = by_text(timed, "session_id")
+            places = by_session(timed)
             self._records = {k: pick(timed, v) for k, v in places.items() if k in self._known}
 
     def overlapped(self) -> frozenset[Stamp]:
@@ -188,7 +188,7 @@ def _stamps(records: Some) -> list[Stamp]:
     return list(zip(*parts, strict=True))
 
 
-def judge_session(series: Sequence[Record], facts: CanaryFacts) -> Contention:
+def judge_session(series: Sequence[Record]) -> Contention:
     """Judge the timings of one session, in order of time."""
     marked = [stamp(r) for r, bad in zip(series, judge(series), strict=True) if bad]
     found, best = readings(series), max(1.0, sustained(series))

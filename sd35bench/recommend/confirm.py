@@ -122,7 +122,7 @@ def part_rows(rows: Iterable[Row]) -> Parted:
     splits = {split for row in rows for (split,) in distinct_refs(row.usable, "split")}
     if splits <= {HELD_OUT}:
         return Parted(rows, None, [], "the choice was made on the held-out split itself")
-    shown = [_split_off(row.records, held_out=False) for row in rows]
+    shown = [_split_off(row.records) for row in rows]
     seen = {same_prompt(text) for text in distinct(join(shown), "prompt")}
     are_there = any(is_ref(row.records, "split", HELD_OUT).any() for row in rows)
     negatives = _negatives(rows) if are_there else {}
@@ -177,8 +177,8 @@ def _remedy(rows: Iterable[Row]) -> str:
     return "choose on prompts.split=tune"
 
 
-def _split_off(records: Some, held_out: bool) -> Some:
-    return pick(records, is_ref(records, "split", HELD_OUT) == held_out)
+def _split_off(records: Some) -> Some:
+    return pick(records, ~is_ref(records, "split", HELD_OUT))
 
 
 def read_held_out(table: Table, rows: Sequence[Row], task: Task, metric: str) -> HeldOut:
@@ -257,7 +257,7 @@ def _negatives(rows: Iterable[Row]) -> dict[Task, tuple[str, ...] | None]:
     """Each task's negative prompts in the choice; ``None`` where prompts bring their own."""
     by_task: dict[Task, list[Some]] = {task: [] for task in Task}
     for row in rows:
-        by_task[Task(row.setting["task"])].append(_split_off(row.records, held_out=False))
+        by_task[Task(row.setting["task"])].append(_split_off(row.records))
     return {task: shared_negatives(join(found)) for task, found in by_task.items()}
 
 

@@ -35,7 +35,7 @@ from sd35bench.stats.samples import (
     timed_for,
 )
 from sd35bench.stats.verdicts import POWER
-from sd35bench.study.columns import by_text
+from sd35bench.study.columns import by_session
 from sd35bench.types import Record, Session, Task
 
 SPEED_MARGIN = 0.05
@@ -218,7 +218,7 @@ def timed_plan(
         return None
     if any(row.hosted for row in rows):  # a service is not started: calls are all of one kind
         timing = replace(timing, between_sd=None)
-    ids = {i for row in rows for i in by_text(row.timed, "session_id")}
+    ids = {i for row in rows for i in by_session(row.timed)}
     loads = [s.load_s + s.warmup_s for i in ids if (s := sessions.get(i)) is not None]
     image_s = median(float(np.median(x)) for each in runs for x in each)
     start_images = median(loads) / image_s if loads else 0.0

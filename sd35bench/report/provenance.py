@@ -29,7 +29,7 @@ from sd35bench.fields import FIELDS, SETTING
 from sd35bench.report.rows import Row
 from sd35bench.study.columns import (
     Some,
-    by_text,
+    by_session,
     grouped,
     is_ref,
     is_text,
@@ -77,7 +77,7 @@ def environment_lines(environments: Mapping[str, Mapping[str, Any]]) -> list[str
 
 def list_loads(sessions: Mapping[str, Session], records: Some) -> list[dict[str, Any]]:
     """Each model on a backend: process starts, load, first call, peaks, what is in force."""
-    places = by_text(records, "session_id")
+    places = by_session(records)
     peaks = {name: pick(records, found) for name, found in places.items()}
     groups: dict[str, list[Session]] = defaultdict(list)
     for session in sessions.values():

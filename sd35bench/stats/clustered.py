@@ -162,9 +162,9 @@ def read_quantile(ordered: Floats, q: ArrayLike) -> Floats:
     return np.where(position < 0.0, -np.inf, np.where(position > n - 1.0, np.inf, read))
 
 
-def student(degrees: float | Floats, level: float = CONFIDENCE) -> Floats:
-    """Student's t for a two-sided interval of that level."""
-    return special.stdtrit(degrees, 0.5 + level / 2)
+def student(degrees: float | Floats) -> Floats:
+    """Student's t for a two-sided interval."""
+    return special.stdtrit(degrees, 0.5 + CONFIDENCE / 2)
 
 
 def _reaches(

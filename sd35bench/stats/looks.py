@@ -18,14 +18,14 @@ from scipy import special
 from sd35bench.stats.decision import LEVEL
 
 
-def level_at(prompts: int, planned: int | None, level: float = LEVEL) -> float:
+def level_at(prompts: int, planned: int | None) -> float:
     """One-sided level of a look at so many of the planned prompts; beyond them nothing is shown.
 
     `planned` ``None``: one look was all that was wanted, and it has the whole level.
     """
     if planned is None:
-        return level
+        return LEVEL
     if not 0 < prompts <= planned:
         return 0.0
-    z = -float(special.ndtri(level / 2.0))
+    z = -float(special.ndtri(LEVEL / 2.0))
     return float(special.ndtr(-z * sqrt(planned / prompts)))

@@ -479,14 +479,14 @@ def in_time(records: Some) -> Some:
     return pick(records, np.argsort(started, kind="stable"))
 
 
-def by_text(records: Some, name: str) -> dict[str, Places]:
-    """The numbers of the records of each text, in the order in which texts first appear."""
+def by_session(records: Some) -> dict[str, Places]:
+    """The numbers of the records of each session, in the order in which they first appear."""
 
     def make() -> dict[str, Places]:
-        codes, known = coded(records, name)
+        codes, known = coded(records, "session_id")
         return {known[int(codes[places[0]])]: places for places in split(codes)}
 
-    return records.kept(f"by {name}", make) if isinstance(records, Records) else make()
+    return records.kept("by session", make) if isinstance(records, Records) else make()
 
 
 def with_tags(records: Some, where: Mapping[str, str]) -> Some:

@@ -231,7 +231,7 @@ class Lane:
         if self.canary is None or not self.timings:
             return
         keep_best(self.canary.machine, self.canary.best * max(1.0, sustained(self.timings)))
-        found = judge_session(self.timings, self.canary)
+        found = judge_session(self.timings)
         latest = {record.trial.key: record for record in self.timings}.values()
         self._add(timed=len(latest), disturbed=sum(map(found.is_disturbed, latest)))
         speed, summary = found.speed.get(self.run.session_id), self.run.summary

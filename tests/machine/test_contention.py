@@ -181,7 +181,7 @@ def test_a_journal_without_readings_is_read_as_before():
 
 def test_speed_of_a_session_is_relative_to_what_held_through_a_trial():
     rows = series((0.9, 1.4), (1.2, 1.3), (1.2, 1.2))
-    assert judge_session(rows, FACTS).speed["s"] == pytest.approx(1.2 / 1.2)
+    assert judge_session(rows).speed["s"] == pytest.approx(1.2 / 1.2)
 
 
 def test_relative_divides_by_the_sessions_best():

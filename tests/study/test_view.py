@@ -117,7 +117,7 @@ def test_the_other_columns_are_those_of_a_list(study):
     assert list(columns.in_time(found)) == list(columns.in_time(wanted))
     for part in ("gpu", "remote", "surroundings"):
         assert (columns.has(found, part) == columns.has(wanted, part)).all()
-    groups = columns.by_text(found, "session_id"), columns.by_text(wanted, "session_id")
+    groups = columns.by_session(found), columns.by_session(wanted)
     assert list(groups[0]) == list(groups[1])
     assert [g.tolist() for g in groups[0].values()] == [g.tolist() for g in groups[1].values()]
 
