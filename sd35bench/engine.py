@@ -1,10 +1,10 @@
 """Where trials run: one interface, chosen by the backend's kind and by `engine=`.
 
 An engine refuses up front what it cannot do (`prepare`), makes what is missing of a plan (`run`),
-and says what that may cost (`price`) and how many processes it starts (`starts`). Engines with several workers take the
-plans of several loads together (`run_together`). Whatever an engine does, the process that called
-it alone writes the store (docs/adr/0002): so engines that hand chunks of whole blocks to other
-machines need neither locks nor a shared disk.
+and says what that may cost (`price`) and how many processes it starts (`starts`). Engines with
+several workers take the plans of several loads together (`run_together`). Whatever an engine does,
+the process that called it alone writes the store (docs/adr/0002): so engines that hand chunks of
+whole blocks to other machines need neither locks nor a shared disk.
 """
 
 from collections.abc import Sequence
