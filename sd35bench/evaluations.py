@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 from sd35bench import plugins
 from sd35bench.core import guidance
-from sd35bench.core.guidance import Call, Guidance, Kind, SkipLayers
+from sd35bench.core.guidance import EVALUATIONS_PER_STEP, Call, Guidance, Kind, SkipLayers
 from sd35bench.types import Request, SkipLayerGuidance, Task
 
-EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}
 SAMPLERS = (*EVALUATIONS_PER_STEP, *plugins.entry_points("samplers"))
 """The package's own, then those that installed packages add."""
 _NUMBER = r"(\d+(?:\.\d*)?(?:e[-+]?\d+)?)"

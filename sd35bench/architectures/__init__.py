@@ -18,6 +18,12 @@ from sd35bench.types import ModelSpec, content_hash
 ROOT = Path(__file__).parent
 NANO = ROOT.parent / "nano" / "weights"
 SHARED = "sd3"
+PIPELINES = {
+    "sd3": "StableDiffusion3Pipeline",
+    "sana": "SanaPipeline",
+    "pixart": "PixArtAlphaPipeline",
+}
+"""diffusers' class by family."""
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PARTS = ("transformer", "vae", "scheduler", *TEXT_PARTS)
 SEED = 0

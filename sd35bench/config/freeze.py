@@ -69,7 +69,11 @@ def freeze(config: DictConfig) -> Job:
 
 
 def frozen(conf: RunConf) -> Job:
-    """The job of a checked configuration. Raises: ConfigError as `freeze` does."""
+    """The job of a checked configuration; what is cheap to refuse is refused first.
+
+    Prompts come after all that needs no file but the YAML, digests of weights last. Raises:
+    ConfigError as `freeze` does.
+    """
     refuse_elsewhere(conf.model, conf.backend)
     check_backend(conf.backend)
     check_family(conf.model, conf.backend)

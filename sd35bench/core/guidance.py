@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 RULES = ("cfg", "cfg-zero-star", "apg")
+EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2, "dpmpp_2m": 1, "unipc": 1}
+"""By sampler: each has a schedule (`schedule`) and a solver (`samplers`) of its own."""
 EPS = 1e-8
 """Added to the squared norm that is divided by, as diffusers does."""
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sd35bench.core.guidance import EVALUATIONS_PER_STEP
+
 TRAIN_STEPS = 1000
-SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc")
 UNIPC_START = 1e-6
 """UniPC takes the logarithm of 1 - sigma."""
 
@@ -73,7 +74,7 @@ def _grid(sampler: str, steps: int, shift: float) -> tuple[np.ndarray, bool]:
         sigmas = shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift)
         sigmas[0] = min(sigmas[0], 1 - UNIPC_START)
         return sigmas, True
-    raise ValueError(f"sampler={sampler!r} is unknown; known: {', '.join(SAMPLERS)}")
+    raise ValueError(f"sampler={sampler!r} is unknown; known: {', '.join(EVALUATIONS_PER_STEP)}")
 
 
 def shifted(t: np.ndarray, shift: float) -> np.ndarray:

@@ -19,15 +19,11 @@ import transformers.utils.logging as transformers_logging
 from safetensors import SafetensorError
 from torch import nn
 
+from sd35bench.architectures import PIPELINES
 from sd35bench.errors import BackendError
 from sd35bench.loading.checkpoint import variant_of
 from sd35bench.types import ModelSpec
 
-PIPELINES = {
-    "sd3": "StableDiffusion3Pipeline",
-    "sana": "SanaPipeline",
-    "pixart": "PixArtAlphaPipeline",
-}
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 REMEDY = "point model.path at a complete diffusers folder (model_index.json and its parts)"
 
@@ -79,7 +75,7 @@ def read_index(
 ) -> dict[str, Any]:
     """Read the folder's index and look for every part that it names, or only for `parts`.
 
-    Those `there` are looked for by nobody.
+    Parts in `there` are not looked for.
 
     Raises: BackendError naming the first part that is missing.
     """

@@ -26,6 +26,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
 )
 from torch import nn
 
+from sd35bench.architectures import PIPELINES
 from sd35bench.core.model import Weights
 from sd35bench.core.weights import config_of_stability, read_file
 from sd35bench.errors import BackendError, ConfigError
@@ -33,7 +34,6 @@ from sd35bench.loading.checkpoint import LAYOUT, parts_in_file, parts_of_compone
 from sd35bench.loading.empty import build_empty, dtype_of, restore_buffers
 from sd35bench.loading.folders import (
     LOAD_ERRORS,
-    PIPELINES,
     load_diffusers_part,
     load_text_part,
     quiet_loading,

@@ -122,8 +122,8 @@ class Drift(PairMetric):
 class _Standard:
     """The reference backend of one model: its options, and the thread count and batch size.
 
-    Of several loads of the name the one at fp32 is taken, then the one with the most images; of
-    its thread counts the one that most images of the whole model were made with.
+    Where several loads have the name, it is the one at fp32, then the one with the most images. Its
+    thread count is the commonest among all images of the model.
     """
 
     def __init__(self, named: Sequence[Record], everyone: Sequence[Record]) -> None:

@@ -21,6 +21,7 @@ from sd35bench.analysis.commands import (
     prompt_overrides,
 )
 from sd35bench.analysis.settings import shared_negatives
+from sd35bench.architectures import PIPELINES
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.fields import CURVES, FIELDS, SIZE, later_asked
 from sd35bench.recommend.named_defaults import OWN_SHIFT
@@ -81,7 +82,7 @@ def snippet(record: Record, init_path: Path | None) -> str | None:
         return None
     dtype = _DTYPES.get(str(load.backend.options.get("dtype", "fp32")), "float32")
     edit = request.task is Task.IMAGE_TO_IMAGE
-    pipeline = _PIPELINES["sd3-edit" if edit else load.model.family]
+    pipeline = "StableDiffusion3Img2ImgPipeline" if edit else PIPELINES[load.model.family]
     imported, scheduler = _scheduler(load.model.family, request)
     lines = [
         "import torch",
@@ -102,12 +103,6 @@ def snippet(record: Record, init_path: Path | None) -> str | None:
     return "\n".join(lines) + "\n"
 
 
-_PIPELINES = {
-    "sd3": "StableDiffusion3Pipeline",
-    "sd3-edit": "StableDiffusion3Img2ImgPipeline",
-    "sana": "SanaPipeline",
-    "pixart": "PixArtAlphaPipeline",
-}
 # What a checkpoint of the family comes with: the sampler, and the name of its shift.
 _OWN = {"sd3": ("euler", "shift"), "sana": ("dpmpp_2m", "flow_shift"), "pixart": ("dpmpp_2m", "")}
 _SCHEDULERS = {

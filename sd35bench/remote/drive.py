@@ -26,7 +26,7 @@ from sd35bench.plan import Plan
 from sd35bench.remote.images import sniff
 from sd35bench.remote.inputs import defaults
 from sd35bench.remote.key import Key, read_key
-from sd35bench.remote.ledger import Brake, Ledger
+from sd35bench.remote.ledger import CircuitBreaker, Ledger
 from sd35bench.remote.limiter import LEASE_S, Limiter, WaitBounds, limiter_path
 from sd35bench.remote.prediction import Flights, HostedTrial, Outcome
 from sd35bench.remote.providers import provider_class
@@ -134,7 +134,7 @@ class _Rounds:
         most = 2 if self.settings.on_ambiguous == "resubmit" else 1
         self.ledger.agreed_usd = most * price_usd * len(run.missing)
         budget_usd = self.ledger.agreed_usd if limit_usd is None else limit_usd
-        self.brake = Brake(self.ledger, run.done, price_usd, budget_usd)
+        self.breaker = CircuitBreaker(self.ledger, run.done, price_usd, budget_usd)
         run.append_session(self._session())
         try:
             with ThreadPoolExecutor(CHECKS) as checks:
@@ -206,7 +206,7 @@ class _Rounds:
 
     def _probe_first(self, alone: list[Trial], fresh: list[Trial]) -> list[Trial]:
         """On probation, put one that was never bought in front of those that run alone."""
-        if not self.brake.probation or not fresh:
+        if not self.breaker.probation or not fresh:
             return alone
         probe = next((t for t in fresh if self.ledger.latest(t.key) is None), fresh[0])
         return [probe, *(t for t in alone if t.key != probe.key)]
@@ -300,10 +300,10 @@ class _Rounds:
         intent = self.ledger.latest(trial.key)
         usable = outcome.status is Status.OK
         if intent is not None and self.ledger.owns(intent):
-            stop = self.brake.count(intent, usable, f"{outcome.error}")
+            stop = self.breaker.count(intent, usable, f"{outcome.error}")
             self.paused = stop if self.paused is None else self.paused
         elif usable:
-            self.brake.probation = False
+            self.breaker.probation = False
 
     def _what_is_left(self, paused: Paused) -> str:
         """The reason, and what the same command would still do and cost."""

@@ -16,8 +16,8 @@ that is not proven uncharged counts at its price; a cost that the service report
 Each run writes a file of its own; spending is summed over all files of the study, under a lock
 where a budget depends on it.
 
-A `Brake` says when to stop buying. A service that moves its outputs to another host, makes another
-size, or fails and bills all the same would take a whole budget for no image. So:
+A `CircuitBreaker` says when to stop buying. A service that moves its outputs to another host, makes
+another size, or fails and bills all the same would take a whole budget for no image. So:
 
 - Until the service has made one usable image in this study, and after a run that ended here, it is
   on probation: one purchase at a time, and the first that cannot be used ends the run.
@@ -299,7 +299,7 @@ def _sum(cost_usd: float | None) -> float | None:
     return cost_usd if cost_usd is not None and math.isfinite(cost_usd) and cost_usd >= 0 else None
 
 
-class Brake:
+class CircuitBreaker:
     """The purchases of one run that gave nothing, and whether the service is on probation."""
 
     def __init__(self, ledger: Ledger, done: Container[str], price_usd: float, budget_usd: float):

@@ -17,8 +17,15 @@ from sd35bench.backends import guided
 from sd35bench.backends.core import CoreBackend
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.core import guidance as rules
-from sd35bench.core.guidance import Guidance, Kind, evaluation_steps, guide, plan_calls
-from sd35bench.core.schedule import SAMPLERS, schedule
+from sd35bench.core.guidance import (
+    EVALUATIONS_PER_STEP,
+    Guidance,
+    Kind,
+    evaluation_steps,
+    guide,
+    plan_calls,
+)
+from sd35bench.core.schedule import schedule
 from sd35bench.errors import UnsupportedRequest
 from sd35bench.evaluations import evaluations, sequences, work
 from sd35bench.fields import GUIDES
@@ -43,7 +50,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 
 
 def test_every_evaluation_has_the_step_that_the_schedule_gives_it() -> None:
-    for sampler in SAMPLERS:
+    for sampler in EVALUATIONS_PER_STEP:
         for skip in (0, 3):
             found = evaluation_steps(2 if sampler == "heun" else 1, skip, 8)
             assert found == schedule(sampler, 8, 3.0, skip=skip).steps

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sd35bench.architectures import PIPELINES
 from sd35bench.backends.eager import EagerBackend
 from sd35bench.errors import (
     BackendError,
     OptimizationNotApplied,
 )
-from sd35bench.loading.folders import PIPELINES
 from sd35bench.loading.sources import load_model
 from sd35bench.types import Task
 from tests.backends.bare import (

@@ -112,7 +112,7 @@ def test_a_service_in_order_sells_one_image_and_a_client_without_a_brake_buys_on
     found = services.Sold()
     services.from_start("image: image-black", tmp_path / "braked", found)
     assert (found.most_from_start, found.twice, found.believed, found.seen) == (1, 0, 0, [])
-    monkeypatch.setattr("sd35bench.remote.ledger.Brake.count", lambda *_: None)
+    monkeypatch.setattr("sd35bench.remote.ledger.CircuitBreaker.count", lambda *_: None)
     services.from_start("image: image-black", tmp_path / "not", found)
     assert found.most_from_start > 1
 

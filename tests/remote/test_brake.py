@@ -85,7 +85,7 @@ def test_a_service_that_turns_bad_sells_three_more_and_those_in_flight(server, s
 
 def test_without_the_brake_all_would_be_bought(server, study, monkeypatch):
     """The mutant: a threshold that is never reached."""
-    monkeypatch.setattr(ledger.Brake, "count", lambda *_: None)
+    monkeypatch.setattr(ledger.CircuitBreaker, "count", lambda *_: None)
     mislead(server, "image-wrong-size")
     make(server, study)
     assert creates(server) == COUNT
