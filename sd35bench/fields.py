@@ -515,7 +515,7 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def words(name: str, value: Any) -> str:
+def field_words(name: str, value: Any) -> str:
     """A field's value where no column says what it is: "4 steps", "cfg 4", "shift 3"."""
     field = FIELDS.get(name)
     known = _OF_LOADS.get(name, "") if field is None else field.said
@@ -527,7 +527,7 @@ def unusual_words(setting: Mapping[str, Any], names: Iterable[str]) -> list[str]
     """Those fields of a row that are not as usual, each in words."""
     known = ((name, setting.get(name)) for name in names)
     return [
-        words(name, value)
+        field_words(name, value)
         for name, value in known
         if value is not None and not (name in FIELDS and value in _left_out(name))
     ]

@@ -21,7 +21,6 @@ import pytest
 CANDIDATE = "sd35_candidate"
 RESULTS_DIR = "sd35_results_dir"
 _PROPERTY = "sd35gate"
-_REGRESSION = 1
 
 
 class Undecided(UserWarning):
@@ -59,6 +58,8 @@ def sd35gate(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
 
         Returns: the document of `compare --json`.
         """
+        from sd35bench.cli.output import FAILED
+
         results_dir = request.config.rootpath / (_option(request.config, RESULTS_DIR) or "results")
         name = candidate or _option(request.config, CANDIDATE) or _only_study(results_dir)
         before = _from_root(request.config.rootpath, baseline, ".json")
@@ -66,7 +67,7 @@ def sd35gate(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
         document, code = _compare(before, name, asked, results_dir)
         # `record_property` does this, and warns about the default kind of JUnit file.
         request.node.user_properties += _properties(document, code)
-        if code == _REGRESSION:
+        if code == FAILED:
             pytest.fail(_message(document), pytrace=False)
         if document["verdict"] == "undecided":
             warnings.warn(Undecided(_message(document)), stacklevel=2)

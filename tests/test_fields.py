@@ -15,13 +15,13 @@ from sd35bench.fields import (
     allowed,
     completed,
     describe,
+    field_words,
     is_unasked,
     make_trial,
     pair_identity,
     request_identity,
     setting_identity,
     value_text,
-    words,
     work_identity,
 )
 from sd35bench.types import PromptRef, Request, SkipLayerGuidance
@@ -199,7 +199,7 @@ def later(monkeypatch):
     ],
 )
 def test_a_value_in_words(name, value, said):
-    assert words(name, value) == said
+    assert field_words(name, value) == said
 
 
 def test_a_setting_in_words_says_size_and_backend_where_they_tell():

@@ -16,7 +16,7 @@ from sd35bench.config.place import place_of
 from sd35bench.config.sweeper import job_overrides
 from sd35bench.config.unread import refuse_unread
 from sd35bench.errors import ConfigError
-from sd35bench.fields import asked_fields, describe, make_trial, words
+from sd35bench.fields import asked_fields, describe, field_words, make_trial
 from sd35bench.plan import expand
 from sd35bench.recommend.reproduce import api_body, run_command
 from sd35bench.types import Record, RemoteCall, Request, Status, from_json, to_json
@@ -136,7 +136,7 @@ def test_the_command_lines_extra_is_in_key_setting_title_and_command():
     asked = asked_fields(anime.request)
     assert asked["extra"] == {"style_type": "Render 3D"}
     assert describe(asked).endswith("style_type Render 3D")
-    assert words("images", {"style": "ab" * 32}) == "style abababab"
+    assert field_words("images", {"style": "ab" * 32}) == "style abababab"
     called = from_json(RemoteCall, CALL | {"unsent": ["steps", "cfg", "sampler"]})
     record = Record(trial=anime, status=Status.OK, session_id="s", started_at="", remote=called)
     again = run_command([record], "again")

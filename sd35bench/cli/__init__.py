@@ -16,7 +16,17 @@ from types import FrameType
 from typing import Any
 
 from sd35bench import plugins
-from sd35bench.cli.output import Answer, console, loudness, write_line, write_plainly
+from sd35bench.cli.output import (
+    DONE,
+    OTHER,
+    RESUMABLE,
+    WRONG_INPUT,
+    Answer,
+    console,
+    loudness,
+    write_line,
+    write_plainly,
+)
 from sd35bench.cli.parser import Command, help_text, parse
 from sd35bench.errors import (
     ConfigError,
@@ -28,8 +38,6 @@ from sd35bench.errors import (
     StudyLocked,
     nearest,
 )
-
-DONE, WRONG_INPUT, RESUMABLE, OTHER = 0, 2, 3, 4
 
 VERBS = {
     "run": ("run", "make images: one setting, a grid (-m), or a stored experiment"),

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd35bench.cli.output import Answer, append_summary, console, print_parts, show_progress
+from sd35bench.cli.output import (
+    DONE,
+    FAILED,
+    Answer,
+    append_summary,
+    console,
+    print_parts,
+    show_progress,
+)
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.study import open_study, score_missing
 from sd35bench.errors import ConfigError, StoreError
@@ -14,8 +22,6 @@ from sd35bench.words import plural
 
 if TYPE_CHECKING:
     from sd35bench.gate.policy import Policy
-
-REGRESSION = 1
 
 
 def compare(given: Given) -> Answer:
@@ -43,7 +49,7 @@ def compare(given: Given) -> Answer:
     if not given.as_json:
         print_parts(comparison_parts(document))
     out.say(*(f"written: {path}" for path in _write(given, document, before, after)))
-    return Answer(document=document, exit_code=REGRESSION if gate_fails(document) else 0)
+    return Answer(document=document, exit_code=FAILED if gate_fails(document) else DONE)
 
 
 def judge(before: "Source", after: "Source", policy: "Policy") -> dict[str, Any]:

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from sd35bench import plugins
-from sd35bench.cli.output import Answer, console
+from sd35bench.cli.output import DONE, FAILED, Answer, console
 from sd35bench.cli.parser import Command, Given
 from sd35bench.errors import ConfigError, SD35BenchError, nearest
 
-BROKEN = 1
 STEPS = 4
 
 
@@ -32,7 +31,7 @@ def contract(given: Given) -> Answer:
         found.append({"backend": name, "ok": ok, "checks": checks})
     whole = all(each["ok"] for each in found)
     document = {"package": given.words[0], "ok": whole, "backends": found}
-    return Answer(document=document, exit_code=0 if whole else BROKEN)
+    return Answer(document=document, exit_code=DONE if whole else FAILED)
 
 
 def _backends(given: Given) -> list[str]:

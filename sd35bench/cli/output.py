@@ -33,12 +33,16 @@ if TYPE_CHECKING:
     from sd35bench.report.render import Part
 
 
+DONE, FAILED, WRONG_INPUT, RESUMABLE, OTHER = range(5)
+"""Exit codes. FAILED: what was checked is not as it should be; RESUMABLE: run the same again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A verb's result: the JSON document (printed only with --json) and the exit code."""
 
     document: Any = None
-    exit_code: int = 0
+    exit_code: int = DONE
 
 
 _loudness: ContextVar[str] = ContextVar("loudness", default="")

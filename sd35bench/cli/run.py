@@ -21,6 +21,8 @@ from sd35bench.analysis.settings import setting_key
 from sd35bench.cli.hydra_flags import FLAGS as HYDRA_FLAGS
 from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
 from sd35bench.cli.output import (
+    DONE,
+    RESUMABLE,
     Answer,
     RunProgress,
     Terminal,
@@ -65,7 +67,6 @@ if TYPE_CHECKING:
 
     from sd35bench.cli.auto_limit import Planned
 
-RESUMABLE = 3
 _PLANNED = ("prompts.limit=auto", "margin=", "power=")
 POLL_S = 0.5
 """How often to ask again for a study that another process holds."""
@@ -242,7 +243,7 @@ def run(given: Given) -> Answer:
     if incomplete or not is_quiet():
         _print_summary(out, document)
     _print_unnamed(say, job)
-    return Answer(document=document, exit_code=RESUMABLE if incomplete else 0)
+    return Answer(document=document, exit_code=RESUMABLE if incomplete else DONE)
 
 
 def _with_models_own(given: Given, say: Callable[[str], None]) -> Given:
@@ -294,8 +295,8 @@ def run_confirming(runs: Sequence[dict[str, Any]], patient: bool = False) -> int
         raise ConfigError(
             f"--run does not spend money on a hosted service; run it yourself: {hosted['command']}"
         )
-    words = (shlex.split(each["command"])[2:] for each in runs)
-    left = [parse("run", COMMANDS["run"], each, as_json=True) for each in words]
+    typed = (shlex.split(each["command"])[2:] for each in runs)
+    left = [parse("run", COMMANDS["run"], each, as_json=True) for each in typed]
     while left:
         try:
             answer = run(left[0])

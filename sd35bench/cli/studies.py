@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench import words
-from sd35bench.cli.output import Answer, Terminal, console
+from sd35bench.cli.output import DONE, FAILED, Answer, Terminal, console
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.study import written_at
 from sd35bench.disk import (
@@ -41,7 +41,6 @@ from sd35bench.study.journal import new_shard_id
 from sd35bench.study.store import Study
 from sd35bench.types import Status
 
-DAMAGED = 1
 REMOVED = ".removed-"
 TRASH = "trash"
 SHOWN_FILES, SHOWN_CONFLICTS = 20, 10
@@ -323,7 +322,7 @@ def verify(given: Given) -> Answer:
         raise ConfigError(f"study {given.words[0]!r} is not in {given.results_dir}")
     found = document(path.name, verify_study(path), path)
     _print_verified(console(given.as_json), found)
-    return Answer(document=found, exit_code=0 if found["whole"] else DAMAGED)
+    return Answer(document=found, exit_code=DONE if found["whole"] else FAILED)
 
 
 def _print_verified(out: Terminal, found: dict[str, Any]) -> None:

@@ -11,15 +11,17 @@ from sd35bench.cli.run import refuse_bill, run_confirming, run_plan, takes
 from sd35bench.cli.study import score_missing
 from sd35bench.config import Job
 from sd35bench.config.experiments import with_models_own
-from sd35bench.config.tune import Tuning, read_tuning
+from sd35bench.config.tune import CATEGORIES, Tuning, read_tuning
 from sd35bench.errors import ConfigError, Paused
 from sd35bench.estimate import Estimate, estimate
+from sd35bench.fields import FIELDS, KEYED
 from sd35bench.plan import Plan
 from sd35bench.study.store import Study
 from sd35bench.tune.confirm import confirm_choice, held_out_at_most
 from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.search import WAVE
 from sd35bench.tune.session import Budget, Outcome
+from sd35bench.tune.space import GRIDS
 from sd35bench.types import Scalar
 
 SAMPLED = 24
@@ -228,6 +230,16 @@ def _never(*_: Any) -> None:
     raise AssertionError("a dry run makes nothing")
 
 
+def _axes() -> str:
+    """Every axis: numbers with the step of a range that names none, then lists of names."""
+    later = [n for n in GRIDS if n in FIELDS and FIELDS[n].neutral is not KEYED]
+    numbers = ([n for n in GRIDS if n not in later], later)
+    first, others = (", ".join(words.plain(GRIDS[n]) for n in names) for names in numbers)
+    said = (f"a range without a step is rounded to {first}", f"the same, to {others}")
+    lines = zip((*numbers, CATEGORIES), (*said, "lists of names"), strict=True)
+    return "\n".join(f"  {' '.join(names)}\n{' ' * 19}{text}" for names, text in lines) + "\n"
+
+
 COMMANDS = {
     "tune": Command(
         call=tune,
@@ -239,13 +251,9 @@ images= goes further. Several processes may share one study: they take turns whe
 same backend.
 
 Axes: LOW:HIGH, LOW:HIGH:STEP, or a list A,B,C
-  steps cfg prompt_strength shift skip_layer_scale
-                   a range without a step is rounded to 1, 0.5, 0.05, 0.5, 0.5
-  zero_init_steps apg_eta apg_norm apg_momentum
-                   the same, to 1, 0.1, 1, 0.25
-  sampler backend skip_layer_guidance guidance guidance_interval step_cache
-                   lists of names
-
+"""
+        + _axes()
+        + """
 The search:
   profile=NAME     what a setting is wanted for: preview, balanced, final, or a YAML file of your
                    own with limits, objective and margins; default: balanced

@@ -12,7 +12,17 @@ from markupsafe import Markup
 
 from sd35bench import words
 from sd35bench.report.render import Figure, Table, text_table
-from sd35bench.report.svg import SMALL, Box, Scale, chart, cut, element, tick_texts, units
+from sd35bench.report.svg import (
+    CHARACTER,
+    SMALL,
+    Box,
+    Scale,
+    chart,
+    cut,
+    element,
+    tick_texts,
+    units,
+)
 
 STAGES = {
     "text": "text encoders",
@@ -31,7 +41,6 @@ _CALL_PARTS = {
 }
 _ROW = 24.0
 _MAX_DOTS = 120
-_LABEL = 6.9
 _LONGEST = 34
 _VALUE = 66.0
 """Room at the right for a row's figure."""
@@ -77,7 +86,7 @@ class _Rows:
     def fit(cls, labels: Sequence[str], *, stacked: bool, right: float = 16.0) -> "_Rows":
         height = 40.0 if stacked else _ROW
         longest = min(_LONGEST, max((len(text) for text in labels), default=0))
-        left = 8.0 if stacked else max(60.0, 20 + _LABEL * longest)
+        left = 8.0 if stacked else max(60.0, 20 + CHARACTER * longest)
         width = SMALL[0] if stacked else 560.0
         total = 34.0 + len(labels) * height + 44.0
         return cls(Box(width, total, left=left, right=right), height, stacked)

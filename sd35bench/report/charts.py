@@ -10,7 +10,7 @@ import numpy as np
 from sd35bench import words
 from sd35bench.analysis.facts import facts
 from sd35bench.analysis.table import made_alone
-from sd35bench.fields import words as in_words
+from sd35bench.fields import field_words
 from sd35bench.report.bars import (
     STAGES,
     Samples,
@@ -24,11 +24,11 @@ from sd35bench.report.render import Figure
 from sd35bench.report.rows import (
     Row,
     by_task,
-    field_words,
     lower_is_better,
     metric_label,
     metric_names,
     read_rows,
+    row_words,
     size_rank,
     varying_fields,
 )
@@ -107,7 +107,7 @@ def _values(row: Row, fields: Sequence[str]) -> tuple[Any, ...]:
 def _channel(rows: Sequence[Row], fields: tuple[str, ...]) -> _Channel:
     """The values in order: numbers by size, a field without a value left out of the name."""
     ordered = sorted(rows, key=lambda row: [size_rank(row.setting.get(f)) for f in fields])
-    return _Channel(fields, {_values(r, fields): field_words(r, fields) for r in ordered})
+    return _Channel(fields, {_values(r, fields): row_words(r, fields) for r in ordered})
 
 
 def _channels(rows: Sequence[Row], extra: Sequence[str]) -> tuple[_Channel, _Channel]:
@@ -193,7 +193,7 @@ def line_figures(rows: Sequence[Row], pinned: Row | None) -> tuple[list[Figure],
                         log=axis == "steps",
                     )
                 )
-    note = "" if fixed is None else f"At {in_words('prompt_strength', fixed)}."
+    note = "" if fixed is None else f"At {field_words('prompt_strength', fixed)}."
     return figures, note
 
 
@@ -217,7 +217,7 @@ def _lines(rows: Sequence[Row], metric: str, axis: str, other: str) -> list[Line
         )
         lines.append(
             Line(
-                name=in_words(other, value),
+                name=field_words(other, value),
                 class_=ramp(i, len(shown)),
                 marker=MARKERS[i % len(MARKERS)],
                 points=tuple(points),
@@ -251,7 +251,7 @@ def tradeoff_figures(rows: Sequence[Row], pinned: Row | None) -> list[Figure]:
         return []
     lines = [
         (
-            f"{in_words('steps', steps)} · {in_words('cfg', cfg)}",
+            f"{field_words('steps', steps)} · {field_words('cfg', cfg)}",
             ramp(i, len(pairs)),
             MARKERS[i % len(MARKERS)],
             [
@@ -280,7 +280,7 @@ def _over_strength(
         Line(name="kept", class_="c6", marker="square", points=points(kept), dashed=True),
     ]
     figure = plot_lines(lines, axis="prompt_strength", metric="followed and kept")
-    note = f"At {in_words('steps', chosen[0])}, {in_words('cfg', chosen[1])}."
+    note = f"At {field_words('steps', chosen[0])}, {field_words('cfg', chosen[1])}."
     return replace(
         figure,
         title="Followed and kept over prompt_strength",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sd35bench import words
-from sd35bench.fields import words as in_words
+from sd35bench.fields import field_words
 from sd35bench.report.bars import Stack, plot_calls
 from sd35bench.report.blocks import block, figures, title_columns
 from sd35bench.report.render import Cell, Column, Figure, Table, estimate_cell
@@ -217,9 +217,9 @@ def _label(row: Row, members: Sequence[Row]) -> str:
     said += [row.text("model")] if differs("model", members) else []
     for name in CURVES[:2]:
         if differs(name, members) and not row.unsent(name):
-            said.append(in_words(name, row.setting[name]))
+            said.append(field_words(name, row.setting[name]))
     if differs("prompt_strength", members) and row.prompt_strength is not None:
-        said.append(in_words("prompt_strength", row.prompt_strength))
+        said.append(field_words("prompt_strength", row.prompt_strength))
     if differs("width", members) or differs("height", members):
         said.append(f"{row.text('width')}×{row.text('height')}")
     if row.tells("threads") and differs("threads", [r for r in members if r.tells("threads")]):

@@ -42,6 +42,7 @@ _PLAIN, _PAGE = (TERMINAL, MARKDOWN), (HTML,)
 # Columns of this rank and above are left out before intervals move below their values.
 _EXTRA = 3
 _ALIKE, LAST_TO_GO = 0.75, 0.5
+"""Ranks below every metric's: what is alike in all rows goes before what tells them apart."""
 _SHOW = (
     Layout(drops=_EXTRA),
     Layout(between="\n", drops=1),

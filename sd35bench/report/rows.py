@@ -12,8 +12,7 @@ from sd35bench import words
 from sd35bench.analysis.facts import METRICS, facts
 from sd35bench.analysis.pairs import EDIT_QUALITY
 from sd35bench.analysis.settings import setting_codes
-from sd35bench.fields import CURVES, SETTING, SIZE, unusual_words, value_text
-from sd35bench.fields import words as in_words
+from sd35bench.fields import CURVES, SETTING, SIZE, field_words, unusual_words, value_text
 from sd35bench.study.columns import Some, coded, grouped, numbered, pick, split
 from sd35bench.types import Session, to_json
 from sd35bench.words import MISSING, Estimate
@@ -144,9 +143,9 @@ class Row:
 
     def name(self, extra: Iterable[str] = ()) -> str:
         """Short title: ``28 steps · cfg 4``, prompt_strength, and the `extra` fields that vary."""
-        parts = [in_words(n, self.setting[n]) for n in CURVES[:2] if not self.unsent(n)]
+        parts = [field_words(n, self.setting[n]) for n in CURVES[:2] if not self.unsent(n)]
         if self.prompt_strength is not None:
-            parts.append(in_words("prompt_strength", self.prompt_strength))
+            parts.append(field_words("prompt_strength", self.prompt_strength))
         known = (f for f in extra if f in self.setting and f not in _AXES)
         shown = [f for f in known if self.tells(f)]
         parts += [_in_words(f, self.setting[f]) for f in shown if self.setting[f] is not None]
@@ -261,7 +260,7 @@ def usd_text(row: Row) -> str:
     return words.usd(None if row.usd_per_image is None else row.usd_per_image.value)
 
 
-def field_words(row: Row, fields: Sequence[str]) -> str:
+def row_words(row: Row, fields: Sequence[str]) -> str:
     """The values of some fields of a row, each with what says which field it is of."""
     said = []
     for name in fields:
@@ -273,7 +272,7 @@ def field_words(row: Row, fields: Sequence[str]) -> str:
 
 def _in_words(field: str, value: Any) -> str:
     """A varying field's value where no column title says what it is."""
-    return words.plural(value, "thread") if field == "threads" else in_words(field, value)
+    return words.plural(value, "thread") if field == "threads" else field_words(field, value)
 
 
 def size_rank(value: Any) -> tuple[int, float, str]:

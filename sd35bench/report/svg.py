@@ -14,7 +14,8 @@ from markupsafe import Markup, escape
 RAMP = 8
 MARKERS = ("circle", "square", "diamond", "triangle", "nabla", "cross")
 SHAPES = (*MARKERS, *(f"hollow {name}" for name in MARKERS))
-_CHARACTER = 6.9
+CHARACTER = 6.9
+"""Width of a character: 0.6 of a label's 11.5 px."""
 SMALL = (360.0, 300.0)
 """Size of a chart on a narrow screen, in CSS pixels, so that its text is as large as the page's."""
 
@@ -154,7 +155,7 @@ def tick_texts(x: Scale, ticks: Sequence[float], y: float, below: float) -> list
     parts, end = [], -math.inf
     for tick in ticks:
         at, text = x(tick), f"{tick:g}"
-        half = len(text) * _CHARACTER / 2
+        half = len(text) * CHARACTER / 2
         parts.append(element("line", class_="notch", x1=at, x2=at, y1=y, y2=y + 4))
         if at - half > end + 4:
             parts.append(element("text", text, class_="tick mid", x=at, y=y + below))
@@ -253,7 +254,7 @@ def _free_place(
     label: Label, text: str, taken: Sequence[Area], box: Box
 ) -> tuple[Area, Markup] | None:
     """The first place of a label's text that touches nothing: what it covers, and the text."""
-    width = len(text) * _CHARACTER * (1.1 if "strong" in label.class_ else 1.0)
+    width = len(text) * CHARACTER * (1.1 if "strong" in label.class_ else 1.0)
     for x, y, anchor in _places(label):
         left = {"end": x - width, "mid": x - width / 2}.get(anchor, x)
         area = (left, y - 10, left + width, y + 3)
