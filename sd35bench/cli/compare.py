@@ -285,20 +285,16 @@ sd35bench compare main branch --policy speed --rerun 5
 sd35bench compare main branch --junit gate.xml --markdown "$GITHUB_STEP_SUMMARY" --html gate.html
 """,
     flags=(
+        Flag("--policy NAME", "quality, drift, exact, speed, all, or a YAML file; default: all"),
         Flag(
-            name="--policy",
-            value="NAME",
-            means="quality, drift, exact, speed, all, or a YAML file; default: all",
-        ),
-        Flag(
-            name="--plan",
-            means="judge nothing; say which harm each policy would see at which n, from a pilot"
+            "--plan",
+            "judge nothing; say which harm each policy would see at which n, from a pilot"
             " (BASELINE CANDIDATE) or, with assumed spreads, from BASELINE alone",
         ),
-        Flag(name="--rerun", value="K", means="first run both again, K process starts in turn"),
-        Flag(name="--junit", value="FILE", means="write JUnit XML"),
-        Flag(name="--markdown", value="FILE", means="append Markdown, as a CI step summary takes"),
-        Flag(name="--html", value="FILE", means="write a page with the pairs that lost most"),
+        Flag("--rerun K", "first run both again, K process starts in turn"),
+        Flag("--junit FILE", "write JUnit XML"),
+        Flag("--markdown FILE", "append Markdown, as a CI step summary takes"),
+        Flag("--html FILE", "write a page with the pairs that lost most"),
         RESULTS_DIR,
     ),
 )
@@ -313,6 +309,6 @@ sd35bench baseline make main baselines/main.json
 sd35bench baseline make main baselines/main.json --images
     with the images in baselines/main.images/, for a gate that judges drift
 """,
-    flags=(Flag(name="--images", means="copy the images beside it"), RESULTS_DIR),
+    flags=(Flag("--images", "copy the images beside it"), RESULTS_DIR),
 )
 COMMANDS = {"compare": _COMPARE, "baseline": _BASELINE}

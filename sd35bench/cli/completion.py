@@ -119,7 +119,7 @@ def _cases(name: str, lists: Mapping[str, Iterable[str]]) -> str:
 
 
 def _tables(verbs: list[Completed], listed: dict[str, tuple[str, ...]]) -> str:
-    flags = {v.verb: [n for f in v.flags for n in (f.name, *f.others)] for v in verbs}
+    flags = {v.verb: [n for f in v.flags for n in f.names] for v in verbs}
     valued = dict.fromkeys(f.name for v in verbs for f in v.flags if f.value)
     own = {v.verb: [*v.words, *(["STUDIES"] if v.studies else [])] for v in verbs}
     return "\n".join(
@@ -300,7 +300,7 @@ def fish(verbs: list[Completed], listed: dict[str, tuple[str, ...]]) -> str:
 
 
 def _fish_flag(flag: Flag, listed: dict[str, tuple[str, ...]]) -> str:
-    names = [f"-s {n[1:]}" if len(n) == 2 else f"-l {n[2:]}" for n in (flag.name, *flag.others)]
+    names = [f"-s {n[1:]}" if len(n) == 2 else f"-l {n[2:]}" for n in flag.names]
     taken = " -r" if flag.value else ""
     if flag.name in listed:
         taken += f" -a {_fish(' '.join(listed[flag.name]))}"

@@ -65,17 +65,12 @@ sd35bench data grid --csv tables --reference 0b2f6c1a9d3e@5d41402a
                                             pairs against this setting (`id` in settings.csv)
 """,
         flags=(
-            Flag(name="--csv", value="FOLDER", means="write settings.csv, images.csv, pairs.csv"),
-            Flag(name="--parquet", value="FOLDER", means="write the same as Parquet"),
+            Flag("--csv FOLDER", "write settings.csv, images.csv, pairs.csv"),
+            Flag("--parquet FOLDER", "write the same as Parquet"),
+            Flag("--dataset FOLDER", "a new folder with copies of the images and metadata.jsonl"),
             Flag(
-                name="--dataset",
-                value="FOLDER",
-                means="a new folder with copies of the images and metadata.jsonl",
-            ),
-            Flag(
-                name="--reference",
-                value="ID",
-                means="the setting of pairs' other side; default: the one with most images, of"
+                "--reference ID",
+                "the setting of pairs' other side; default: the one with most images, of"
                 " several the one with most steps",
             ),
             WHERE,

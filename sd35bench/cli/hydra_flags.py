@@ -24,30 +24,16 @@ from sd35bench.errors import ConfigError
 PARTS = ("job", "hydra", "all")
 TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 FLAGS = (
+    Flag("--cfg, -c " + "|".join(PARTS), "Hydra's: print the configuration, run nothing"),
+    Flag("--resolve", "Hydra's, with --cfg: interpolations as their values"),
+    Flag("--package, -p NODE", "Hydra's, with --cfg: one node of it, such as model"),
     Flag(
-        name="--cfg",
-        others=("-c",),
-        value="|".join(PARTS),
-        means="Hydra's: print the configuration, run nothing",
-    ),
-    Flag(name="--resolve", means="Hydra's, with --cfg: interpolations as their values"),
-    Flag(
-        name="--package",
-        others=("-p",),
-        value="NODE",
-        means="Hydra's, with --cfg: one node of it, such as model",
+        "--info, -i " + "|".join(TOPICS[:3]) + "|...",
+        "Hydra's: which files a configuration comes from",
     ),
     Flag(
-        name="--info",
-        others=("-i",),
-        value="|".join(TOPICS[:3]) + "|...",
-        means="Hydra's: which files a configuration comes from",
-    ),
-    Flag(
-        name="--config-name",
-        others=("-cn",),
-        value="NAME",
-        means="Hydra's: another primary file than run, such as one in --config-dir",
+        "--config-name, -cn NAME",
+        "Hydra's: another primary file than run, such as one in --config-dir",
     ),
 )
 

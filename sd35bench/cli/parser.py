@@ -22,37 +22,47 @@ WIDTH = 24
 COLUMNS = 98
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Flag:
-    """A flag: `value` is the word for its value in the help, "" where it takes none."""
+    """A flag as the help has it: ``--metric NAMES``, ``-m, --multirun``; and what it means."""
 
-    name: str
+    typed: str
     means: str
-    value: str = ""
-    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Its name, and further ones that may be typed for it."""
+        return [word for word in self.typed.replace(",", " ").split() if word.startswith("-")]
+
+    @property
+    def name(self) -> str:
+        """The name that `Given` has it under."""
+        return self.names[0]
+
+    @property
+    def value(self) -> str:
+        """The word for its value, "" where it takes none."""
+        last = self.typed.split()[-1]
+        return "" if last.startswith("-") else last
 
 
-MARKDOWN = Flag(name="--markdown", means="print it as Markdown, for a document")
-RESULTS_DIR = Flag(name="--results-dir", value="DIR", means="folder of the studies (results)")
+MARKDOWN = Flag("--markdown", "print it as Markdown, for a document")
+RESULTS_DIR = Flag("--results-dir DIR", "folder of the studies (results)")
 CONFIG_DIR = Flag(
-    name="--config-dir",
-    value="DIR",
-    means="a folder with YAML files of your own (DIR/model/mine.yaml ...)",
+    "--config-dir DIR", "a folder with YAML files of your own (DIR/model/mine.yaml ...)"
 )
 PLUGIN_DIR = Flag(
-    name="--plugin-dir",
-    value="DIR",
-    means="a folder with Python code of your own, which a YAML's `kind` may name",
+    "--plugin-dir DIR", "a folder with Python code of your own, which a YAML's `kind` may name"
 )
-DRY_RUN = Flag(name="--dry-run", means="print what it would do and take; write and load nothing")
-YES = Flag(name="--yes", means="agree to spend money, where a backend costs any")
-QUIET = Flag(name="--quiet", means="no progress and no remarks: failures and the answer alone")
-VERBOSE = Flag(name="--verbose", means="a line of progress at every change, not every 30 s")
+DRY_RUN = Flag("--dry-run", "print what it would do and take; write and load nothing")
+YES = Flag("--yes", "agree to spend money, where a backend costs any")
+QUIET = Flag("--quiet", "no progress and no remarks: failures and the answer alone")
+VERBOSE = Flag("--verbose", "a line of progress at every change, not every 30 s")
 _ALWAYS = (
     CONFIG_DIR,
     PLUGIN_DIR,
-    Flag(name="--json", means="one JSON document on stdout, everything else on stderr"),
-    Flag(name="--help", means="this text", others=("-h",)),
+    Flag("--json", "one JSON document on stdout, everything else on stderr"),
+    Flag("--help, -h", "this text"),
 )
 
 
@@ -151,7 +161,7 @@ def parse(verb: str, command: Command, arguments: Sequence[str], as_json: bool) 
     Raises: ConfigError, one line, for an unknown flag, a flag without its value, or words that the
     verb does not take.
     """
-    flags = {name: f for f in flags_of(command) for name in (f.name, *f.others)}
+    flags = {name: f for f in flags_of(command) for name in f.names}
     words: list[str] = []
     settings: list[str] = []
     found: dict[str, str] = {}
@@ -194,7 +204,7 @@ def _results_dir(text: str, rest: Iterator[str], is_flag: bool) -> str:
 def help_text(verb: str, means: str, command: Command, config_dir: Path | None = None) -> str:
     """The help of one verb; `means` is its line in the list of verbs."""
     usage = " ".join(filter(None, (verb, *command.words, command.settings, "[FLAGS]")))
-    flags = [_flag_line(flag) for flag in flags_of(command)]
+    flags = [in_columns(flag.typed, flag.means) for flag in flags_of(command)]
     parts = (
         f"sd35bench {verb}: {means}",
         f"Usage: sd35bench {usage}",
@@ -214,11 +224,6 @@ def in_columns(head: str, text: str) -> str:
     )
     first = f"  {head:<{WIDTH}}"
     return f"{first}\n{body}" if len(first) > len(margin) else first + body.removeprefix(margin)
-
-
-def _flag_line(flag: Flag) -> str:
-    names = ", ".join((flag.name, *flag.others))
-    return in_columns(f"{names} {flag.value}".strip(), flag.means)
 
 
 def _check_words(given: Given, command: Command) -> None:

@@ -176,6 +176,6 @@ sd35bench score photos --metric fid,kid metric.fid.reference=results/references/
     metric.kid.reference=results/references/coco.npz
 sd35bench reference make baseline study=grid setting=1f3a extractor=nano
 """,
-        flags=(Flag(name="--force", means="write over a reference of this name"), RESULTS_DIR),
+        flags=(Flag("--force", "write over a reference of this name"), RESULTS_DIR),
     )
 }

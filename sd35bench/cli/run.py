@@ -510,11 +510,7 @@ sd35bench run experiment=demo --cfg job --package model
     what Hydra makes of a command line, without running it
 """,
         flags=(
-            Flag(
-                name="-m",
-                others=("--multirun",),
-                means="sweep: comma lists become a grid (anywhere on the line)",
-            ),
+            Flag("-m, --multirun", "sweep: comma lists become a grid (anywhere on the line)"),
             DRY_RUN,
             YES,
             SINK,

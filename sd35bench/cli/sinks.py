@@ -10,9 +10,8 @@ from sd35bench.errors import SD35BenchError
 from sd35bench.study.store import Study
 
 SINK = Flag(
-    name="--sink",
-    value="NAMES",
-    means="send settings, figures, front and a few images there afterwards: mlflow, tensorboard,"
+    "--sink NAMES",
+    "send settings, figures, front and a few images there afterwards: mlflow, tensorboard,"
     " trackio, wandb, comma-separated; a failure there is a warning",
 )
 

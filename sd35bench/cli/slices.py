@@ -11,15 +11,12 @@ from sd35bench.study.store import Study
 from sd35bench.words import plural
 
 WHERE = Flag(
-    name="--where",
-    value="NAME=VALUE",
-    means="only prompts with this value in a column of your prompt file; more after commas",
+    "--where NAME=VALUE",
+    "only prompts with this value in a column of your prompt file; more after commas",
 )
 FLAGS = (
     WHERE,
-    Flag(
-        name="--slice", value="NAME", means="each value of a column of your prompt file by itself"
-    ),
+    Flag("--slice NAME", "each value of a column of your prompt file by itself"),
 )
 MOST_SLICES = 50
 

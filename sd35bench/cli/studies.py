@@ -350,7 +350,7 @@ is being written or is no study. `clean` removes only what no record names.""",
 sd35bench rm first               asks, then removes results/first
 sd35bench rm first second --yes
 """,
-        flags=(Flag(name="--yes", means="remove without a question"), RESULTS_DIR),
+        flags=(Flag("--yes", "remove without a question"), RESULTS_DIR),
     ),
     "merge": Command(
         call=merge,
@@ -364,7 +364,7 @@ sd35bench merge gpu1 gpu2 --into all
 sd35bench merge /mnt/a/results/grid /mnt/b/results/grid --into grid
 sd35bench merge more --into grid            adds to a study that is there
 """,
-        flags=(Flag(name="--into", value="NAME", means="the study to unite in"), RESULTS_DIR),
+        flags=(Flag("--into NAME", "the study to unite in"), RESULTS_DIR),
     ),
     "clean": Command(
         call=clean,
@@ -374,7 +374,7 @@ sd35bench clean demo            list files of images that no record names
 sd35bench clean demo --apply    move them to demo's trash/, with a manifest
 """,
         flags=(
-            Flag(name="--apply", means="move the files; without it they are only listed"),
+            Flag("--apply", "move the files; without it they are only listed"),
             RESULTS_DIR,
         ),
     ),

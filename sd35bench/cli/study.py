@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sd35bench.recommend.profiles import Profile
     from sd35bench.workers.features import Spread
 
-LATEST = Flag(name="--latest", means="the study that was written last, in place of its name")
+LATEST = Flag("--latest", "the study that was written last, in place of its name")
 
 
 def score(given: Given) -> Answer:
@@ -451,11 +451,7 @@ sd35bench score photos --metric clip_score engine=ray threads=8 ray.address=auto
                                             on the actors of a Ray cluster
 """,
         flags=(
-            Flag(
-                name="--metric",
-                value="NAMES",
-                means="names, comma-separated; default: the model's own",
-            ),
+            Flag("--metric NAMES", "names, comma-separated; default: the model's own"),
             SINK,
             QUIET,
             VERBOSE,
@@ -484,17 +480,16 @@ sd35bench show grid --json | jq '.settings[].latency_s.p50'
         flags=(
             LATEST,
             Flag(
-                name="--sort",
-                value="COLUMN",
-                means="order by a column, such as steps or latency_s; =-COLUMN: the highest first",
+                "--sort COLUMN",
+                "order by a column, such as steps or latency_s; =-COLUMN: the highest first",
             ),
-            Flag(name="--columns", value="NAMES", means="only these columns, comma-separated"),
+            Flag("--columns NAMES", "only these columns, comma-separated"),
             *SLICES,
-            Flag(name="--csv", means="print CSV with every column, or with those of --columns"),
+            Flag("--csv", "print CSV with every column, or with those of --columns"),
             MARKDOWN,
             Flag(
-                name="--pool-hosts",
-                means="one row a setting over unlike hosts and devices, with the spread between",
+                "--pool-hosts",
+                "one row a setting over unlike hosts and devices, with the spread between",
             ),
             RESULTS_DIR,
         ),
@@ -523,30 +518,24 @@ sd35bench recommend grid --confirm --run    makes them, and says whether the cho
 """,
         flags=(
             Flag(
-                name="--profile",
-                value="NAMES",
-                means="names, or YAML files of your own, comma-separated; default: all",
+                "--profile NAMES", "names, or YAML files of your own, comma-separated; default: all"
             ),
-            Flag(name="--why", means="print all the evidence"),
-            Flag(name="--snippet", value="KIND", means="print to copy: command, diffusers or api"),
+            Flag("--why", "print all the evidence"),
+            Flag("--snippet KIND", "print to copy: command, diffusers or api"),
             MARKDOWN,
-            Flag(name="--confirm", means="print the commands that make held-out images"),
-            Flag(name="--run", means="with --confirm: make them now"),
-            Flag(name="--plan", means="say how many images would decide; the study is the pilot"),
+            Flag("--confirm", "print the commands that make held-out images"),
+            Flag("--run", "with --confirm: make them now"),
+            Flag("--plan", "say how many images would decide; the study is the pilot"),
             Flag(
-                name="--margin",
-                value="M",
-                means="with --plan: what may be lost of quality; default: each profile's own",
+                "--margin M",
+                "with --plan: what may be lost of quality; default: each profile's own",
             ),
             Flag(
-                name="--power",
-                value="P",
-                means="with --plan: probability to decide where settings are equal; default: 0.8",
+                "--power P",
+                "with --plan: probability to decide where settings are equal; default: 0.8",
             ),
             Flag(
-                name="--looks",
-                value="N",
-                means="plan to look again as prompts are added, up to N; fixed once a study",
+                "--looks N", "plan to look again as prompts are added, up to N; fixed once a study"
             ),
             *SLICES,
             SINK,
@@ -574,9 +563,8 @@ sd35bench claims claims --markdown > claims.md
         "sd35bench report before after               both side by side in one page",
         flags=(
             Flag(
-                name="--images",
-                value="inside|link",
-                means="inside: one file of at most 20 MB, with a choice of images (the default);"
+                "--images inside|link",
+                "inside: one file of at most 20 MB, with a choice of images (the default);"
                 " link: a folder whose pages show every image from its file",
             ),
             *SLICES,

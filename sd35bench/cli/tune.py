@@ -278,8 +278,8 @@ sd35bench tune study=slg skip_layer_guidance=none,stability skip_layer_scale=1:4
 """,
         flags=(
             Flag(
-                name="--confirm",
-                means="make held-out images of the chosen setting and of what it was held"
+                "--confirm",
+                "make held-out images of the chosen setting and of what it was held"
                 " against, and say whether the choice holds there",
             ),
             MARKDOWN,

@@ -14,9 +14,9 @@ COMMAND = Command(
     settings="OPTION=VALUE ...",
     examples="sd35bench verb make a",
     flags=(
-        Flag(name="-m", means="sweep", others=("--multirun",)),
-        Flag(name="--count", means="how many", value="N"),
-        Flag(name="--config-dir", means="your own", value="DIR"),
+        Flag("-m, --multirun", "sweep"),
+        Flag("--count N", "how many"),
+        Flag("--config-dir DIR", "your own"),
     ),
 )
 
