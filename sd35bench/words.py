@@ -93,7 +93,7 @@ def column_decimals(estimates: Iterable[Estimate | None]) -> int:
 def latency_decimals(figure: Estimate, column: int | None = None) -> int:
     """Like `decimals_for`, or what a column has; no finer than 1 ms for what takes 10 ms or more.
 
-    At least two digits of the value, however wide its interval, and so many that the ends differ.
+    At least two digits of the value, however wide its interval, and enough that the ends differ.
     """
     fine = figure.value is not None and figure.value < 0.01
     found = decimals_for(figure) if column is None else column

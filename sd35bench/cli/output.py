@@ -119,7 +119,7 @@ def append_summary(path: Path, parts: "Iterable[Part]") -> None:
 
 
 def leave_stdout() -> None:
-    """Send what is still to be flushed nowhere, once nobody reads stdout."""
+    """Drop what is still to be flushed, once stdout has no reader."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -121,7 +121,7 @@ class RunTask:
         return self.dry_run or not self.is_launched
 
     def _refuse_bill(self) -> None:
-        """Refuse a bill that nobody agreed to.
+        """Refuse a bill that was not agreed to.
 
         Raises: ConfigError.
         """
@@ -323,7 +323,7 @@ def _notes(prepared: Sequence[tuple[Job, Plan]]) -> list[str]:
 
 
 def refuse_bill(usd: float, limit: float, verb: str) -> None:
-    """Refuse a bill that nobody agreed to; `verb`: how sure it is. Raises: ConfigError."""
+    """Refuse a bill that was not agreed to; `verb`: how sure it is. Raises: ConfigError."""
     if usd > limit:
         raise ConfigError(
             f"remote.confirm_above_usd={limit:g}: this {verb} cost up to {words.bill(usd)}; add"

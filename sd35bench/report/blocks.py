@@ -302,7 +302,7 @@ def title_columns(rows: Sequence[Row], names: Sequence[str] = _TITLES) -> list[C
 
 
 def _differs(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether a field tells rows apart; that a service leaves it untold does not."""
+    """Whether rows differ in a field; a service that does not tell it counts as no difference."""
     values = [r.get(name) for r in rows]
     return len({_text(v) for v in values if v is not None or name not in UNTOLD}) > 1
 

@@ -150,7 +150,7 @@ def _money_cells(hosted: _Hosted) -> tuple[Cell | str, ...]:
 
 
 def _unsent(found: Sequence[_Hosted]) -> list[str]:
-    """One sentence per service on what of a request it never gets to see."""
+    """One sentence per service on the fields of a request that it is never sent."""
     services: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for hosted in found:
         name, unsent = hosted.row.text("backend"), tuple(hosted.remote["unsent"])

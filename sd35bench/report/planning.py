@@ -85,7 +85,7 @@ def _timed(timed: Mapping[str, Any] | None) -> str:
 
 
 def _notes(entry: Mapping[str, Any]) -> Iterator[str]:
-    """What of an entry its row does not say."""
+    """The part of an entry that its row does not say."""
     if entry["why"] is not None:
         yield entry["why"]
     if entry["settled"]:

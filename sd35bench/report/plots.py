@@ -262,7 +262,7 @@ def _labels(
 def plot_lines(
     lines: Sequence[Line], *, axis: str, metric: str, lower: bool = False, log: bool = False
 ) -> Figure:
-    """Curves of one metric over one axis, whiskers side-stepped so that they can be told apart."""
+    """Curves of one metric over one axis; whiskers stand side by side, so that each can be read."""
     longest = min(_NAME, max(len(line.name) for line in lines))
     boxes = (
         Box(500.0, 310.0, right=max(74.0, 16.0 + _CHARACTER * longest)),

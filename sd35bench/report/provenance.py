@@ -165,7 +165,7 @@ def rerun_commands(
 ) -> list[dict[str, str]]:
     """The sweeps as command lines, from the axes that were recorded: those that make these images.
 
-    One for each task, prompt set and what of a load no command can have several of.
+    One for each task, prompt set, and values of a load that a command has only one of.
     """
     refs = (ref_codes(records, name) for name in ("set", "split"))
     parts = (tasks(records), *refs, _nano_sets(records), _fixed(records))
@@ -189,7 +189,7 @@ def _nano_sets(records: Some) -> Numbered:
 
 
 def _fixed(records: Some) -> Numbered:
-    """What of each record's load takes one value in a command, as a number into texts: [n]."""
+    """The part of each record's load that a command has once, as a number into texts: [n]."""
     codes, firsts = grouped(setting_codes(records)[0])
     loads = [load_overrides(record.trial.load) for record in pick(records, firsts)]
     numbers, texts = numbered([f"{[*_not_swept(load).items()]}" for load in loads])

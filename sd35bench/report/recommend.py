@@ -359,7 +359,7 @@ def compared(evidence: Mapping[str, Any]) -> str:
 
 
 def _failures(evidence: Mapping[str, Any]) -> str:
-    """What of the choice's trials failed, as one more sentence; empty where none did."""
+    """How many of the choice's trials failed, as one more sentence; empty where none did."""
     failed = evidence["failed"]
     if not failed:
         return ""

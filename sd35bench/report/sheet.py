@@ -83,7 +83,7 @@ def _of_seed(records: Sequence[Record], seed: int | None) -> list[Record]:
 def _refuse_shared(
     rows: Sequence[Mapping[str, Any]], axes: set[str], sides: tuple[str, str]
 ) -> None:
-    """Refuse cells of several settings: which one is shown would be nobody's choice."""
+    """Refuse cells of several settings: the caller has to choose one."""
     seen: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for fields in rows:
         other = seen.setdefault(tuple(fields[side] for side in sides), fields)

@@ -299,5 +299,5 @@ def chart(box: Box, parts: Sequence[Markup], title: str) -> Markup:
 
 
 def cut(text: str, most: int) -> str:
-    """Text of at most so many characters."""
+    """Text of at most `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"

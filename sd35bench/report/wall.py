@@ -281,7 +281,7 @@ class _Wall:
         self._files = self.study.stored_names("images") if self.link else {}
 
     def is_full(self, more: int) -> bool:
-        """Whether so many tiles more are too many."""
+        """Whether `more` tiles would be too many."""
         tiles = (MAX_LINKED if self.link else MAX_TILES) // self.share
         size = self.size > MAX_BYTES // self.share and not self.link
         return len(self.tiles) + more > tiles or size
