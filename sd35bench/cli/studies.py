@@ -149,7 +149,7 @@ def remove(given: Given) -> Answer:
 
 
 def _removable(root: Path, name: str) -> Path:
-    """The folder of a study, which must be no link and at rest. Raises: ConfigError, StudyLocked."""
+    """The folder of a study, no link and at rest. Raises: ConfigError, StudyLocked."""
     path = root / name
     if "/" in name or name.startswith("."):
         raise ConfigError(f"rm {name}: give a study's name, not a path")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from sd35bench.words import plural
 
 if TYPE_CHECKING:
     from sd35bench.recommend.profiles import Profile
+    from sd35bench.report.shown import Shown
     from sd35bench.workers.features import Spread
 
 LATEST = Flag("--latest", "the study that was written last, in place of its name")
@@ -63,8 +65,7 @@ def score(given: Given) -> Answer:
 
 def show(given: Given) -> Answer:
     """Print a study's settings."""
-    from sd35bench.report.shown import Shown, csv_text, mark_rows, sort_rows
-    from sd35bench.study.result_cache import kept_show
+    from sd35bench.report.shown import Shown, csv_text
 
     as_csv = given.has("--csv")
     if as_csv and given.has("--markdown"):
@@ -72,25 +73,8 @@ def show(given: Given) -> Answer:
     shown = Shown(sort=given.text("--sort"), columns=_names(given.text("--columns")))
     study = _open(given)
     counts = score_missing(study)
-
-    pooled = given.has("--pool-hosts")
-
-    def read(part: Study) -> dict[str, Any]:
-        from sd35bench.analysis.summary import show_document  # not needed for what is kept
-
-        return show_document(part, pool_hosts=pooled)
-
-    def make(part: Study) -> dict[str, Any]:
-        document = read(part) if pooled else kept_show(part, lambda: read(part))
-        mark_rows(document, study.path, written_at(study))
-        sort_rows(document, shown.sort)
-        return document
-
-    def print_one(document: dict[str, Any]) -> None:
-        from sd35bench.report.shown import settings_parts
-
-        print_parts(settings_parts(document, shown), given.has("--markdown"))
-
+    make = partial(_marked, given, study, shown.sort)
+    print_one = partial(_print_shown, given, shown)
     if asks_part(given):
         quiet = replace(given, as_json=True) if as_csv else given
         found = answer_parts(quiet, study, make, print_one)
@@ -105,6 +89,30 @@ def show(given: Given) -> Answer:
         rows = [{**p.get("where", {}), **row} for p in parts for row in p.get("settings", ())]
         write_line(csv_text(rows, shown.columns).rstrip("\n"))
     return found
+
+
+def _marked(given: Given, study: Study, sort: str | None, part: Study) -> dict[str, Any]:
+    """The document of a part of the study, its rows marked and in order."""
+    from sd35bench.report.shown import mark_rows, sort_rows
+    from sd35bench.study.result_cache import kept_show
+
+    pooled = given.has("--pool-hosts")
+
+    def read() -> dict[str, Any]:
+        from sd35bench.analysis.summary import show_document  # not needed for what is kept
+
+        return show_document(part, pool_hosts=pooled)
+
+    document = read() if pooled else kept_show(part, read)
+    mark_rows(document, study.path, written_at(study))
+    sort_rows(document, sort)
+    return document
+
+
+def _print_shown(given: Given, shown: "Shown", document: dict[str, Any]) -> None:
+    from sd35bench.report.shown import settings_parts
+
+    print_parts(settings_parts(document, shown), given.has("--markdown"))
 
 
 def _names(text: str | None) -> tuple[str, ...]:
