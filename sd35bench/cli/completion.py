@@ -5,8 +5,9 @@ which are looked up when a key is pressed.
 """
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal, get_args, get_origin
 
@@ -237,16 +238,6 @@ def _of_bourne(shell: str, body: str, verbs: list[Completed], listed: Any) -> st
     return f"{head}{said}\n{_cases('verbs', top)}\n{_tables(verbs, listed)}{body}"
 
 
-def bash(verbs: list[Completed], listed: dict[str, tuple[str, ...]]) -> str:
-    """Write the script for bash (3.2 and later)."""
-    return _of_bourne("bash", _BASH, verbs, listed)
-
-
-def zsh(verbs: list[Completed], listed: dict[str, tuple[str, ...]]) -> str:
-    """Write the script for zsh."""
-    return _of_bourne("zsh", _ZSH, verbs, listed)
-
-
 # fish ---------------------------------------------------------------------------------------------
 
 _FISH = r"""
@@ -314,7 +305,11 @@ def _fish(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-SCRIPTS = {"bash": bash, "zsh": zsh, "fish": fish}
+SCRIPTS: dict[str, Callable[..., str]] = {
+    "bash": partial(_of_bourne, "bash", _BASH),  # 3.2 and later
+    "zsh": partial(_of_bourne, "zsh", _ZSH),
+    "fish": fish,
+}
 
 COMMANDS = {
     "completion": Command(

@@ -110,11 +110,7 @@ def _configurations(given: Given, part: str) -> list[DictConfig]:
 def _asked(given: Given) -> dict[str, Any]:
     """What Hydra is told of a command line."""
     overrides = [*written(given.settings), *search_path(given.config_dir)]
-    return {
-        "config_name": root_of(given),
-        "overrides": overrides,
-        "run_mode": RunMode.MULTIRUN,
-    }
+    return {"config_name": root_of(given), "overrides": overrides, "run_mode": RunMode.MULTIRUN}
 
 
 def _info(given: Given, topic: str) -> str:

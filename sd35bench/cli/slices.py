@@ -14,10 +14,7 @@ WHERE = Flag(
     "--where NAME=VALUE",
     "only prompts with this value in a column of your prompt file; more after commas",
 )
-FLAGS = (
-    WHERE,
-    Flag("--slice NAME", "each value of a column of your prompt file by itself"),
-)
+FLAGS = (WHERE, Flag("--slice NAME", "each value of a column of your prompt file by itself"))
 MOST_SLICES = 50
 
 Where = dict[str, str]

@@ -26,14 +26,7 @@ from sd35bench import words
 from sd35bench.cli.output import DONE, FAILED, Answer, Terminal, console
 from sd35bench.cli.parser import RESULTS_DIR, Command, Flag, Given
 from sd35bench.cli.study import written_at
-from sd35bench.disk import (
-    disk_errors,
-    is_abandoned,
-    is_locked,
-    open_lock,
-    try_flock,
-    write_atomic,
-)
+from sd35bench.disk import disk_errors, is_abandoned, is_locked, open_lock, try_flock, write_atomic
 from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.report.render import Table, print_document, text_table
 from sd35bench.study.columns import texts
@@ -373,10 +366,7 @@ sd35bench merge more --into grid            adds to a study that is there
 sd35bench clean demo            list files of images that no record names
 sd35bench clean demo --apply    move them to demo's trash/, with a manifest
 """,
-        flags=(
-            Flag("--apply", "move the files; without it they are only listed"),
-            RESULTS_DIR,
-        ),
+        flags=(Flag("--apply", "move the files; without it they are only listed"), RESULTS_DIR),
     ),
     "verify": Command(
         call=verify,

@@ -11,13 +11,7 @@ from sd35bench import words
 from sd35bench.analysis.facts import facts
 from sd35bench.analysis.table import made_alone
 from sd35bench.fields import field_words
-from sd35bench.report.bars import (
-    STAGES,
-    Samples,
-    plot_distributions,
-    plot_memory,
-    plot_stages,
-)
+from sd35bench.report.bars import STAGES, Samples, plot_distributions, plot_memory, plot_stages
 from sd35bench.report.leaderboard import front_ids
 from sd35bench.report.plots import Line, Point, plot_front, plot_lines, plot_tradeoff
 from sd35bench.report.render import Figure

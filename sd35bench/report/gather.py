@@ -11,12 +11,7 @@ from typing import Any
 from sd35bench import words
 from sd35bench.analysis.table import by_host
 from sd35bench.disk import is_locked
-from sd35bench.report.headline import (
-    Headline,
-    dominated_shares,
-    objective_estimates,
-    read_headline,
-)
+from sd35bench.report.headline import Headline, dominated_shares, objective_estimates, read_headline
 from sd35bench.report.rows import Row, match_records, read_rows, varying_fields
 from sd35bench.study.columns import Some, is_text, moments, prompts, unlike
 from sd35bench.study.store import Study

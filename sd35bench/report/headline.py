@@ -170,9 +170,7 @@ def objective_estimates(recommendation: Mapping[str, Any] | str | None) -> dict[
     return found
 
 
-def dominated_shares(
-    recommendation: Mapping[str, Any] | str | None,
-) -> dict[str, dict[str, float]]:
+def dominated_shares(recommendation: Mapping[str, Any] | str | None) -> dict[str, dict[str, float]]:
     """Metric → row id → in which share of resamples it is dominated, as `recommend` judged."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for metric, row_id, judged in _judged(recommendation):

@@ -55,13 +55,7 @@ from sd35bench.report.provenance import (
     list_warnings,
     rerun_commands,
 )
-from sd35bench.report.render import (
-    Figure,
-    Table,
-    content_policy,
-    html_templates,
-    text_table,
-)
+from sd35bench.report.render import Figure, Table, content_policy, html_templates, text_table
 from sd35bench.report.rows import Row, by_task, metric_label, read_rows
 from sd35bench.report.svg import read_asset
 from sd35bench.report.wall import Wanted, build_wall, join_walls, pack_wall
@@ -261,10 +255,7 @@ def _wall(
     for part in parts:
         own = {r.id for r in part.rows}
         wanted = Wanted(
-            rows=[i for i in ids if i in own],
-            beside=against,
-            link=link,
-            share=len(parts),
+            rows=[i for i in ids if i in own], beside=against, link=link, share=len(parts)
         )
         walls.append(build_wall(part.source.study, part.rows, part.matched, wanted, extra))
     first = next(iter(against.items()), None)

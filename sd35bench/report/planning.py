@@ -6,16 +6,7 @@ from typing import Any
 from sd35bench import words
 from sd35bench.fields import describe
 from sd35bench.report.recommend import entries_of
-from sd35bench.report.render import (
-    MARKDOWN,
-    TERMINAL,
-    WRAPPED,
-    Code,
-    Part,
-    Table,
-    Text,
-    text_table,
-)
+from sd35bench.report.render import MARKDOWN, TERMINAL, WRAPPED, Code, Part, Table, Text, text_table
 
 _TITLES = (
     "profile",

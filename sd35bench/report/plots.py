@@ -67,12 +67,7 @@ class Line:
 
 
 def plot_front(
-    points: Sequence[Point],
-    *,
-    metric: str,
-    lower: bool,
-    target_s: float | None,
-    half: bool = False,
+    points: Sequence[Point], *, metric: str, lower: bool, target_s: float | None, half: bool = False
 ) -> Figure:
     """Quality over median latency; the front is the staircase of settings nothing dominates.
 

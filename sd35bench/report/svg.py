@@ -276,11 +276,7 @@ def _places(label: Label) -> list[tuple[float, float, str]]:
     ]
 
 
-def _is_free(
-    area: Area,
-    taken: Sequence[Area],
-    box: Box,
-) -> bool:
+def _is_free(area: Area, taken: Sequence[Area], box: Box) -> bool:
     left, top, right, bottom = area
     if left < box.left or right > box.width - 2 or top < box.top - 8 or bottom > box.y_end:
         return False

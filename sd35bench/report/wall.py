@@ -28,13 +28,7 @@ from sd35bench.fields import CURVES, label
 from sd35bench.pictures import PIXEL_ART_PX, webp_uri
 from sd35bench.prompts import encoder_fields
 from sd35bench.report.leaderboard import primary_metric
-from sd35bench.report.rows import (
-    Row,
-    lower_is_better,
-    metric_label,
-    metric_rank,
-    setting_text,
-)
+from sd35bench.report.rows import Row, lower_is_better, metric_label, metric_rank, setting_text
 from sd35bench.study.columns import Some, is_text, numbers, pick, ref_codes, texts
 from sd35bench.study.store import Study
 from sd35bench.types import Record, Status, Task
@@ -532,12 +526,7 @@ def _base64(values: Sequence[float], kind: str) -> str:
     return base64.b64encode(np.array(values, kind).tobytes()).decode()
 
 
-def _note(
-    wall: _Wall,
-    rows: Sequence[Row],
-    shown: Sequence[Row],
-    cells: Cells,
-) -> str:
+def _note(wall: _Wall, rows: Sequence[Row], shown: Sequence[Row], cells: Cells) -> str:
     """What is on the wall and what was left out."""
     text = f"{words.count(len(wall.tiles))} images of {len(wall.pairs)} prompt–seed pairs"
     if len(wall.pairs) < len(cells.pairs):
