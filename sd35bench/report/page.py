@@ -74,9 +74,9 @@ class TaskSection:
 
     task: str
     leaderboard: Leaderboard
-    fronts: tuple[Figure, ...]
-    tradeoffs: tuple[Figure, ...]
-    lines: tuple[Figure, ...]
+    fronts: Sequence[Figure]
+    tradeoffs: Sequence[Figure]
+    lines: Sequence[Figure]
     lines_note: str
     levels: Table | None
 
@@ -86,26 +86,26 @@ class Document:
     """What the template shows."""
 
     study: str
-    facts: tuple[tuple[str, str], ...]
-    state: tuple[tuple[str, str], ...]
+    facts: Sequence[tuple[str, str]]
+    state: Sequence[tuple[str, str]]
     headline: Headline
     heroes: dict[str, Hero]
     extremes: dict[str, Extremes]
     claims: dict[str, Any] | None
-    tasks: tuple[TaskSection, ...]
-    speed: tuple[Figure, ...]
+    tasks: Sequence[TaskSection]
+    speed: Sequence[Figure]
     speed_note: str
-    loads: tuple[dict[str, Any], ...]
-    hosted: tuple[Table, ...]
-    hosted_lead: tuple[tuple[str, str], ...]
-    hosted_figures: tuple[Figure, ...]
-    backends: tuple[Table, ...]
-    throughput: tuple[Figure, ...]
+    loads: Sequence[dict[str, Any]]
+    hosted: Sequence[Table]
+    hosted_lead: Sequence[tuple[str, str]]
+    hosted_figures: Sequence[Figure]
+    backends: Sequence[Table]
+    throughput: Sequence[Figure]
     wall: dict[str, Any]
-    environments: tuple[dict[str, Any], ...]
-    failures: tuple[dict[str, Any], ...]
-    warnings: tuple[str, ...]
-    commands: tuple[dict[str, str], ...]
+    environments: Sequence[dict[str, Any]]
+    failures: Sequence[dict[str, Any]]
+    warnings: Sequence[str]
+    commands: Sequence[dict[str, str]]
 
 
 def build_document(sources: Sequence[Source], link: bool = False) -> Document:
@@ -129,44 +129,38 @@ def build_document(sources: Sequence[Source], link: bool = False) -> Document:
     fronts = {task: figures[0] for task, figures in halves.items() if figures}
     return Document(
         study=" beside ".join(part.name for part in parts),
-        facts=tuple(_each(parts, read_facts, lambda name, fact: (f"{name} {fact[0]}", fact[1]))),
-        state=tuple(
-            _each(
-                parts,
-                lambda p: read_state(p, wall["counts"]),
-                lambda name, said: (said[0], f"{name}: {said[1]}"),
-            )
+        facts=_each(parts, read_facts, lambda name, fact: (f"{name} {fact[0]}", fact[1])),
+        state=_each(
+            parts,
+            lambda p: read_state(p, wall["counts"]),
+            lambda name, said: (said[0], f"{name}: {said[1]}"),
         ),
         headline=headline,
         heroes=heroes(rows, headline, wall, fronts, extra),
         extremes=_extremes(rows, headline, wall, extra),
         claims=None if claims is None else claims_section(claims),
-        tasks=tuple(_tasks(rows, headline, extra, shares, draw)),
-        speed=tuple(speed),
+        tasks=_tasks(rows, headline, extra, shares, draw),
+        speed=speed,
         speed_note=speed_note,
-        loads=tuple(_each(parts, lambda p: list_loads(p.sessions, p.records))),
-        hosted=tuple(hosted_blocks(rows)),
-        hosted_lead=tuple(_each(parts, lambda p: hosted_sentences(p.source.show, p.rows))),
-        hosted_figures=tuple(hosted_figures(rows)),
-        backends=tuple(
-            _each(
-                parts,
-                lambda p: comparison_blocks(p.source.show, p.rows),
-                lambda name, table: replace(table, title=f"{name}: {table.title}"),
-            )
+        loads=_each(parts, lambda p: list_loads(p.sessions, p.records)),
+        hosted=hosted_blocks(rows),
+        hosted_lead=_each(parts, lambda p: hosted_sentences(p.source.show, p.rows)),
+        hosted_figures=hosted_figures(rows),
+        backends=_each(
+            parts,
+            lambda p: comparison_blocks(p.source.show, p.rows),
+            lambda name, table: replace(table, title=f"{name}: {table.title}"),
         ),
-        throughput=tuple(throughput_figures(rows)),
+        throughput=throughput_figures(rows),
         wall=wall,
-        environments=tuple(_each(parts, lambda p: list_environments(p.sessions))),
-        failures=tuple(_each(parts, lambda p: list_failures(p.records))),
-        warnings=tuple(
-            _each(
-                parts,
-                lambda p: list_warnings(p.source.show, p.rows, extra),
-                lambda name, text: f"{name}: {text}",
-            )
+        environments=_each(parts, lambda p: list_environments(p.sessions)),
+        failures=_each(parts, lambda p: list_failures(p.records)),
+        warnings=_each(
+            parts,
+            lambda p: list_warnings(p.source.show, p.rows, extra),
+            lambda name, text: f"{name}: {text}",
         ),
-        commands=tuple(_each(parts, _commands)),
+        commands=_each(parts, _commands),
     )
 
 
@@ -209,9 +203,9 @@ def _tasks(
             TaskSection(
                 task=task,
                 leaderboard=build_leaderboard(members, headline.badges, extra, shares),
-                fronts=tuple(fronts(members)),
-                tradeoffs=tuple(tradeoff_figures(members, pinned)),
-                lines=tuple(lines),
+                fronts=fronts(members),
+                tradeoffs=tradeoff_figures(members, pinned),
+                lines=lines,
                 lines_note=note,
                 levels=_levels(members, headline, extra),
             )
