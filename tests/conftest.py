@@ -70,6 +70,15 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionstart() -> Iterator[None]:
+    """Have pytest-xdist start its workers here as forks."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return (yield)
+    with preforked.forks_of_workers():
+        return (yield)
+
+
 def _read_yaml_in_c() -> None:
     """Let OmegaConf parse with libyaml: the same rules, and a composition takes 30 % less.
 

@@ -5,6 +5,9 @@ A test that kills, stops or restarts commands needs processes of its own, not th
 where there is no prctl(2), as ever. A fork is the test's own child: it was made by a child that
 ended, while the test's process took orphans in. That Python starts our commands from nothing is
 tested where this fixture is not used.
+
+`forks_of_workers` starts the workers of the suite so, with what all of them import of others: 4
+workers take 73 s of CPU until the first test, not 108.
 """
 
 import atexit
@@ -29,9 +32,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from sd35bench.cli import main
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = (
@@ -42,15 +43,25 @@ PRELOADED = (
     *("sd35bench.nano.prompts", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "pynvml"),
 )
 """None of them loads torch; modules of their own commands run anew in each fork."""
+COLLECTED = (
+    *("numpy", "torch", "torch._dynamo", "scipy.stats", "omegaconf", "PIL.Image", "open_clip"),
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img",
+)
+"""What of other packages a worker of the suite imports to collect its tests: 17 s of CPU."""
 LARGEST = 1 << 18
 ABOVE = 200
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+POPEN = subprocess.Popen
 started: list[int] = []
 """Every fork's number."""
 
 
 class Fork(subprocess.Popen):
     """A `Popen` of a Python command that is forked where it can be."""
+
+    @staticmethod
+    def server() -> socket.socket:
+        return _server("serve_commands")
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         if not _can_be_forked(args):
@@ -67,7 +78,7 @@ class Fork(subprocess.Popen):
             "places": [0, 1, 2, *handles],
             "parent": os.getpid(),
         }
-        self.pid = _ask(pickle.dumps(ask), [*standard, *handles])
+        self.pid = _ask(self.server(), pickle.dumps(ask), [*standard, *handles])
         started.append(self.pid)
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
@@ -76,16 +87,16 @@ class Fork(subprocess.Popen):
 def _can_be_forked(args: Any) -> bool:
     if sys.platform != "linux" or not isinstance(args, Sequence) or args[0] != sys.executable:
         return False
-    words = [word for word in args[1:3] if word != "-P"]
-    return words[0] in ("-m", "-c")
+    words = [word for word in args[1:3] if word not in ("-P", "-u")]
+    return bool(words) and words[0] in ("-m", "-c")
 
 
 _asking = threading.Lock()
 
 
-def _ask(message: bytes, fds: Sequence[int]) -> int:
+def _ask(wire: socket.socket, message: bytes, fds: Sequence[int]) -> int:
     """Have a fork made; it is a child of this process when this returns its number."""
-    wire, prctl = _server(), ctypes.CDLL(None).prctl
+    prctl = ctypes.CDLL(None).prctl
     with _asking:
         prctl(SUBREAPER, 1, 0, 0, 0)
         try:
@@ -96,14 +107,14 @@ def _ask(message: bytes, fds: Sequence[int]) -> int:
 
 
 @functools.cache
-def _server() -> socket.socket:
+def _server(kind: str) -> socket.socket:
     """The wire to the process that has imported everything; it ends when the wire is closed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * LARGEST)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests import preforked; "
     with theirs:
-        subprocess.Popen(
-            [sys.executable, "-c", f"{code}preforked.serve({theirs.fileno()})"],
+        POPEN(
+            [sys.executable, "-c", f"{code}preforked.{kind}({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
@@ -114,25 +125,74 @@ def _server() -> socket.socket:
 @contextlib.contextmanager
 def forks_of_python() -> Iterator[None]:
     """Have `subprocess` fork Python commands."""
-    _server()
+    _server("serve_commands")
+    with _started_by(Fork):
+        yield
+
+
+@contextlib.contextmanager
+def _started_by(kind: type[subprocess.Popen]) -> Iterator[None]:
     own = subprocess.Popen
-    subprocess.Popen = Fork  # type: ignore[misc]
+    subprocess.Popen = kind  # type: ignore[misc]
     try:
         yield
     finally:
         subprocess.Popen = own  # type: ignore[misc]
 
 
+class WorkerFork(Fork):
+    """A worker of the suite; the first imports by itself, while what forks the others does so."""
+
+    first: ClassVar[list[int]] = []
+
+    @staticmethod
+    def server() -> socket.socket:
+        return _server("serve_workers")
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        if self.first:
+            super()._execute_child(args, *rest)
+            return
+        POPEN._execute_child(self, args, *rest)  # type: ignore[attr-defined]
+        self.first.append(self.pid)
+        self.server()
+
+
+@contextlib.contextmanager
+def forks_of_workers() -> Iterator[None]:
+    """Have `subprocess` fork what pytest-xdist starts, with torch and diffusers imported."""
+    if sys.platform != "linux":
+        yield
+        return
+    with _started_by(WorkerFork):
+        yield
+    _server("serve_workers").close()
+
+
 # In the process that forks -----------------------------------------------------------------------
 
 
-def serve(handle: int) -> None:
-    """Fork for every message on the wire, until it is closed."""
+def serve_commands(handle: int) -> None:
+    """Import what our commands need, and fork them."""
     for name in PRELOADED:
         importlib.import_module(name)
+    main = sys.modules["sd35bench.cli"].main
     with contextlib.redirect_stdout(io.StringIO()):  # what the configuration comes to is kept
         main(["run", "backend=fake", "study=none", "prompts.limit=1", "--dry-run"])
     os.fsync = lambda handle: None  # as in the tests' own process
+    _serve(handle)
+
+
+def serve_workers(handle: int) -> None:
+    """Import what collecting the tests needs, and fork workers of pytest-xdist."""
+    for name in COLLECTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    _serve(handle)
+
+
+def _serve(handle: int) -> None:
+    """Fork for every message on the wire, until it is closed."""
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=handle) as wire:
@@ -197,11 +257,12 @@ def _stream(handle: int, mode: str, **how: Any) -> Any:
 
 
 def _run(words: list[str], cwd: str) -> int:
-    """Run `[-P] -m MODULE …` or `[-P] -c CODE …`; returns the exit code."""
+    """Run `[-P|-u] -m MODULE …` or `[-P|-u] -c CODE …`; returns the exit code."""
     own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [cwd, *filter(None, own)]
     if words[0] == "-P":
         sys.path.pop(0)
+    if words[0] in ("-P", "-u"):
         words = words[1:]
     kind, what, *rest = words
     sys.argv = [kind, *rest]
