@@ -111,7 +111,8 @@ def load_prompts(spec: PromptSpec) -> tuple[PromptItem, ...]:
     Raises: ConfigError naming the field (or file and line), and what would be right.
     """
     _check(spec)
-    items = list(_reader(spec.kind)(spec))
+    read = READERS[spec.kind] if spec.kind in READERS else prompt_set(spec.kind)().read
+    items = list(read(spec))
     if spec.kind != "nano":
         items = _part_of(items, spec)
     if spec.limit is not None:
@@ -314,10 +315,6 @@ def _check(spec: PromptSpec) -> None:
             f"prompts.task={spec.task} is for the nano set; in a file, an init_image column makes"
             " edits"
         )
-
-
-def _reader(kind: str) -> Callable[[PromptSpec], list[PromptItem]]:
-    return READERS[kind] if kind in READERS else prompt_set(kind)().read
 
 
 def prompt_set(kind: str) -> type[PromptSet]:

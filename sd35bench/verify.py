@@ -6,8 +6,9 @@ verbs parse them. A problem names the file, what is wrong with it, and what puts
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sd35bench.types import Record, Session, Status
 
 AGAIN = "run the same command again: it makes it again, or fetches it where a service made it"
 SCORE = "delete the file and run sd35bench score"
+PAID = "restore the file: it says what was paid for"
 
 
 @dataclass(slots=True)
@@ -56,21 +58,21 @@ def verify_study(path: Path) -> Verification:
             if wrong is not None:
                 raise StoreError(f"the Parquet view is not the journal's: {wrong}")
     _files(study, records, found)
-    for file in sorted((path / "scores").glob("*.jsonl")):
-        with found.look("scores", file, SCORE):
-            study.check_lines("scores", file)
-    for file in sorted((path / "machine").glob("*.json")):
-        with found.look("machine", file, "delete the file: run measures it again"):
-            load_machine(file)
-    for file in sorted((path / "references").glob("*.npz")):
-        with found.look("references", file, SCORE):
-            _load_reference(file)
-    for file in sorted((path / "features").glob("*/*.npz")):
-        with found.look("features", file, SCORE):
-            load_features(file)
-    for file in sorted(ledger_folder(path).glob("*.jsonl")):
-        with found.look("ledgers", file, "restore the file: it says what was paid for"):
-            read_regular(file, follow=True)
+    readers: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
+        "scores": ("scores/*.jsonl", SCORE, lambda file: study.check_lines("scores", file)),
+        "machine": ("machine/*.json", "delete the file: run measures it again", load_machine),
+        "references": ("references/*.npz", SCORE, _load_reference),
+        "features": ("features/*/*.npz", SCORE, load_features),
+        "ledgers": (
+            f"{ledger_folder(path).name}/*.jsonl",
+            PAID,
+            partial(read_regular, follow=True),
+        ),
+    }
+    for kind, (files, remedy, read) in readers.items():
+        for file in sorted(path.glob(files)):
+            with found.look(kind, file, remedy):
+                read(file)
     if found.checked["ledgers"]:
         with found.look("purchases", ledger_folder(path), "restore the file"):
             intents = Ledger(path, None).intents()

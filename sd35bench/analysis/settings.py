@@ -153,6 +153,7 @@ def _settings(columns: Columns) -> tuple[NDArray[np.int64], list[str]]:
     return each[codes], [*numbers]
 
 
+_PROMPT_AT, _INIT_AT = map(FIRST_PAIR.index, ("prompt", "init_image"))
 _FREE = (*FREE_TEXTS, "seed")
 """What of a pair is a column of its own; one record of each request says the rest."""
 
@@ -212,10 +213,15 @@ def cluster_key(trial: Trial) -> tuple[str, str | None]:
     return (same_prompt(trial.request.prompt), trial.request.init_image)
 
 
+def pair_prompt(key: PairKey) -> tuple[str, str | None]:
+    """The prompt of a pair and its init image."""
+    return key[_PROMPT_AT], key[_INIT_AT]
+
+
 def pair_clusters(keys: Iterable[PairKey]) -> NDArray[np.int64]:
     """Number the prompts (with their init images) of pairs, in order of appearance: [n]."""
     numbers: dict[Any, int] = {}
-    named = ((same_prompt(key[0]), key[5]) for key in keys)
+    named = ((same_prompt(prompt), init) for prompt, init in map(pair_prompt, keys))
     return np.array([numbers.setdefault(name, len(numbers)) for name in named], np.int64)
 
 

@@ -417,10 +417,12 @@ def check_guides(
 
     Raises: ConfigError.
     """
-    hosted = is_provider(backend.kind)
-    if not hosted and model.family == "sd3":
+    if is_provider(backend.kind):
+        who = f"backend {backend.name}"
+    elif model.family != "sd3":
+        who = f"{model.name} (family {model.family})"
+    else:
         return
-    who = f"backend {backend.name}" if hosted else f"{model.name} (family {model.family})"
     for name, neutral in GUIDES.items():
         for value in axes.get(name, ()):
             if value != neutral:

@@ -99,7 +99,10 @@ def _side_text(side: Side) -> str:
         "floor_levels": side.floor_levels,
         "random_weights": side.random_weights,
         "starts": [_known(asdict(start)) for start in side.starts],
-        "sets": {name: _about(score) for name, score in sorted(side.sets.items())},
+        "sets": {
+            name: {about: getattr(score, about) for about in _ABOUT_SET}
+            for name, score in sorted(side.sets.items())
+        },
         "elsewhere": [f"{int(pair):016x}" for pair in side.elsewhere],
         "elsewhere_differs": list(side.elsewhere_differs),
         "columns": [*_COLUMNS, *names],
@@ -123,10 +126,6 @@ def _side_text(side: Side) -> str:
 def _referenced(side: Side) -> list[SetScore]:
     """Set metrics that can be judged: those with images enough for a reference."""
     return [score for score in side.sets.values() if score.reference is not None]
-
-
-def _about(score: SetScore) -> dict[str, Any]:
-    return {name: getattr(score, name) for name in _ABOUT_SET}
 
 
 def _set_score(

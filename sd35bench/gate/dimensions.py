@@ -286,11 +286,8 @@ def _drift(wanted: Dimension, a: Side, b: Side, distances: Distances) -> list[Fi
             found.append(_changed(margin, (a, b), matched, same))
         else:
             found += _levels(name, margin, floor, matched, measured)
-    return [_identical(f) if same.all() and _without_effect(f) else f for f in found]
-
-
-def _without_effect(figure: Figure) -> bool:
-    return figure.effect is not None and figure.effect.value == 0.0
+    nothing = [same.all() and f.effect is not None and f.effect.value == 0.0 for f in found]
+    return [_identical(f) if still else f for f, still in zip(found, nothing, strict=True)]
 
 
 def _levels(

@@ -17,7 +17,7 @@ from scipy import special
 from sd35bench.gate.dimensions import Distances, figures
 from sd35bench.gate.figure import Figure
 from sd35bench.gate.policy import Dimension, Policy
-from sd35bench.gate.set_figures import SET_UNIT, least_prompts
+from sd35bench.gate.set_figures import LEAST_PROMPTS, SET_UNIT
 from sd35bench.gate.sides import Side
 from sd35bench.stats.verdicts import POWER, TAIL, Direction, prompts_needed, spread
 
@@ -132,8 +132,7 @@ def _least(figure: Figure, baseline: Side) -> int:
     """Fewest n for which there is an interval."""
     if figure.unit != SET_UNIT:
         return 1 if figure.kind == "ratio" or _is_proof(figure) else 2
-    least = least_prompts(baseline.sets[figure.name].statistic)
-    return 2 if least is None else least
+    return LEAST_PROMPTS.get(baseline.sets[figure.name].statistic, 2)
 
 
 def _seen(figure: Figure, known: _Known, n: int, size: int) -> float | None:

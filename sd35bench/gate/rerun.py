@@ -81,7 +81,8 @@ def _number(study: Study) -> int:
 
 def _plans(study: Study) -> list[Plan]:
     """One plan per load: the first images that it made alone, without their neighbours."""
-    records = [r for r in study.records() if r.status is Status.OK and _alone(r)]
+    made = (r for r in study.records() if r.status is Status.OK)
+    records = [r for r in made if r.trial.batch_size == r.batch_actual == 1]
     if any(r.remote is not None for r in records):
         raise ConfigError(
             f"--rerun: study {study.name!r} was made by a hosted service, which costs money; run"
@@ -113,7 +114,3 @@ def _plan(study: Study, records: Sequence[Record]) -> Plan:
         batches=tuple(Batch((trial,)) for trial in kept),
         inits={digest: study.read_init_file(digest) for digest in sorted(inits)},
     )
-
-
-def _alone(record: Record) -> bool:
-    return record.trial.batch_size == 1 and record.batch_actual == 1

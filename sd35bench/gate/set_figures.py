@@ -36,7 +36,9 @@ from sd35bench.stats.kernel import (
 )
 
 LEAST_PROMPTS = {"kid": 128, "cmmd": 128, FRECHET: 256}
-"""Fewest prompts for which the difference's interval was shown to hold, by statistic."""
+"""Fewest prompts for which the difference's interval was shown to hold, by statistic.
+
+Of others no interval is known."""
 _PROMPTS_PER_DIMENSION = 5
 """A Fréchet distance's: 256 prompts at 48 dimensions."""
 _MOST_DIMENSIONS = 512
@@ -58,11 +60,6 @@ class SetDifference:
 Difference = Callable[[Twins, Reference, Mapping[str, Any]], Interval]
 
 
-def least_prompts(statistic: str) -> int | None:
-    """Fewest prompts to compare two sides by a statistic; ``None`` where no interval is known."""
-    return LEAST_PROMPTS.get(statistic)
-
-
 def set_difference(
     statistic: str, twins: Twins, reference: Reference, parameters: Mapping[str, Any]
 ) -> SetDifference:
@@ -71,7 +68,7 @@ def set_difference(
     Raises: MetricError for a statistic without a paired interval, too few prompts, or a reference
     that it cannot be computed against.
     """
-    least = least_prompts(statistic)
+    least = LEAST_PROMPTS.get(statistic)
     if least is None:
         raise MetricError(f"no paired interval of {statistic} is known; gate kid or cmmd")
     prompts = len(np.unique(twins.prompts))
@@ -149,7 +146,7 @@ def set_figure(name: str, margin: MetricMargin, a: Side, b: Side) -> Figure:
 
 def _refusal(score: SetScore, matched: Matched) -> str | None:
     """Why there is no interval of a difference, or ``None``."""
-    least = least_prompts(score.statistic)
+    least = LEAST_PROMPTS.get(score.statistic)
     if least is None:
         return f"no interval of its paired difference is known ({score.statistic}); gate kid"
     n, prompts = len(matched.clusters), len(np.unique(matched.clusters))

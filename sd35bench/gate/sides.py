@@ -73,11 +73,6 @@ def read_set_scores(
     return found
 
 
-def feature_reader(study: Any) -> FeatureReader:
-    """Read a study's features, each extractor's once."""
-    return cache(study.features)
-
-
 def _detail(table: Table, name: str, record: Record) -> dict[str, Any] | None:
     score = table.score(name, record)
     return None if score is None else score.detail
@@ -259,7 +254,7 @@ def read_sides(study: Any) -> list[Side]:
     from unlike environments are never pooled. Which pairs the others have is kept beside.
     """
     table = read_table(study)
-    floors, reader = _floors(study, table), feature_reader(study)
+    floors, reader = _floors(study, table), cache(study.features)
     by_setting: dict[str, list[Row]] = {}
     for row in table.rows:
         by_setting.setdefault(row.setting["setting"], []).append(row)
@@ -344,7 +339,7 @@ def _side(study: Any, table: Table, row: Row, floors: Mapping[str, float]) -> Si
     return Side(
         study=study.name,
         setting={**row.setting, "weights": weights_text(row.records[0].trial.load)},
-        environment=_environment(table, ids),
+        environment=dict(table.sessions[ids[-1]].environment) if ids else {},
         pairs=np.array([_hash(pair_key(r.trial)) for r in records], np.uint64),
         prompts=np.array([_hash(cluster_key(r.trial)) for r in records], np.uint64),
         failed=_failed(table, records),
@@ -365,10 +360,6 @@ def _in_time(row: Row) -> list[Record]:
 def _sets(study: Any, table: Table, row: Row, reader: FeatureReader) -> dict[str, SetScore]:
     judged = {r.trial.key for r in row.quality_records()}
     return read_set_scores(study, table, _in_time(row), judged, reader)
-
-
-def _environment(table: Table, ids: Sequence[str]) -> dict[str, Any]:
-    return dict(table.sessions[ids[-1]].environment) if ids else {}
 
 
 def _start(table: Table, name: str, records: Sequence[Record]) -> Start:

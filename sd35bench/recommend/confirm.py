@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.settings import HELD_OUT, shared_negatives
+from sd35bench.analysis.settings import HELD_OUT, pair_prompt, shared_negatives
 from sd35bench.analysis.table import Row, Table, keep_records
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import FEWEST_TO_SPLIT, PromptSpec, load_prompts, same_prompt
@@ -112,7 +112,9 @@ class HeldOut:
 
     def prompts(self, setting: str) -> int:
         """On how many held-out prompts a setting was scored."""
-        counts = (len({(k[0], k[5]) for k in c.quality}) for c in self.by_setting.get(setting, ()))
+        counts = (
+            len({pair_prompt(k) for k in c.quality}) for c in self.by_setting.get(setting, ())
+        )
         return max(counts, default=0)
 
 

@@ -12,9 +12,10 @@ the true one, that of the distance's first-order expansion in the images' weight
 expansion is what is resampled: no extra bias, one decomposition in all. The interval covers the
 distance *at this n*.
 
-`frechet_infinity` extrapolates to infinitely many images. The constant of the bias depends on the
-set, so that it can turn a ranking round. Measured at several sizes between half of the prompts and
-all of them, the distance is a line in 1 / size, and its value at 0 is the extrapolation.
+`frechet_infinity_interval` extrapolates to infinitely many images. The constant of the bias depends
+on the set, so that it can turn a ranking round. Measured at several sizes between half of the
+prompts and all of them, the distance is a line in 1 / size, and its value at 0 is the
+extrapolation.
 
 Whole prompts are drawn, without replacement and from a fixed seed: seeds of one prompt are not
 independent. Where the reference is the prompts' own renders, a prompt's renders are drawn with it:
@@ -184,20 +185,6 @@ def least_prompts(dimensions: int) -> int:
     return max(_LEAST_PROMPTS, 2 * dimensions)
 
 
-def frechet_infinity(
-    images: Sample, reference: Gaussian, renders: Sample | None = None
-) -> Extrapolation:
-    """Extrapolate the distance of images (with prompts) from a reference.
-
-    Args:
-        images: features [n, d] of at least `least_prompts(d)` prompts.
-        reference: what they are held against where no renders of their own prompts are there.
-        renders: the reference's own features and prompts; used where these include all of the
-            images' prompts.
-    """
-    return _extrapolate(_numbered(images, reference, renders))
-
-
 def frechet_infinity_interval(
     images: Sample,
     reference: Gaussian,
@@ -205,7 +192,17 @@ def frechet_infinity_interval(
     *,
     resamples: int = RESAMPLES,
 ) -> tuple[Interval, Extrapolation]:
-    """Return the extrapolation with an interval over prompts, and the line behind it."""
+    """Extrapolate the distance of images (with prompts) from a reference.
+
+    Args:
+        images: features [n, d] of at least `least_prompts(d)` prompts.
+        reference: what they are held against where no renders of their own prompts are there.
+        renders: the reference's own features and prompts; used where these include all of the
+            images' prompts.
+        resamples: of prompts, for the interval.
+
+    Returns: the extrapolation with its interval over prompts, and the line behind it.
+    """
     found = _numbered(images, reference, renders)
     line = _extrapolate(found)
     k = found.prompts

@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ Side = tuple[str, str, str | None]
 class Merged:
     """What was copied, by kind, and what has to be said: disagreements, damage, what stayed."""
 
-    copied: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
     conflicts: list[dict[str, Any]] = field(default_factory=list)
+    copied: Counter[str] = field(default_factory=Counter)
     damaged: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -191,10 +191,6 @@ def merge_document(found: Merged, sources: Sequence[Path], into: Study) -> dict[
         "schema": SCHEMA,
         "sources": [str(path) for path in sources],
         "records": len(into.records()),
-        "duplicates": found.duplicates,
-        "conflicts": found.conflicts,
+        **asdict(found),
         "copied": dict(sorted(found.copied.items())),
-        "damaged": found.damaged,
-        "renamed": found.renamed,
-        "left_out": found.left_out,
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from sd35bench.analysis.commands import results_dir_of
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.settings import pair_prompt, setting_key
 from sd35bench.analysis.table import Row, read_table
 from sd35bench.recommend.advice import Run, runs_document
 from sd35bench.recommend.confirm import (
@@ -126,5 +126,5 @@ def _wanted(lab: StudyLab, sides: Sequence[Candidate], margin: float) -> int:
     """Held-out prompts for both sides."""
     chosen, against = sides
     difference = paired_difference(lab.metric, chosen, against)
-    chosen_on = len({(key[0], key[5]) for key in chosen.quality})
+    chosen_on = len({pair_prompt(key) for key in chosen.quality})
     return prompts_wanted(difference, margin, chosen_on, lab.prompt_ref)

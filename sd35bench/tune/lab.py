@@ -17,7 +17,7 @@ import numpy as np
 
 from sd35bench.analysis.facts import facts
 from sd35bench.analysis.pairs import EDIT_QUALITY, Candidate, Comparison, candidates, compare
-from sd35bench.analysis.settings import PairKey, setting_key
+from sd35bench.analysis.settings import PairKey, pair_prompt, setting_key
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.disk import open_lock, try_flock
 from sd35bench.errors import ConfigError, StudyLocked
@@ -226,8 +226,8 @@ class StudyLab:
         return replace(
             found,
             row=row,
-            quality={k: v for k, v in found.quality.items() if is_early(k[0], k[5])},
-            latency_s={k: v for k, v in found.latency_s.items() if is_early(k[0], k[5])},
+            quality={k: v for k, v in found.quality.items() if is_early(*pair_prompt(k))},
+            latency_s={k: v for k, v in found.latency_s.items() if is_early(*pair_prompt(k))},
         )
 
     def _alone(self, found: Candidate) -> Comparison:
@@ -235,7 +235,7 @@ class StudyLab:
         outcomes = found.outcomes()
         keys = list(outcomes)
         order: dict[int, int] = {}
-        prompts = [order.setdefault(self._numbers[k[0], k[5]], len(order)) for k in keys]
+        prompts = [order.setdefault(self._numbers[pair_prompt(k)], len(order)) for k in keys]
         quality = np.array([list(outcomes.values())])
         return Comparison(self.metric, [found], quality, keys, np.array(prompts, np.int64), [])
 
@@ -325,7 +325,7 @@ class StudyLab:
         """Means over a prompt's images [P]; NaN without any."""
         sums, counts = np.zeros(self.prompts), np.zeros(self.prompts)
         for key, value in values.items():
-            number = self._numbers.get((key[0], key[5]))
+            number = self._numbers.get(pair_prompt(key))
             if number is not None:  # the study may hold other prompts too
                 sums[number] += value
                 counts[number] += 1
