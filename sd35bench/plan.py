@@ -220,7 +220,7 @@ class _Expander:
         return list(grid.values())
 
     def _settle_guidance(self, setting: dict[str, Any], image_to_image: bool) -> None:
-        """Take out what of guidance cannot act, and say so.
+        """Take out the fields of guidance that cannot act, and say so.
 
         Raises: ConfigError where no step is left.
         """
@@ -303,7 +303,7 @@ _IDLE: Mapping[str, Callable[[Request], str | None]] = {
     "step_cache": _idle_cache,
     "skip_layer_guidance": _idle_skip_layers,
 }
-"""Why a field cannot act, asked in an order in which what was found idle is out already."""
+"""Why a field cannot act; asked in this order, each after those before it were taken out."""
 
 
 def _refuse_idle(

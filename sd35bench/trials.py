@@ -67,14 +67,13 @@ Observer = Callable[[Progress], None]
 class RunSummary:
     """What one plan's run did.
 
-    `wall_s` counts from the end of loading and warm-up to the last record, of several workers the
-    sum. `measured_s` is the part of it spent in generation and image encoding; the rest is the
-    harness's overhead.
-    `errors` counts failed trials by message, `statuses` by status; of `truncated` images the
-    encoders saw a part of the prompt only. Of `timed` trials other work
-    `disturbed` so many, after `retimed` more timings; `speed` is the slowest worker's median
-    canary, relative to the best that was seen on the machine. Of hosted services: `cost_usd` was
-    spent by this run, `ambiguous` trials may have been, and `paused` says why it ended early.
+    `wall_s` is the time from the end of warm-up to the last record, summed over workers;
+    `measured_s` is its part in generation and image encoding, the rest is the harness's overhead.
+    `errors` counts failed trials by message, `statuses` by status; `truncated` counts images whose
+    prompt the encoders saw in part. `timed` counts timed trials, `disturbed` those that other work
+    disturbed, `retimed` the timings that were repeated; `speed` is the slowest worker's median
+    canary, relative to the machine's best. Of hosted services: `cost_usd` is what this run spent,
+    `ambiguous` counts trials that may have been billed, `paused` says why it ended early.
     """
 
     planned: int

@@ -423,7 +423,7 @@ class Record:
 
     @property
     def unsent(self) -> tuple[str, ...]:
-        """Request fields that whoever made the image has no input for."""
+        """Request fields that the service that made the image has no input for."""
         return () if self.remote is None else self.remote.unsent
 
 

@@ -43,8 +43,8 @@ def remote_summary(row: Row, phases: Mapping[str, Sequence[Calls]]) -> dict[str,
 
     `phases` are those of `concurrent_phases`. Every entry of `parts` is ``{"p50", "ci95", "mean",
     "mean_ci95", "n"}`` in seconds over lone calls: `submit`, `queue`, `predict`, `download`,
-    `network` (submit and download), `other` (what of the total none of these explains), `total`
-    (the latency) and `poll_bound` (what queue and total are too long by at most).
+    `network` (submit and download), `other` (the part of the total that none of these explains),
+    `total` (the latency) and `poll_bound` (by how much queue and total may be too long).
     """
     if not row.hosted:
         return None

@@ -3,7 +3,7 @@
 A latency alone says neither how good it is nor whether it can be true. Beside it stand the
 operations that the image needs (`backends.flops`), hence the rate that was achieved, and the rate
 at which this machine multiplies matrices of the same precision (`machine.rates`), measured
-once per study. More than that cannot be: such a row gets a warning, whoever made it.
+once per study. More than that cannot be: such a row gets a warning.
 
 ``None`` is unknown, never 0.
 """
@@ -407,7 +407,7 @@ def _but_backend(row: Row) -> tuple[Any, ...]:
 
 
 def _asked(row: Row) -> tuple[Any, ...]:
-    """A row's model by name and its request, whoever answered it."""
+    """A row's model by name and its request, on any backend."""
     own = ("setting", "weights_digest", "backend", "backend_options", "threads")
     return tuple((k, repr(v)) for k, v in row.setting.items() if k not in own)
 

@@ -44,8 +44,12 @@ from sd35bench.study.view import name_number
 from sd35bench.types import CanaryFacts, Record, Session, Status, Surroundings
 
 TOLERANCE = 0.10
+"""How far readings may differ, as a share. Chosen: no machine was quiet enough to measure what a
+quiet one shows; beside a hog on the core they fell to 0.40 of the best (docs/log.md)."""
 REGIME = 0.8
+"""Median speeds whose quotient is below are unlike regimes: twice the tolerance apart."""
 BUDGET = 0.5
+"""Share of the timed trials that are timed again: a host can be slow for hours, so not until done."""
 LEAST_FOR_CPU = 4
 """Trials of a setting from which its usual share of CPU time is taken."""
 _LEAST_SHARE = 0.25

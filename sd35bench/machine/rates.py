@@ -1,6 +1,6 @@
 """What this machine can do at most: matmul and copy rates, measured once per study.
 
-A latency means little without the machine's limit beside it. Measured are products of the size of
+A latency means little without the machine's limit beside it. It measures products of the size of
 SD3.5-Medium's MLP at 512 px (1024 x 1536 x 6144, 19.3 GFLOP; 8192^3 on a GPU), large enough that a
 product's overhead is under 1 %, and a copy between buffers far larger than any cache (read and
 written bytes count). The best of the repetitions is the limit, the median says how steady it is.

@@ -9,8 +9,8 @@ nor does one made under a negative prompt that the choice's prompts did not have
 *Confirmed* means that the 95 % interval of the paired difference on held-out prompts lies above
 minus the profile's margin, *contradicted* that it lies below, *undecided* that it holds it. Each
 choice is one claim, so nothing is corrected. How many prompts it takes is planned from the choice's
-own spread, and nothing is said until they have all been run: whoever could look earlier could stop
-at a look that pleases.
+own spread, and nothing is said until they have all been run: an earlier look would be optional
+stopping.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,10 +112,8 @@ class HeldOut:
 
     def prompts(self, setting: str) -> int:
         """On how many held-out prompts a setting was scored."""
-        counts = (
-            len({pair_prompt(k) for k in c.quality}) for c in self.by_setting.get(setting, ())
-        )
-        return max(counts, default=0)
+        sides = self.by_setting.get(setting, ())
+        return max((len({pair_prompt(key) for key in c.quality}) for c in sides), default=0)
 
 
 def part_rows(rows: Iterable[Row]) -> Parted:

@@ -1,6 +1,6 @@
 """The number of prompts that a study's looks are planned for, kept in its folder.
 
-It is fixed once: whoever could move it after a look could move it to where the answer pleases.
+It is fixed before the first look, since moving it afterwards would be optional stopping.
 """
 
 import json

@@ -64,8 +64,8 @@ class Speeds:
 class Limits:
     """Which candidates are out, and why; `latency` is the limit in the units of the speeds.
 
-    `close` are those within all limits of which that is not sure, and what is not: the interval of
-    a latency reaches beyond its limit, or is not known.
+    `close` says of a candidate within all limits why that is not certain: the interval of its
+    latency reaches beyond the limit, or is unknown.
     """
 
     latency: float | None

@@ -1,7 +1,7 @@
 """Looking again: a level for each look, so that all looks up to a planned number hold together.
 
-Whoever looks after every few prompts and stops at the first answer that pleases is wrong more often
-than a single look is. Here the level of a look at n of N planned prompts is
+Optional stopping (looking after every few prompts until an answer pleases) is wrong more often than
+a single look is. Here the level of a look at n of N planned prompts is
 ``Phi(-z sqrt(N / n))`` with ``z = Phi^-1(1 - level / 2)``: the test statistic times sqrt(n / N) is
 a Brownian motion on (0, 1], which by the reflection principle passes z with a probability of
 `level`, however often and whenever one looks (O'Brien and Fleming 1979, in the continuous form of

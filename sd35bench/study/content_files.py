@@ -49,7 +49,7 @@ def _read_named(path: Path) -> tuple[bytes, os.stat_result]:
 
 @dataclass(slots=True)
 class Scan:
-    """Digests of a folder's whole files, and why each other one is none, by its path."""
+    """Digests of a folder's whole files, and what is wrong with each of the others, by its path."""
 
     whole: set[str] = field(default_factory=set)
     damaged: dict[Path, str] = field(default_factory=dict)

@@ -35,7 +35,7 @@ def read_scored(study: Study) -> dict[str, Any] | None:
 
 
 def keep_scored(study: Study, said: dict[str, Any]) -> None:
-    """Remember that nothing is left to score; of small studies, and of others, nothing is kept."""
+    """Remember that a large study has nothing left to score."""
     if said["total"] == 0 and _keeps(study):
         _keep(study, _SCORED, _scoring(study), said)
 

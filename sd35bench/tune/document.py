@@ -107,8 +107,8 @@ def _difference(space: Space, final: Final) -> dict[str, Any] | None:
 def _test(space: Space, found: Outcome, final: Final) -> dict[str, Any] | None:
     """Whether the choice is shown to be as good, as in `recommend`'s document.
 
-    `unshown` counts the settings that left the race early, of which that is not shown; `p` and
-    `p_adjusted` are about those left.
+    `unshown` counts the settings that left the race early and may still be better than the choice;
+    `p` and `p_adjusted` are about those left.
     """
     test = final.choice.tests.get(final.choice.chosen)
     if test is None:

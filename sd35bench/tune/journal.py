@@ -2,8 +2,8 @@
 
 Optuna's own file lock is a symbolic link: a worker that is killed leaves it behind, and all others
 wait 30 s for it. Ours is the kernel's (flock), which dies with its holder, so none can be stale.
-A worker killed within a write leaves half a line, which would spoil the next one: whoever takes the
-lock next cuts it off. Readers take no lock; they stop at the last whole line.
+A worker killed within a write leaves half a line, which would spoil the next one: the next
+holder of the lock cuts it off. Readers take no lock; they stop at the last whole line.
 
 Every worker also holds a lock of its own for as long as it lives. A setting that is "running" under
 a name whose lock is free was left by a dead worker, and is taken over.

@@ -157,7 +157,7 @@ class WorkerProcess:
         return ready
 
     def _kept(self) -> dict[str, Scalar]:
-        """Whether no other run of ours can time on the same device meanwhile."""
+        """Whether the device is locked against timing by our other runs."""
         return {"leased": self._lease.is_honoured}
 
     def settle(self) -> Settled | Failed:

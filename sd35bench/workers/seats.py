@@ -34,9 +34,9 @@ def occupies(load: Load) -> bool:
 
 
 def resources(load: Load, seat: Seat) -> tuple[str, ...]:
-    """What a load will occupy on a seat, by the names of `leases`, as far as that can be foreseen.
+    """Names (of `leases`) of the GPU or cores that a load is expected to occupy on a seat.
 
-    Once it is loaded it says itself (`environment`'s `occupies`).
+    What it occupies in fact its worker says once it is loaded (`environment`'s `occupies`).
     """
     if not occupies(load):
         return ()
