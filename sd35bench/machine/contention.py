@@ -49,7 +49,7 @@ quiet one shows; beside a hog on the core they fell to 0.40 of the best (docs/lo
 REGIME = 0.8
 """Median speeds whose quotient is below are unlike regimes: twice the tolerance apart."""
 BUDGET = 0.5
-"""Share of the timed trials that are timed again: a host can be slow for hours, so not until done."""
+"""Share of the timed trials that are timed again, no more: a host can be slow for hours."""
 LEAST_FOR_CPU = 4
 """Trials of a setting from which its usual share of CPU time is taken."""
 _LEAST_SHARE = 0.25
