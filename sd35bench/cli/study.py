@@ -167,7 +167,7 @@ def _plan(study: Study, profiles: dict[str, "Profile"], given: Given) -> Answer:
     asked = asked if power is None else replace(asked, power=power)
     document = plan_document(study, profiles, asked)
     if not given.as_json:
-        from sd35bench.report.planning import plan_parts
+        from sd35bench.report.recommend import plan_parts
 
         print_parts(plan_parts(document), given.has("--markdown"))
     return Answer(document=document)

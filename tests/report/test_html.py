@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd35bench.report import linked, wall
+from sd35bench.report import page as report_page
+from sd35bench.report import wall
 from sd35bench.report.gather import Source, gather, read_state
 from sd35bench.report.page import (
     embed_json,
@@ -123,7 +124,7 @@ def test_report_says_what_it_left_out_and_where_the_rest_is(tmp_path, monkeypatc
 
 
 def test_linked_report_reaches_every_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(linked, "IMAGES_A_PAGE", 5)
+    monkeypatch.setattr(report_page, "IMAGES_A_PAGE", 5)
     study = make_study(tmp_path, "linked", steps=(4,), prompts=("a red <b>circle</b>", "b"))
     (study.path / "report" / "pages").mkdir(parents=True)
     stale = study.path / "report" / "pages" / "0999.html"
@@ -148,7 +149,7 @@ def test_linked_report_reaches_every_image(tmp_path, monkeypatch):
 
 
 def test_further_pages_escape_prompts_names_and_addresses():
-    group = linked.Group(prompt="<b>&", seed="1", images=(('x"<i>', 'a"><s>'), ("y", "")))
+    group = report_page.Group(prompt="<b>&", seed="1", images=(('x"<i>', 'a"><s>'), ("y", "")))
     found = str(group.figures)
     assert not any(mark in found for mark in ("<b>", "<i>", "<s>"))
     assert 'alt="&lt;b&gt;&amp;, seed 1, x&#34;&lt;i&gt;"' in found

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sd35bench.report import wall
-from sd35bench.report.hero import address
+from sd35bench.report.headline import address
 from sd35bench.report.rows import match_records, read_rows
 from sd35bench.report.wall import Wanted, build_wall, encode_thumbnail, pack_wall
 from tests.studies import drawn
