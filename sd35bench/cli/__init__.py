@@ -136,10 +136,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def answer(verb: str, arguments: Sequence[str], as_json: bool = True) -> Answer:
-    """Run one verb and return what it found; errors are raised.
-
-    Raises: SD35BenchError.
-    """
+    """Run one verb and return what it found; errors are raised. Raises: SD35BenchError."""
     command = _command(verb)
     given = parse(verb, command, arguments, as_json)
     plugins.use_folder(given.text("--plugin-dir"))

@@ -41,10 +41,7 @@ def _output(given: Given) -> Path | None:
 
 
 def _load(given: Given) -> Load:
-    """Compose and validate what `run` would load.
-
-    Raises: ConfigError.
-    """
+    """Compose and validate what `run` would load. Raises: ConfigError."""
     overrides = [text for text in given.settings if not text.startswith("output=")]
     if not any(text.startswith("backend=") for text in overrides):
         overrides = ["backend=onnx", *overrides]

@@ -121,10 +121,7 @@ class RunTask:
         return self.dry_run or not self.is_launched
 
     def _refuse_bill(self) -> None:
-        """Refuse a bill that was not agreed to.
-
-        Raises: ConfigError.
-        """
+        """Refuse a bill that was not agreed to. Raises: ConfigError."""
         billed = [(job, plan) for job, plan in self.prepared if job.engine.price.is_billed]
         limit = min((job.engine.price.confirm_above_usd for job, _ in billed), default=0.0)
         refuse_bill(_estimate(billed).usd if billed else 0.0, limit, "would")

@@ -128,10 +128,7 @@ def _run(job: Job, plan: Plan, study: Study) -> None:
 
 
 def _check_flags(given: Given, tuning: Tuning) -> None:
-    """Refuse flags that do not go together, or with this backend.
-
-    Raises: ConfigError.
-    """
+    """Refuse flags that do not go together, or with this backend. Raises: ConfigError."""
     if given.has("--confirm") and tuning.job.engine.price.is_billed:
         raise ConfigError(
             "--confirm does not spend money on a hosted service; leave it out, and the answer has"
@@ -142,10 +139,7 @@ def _check_flags(given: Given, tuning: Tuning) -> None:
 
 
 def _prepare(tuning: Tuning, dry: bool) -> None:
-    """Refuse what an engine cannot do, before anything is asked of it.
-
-    Raises: ConfigError.
-    """
+    """Refuse what an engine cannot do, before anything is asked of it. Raises: ConfigError."""
     lab = StudyLab(_nowhere(tuning), tuning.space, tuning.sources, _never, _never)
     jobs = {job.sweep.load.key: job for job in tuning.jobs.values()}
     for plan in lab.plans(_sample(tuning), range(1)):
