@@ -209,15 +209,14 @@ def _lines(rows: Sequence[Row], metric: str, axis: str, other: str) -> list[Line
             ((getattr(r, axis), r.metrics[metric]) for r in rows if getattr(r, other) == value),
             key=lambda p: p[0],
         )
-        lines.append(
-            Line(
-                name=field_words(other, value),
-                class_=ramp(i, len(shown)),
-                marker=MARKERS[i % len(MARKERS)],
-                points=tuple(points),
-            )
-        )
+        name, style = field_words(other, value), _style(i, len(shown))
+        lines.append(Line(name=name, points=tuple(points), **style))
     return lines
+
+
+def _style(i: int, count: int) -> dict[str, Any]:
+    """Colour and marker of the i-th of `count` lines."""
+    return {"class_": ramp(i, count), "marker": MARKERS[i % len(MARKERS)]}
 
 
 def _thin(values: Sequence[Any]) -> list[Any]:
@@ -331,9 +330,8 @@ def throughput_figures(rows: Sequence[Row]) -> list[Figure]:
     lines = [
         Line(
             name=name,
-            class_=ramp(i, len(names)),
-            marker=MARKERS[i % len(MARKERS)],
             points=tuple((float(n), e) for n, e in sorted(chosen[name].throughput.items())),
+            **_style(i, len(names)),
         )
         for i, name in enumerate(names)
     ]

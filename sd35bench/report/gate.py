@@ -404,18 +404,15 @@ def compare_page(
         }
         for comparison in ordered
     ]
-    return (
-        html_templates()
-        .get_template("compare.html.j2")
-        .render(
-            d={**document, "comparisons": comparisons, "failed_gates": failed_gates(document)},
-            dimensions=list(dict.fromkeys(n for c in ordered for n in c["dimensions"])),
-            pairs=words.plural(document["n_pairs"], "pair"),
-            common=common,
-            policy=content_policy(script, style),
-            script=script,
-            style=style,
-        )
+    template = html_templates().get_template("compare.html.j2")
+    return template.render(
+        d={**document, "comparisons": comparisons, "failed_gates": failed_gates(document)},
+        dimensions=list(dict.fromkeys(n for c in ordered for n in c["dimensions"])),
+        pairs=words.plural(document["n_pairs"], "pair"),
+        common=common,
+        policy=content_policy(script, style),
+        script=script,
+        style=style,
     )
 
 

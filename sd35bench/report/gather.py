@@ -195,24 +195,17 @@ def read_state(one: Gathered, pairs: Mapping[str, int]) -> list[tuple[str, str]]
     if is_locked(study.path / ".lock"):
         said.append(("open", "Being written: a run adds images while this page is read."))
     if failed:
+        trials = f"{words.count(failed)} of {words.count(len(records))} trials failed"
         share = words.share(failed / len(records))
-        said.append(
-            (
-                "bad",
-                f"{words.count(failed)} of {words.count(len(records))} trials failed"
-                f" ({share}); reasons are under Warnings and failures.",
-            )
-        )
+        said.append(("bad", f"{trials} ({share}); reasons are under Warnings and failures."))
     tuned = (study.path / "tune.json").exists()  # a race drops settings by design
     for task in () if tuned else dict.fromkeys(r.task for r in rows):
         counts = sorted(pairs[r.id] for r in rows if r.task == task and r.id in pairs)
         fewer = [n for n in counts if n < counts[-1]]
         if fewer:
-            said.append(
-                (
-                    "open",
-                    f"Incomplete: {len(fewer)} of {len(counts)} settings of {task} have"
-                    f" fewer images than the others ({fewer[0]} at the least, of {counts[-1]}).",
-                )
+            text = (
+                f"Incomplete: {len(fewer)} of {len(counts)} settings of {task} have fewer images"
+                f" than the others ({fewer[0]} at the least, of {counts[-1]})."
             )
+            said.append(("open", text))
     return said
