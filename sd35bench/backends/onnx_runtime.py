@@ -25,8 +25,7 @@ from sd35bench.backends.pipeline import choice
 from sd35bench.errors import BackendError, OptimizationNotApplied, OutOfMemory
 from sd35bench.export.artifact import Artifact
 from sd35bench.export.denoiser import OUTPUT
-from sd35bench.export.graph import leave_out, read_graph
-from sd35bench.export.onnx_model import MODEL, quantise_onnx
+from sd35bench.export.onnx_model import MODEL, leave_out, quantise_onnx, read_graph
 from sd35bench.types import Scalar
 
 PROVIDERS = {

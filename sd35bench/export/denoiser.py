@@ -30,7 +30,7 @@ class ExportableDenoiser(nn.Module):
     """The part of `SD3Transformer2DModel` that becomes a graph.
 
     Beside its output it returns what enters and leaves every block, so that blocks can be left
-    out of the graph afterwards (`graph.leave_out`): one export serves skip-layer guidance too.
+    out of the graph afterwards (`onnx_model.leave_out`): one export serves skip-layer guidance too.
     Source: diffusers, models/transformers/transformer_sd3.py, `SD3Transformer2DModel.forward`.
     """
 

@@ -18,8 +18,7 @@ import torch
 from sd35bench.errors import BackendError, OptimizationNotApplied, UnsupportedRequest
 from sd35bench.export.artifact import Artifact, Recipe, make_artifact
 from sd35bench.export.denoiser import INPUTS
-from sd35bench.export.graph import module_of, quiet
-from sd35bench.export.onnx_model import MODEL, PROBE, write_probe
+from sd35bench.export.onnx_model import MODEL, PROBE, module_of, quiet, write_probe
 
 IR = "model.xml"
 REMEDY = "pip install 'nncf>=3.0' 'openvino>=2025.4'"
@@ -82,7 +81,7 @@ def quantise_openvino(
 
 
 def leave_out(model: Any, layers: Sequence[int], of: int) -> None:
-    """Take the blocks `layers` out of a graph of `of` blocks, in place, as `graph.leave_out` does.
+    """Take the blocks `layers` out of a graph of `of` blocks, in place, as `onnx_model` does.
 
     Raises: UnsupportedRequest for a layer that is not there, BackendError where the graph has lost
     the names of its blocks' inputs.

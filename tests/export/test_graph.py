@@ -15,15 +15,15 @@ from sd35bench.core.model import crop_positions, patchify, unpatchify
 from sd35bench.errors import BackendError, UnsupportedRequest
 from sd35bench.export.artifact import Artifact
 from sd35bench.export.denoiser import INPUTS, OUTPUT, ExportableDenoiser, GraphDenoiser
-from sd35bench.export.graph import (
+from sd35bench.export.onnx_model import (
     OPSET,
     example_inputs,
     leave_out,
     module_of,
     read_graph,
+    relative_error,
     weight_counts,
 )
-from sd35bench.export.onnx_model import relative_error
 from tests.studies.tiny import LAYERS, build_tiny_sd3
 
 PARITY = 1e-4

@@ -21,8 +21,7 @@ from sd35bench.backends.eager import EagerBackend
 from sd35bench.errors import ConfigError, OutOfMemory
 from sd35bench.loading import random_weights
 from sd35bench.loading.empty import build_empty, restore_buffers
-from sd35bench.loading.random_text import EncodedText, NoiseText
-from sd35bench.loading.random_weights import BLOCK, fill, size_bytes
+from sd35bench.loading.random_weights import BLOCK, EncodedText, NoiseText, fill, size_bytes
 from sd35bench.loading.sources import load_model, prove_device, prove_dtypes
 from sd35bench.types import BackendSpec, Load, ModelSpec
 from tests.backends.bare import differs
