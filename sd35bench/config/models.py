@@ -6,6 +6,7 @@ means "the model's own" or "not given". What depends on the model (sizes, aspect
 lengths) or on the prompts is checked in `freeze`, where these are known.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,25 +14,18 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from annotated_types import Interval, doc
 from omegaconf import DictConfig, OmegaConf
+from PIL import ImageColor
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     TypeAdapter,
     ValidationError,
     create_model,
 )
 
-from sd35bench.config.values import (
-    AnyText,
-    StudyName,
-    Text,
-    a_colour,
-    known,
-    no_minus_zero,
-    workers_count,
-)
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import SAMPLERS
 from sd35bench.fields import FIELDS as REQUEST_FIELDS
@@ -42,6 +36,59 @@ from sd35bench.types import Scalar, Task
 SWEEPER_MODULE = "hydra_plugins.sd35bench_sweeper"
 """Hydra takes plugins only from modules under this package; `sweeper` puts itself there."""
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _as_text(value: Any) -> Any:
+    """A study may be called 2026; YAML takes that for a number."""
+    return f"{value}" if isinstance(value, int | float) and value is not True else value
+
+
+def _workers_count(value: Any) -> Any:
+    if isinstance(value, int) and not 1 <= value <= 1024:
+        raise ValueError("must be from 1 to 1024")
+    return value
+
+
+def _plain_text(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a null character")
+    return value
+
+
+def _some_text(value: str) -> str:
+    if not value:
+        raise ValueError("empty")
+    return value
+
+
+def _colour(value: str) -> str:
+    ImageColor.getrgb(value)  # as in CSS; raises ValueError
+    return value
+
+
+def _study_name(value: str) -> str:
+    if _STUDY_NAME.fullmatch(value) is None or value.endswith((".", ".tmp")):
+        raise ValueError("not the name of a folder")
+    return value
+
+
+def _no_minus_zero(value: float) -> float:
+    return value + 0.0  # -0.0 would be another trial than 0.0
+
+
+AnyText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_plain_text), doc("text")]
+Text = Annotated[AnyText, AfterValidator(_some_text)]
+StudyName = Annotated[
+    Text, AfterValidator(_study_name), doc("letters, digits, . _ - (at most 100)")
+]
+
+
+def known(default: Any, means: str, said: str | None = None, *, axis: bool = False) -> Any:
+    """A field that the command line knows: its default, what it means, its default in words."""
+    plain = "none" if default is None else str(default).lower()
+    words = {"said": plain if said is None else said, "axis": axis}
+    return Field(default, description=means, json_schema_extra=words)
 
 
 class Conf(BaseModel):
@@ -216,7 +263,7 @@ class PromptsConf(Conf):
     )
     first_frame: bool = known(False, "take an animation's first frame for an init image")
     init_background: (
-        Annotated[Text, AfterValidator(a_colour), doc("a colour: grey or '#808080'")] | None
+        Annotated[Text, AfterValidator(_colour), doc("a colour: grey or '#808080'")] | None
     ) = known(None, "what is behind a transparent init image", "white")
     columns: ColumnsConf = ColumnsConf()
 
@@ -353,7 +400,7 @@ class RunConf(LoadConf):
     workers: (
         Annotated[
             int | Literal["auto"],
-            BeforeValidator(workers_count),
+            BeforeValidator(_workers_count),
             doc("auto, or an integer from 1 to 1024"),
         ]
         | None
@@ -449,7 +496,7 @@ def _typed(field: Any) -> Any:
     if takes is str:
         return AnyText if unasked == "" else Text
     is_float = get_args(takes)[:1] == (float,)
-    return Annotated[takes, AfterValidator(no_minus_zero)] if is_float else takes
+    return Annotated[takes, AfterValidator(_no_minus_zero)] if is_float else takes
 
 
 def _asked() -> dict[str, Any]:
@@ -471,9 +518,9 @@ _AXES: dict[str, Any] = {"model": str, "backend": str} | {
     if own.axis
 }
 _LISTS: dict[str, Any] = {name: (list[takes], []) for name, takes in _AXES.items()}
-_AXES_CONF: Any = create_model("AxesConf", __base__=AxesConf, **_LISTS)
+AXES_CONF: Any = create_model("AxesConf", __base__=AxesConf, **_LISTS)
 _BASES: Any = (RunConf, _ASKED)
-RUN: Any = create_model("RunConf", __base__=_BASES, axes=(_AXES_CONF, _AXES_CONF()))
+RUN: Any = create_model("RunConf", __base__=_BASES, axes=(AXES_CONF, AXES_CONF()))
 """`RunConf` with every field of a request, and an axis for each that can be swept."""
 
 FIELDS: dict[str, Known] = _OWN
@@ -487,11 +534,6 @@ def defaults_of(model: type[BaseModel]) -> dict[str, Any]:
     found = {name: info for name, info in model.model_fields.items() if not info.is_required()}
     plain = model.model_construct(**{name: info.get_default() for name, info in found.items()})
     return plain.model_dump(include=set(found))
-
-
-_LISTED = ("optional_backends", "models_with_images", "companions", "nano_companions")
-_NAMES: Any = dict.fromkeys(_LISTED, (list[str], ...))
-_SWEEP: Any = create_model("SweepConf", __base__=Conf, axes=(_AXES_CONF, ...), **_NAMES)
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -509,14 +551,6 @@ def read(model: type[M], config: DictConfig) -> M:
         return model.model_validate(plain)
     except ValidationError as exc:
         raise ConfigError(_sentence(exc.errors(include_url=False)[0])) from exc
-
-
-def check_lists(config: DictConfig) -> None:
-    """Check what a sweep reads before its jobs are composed: axes, and lists of names.
-
-    Raises: ConfigError.
-    """
-    read(_SWEEP, OmegaConf.masked_copy(config, list(_SWEEP.model_fields)))
 
 
 def check_field(name: str, value: Any) -> Scalar:

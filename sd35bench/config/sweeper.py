@@ -27,10 +27,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from pydantic import create_model
 
 from sd35bench.config.compose import CONFIG_NAME, explained, hydra_session, search_path
 from sd35bench.config.files import choices, group_file
-from sd35bench.config.models import AXES, SWEEPER_MODULE, check_lists
+from sd35bench.config.models import AXES, AXES_CONF, SWEEPER_MODULE, Conf, read
 from sd35bench.config.overrides import LOAD_AXES, OWN_INPUTS, parse, sweep_values
 from sd35bench.errors import ConfigError, JobsLost, StoreError, nearest
 from sd35bench.fields import SIZE
@@ -41,6 +42,10 @@ _OURS = ("sd35bench", "builtins", "hydra", "omegaconf")
 """Whose exceptions are errors; a launcher's own say that a job of it ended without an answer."""
 
 REQUEST_AXES = tuple(name for name in AXES if name not in LOAD_AXES)
+_LISTED = ("optional_backends", "models_with_images", "companions", "nano_companions")
+_NAMES: Any = dict.fromkeys(_LISTED, (list[str], ...))
+_SWEEP: Any = create_model("SweepConf", __base__=Conf, axes=(AXES_CONF, ...), **_NAMES)
+"""What a sweep reads before its jobs are composed: axes, and lists of names."""
 
 Task = Callable[[DictConfig], Any]
 _extra: ContextVar[Path | None] = ContextVar("extra", default=None)
@@ -120,7 +125,7 @@ class GroupingSweeper(Sweeper):
         assert self.hydra_context is not None
         assert self.config is not None
         assert self.launcher is not None
-        check_lists(self.config)
+        read(_SWEEP, OmegaConf.masked_copy(self.config, list(_SWEEP.model_fields)))
         jobs = job_overrides(arguments, self.config)
         jobs += noise_overrides(jobs, _noise_floor(arguments, self.config))
         jobs += companion_overrides(arguments, self.config)

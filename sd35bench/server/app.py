@@ -21,7 +21,7 @@ from starlette.routing import compile_path
 from sd35bench.errors import DiskFull, StoreError
 from sd35bench.server.auth import ANYBODY, Caller, KeyRing
 from sd35bench.server.envelope import Envelope, error_answer, log
-from sd35bench.server.files import files_router, presign_router
+from sd35bench.server.file_store import files_router, presign_router
 from sd35bench.server.page import page_router
 from sd35bench.server.routes import health_router, protocol_router
 from sd35bench.server.schema import refusals

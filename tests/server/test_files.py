@@ -13,8 +13,13 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from sd35bench.server.file_store import BadUpload, TicketRefused
-from sd35bench.server.files import FileStore, files_router, presign_router
+from sd35bench.server.file_store import (
+    BadUpload,
+    FileStore,
+    TicketRefused,
+    files_router,
+    presign_router,
+)
 from sd35bench.server.settings import Refusal
 
 LIMIT = 50_000
