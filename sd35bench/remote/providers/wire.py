@@ -228,70 +228,54 @@ def refusal_of(
     `sizes`: the protocol's word for each (width, height) in px. `default_steps`: the number that
     nobody asked for, recorded as not sent where the service chooses its own.
     """
-    least_cfg, most_cfg = offer.cfg
-    least, most = (1, MOST_STEPS) if offer.steps is None else offer.steps
-    checks = (
-        (
-            request.negative_prompt != "" and "negative_prompt" not in offer.takes,
-            "negative_prompt: the protocol has none; leave it out",
-        ),
-        (
-            request.init_image is not None and "init_image" not in offer.takes,
-            "init_image: the protocol has none; take prompts without one",
-        ),
-        (
-            request.skip_layer_guidance is not None,
-            "skip_layer_guidance: the protocol has none; use skip_layer_guidance=none",
-        ),
-        (
-            request.sampler != SAMPLER,
-            f"sampler={request.sampler}: the service's own cannot be chosen; use sampler={SAMPLER}",
-        ),
-        (request.shift is not None, "shift: the protocol has none; use shift=null"),
-        (
-            request.max_sequence_length is not None,
-            "max_sequence_length: the protocol has none; use max_sequence_length=null",
-        ),
-        *(
-            (not FIELDS[n].sent, f"{n}: the protocol has none; leave it out")
-            for n in later_asked(request)
-        ),
-        (
-            offer.steps is None and request.steps != default_steps,
-            f"steps={request.steps}: the service chooses their number; leave steps out",
-        ),
-        (
-            offer.steps is not None and not least <= request.steps <= most,
-            f"steps={request.steps}: the service takes {least} to {most}",
-        ),
-        (
-            not least_cfg <= request.cfg <= most_cfg,
-            f"cfg={request.cfg:g}: the service takes {least_cfg:g} to {most_cfg:g}",
-        ),
-        (
-            offer.ratios is not None
-            and sizes.get((request.width, request.height)) not in offer.ratios,
-            f"width={request.width}, height={request.height}: the service takes aspect ratios only;"
-            f" give aspect_ratio, one of {', '.join(offer.ratios or ())}",
-        ),
-        (
-            request.output_format not in offer.formats,
-            f"output_format={request.output_format}: the service makes {' or '.join(offer.formats)}"
-            f"; use output_format={offer.formats[-1]}",
-        ),
-        (
-            "output_quality" not in offer.takes
-            and request.output_format != "png"
-            and request.output_quality != QUALITY,
-            f"output_quality={request.output_quality}: the service chooses it; leave it out",
-        ),
-        (
-            request.prompt_strength is not None and not 0 < request.prompt_strength <= 1,
-            f"prompt_strength={request.prompt_strength}: must be in (0, 1], at 0 nothing is left to"
-            " denoise",
-        ),
-    )
-    return next((why for wrong, why in checks if wrong), None)
+    return next(_refusals(request, sizes, offer, default_steps), None)
+
+
+def _refusals(
+    request: Request,
+    sizes: Mapping[tuple[int, int], str],
+    offer: Offer,
+    default_steps: int | None,
+) -> Iterator[str]:
+    """Everything that is wrong, in order."""
+    steps, (least_cfg, most_cfg) = request.steps, offer.cfg
+    if request.negative_prompt != "" and "negative_prompt" not in offer.takes:
+        yield "negative_prompt: the protocol has none; leave it out"
+    if request.init_image is not None and "init_image" not in offer.takes:
+        yield "init_image: the protocol has none; take prompts without one"
+    if request.skip_layer_guidance is not None:
+        yield "skip_layer_guidance: the protocol has none; use skip_layer_guidance=none"
+    if request.sampler != SAMPLER:
+        yield (
+            f"sampler={request.sampler}: the service's own cannot be chosen; use sampler={SAMPLER}"
+        )
+    for name in ("shift", "max_sequence_length"):
+        if getattr(request, name) is not None:
+            yield f"{name}: the protocol has none; use {name}=null"
+    for name in later_asked(request):
+        if not FIELDS[name].sent:
+            yield f"{name}: the protocol has none; leave it out"
+    if offer.steps is None and steps != default_steps:
+        yield f"steps={steps}: the service chooses their number; leave steps out"
+    if offer.steps is not None and not offer.steps[0] <= steps <= offer.steps[1]:
+        yield f"steps={steps}: the service takes {offer.steps[0]} to {offer.steps[1]}"
+    if not least_cfg <= request.cfg <= most_cfg:
+        yield f"cfg={request.cfg:g}: the service takes {least_cfg:g} to {most_cfg:g}"
+    size = request.width, request.height
+    if offer.ratios is not None and sizes.get(size) not in offer.ratios:
+        yield (
+            f"width={size[0]}, height={size[1]}: the service takes aspect ratios only;"
+            f" give aspect_ratio, one of {', '.join(offer.ratios)}"
+        )
+    file, quality = request.output_format, request.output_quality
+    if file not in offer.formats:
+        made, use = " or ".join(offer.formats), offer.formats[-1]
+        yield f"output_format={file}: the service makes {made}; use output_format={use}"
+    if "output_quality" not in offer.takes and file != "png" and quality != QUALITY:
+        yield f"output_quality={quality}: the service chooses it; leave it out"
+    strength = request.prompt_strength
+    if strength is not None and not 0 < strength <= 1:
+        yield f"prompt_strength={strength}: must be in (0, 1], at 0 nothing is left to denoise"
 
 
 def check_image_url(request: Request, image_url: str | None) -> None:
