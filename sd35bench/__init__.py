@@ -13,15 +13,7 @@ if TYPE_CHECKING:
     from sd35bench.api import ConfigError, Plots, SD35BenchError, Study, open, run
 
 __version__ = "0.1.0"
-__all__ = [
-    "ConfigError",
-    "Plots",
-    "SD35BenchError",
-    "Study",
-    "__version__",
-    "open",
-    "run",
-]
+__all__ = ["ConfigError", "Plots", "SD35BenchError", "Study", "__version__", "open", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -94,10 +94,7 @@ def skip_layer_window(skipping: SkipLayerGuidance, steps: int, sampler: str) -> 
 
 
 def read_interval(value: object) -> str:
-    """Read LO-HI and return its one spelling.
-
-    Raises: ValueError.
-    """
+    """Read LO-HI and return its one spelling. Raises: ValueError."""
     found = _INTERVAL.fullmatch(f"{value}")
     if found is None or not 0 <= float(found[1]) < float(found[2]) <= 1:
         raise ValueError("not LO-HI")

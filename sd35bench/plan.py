@@ -309,10 +309,7 @@ _IDLE: Mapping[str, Callable[[Request], str | None]] = {
 def _refuse_idle(
     axes: Mapping[str, tuple[AxisValue, ...]], batches: Sequence[Batch], notes: Sequence[str]
 ) -> None:
-    """Refuse a field of guidance that acts on no trial.
-
-    Raises: ConfigError.
-    """
+    """Refuse a field of guidance that acts on no trial. Raises: ConfigError."""
     for name in _IDLE:
         quiet = FIELDS[name].quiet
         given = [value for value in axes.get(name, ()) if value != quiet]

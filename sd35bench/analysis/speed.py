@@ -443,10 +443,7 @@ def _per_second(size: int, seconds: float, ends: Sequence[float] | None, n: int)
 
 
 def _starts(row: Row) -> dict[str, Any]:
-    return {
-        "starts": len(by_session(row.timed)),
-        "start_spread": _start_spread(row.timed),
-    }
+    return {"starts": len(by_session(row.timed)), "start_spread": _start_spread(row.timed)}
 
 
 def spreads(row: Row, sessions: Mapping[str, Session]) -> dict[str, Any]:

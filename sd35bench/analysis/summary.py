@@ -31,14 +31,7 @@ from sd35bench.analysis.speed import (
     speedup,
     spread_texts,
 )
-from sd35bench.analysis.table import (
-    GUARD,
-    Row,
-    Table,
-    ambiguous_text,
-    part_held_out,
-    read_table,
-)
+from sd35bench.analysis.table import GUARD, Row, Table, ambiguous_text, part_held_out, read_table
 from sd35bench.machine.contention import DISTURBED, unlike
 from sd35bench.study.columns import (
     Floats,

@@ -22,12 +22,7 @@ from PIL import Image
 from sd35_kernels import KernelUnavailable
 from sd35_kernels.mmdit import check_level
 from sd35bench.backends.base import Generation, Probe
-from sd35bench.backends.compile import (
-    CompiledRegion,
-    HowToCompile,
-    cache_folder,
-    silence_dynamo,
-)
+from sd35bench.backends.compile import CompiledRegion, HowToCompile, cache_folder, silence_dynamo
 from sd35bench.backends.families import text_of
 from sd35bench.backends.packed import (
     LAYERS,

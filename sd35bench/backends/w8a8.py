@@ -76,11 +76,7 @@ class W8A8Backend(CompileBackend):
             if not _is_quantised(layer) or layer.weight_q.device != self.device:
                 raise OptimizationNotApplied(f"{name} is not an 8-bit layer on {self.device}")
         weights = self.asked["weights"]
-        facts = {
-            "weights": weights,
-            "activations": f"{weights}, per row",
-            "kernel": self._kernel,
-        }
+        facts = {"weights": weights, "activations": f"{weights}, per row", "kernel": self._kernel}
         return {**super().prove(pipe), "quantised": {**self._proof.facts(), **facts}}
 
 

@@ -32,12 +32,7 @@ _START, _END = len(_VOCABULARY), len(_VOCABULARY) + 1
 
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 48,
-    "vision_cfg": {
-        "image_size": IMAGE_PX,
-        "layers": [1, 1, 1, 1],
-        "width": 10,
-        "head_width": 32,
-    },
+    "vision_cfg": {"image_size": IMAGE_PX, "layers": [1, 1, 1, 1], "width": 10, "head_width": 32},
     "text_cfg": {
         "context_length": TEXT_TOKENS,
         "vocab_size": _END + 1,

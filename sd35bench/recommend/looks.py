@@ -51,10 +51,7 @@ def read_planned(study: Any) -> int | None:
 
 
 def plan_looks(study: Any, prompts: int) -> None:
-    """Fix the number before the first look.
-
-    Raises: ConfigError where another number is fixed.
-    """
+    """Fix the number before the first look. Raises: ConfigError where another number is fixed."""
     if prompts < 2:
         raise ConfigError(f"--looks={prompts}: must be at least 2 prompts")
     known = read_planned(study)

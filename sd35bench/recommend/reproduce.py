@@ -33,10 +33,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def run_command(
-    records: Some,
-    study: str,
-    elsewhere: Elsewhere | None = None,
-    asking: Request | None = None,
+    records: Some, study: str, elsewhere: Elsewhere | None = None, asking: Request | None = None
 ) -> str:
     """Write the command that makes these records' images again, in a study of this name.
 

@@ -41,12 +41,7 @@ from sd35bench.remote.images import BadImage, check_image
 from sd35bench.server.schema import parse_json
 from sd35bench.server.settings import Refusal
 
-CONTENT_TYPES = {
-    "image/jpeg": "jpg",
-    "image/jpg": "jpg",
-    "image/png": "png",
-    "image/webp": "webp",
-}
+CONTENT_TYPES = {"image/jpeg": "jpg", "image/jpg": "jpg", "image/png": "png", "image/webp": "webp"}
 """What may be uploaded, and the suffix it is stored under; the second spelling is a common slip."""
 
 TICKET_LIFETIME_S = 900.0

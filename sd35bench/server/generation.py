@@ -62,11 +62,7 @@ class Generator:
     """Makes images out of accepted predictions; its thread calls `on_end(id)`."""
 
     def __init__(
-        self,
-        settings: ServerSettings,
-        store: PredictionStore,
-        files: FileStore,
-        inits: InitFiles,
+        self, settings: ServerSettings, store: PredictionStore, files: FileStore, inits: InitFiles
     ) -> None:
         self._settings, self._store, self._files, self._inits = settings, store, files, inits
         self.on_end: Callable[[str], None] = lambda _: None

@@ -91,10 +91,7 @@ class LocalProcesses:
         return LocalCrew() if self.workers == 1 else LocalCrew(seats_of(plan.load, self.workers))
 
     def run(self, plan: Plan, study: Study, observer: Observer | None = None) -> RunSummary:
-        """Measure the machine once, then make what is missing.
-
-        Raises: as `run_plan`.
-        """
+        """Measure the machine once, then make what is missing. Raises: as `run_plan`."""
         crew = self.crew(plan)
         crew.measure(study, plan.load)
         return run_plan(plan, study, observer, self.limits, crew)
