@@ -106,7 +106,9 @@ def test_rebinding_cannot_move_a_connection_from_the_vetted_address():
 
 
 def test_rebinding_would_work_if_the_name_was_connected_to(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(exchange, "_at", lambda url, address: url)
+    made = exchange._request
+    named = lambda out, address, steps: made(out, out.url.host, steps)  # noqa: E731
+    monkeypatch.setattr(exchange, "_request", named)
     assert rebound() == [("127.0.0.1", "images.example.com")]
 
 
