@@ -187,15 +187,19 @@ class Load:
         """Whether a hosted service makes the images; its backends alone have a base URL."""
         return "base_url" in self.backend.options
 
+    def told(self, value: T) -> T | None:
+        """A fact of what is loaded here; ``None`` of a hosted service, which does not tell it."""
+        return None if self.is_hosted else value
+
     @property
     def known_digest(self) -> str | None:
-        """The digest of the weights; ``None`` of a hosted service, which does not tell it."""
-        return None if self.is_hosted else self.model.weights_digest
+        """The digest of the weights, where it is told."""
+        return self.told(self.model.weights_digest)
 
     @property
     def known_threads(self) -> int | None:
-        """The threads that made the images; ``None`` of a hosted service, which does not tell."""
-        return None if self.is_hosted else self.threads
+        """The threads that made the images, where they are told."""
+        return self.told(self.threads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,28 @@ def test_contributing_sends_to_names_that_are_there():
         assert not missing, f"CONTRIBUTING.md says {missing} of {path}"
 
 
+WHERE = re.compile(
+    r"remote is (not )?None|\.is_hosted\b|\b(row|self|like)\.hosted\b|_is_hosted\(conf\)"
+    r"|\[.hosted.\]"
+)
+"""How a line asks whether a hosted service made something."""
+
+
+def test_few_lines_ask_where_trials_run():
+    """That is the engine's affair, and what a load or a row answers by itself: it was 67 lines."""
+    package = ROOT / "sd35bench"
+    home = ("remote/", "engine.py", "types.py", "analysis/table.py")
+    paths = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
+    lines = [
+        f"{name}: {line.strip()}"
+        for name, path in paths.items()
+        if not name.startswith(home)
+        for line in path.read_text().splitlines()
+        if WHERE.search(line)
+    ]
+    assert len(lines) <= 24, lines
+
+
 def files_on_the_stack() -> set[str]:
     """Files of the package that have called each other up to here."""
     paths = (Path(frame.filename) for frame in traceback.extract_stack())

@@ -57,7 +57,7 @@ def judge(before: "Source", after: "Source", policy: "Policy") -> dict[str, Any]
 
     Raises: ConfigError where nothing can be compared.
     """
-    from sd35bench.gate.distances import ImageDistances
+    from sd35bench.gate.dimensions import ImageDistances
     from sd35bench.gate.judge import compare_sides
 
     sides = before.sides(_needs_scores(policy)), after.sides(_needs_scores(policy))
@@ -93,7 +93,7 @@ def _needs_scores(policy: "Policy") -> bool:
 def _plan(given: Given) -> Answer:
     """Say what each policy sees at which n; nothing is judged, so the exit code is 0."""
     from sd35bench.config import config_dir
-    from sd35bench.gate.distances import ImageDistances
+    from sd35bench.gate.dimensions import ImageDistances
     from sd35bench.gate.plan import plan_document
     from sd35bench.gate.sides import match_sides
     from sd35bench.report.gate import plan_parts

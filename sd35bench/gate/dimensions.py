@@ -12,6 +12,7 @@ bit-identical, for sides that should be.
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sd35bench.gate.policy import Dimension, MetricMargin
 from sd35bench.gate.set_figures import set_figure
 from sd35bench.gate.sides import Matched, Side, has_image, match_pairs, same_files
 from sd35bench.machine.contention import unlike
+from sd35bench.pictures import decode_rgb
 from sd35bench.stats.clustered import mean_t, student
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.latency import Spread, couple_starts, log_ratio, run_drift
@@ -34,6 +36,8 @@ signed one of each channel (candidate minus baseline); NaN where an image is not
 
 A text says why no difference could be measured at all.
 """
+FindImage = Callable[[str], Path | None]
+"""Path of an image by its digest; ``None`` where it is not there."""
 _QUANTILES = {"p50": 0.5, "p95": 0.95}
 _LEAST_PER_START = {"p50": 5, "p95": 40}
 """Lone images that a start needs for a quantile to say anything about it."""
@@ -369,3 +373,64 @@ def _floor(wanted: Dimension, a: Side, b: Side) -> tuple[float, str]:
     if b.floor_levels is not None and b.floor_levels > floor:
         said += f"; the candidate's own is larger, {digits(b.floor_levels)}, and excuses nothing"
     return floor, said
+
+
+# How far images are apart -----------------------------------------------------------------------
+
+
+class ImageDistances:
+    """Differences of matched images in levels of 255; each pair is opened once.
+
+    The drift that `score` keeps is between backends of one study; a gate holds one study's images
+    against another's, or a baseline's. Files with one digest are one image and are not opened.
+    """
+
+    def __init__(self, baseline: FindImage, candidate: FindImage) -> None:
+        """Where either side's images are found."""
+        self._find = (baseline, candidate)
+        self._known: dict[tuple[str, str], NDArray[np.float64]] = {}
+
+    def __call__(
+        self, baseline: Side, candidate: Side, matched: Matched
+    ) -> NDArray[np.float64] | str:
+        """Distances [n, 4] of matched images, or why they cannot be measured.
+
+        The mean absolute difference, and the mean signed one of red, green and blue.
+
+        One missing file refuses them all: the identical ones alone would make drift look small.
+        """
+        digests = [
+            (str(baseline.images[i]), str(candidate.images[j]))
+            for i, j in zip(matched.baseline, matched.candidate, strict=True)
+        ]
+        unlike = [d for d in dict.fromkeys(digests) if d[0] != d[1]]
+        for find, name, side in zip(self._find, ("baseline", "candidate"), (0, 1), strict=True):
+            missing = sum(find(pair[side]) is None for pair in unlike)
+            if missing:
+                return (
+                    f"{missing} of {len(digests)} images of the {name} differ and are not there;"
+                    " keep its study, or make the baseline with --images"
+                )
+        return np.array([self._distance(*pair) for pair in digests], np.float64).reshape(-1, 4)
+
+    def _distance(self, mine: str, theirs: str) -> NDArray[np.float64]:
+        if mine == theirs:
+            return np.zeros(4)
+        if (mine, theirs) not in self._known:
+            paths = [find(digest) for find, digest in zip(self._find, (mine, theirs), strict=True)]
+            a, b = (decode_rgb(path.read_bytes()) for path in paths if path is not None)
+            self._known[mine, theirs] = image_difference(a, b)
+        return self._known[mine, theirs]
+
+
+def image_difference(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """How far an image `b` [h, w, 3] is from `a`, [4] in levels of 255.
+
+    The mean absolute difference, and the mean signed one (b minus a) of red, green and blue. NaN
+    for images of unlike sizes, which are no pair.
+    """
+    if a.shape != b.shape:
+        return np.full(4, np.nan)
+    change = np.subtract(b, a, dtype=np.int16)
+    means = change.mean(axis=(0, 1), dtype=np.float64)
+    return np.array([np.abs(change).mean(dtype=np.float64), *means])

@@ -84,11 +84,11 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Some]) -> dict[str, A
     load = sessions[0].load
     parts = [peaks[s.id] for s in sessions if s.id in peaks]
     vram, rss = (_highest(parts, f"peak_{kind}_bytes") for kind in ("vram", "rss"))
-    told = [] if load.is_hosted else sessions  # what a service loads and takes, nobody told us
-    options = {**load.backend.options, "threads": load.threads if told else "n/a"}
+    threads = load.known_threads
+    options = {**load.backend.options, "threads": "n/a" if threads is None else threads}
 
     def middle(seconds: Iterable[float]) -> str:
-        return words.seconds(median(seconds) if told else None)
+        return words.seconds(load.told(median(seconds)))
 
     return {
         "model": load.model.name,
@@ -96,10 +96,10 @@ def _load(sessions: Sequence[Session], peaks: Mapping[str, Some]) -> dict[str, A
         "backend": load.backend.name,
         "options": ", ".join(f"{k}={_plain(v)}" for k, v in options.items()),
         "starts": len(sessions),
-        "load": middle(s.load_s for s in told),
-        "first_call": middle(s.first_call_s for s in told),
-        "warmup": middle(s.warmup_s for s in told),
-        "rss": words.size(rss if told else None),
+        "load": middle(s.load_s for s in sessions),
+        "first_call": middle(s.first_call_s for s in sessions),
+        "warmup": middle(s.warmup_s for s in sessions),
+        "rss": words.size(load.told(rss)),
         "vram": words.size(vram),
         "in_force": [(k, _plain(v)) for k, v in sessions[-1].in_force.items()],
     }

@@ -121,7 +121,7 @@ class Row:
 
     def unsent(self, name: str) -> bool:
         """Whether a service was not told this field: it has none, or its own value."""
-        return self.remote is not None and name in (self.remote.get("unsent") or ())
+        return name in ((self.remote or {}).get("unsent") or ())
 
     def value(self, metric: str) -> float | None:
         """A metric's value, where it has one."""

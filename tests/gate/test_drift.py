@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd35bench.gate.distances import ImageDistances, image_difference
+from sd35bench.gate.dimensions import ImageDistances, image_difference
 from sd35bench.gate.judge import compare_sides, gate_fails
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.sides import read_sides

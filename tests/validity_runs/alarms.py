@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sd35bench.config import config_dir
-from sd35bench.gate.distances import ImageDistances
+from sd35bench.gate.dimensions import ImageDistances
 from sd35bench.gate.judge import compare_sides
 from sd35bench.gate.policy import load_policy
 from sd35bench.gate.sides import Side, merge_starts, read_sides
