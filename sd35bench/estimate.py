@@ -30,7 +30,7 @@ RGB_BYTES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class RunCost:
     """Counts and costs of what is planned; `seconds` is None where nothing is known.
 
     Time, disk and money are of the trials that are still to do. Money is not asked for again where
@@ -73,8 +73,8 @@ class Estimate:
         }
 
 
-def estimate(plans: Sequence[tuple[Plan, Engine]], results_dir: Path, study_name: str) -> Estimate:
-    """Estimate `plans`, each on its engine."""
+def estimate(plans: Sequence[tuple[Plan, Engine]], results_dir: Path, study_name: str) -> RunCost:
+    """RunCost `plans`, each on its engine."""
     studies = list(_studies(results_dir))
     done_keys = {k for s in studies if s.name == study_name for k in s.done_keys()}
     ledger = Ledger(results_dir / study_name, None)
@@ -101,7 +101,7 @@ def estimate(plans: Sequence[tuple[Plan, Engine]], results_dir: Path, study_name
         seconds = None if seconds is None or spent_s is None else seconds + spent_s
         disk += sum(seen.image_bytes(t.request) + RECORD_BYTES for t in missing)
         usd += engine.price.usd_per_image * len(keys - created)
-    return Estimate(
+    return RunCost(
         trials=len(trials),
         done=sum(t.key in done_keys for t in trials),
         settings=len({setting_key(t) for t in trials}),

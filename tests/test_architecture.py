@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sd35bench.backends.fake import FakeBackend
-from sd35bench.workers.worker import Job
+from sd35bench.workers.worker import BatchJob
 
 ROOT = Path(__file__).parent.parent
 TORCH_FREE = [
@@ -150,7 +150,7 @@ def test_steps_travel_through_six_of_our_files_to_the_backend(call, monkeypatch)
     send, generate = Connection.send, FakeBackend.generate
 
     def sent(self, message):
-        if isinstance(message, Job):
+        if isinstance(message, BatchJob):
             asking.update(files_on_the_stack())
         send(self, message)
 

@@ -14,7 +14,7 @@ from sd35bench.types import Status, Surroundings, Timings
 from sd35bench.workers import process
 from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import run_plan
-from sd35bench.workers.worker import Answer, Job, Made, Ready, Settled
+from sd35bench.workers.worker import Answer, BatchJob, Made, Ready, Settled
 from tests.studies.fakes import fake_load, fake_plan
 
 QUIET, NOISY = (100.0, 99.0), (100.0, 60.0)
@@ -25,7 +25,7 @@ class Planted:
     """Stands in for a worker: each timed job takes the next of `pairs`, then all are quiet."""
 
     pairs: list[tuple[float, float]]
-    jobs: list[Job]
+    jobs: list[BatchJob]
     dies_after = 10**6
 
     def __init__(self, load, limits, seat=None):

@@ -53,7 +53,7 @@ from sd35bench.config.sweeper import folders_made, sweep
 from sd35bench.config.unread import refuse_unread
 from sd35bench.engine import crew_of, run_together
 from sd35bench.errors import ConfigError, JobsLost, SD35BenchError, StudyLocked, count_error
-from sd35bench.estimate import Estimate, estimate
+from sd35bench.estimate import RunCost, estimate
 from sd35bench.machine.contention import REGIME
 from sd35bench.plan import Plan, expand
 from sd35bench.study.content_files import DAMAGED
@@ -270,7 +270,7 @@ def _look(given: Given) -> "Planned":
     )
 
 
-def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> Estimate:
+def _estimate(prepared: Sequence[tuple[Job, Plan]]) -> RunCost:
     """What is still to do and what it takes; jobs that plan the same trials count once."""
     plans = {
         content_hash([trial.key for trial in plan.trials]): (plan, job.engine)
@@ -431,7 +431,7 @@ def _print_summary(out: Terminal, document: dict[str, Any]) -> None:
     out.say(f"next: {plugins.command(f'show {name}')}")
 
 
-def _already(found: Estimate) -> str:
+def _already(found: RunCost) -> str:
     """What was spent and asked for before, where a hosted service was."""
     if not found.created and not found.spent_usd:
         return ""
@@ -441,7 +441,7 @@ def _already(found: Estimate) -> str:
     )
 
 
-def _print_estimate(out: Terminal, job: Job, found: Estimate) -> None:
+def _print_estimate(out: Terminal, job: Job, found: RunCost) -> None:
     out.say(
         f"study {job.study}: {words.plural(found.trials, 'trial')}, {found.done} done,"
         f" {found.to_do} to do",

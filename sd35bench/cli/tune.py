@@ -13,7 +13,7 @@ from sd35bench.config import Job
 from sd35bench.config.experiments import with_models_own
 from sd35bench.config.tune import CATEGORIES, Tuning, read_tuning
 from sd35bench.errors import ConfigError, Paused
-from sd35bench.estimate import Estimate, estimate
+from sd35bench.estimate import RunCost, estimate
 from sd35bench.fields import FIELDS, KEYED
 from sd35bench.plan import Plan
 from sd35bench.study.store import Study
@@ -180,7 +180,7 @@ def _bill(tuning: Tuning, confirm: bool) -> dict[str, Any]:
     }
 
 
-def _estimate(tuning: Tuning, plans: Sequence[Plan]) -> Estimate:
+def _estimate(tuning: Tuning, plans: Sequence[Plan]) -> RunCost:
     job = tuning.job
     nowhere = f"{job.study}.not-there"  # what the study has already is not taken off
     engines = {job.sweep.load.key: job.engine for job in tuning.jobs.values()}

@@ -26,7 +26,7 @@ from sd35bench.server.settings import ServerSettings
 from sd35bench.types import Request, Status
 from sd35bench.workers.limits import work_of
 from sd35bench.workers.process import WorkerProcess
-from sd35bench.workers.worker import Answer, Failed, Job
+from sd35bench.workers.worker import Answer, BatchJob, Failed
 
 RETRY_S = 1.0
 ENDING_S = 0.1
@@ -202,7 +202,7 @@ class Generator:
         if work.request.init_image is not None:
             init = str(self._inits.path(work.id))
         # Not timed as a measurement: a compiling backend may meet a size that is new to it.
-        job = Job(requests=(work.request,), inits=(init,), timed=False)
+        job = BatchJob(requests=(work.request,), inits=(init,), timed=False)
         answer = self._worker.run(job, deadline_s)
         self.expected_s = answer.wall_s
         return answer
@@ -217,7 +217,7 @@ class Generator:
         try:
             _refuse_failed(worker.load())
             request = _warm_up_request(self._settings)
-            job = Job(requests=(request,), inits=(None,))
+            job = BatchJob(requests=(request,), inits=(None,))
             answer = worker.run(job, self._settings.limits.start_deadline_s(work_of(request, 1)))
             made = answer.made[0]
             if made.status is not Status.OK:

@@ -38,7 +38,7 @@ from sd35bench.workers.leases import claim_cores
 from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import WorkerProcess, run_plan
 from sd35bench.workers.seats import AUTO, Seat, occupies
-from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settled
+from sd35bench.workers.worker import Answer, BatchJob, Failed, Ready, Settled
 
 ANSWER_S = 8.0
 """How long an address may take to answer as Ray; Ray itself would try for 47 s."""
@@ -156,7 +156,7 @@ class RayWorker:
         """Say that the warm-up is over."""
         return self._ask("settle")
 
-    def run(self, job: Job, deadline_s: float) -> Answer:
+    def run(self, job: BatchJob, deadline_s: float) -> Answer:
         """Run one batch; its init images travel as bytes."""
         inits = tuple(Path(i).read_bytes() if isinstance(i, str) else i for i in job.inits)
         return self._ask("run", replace(job, inits=inits), deadline_s)

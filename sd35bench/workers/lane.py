@@ -39,7 +39,7 @@ from sd35bench.trials import Observer, RunSummary, open_run
 from sd35bench.types import CanaryFacts, Load, Record, Session, Status, Trial
 from sd35bench.workers.limits import Limits, work_of
 from sd35bench.workers.sharing import Failure, Kind, Work
-from sd35bench.workers.worker import Answer, Failed, Job, Made, Ready, Settled
+from sd35bench.workers.worker import Answer, BatchJob, Failed, Made, Ready, Settled
 
 
 class Worker(Protocol):
@@ -53,7 +53,7 @@ class Worker(Protocol):
         """Say that the warm-up is over."""
         ...
 
-    def run(self, job: Job, deadline_s: float) -> Answer:
+    def run(self, job: BatchJob, deadline_s: float) -> Answer:
         """Run one batch."""
         ...
 
@@ -333,13 +333,13 @@ class Lane:
     def _is_timed(self, batch: Batch) -> bool:
         return batch.trials[0].batch_size in self.run.plan.timed_batch_sizes
 
-    def _job(self, batch: Batch, expected_s: float = 0.0, closes: bool = False) -> Job:
+    def _job(self, batch: Batch, expected_s: float = 0.0, closes: bool = False) -> BatchJob:
         requests = tuple(t.request for t in batch.trials)
         inits = tuple(
             None if r.init_image is None else str(self.run.study.init_path(r.init_image))
             for r in requests
         )
-        return Job(
+        return BatchJob(
             requests=requests,
             inits=inits,
             keep_latents=self.limits.keep_latents,

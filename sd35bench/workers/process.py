@@ -38,7 +38,7 @@ from sd35bench.workers.lane import Crew, Worker, run_plans
 from sd35bench.workers.leases import Lease
 from sd35bench.workers.limits import Limits
 from sd35bench.workers.seats import Seat, occupies, resources, seats_of
-from sd35bench.workers.worker import Answer, Failed, Job, Ready, Settle, Settled
+from sd35bench.workers.worker import Answer, BatchJob, Failed, Ready, Settle, Settled
 
 WATCH_S = 0.05
 EXIT_WAIT_S = 10.0
@@ -161,7 +161,7 @@ class WorkerProcess:
         """Say that the warm-up is over."""
         return self._ask(Settle(), self._limits.start_deadline_s())
 
-    def run(self, job: Job, deadline_s: float) -> Answer:
+    def run(self, job: BatchJob, deadline_s: float) -> Answer:
         """Run one batch, alone on its device if it is timed; the deadline begins after the wait."""
         with self._lease.hold(alone=job.timed):
             return self._ask(job, deadline_s)

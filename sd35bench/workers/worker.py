@@ -2,7 +2,7 @@
 
 Started as ``python -m sd35bench.workers.worker FD`` by `process.py`; its parent talks to it
 over a socket pair and alone writes to the store. The worker dies with its parent. Messages to it
-are a `Load`, then `Job`s with one `Settle` after those that warm up, and ``None`` to end; it
+are a `Load`, then `BatchJob`s with one `Settle` after those that warm up, and ``None`` to end; it
 answers with `Ready`, an `Answer` per job, `Settled`, or `Failed` where the backend cannot be used.
 Every time is wall time with the device synchronised before and after; reading init images, encoding
 files, counting FLOPs and the canary's readings lie outside `generate_s`, and encoding is timed by
@@ -67,7 +67,7 @@ CONSTANT_SPREAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class BatchJob:
     """One batch: requests of one setting and size, and their init images, by path or as bytes.
 
     `watched`: the canary is read around it; `closes`: no such job follows, so that its block ends.
@@ -217,7 +217,7 @@ def settle(backend: Backend, lookout: Lookout | None = None) -> Settled | Failed
     return Settled(in_force=backend.in_force, canary=None if lookout is None else lookout.settle())
 
 
-def answer(backend: Backend, job: Job, lookout: Lookout | None = None) -> Answer:
+def answer(backend: Backend, job: BatchJob, lookout: Lookout | None = None) -> Answer:
     """Run one batch; failures become statuses, programming errors propagate.
 
     `lookout` reads the canary around what is timed.

@@ -27,7 +27,7 @@ from sd35bench.workers import cluster
 from sd35bench.workers.cluster import RayCluster, RayCrew, RaySettings, RayWorker, model_problem
 from sd35bench.workers.limits import Limits
 from sd35bench.workers.process import run_plan
-from sd35bench.workers.worker import Job
+from sd35bench.workers.worker import BatchJob
 from tests.studies.fakes import MODEL, fake_load, fake_plan
 
 needs_ray = pytest.mark.skipif(
@@ -243,7 +243,7 @@ def test_a_dead_process_is_a_failure_and_a_dead_actor_is_not(monkeypatch, answer
     image = tmp_path / "init.img"
     image.write_bytes(b"picture")
     with pytest.raises(error) as found:
-        worker.run(Job(requests=(), inits=(str(image), None)), 1.0)
+        worker.run(BatchJob(requests=(), inits=(str(image), None)), 1.0)
     assert isinstance(found.value, WorkerLost) is (error is WorkerLost)
     assert fake.asked[0][1].inits == (b"picture", None)
 

@@ -6,7 +6,7 @@ from sd35bench.errors import BackendError, InvalidImage, OptimizationNotApplied,
 from sd35bench.machine import measure
 from sd35bench.types import Flops, GpuState, Request, Status
 from sd35bench.workers import worker
-from sd35bench.workers.worker import Job, check_image
+from sd35bench.workers.worker import BatchJob, check_image
 
 
 def request(prompt: str = "a", side: int = 8) -> Request:
@@ -45,7 +45,7 @@ class Double(Backend):
 
 def ask(backend: Backend, count: int = 2, **fields) -> worker.Answer:
     requests = tuple(request(f"prompt {n}") for n in range(count))
-    return worker.answer(backend, Job(requests=requests, inits=(None,) * count, **fields))
+    return worker.answer(backend, BatchJob(requests=requests, inits=(None,) * count, **fields))
 
 
 @pytest.mark.parametrize(
