@@ -117,7 +117,7 @@ def decide(
     means = quality.mean(axis=1)
     front = front_by_cost(means, cost, allowed)
     best = front[0]
-    against = _Against((sums, counts), quality, clusters, (margin, span), level)
+    against = _Against(sums, counts, quality, clusters, margin, span, level)
     fallback = best if reference is None or reference not in front else reference
     walk = _walk(front, cost, reference, best)
     rivals = front if reference is None else [reference]
@@ -183,21 +183,17 @@ def _walk(front: list[int], cost: Floats, reference: int | None, best: int) -> l
     return list(front)
 
 
+@dataclass(frozen=True, slots=True)
 class _Against:
     """Tests of one setting against others on the same pairs."""
 
-    def __init__(
-        self,
-        by_prompt: tuple[Floats, Floats],
-        quality: Floats,
-        clusters: NDArray[np.int64],
-        allowed: tuple[float, float | None],
-        level: float,
-    ) -> None:
-        self.sums, self.counts = by_prompt
-        self.quality, self.clusters = quality, clusters
-        self.margin, self.span = allowed
-        self.level = level
+    sums: Floats
+    counts: Floats
+    quality: Floats
+    clusters: NDArray[np.int64]
+    margin: float
+    span: float | None
+    level: float
 
     def test(self, i: int, others: list[int], p_before: float) -> Tested:
         """Test one setting; `p_before` is the largest p of those before it on the walk."""
