@@ -46,7 +46,7 @@ STORED = ("fp32", "fp16", "bf16", "int8", "uint8")
 Feeds = Mapping[str, torch.Tensor]
 
 
-class Engine(Protocol):
+class GraphRuntime(Protocol):
     """A runtime that holds an artifact's graph."""
 
     @property
@@ -63,7 +63,7 @@ class ExportedBackend(DiffusersBackend):
     """diffusers around a denoiser that runs as an exported graph."""
 
     options = MappingProxyType({**DiffusersBackend.options, "quantisation": "none", "exclude": ""})
-    _engine: Engine | None = None
+    _engine: GraphRuntime | None = None
 
     @abstractmethod
     def check(self) -> None:
@@ -77,7 +77,7 @@ class ExportedBackend(DiffusersBackend):
         """Turn the exported graph into what the engine runs; `feeds` are for calibration."""
 
     @abstractmethod
-    def open(self, artifact: Artifact, width: int) -> Engine:
+    def open(self, artifact: Artifact, width: int) -> GraphRuntime:
         """Load the artifact; `width` is the size p·p·C of an output token."""
 
     def needs_calibration(self, exported: Artifact) -> bool:

@@ -7,6 +7,7 @@ the answer is kept on disk for the next process. Compiling takes a minute for ea
 among the ways only where that is asked for.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -114,15 +115,11 @@ class Choices:
     A folder that cannot be written costs only the time to find it out again.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        """`path` ``None``: nothing is kept."""
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, str] = {}
-        if path is not None:
-            try:
-                self._known = dict(json.loads(path.read_text()))
-            except (OSError, ValueError, TypeError):
-                self._known = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            self._known = dict(json.loads(path.read_text()))
 
     def get(self, name: str) -> str | None:
         """Return what is known under `name`."""
@@ -130,13 +127,11 @@ class Choices:
 
     def set(self, name: str, choice: str) -> None:
         """Keep a choice."""
-        if self._known.get(name) == choice or self._path is None:
+        if self._known.get(name) == choice:
             return
         self._known[name] = choice
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
+        with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self._known, sort_keys=True, indent=1))
             os.replace(temporary, self._path)
-        except OSError:
-            return

@@ -2,7 +2,7 @@
 
 Run as ``python -P -m sd35bench.remote.image_decoder pixels|facts MAX_PIXELS MEMORY CPU_S``: the
 file on stdin; on stdout one line of JSON, the facts or ``{"error": …}``, and after the facts, if
-asked, the pixels as H * W * 3 bytes. It holds no numpy and nothing of ours but `pictures`, so that
+asked, the pixels as H * W * 3 bytes. It holds no numpy and little of ours, so that
 it is there in a tenth of a second and its address space is nearly all for the image.
 """
 

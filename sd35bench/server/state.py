@@ -46,7 +46,7 @@ class RequestLimit:
         return times[len(times) - self._most] + WINDOW_S - now
 
 
-class Ended:
+class Waiters:
     """Tells who waits for a prediction that it is over; lives in the event loop."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class ServerState:
     inits: InitFiles
     generator: Generator
     requests: RequestLimit
-    ended: Ended = field(default_factory=Ended)
+    ended: Waiters = field(default_factory=Waiters)
     fetches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FETCHES_AT_ONCE))
     is_stopping: bool = False
 

@@ -91,9 +91,9 @@ def test_the_layout_is_timed_once_for_a_shape_and_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("long_s", "runs"), [(0.0, 4), (60.0, 9)], ids=["slow", "fast"])
-def test_a_slow_decoder_is_timed_once_a_layout(long_s, runs, monkeypatch) -> None:
+def test_a_slow_decoder_is_timed_once_a_layout(long_s, runs, tmp_path, monkeypatch) -> None:
     """Two layouts once each and the compiled form twice, as its first run pays for the compiler."""
-    vae = Vae(build_tiny_sd3().vae, "tuned", Choices(None), eager)
+    vae = Vae(build_tiny_sd3().vae, "tuned", Choices(tmp_path / "none"), eager)
     ways: list[str] = []
     monkeypatch.setattr("sd35bench.core.vae.LONG_S", long_s)
     monkeypatch.setattr(vae, "_decode", lambda _, way: ways.append(way))
@@ -102,9 +102,10 @@ def test_a_slow_decoder_is_timed_once_a_layout(long_s, runs, monkeypatch) -> Non
     assert set(ways) == set(WAYS)
 
 
-def test_every_way_makes_the_same_pixels() -> None:
+def test_every_way_makes_the_same_pixels(tmp_path: Path) -> None:
     module, latents = build_tiny_sd3().vae, torch.randn(1, 16, 4, 8)
-    made = [Vae(module, way, Choices(None), eager).decode(latents) for way in WAYS]
+    choices = Choices(tmp_path / "none")
+    made = [Vae(module, way, choices, eager).decode(latents) for way in WAYS]
     assert all(torch.allclose(made[0], other, atol=1e-5) for other in made[1:])
 
 
