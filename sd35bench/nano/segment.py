@@ -19,8 +19,8 @@ from sd35bench.nano.world import coverage as thing_coverage
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
-GROUND_TOLERANCE = 60.0
-COLOUR_TOLERANCE = 90.0
+GROUND_TOLERANCE = 60.0  # in RGB; white and pink, the nearest backgrounds, are 69 apart
+COLOUR_TOLERANCE = 90.0  # blue and purple, the nearest object colours, are 130 apart
 MIN_FIT = 0.75
 _DEBRIS = 0.008  # of the short side squared; the smallest true object has 0.05
 _COLOUR_NAMES: tuple[Colour, ...] = tuple(COLOURS)
