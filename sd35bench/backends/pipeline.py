@@ -12,7 +12,7 @@ more values as rounded float32 (held by a test), and latents of an image have at
 import contextlib
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -163,12 +163,8 @@ class DiffusersBackend(Backend):
         refuse_not_finite(latents.last, self._decoded.pop())
         return Generation(
             images=list((pixels * 255).round().astype("uint8")),  # as diffusers' numpy_to_pil
-            evaluations=stages.evaluations,
             effective_steps=len(stages.step_s),
-            text_s=stages.text_s,
-            denoise_s=stages.denoise_s,
-            decode_s=stages.decode_s,
-            step_s=stages.step_s,
+            **asdict(stages),
             truncated_tokens=self.family.truncated_tokens(
                 [text_of(r) for r in requests], self._max_sequence_length(first)
             ),
