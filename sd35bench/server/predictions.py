@@ -217,39 +217,34 @@ class PredictionStore:
 
     def processing(self, prediction_id: str) -> None:
         """Say that the worker has it."""
-        with self._change() as db:
-            db.execute(
-                "UPDATE predictions SET status='processing' WHERE id=? AND status='starting'",
-                (prediction_id,),
-            )
+        self._write(
+            "UPDATE predictions SET status='processing' WHERE id=? AND status='starting'",
+            prediction_id,
+        )
 
     def put_back(self, prediction_id: str) -> None:
         """Give what was taken back to its old place, as if it had not been started."""
-        with self._change() as db:
-            db.execute(
-                "UPDATE predictions SET status='created', starts=starts-1, started_at=NULL"
-                f" WHERE id=? AND {_RUNNING}",
-                (prediction_id,),
-            )
+        self._write(
+            "UPDATE predictions SET status='created', starts=starts-1, started_at=NULL"
+            f" WHERE id=? AND {_RUNNING}",
+            prediction_id,
+        )
 
     def succeed(self, prediction_id: str, output: str, predict_s: float) -> None:
         """End a prediction with its image; one that was to be cancelled is, without the image."""
-        with self._change() as db:
-            db.execute(
-                "UPDATE predictions SET status=iif(to_cancel, 'cancelled', 'success'),"
-                " output=iif(to_cancel, NULL, ?), predict_s=?, completed_at=?"
-                f" WHERE id=? AND {_RUNNING}",
-                (output, predict_s, self._now(), prediction_id),
-            )
+        self._write(
+            "UPDATE predictions SET status=iif(to_cancel, 'cancelled', 'success'), predict_s=?,"
+            f" output=iif(to_cancel, NULL, ?), completed_at=? WHERE id=? AND {_RUNNING}",
+            *(predict_s, output, self._now(), prediction_id),
+        )
 
     def fail(self, prediction_id: str, code: str, reason: str) -> None:
         """End a prediction with the reason why there is no image."""
-        with self._change() as db:
-            db.execute(
-                "UPDATE predictions SET status=iif(to_cancel, 'cancelled', 'error'),"
-                f" error_code=?, error=?, completed_at=? WHERE id=? AND {_RUNNING}",
-                (code, reason, self._now(), prediction_id),
-            )
+        self._write(
+            "UPDATE predictions SET status=iif(to_cancel, 'cancelled', 'error'),"
+            f" error_code=?, error=?, completed_at=? WHERE id=? AND {_RUNNING}",
+            *(code, reason, self._now(), prediction_id),
+        )
 
     def is_to_cancel(self, prediction_id: str) -> bool:
         """Whether a client has asked to cancel it since it was taken."""
@@ -356,6 +351,10 @@ class PredictionStore:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def _write(self, change: str, *values: str | float) -> None:
+        with self._change() as db:
+            db.execute(change, values)
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:

@@ -105,9 +105,9 @@ def steps_with_progress(run: Run, first: int, describe: Callable[[], str]) -> It
                 append_log(run, f"step {step + 1} elapsed_s {elapsed_s:.0f} {describe()}")
 
 
-def describe_figures(figures: dict[str, float]) -> str:
+def describe_figures(figures: dict[str, float], form: str = ".4g") -> str:
     """Names and values on one line."""
-    return " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    return " ".join(f"{name} {value:{form}}" for name, value in figures.items())
 
 
 def append_log(run: Run, line: str) -> None:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sd35bench.nano.networks import TEXT_TOKENS, assemble
 from sd35bench.nano.prompts import NanoPrompt, prompt_set
 from sd35bench.nano.train.flow import BROAD, FlowModel, Recipe, train_flow
-from sd35bench.nano.train.loop import Run
+from sd35bench.nano.train.loop import Run, describe_figures
 from sd35bench.nano.train.vae import load_vae
 from sd35bench.nano.verifier import verify
 
@@ -65,11 +65,6 @@ def accuracy(items: Sequence[NanoPrompt], images: Sequence[NDArray[np.uint8]]) -
     return {name: float(np.mean(rights)) for name, rights in shares.items()}
 
 
-def describe(shares: dict[str, float]) -> str:
-    """The accuracies on one line."""
-    return " ".join(f"{name} {share:.2f}" for name, share in shares.items())
-
-
 def contact_sheet(images: Sequence[NDArray[np.uint8]], columns: int = 8) -> NDArray[np.uint8]:
     """Pictures of one size side by side, in rows."""
     blank = np.zeros_like(images[0])
@@ -92,7 +87,7 @@ def train_and_probe(
         images = sample(pipeline, items, PROBE_STEPS, PROBE_CFG)
         torch.set_num_threads(threads)
         Image.fromarray(contact_sheet(images)).save(run.folder / "probe.png")
-        return describe(accuracy(items, images))
+        return describe_figures(accuracy(items, images), ".2f")
 
     # The flash kernel's bf16 backward on a CPU takes half of a step; plain matmuls a tenth.
     with sdpa_kernel(SDPBackend.MATH):
