@@ -39,7 +39,7 @@ from sd35bench.words import plural
 
 if TYPE_CHECKING:
     from sd35bench.recommend.profiles import Profile
-    from sd35bench.report.shown import Shown
+    from sd35bench.report.show import ShowOptions
     from sd35bench.workers.features import Spread
 
 LATEST = Flag("--latest", "the study that was written last, in place of its name")
@@ -65,12 +65,12 @@ def score(given: Given) -> Answer:
 
 def show(given: Given) -> Answer:
     """Print a study's settings."""
-    from sd35bench.report.shown import Shown, csv_text
+    from sd35bench.report.show import ShowOptions, csv_text
 
     as_csv = given.has("--csv")
     if as_csv and given.has("--markdown"):
         raise ConfigError("--csv and --markdown are two forms; give one")
-    shown = Shown(sort=given.text("--sort"), columns=_names(given.text("--columns")))
+    shown = ShowOptions(sort=given.text("--sort"), columns=_names(given.text("--columns")))
     study = _open(given)
     counts = score_missing(study)
     make = partial(_marked, given, study, shown.sort)
@@ -93,7 +93,7 @@ def show(given: Given) -> Answer:
 
 def _marked(given: Given, study: Study, sort: str | None, part: Study) -> dict[str, Any]:
     """The document of a part of the study, its rows marked and in order."""
-    from sd35bench.report.shown import mark_rows, sort_rows
+    from sd35bench.report.show import mark_rows, sort_rows
     from sd35bench.study.result_cache import kept_show
 
     pooled = given.has("--pool-hosts")
@@ -109,8 +109,8 @@ def _marked(given: Given, study: Study, sort: str | None, part: Study) -> dict[s
     return document
 
 
-def _print_shown(given: Given, shown: "Shown", document: dict[str, Any]) -> None:
-    from sd35bench.report.shown import settings_parts
+def _print_shown(given: Given, shown: "ShowOptions", document: dict[str, Any]) -> None:
+    from sd35bench.report.show import settings_parts
 
     print_parts(settings_parts(document, shown), given.has("--markdown"))
 

@@ -12,7 +12,7 @@ from sd35bench.report.charts import throughput_figures
 from sd35bench.report.page import render_report
 from sd35bench.report.render import TERMINAL, Table, markdown_document, print_document
 from sd35bench.report.rows import read_rows
-from sd35bench.report.shown import settings_parts
+from sd35bench.report.show import settings_parts
 from tests.studies.backends import DRIFT, GAIN, NOISE, SPEED, make_backends_study, with_impossible
 from tests.studies.drawn import Synthetic, document_of
 

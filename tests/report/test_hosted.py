@@ -16,7 +16,7 @@ from sd35bench.report.hosted import hosted_blocks, hosted_figures, hosted_senten
 from sd35bench.report.page import render_report
 from sd35bench.report.render import TERMINAL, Table, markdown_document, print_document
 from sd35bench.report.rows import match_records, read_rows
-from sd35bench.report.shown import settings_parts
+from sd35bench.report.show import settings_parts
 from tests.studies.drawn import Synthetic, document_of
 from tests.studies.hosted import AMBIGUOUS, LONE, SECONDS, UNTOLD_S, USD
 

@@ -1,6 +1,6 @@
 from sd35bench.analysis.summary import show_document
 from sd35bench.report.render import markdown_document
-from sd35bench.report.shown import settings_parts
+from sd35bench.report.show import settings_parts
 from sd35bench.study.store import Study
 from sd35bench.workers.process import run_plan
 from tests.studies.fakes import fake_load, fake_plan

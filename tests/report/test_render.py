@@ -24,7 +24,7 @@ from sd35bench.report.render import (
     say,
     text_column,
 )
-from sd35bench.report.shown import settings_parts
+from sd35bench.report.show import settings_parts
 from tests.studies.drawn import Synthetic, document_of
 
 

@@ -13,7 +13,7 @@ from sd35bench.report import leaderboard
 from sd35bench.report.claims import _verdicts
 from sd35bench.report.gate import comparison_parts
 from sd35bench.report.render import WRAPPED, Layout, Part, Table, print_document, text_table
-from sd35bench.report.shown import Shown, settings_parts
+from sd35bench.report.show import ShowOptions, settings_parts
 from tests.studies.wide import VARYING, wide_document
 
 WIDTHS = (60, 80, 100, 120)
@@ -25,10 +25,10 @@ def drawn(parts: Iterable[Part], width: int = 80) -> str:
     return out.getvalue()
 
 
-def printed(document: dict, width: int, shown: Shown | None = None) -> str:
+def printed(document: dict, width: int, shown: ShowOptions | None = None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, highlight=False)
-    print_document(settings_parts(document, Shown() if shown is None else shown), console)
+    print_document(settings_parts(document, ShowOptions() if shown is None else shown), console)
     return out.getvalue()
 
 
@@ -74,9 +74,9 @@ def test_the_least_important_columns_go_first_and_are_named_with_a_remedy():
 def test_what_it_names_can_be_asked_for_and_is_readable():
     picked = ("n", "fid_nano", "latency_ratio", "peak_rss_bytes", "sampler", "steps", "threads")
     document = wide_document(20, seed=1)
-    few = printed(document, 80, Shown(columns=picked[:4]))
+    few = printed(document, 80, ShowOptions(columns=picked[:4]))
     assert "n" in few.split()
-    many = printed(document, 80, Shown(columns=(*picked, "model", "backend", "weights")))
+    many = printed(document, 80, ShowOptions(columns=(*picked, "model", "backend", "weights")))
     assert "steps 1000" in " ".join(many.split())
     assert longest(many) <= 80
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from sd35bench.report.render import print_document
-from sd35bench.report.shown import settings_parts
+from sd35bench.report.show import settings_parts
 from tests.studies.drawn import Synthetic
 
 

@@ -47,14 +47,14 @@ _LEAST_PICKED = 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class ShowOptions:
     """How the rows are shown: `sort` is a column, ``-`` before it for the highest first."""
 
     sort: str | None = None
     columns: tuple[str, ...] = ()
 
 
-_AS_USUAL = Shown()
+_AS_USUAL = ShowOptions()
 
 
 def mark_rows(document: dict[str, Any], folder: Path, written_at: float) -> None:
@@ -242,7 +242,7 @@ def marks_note(document: Mapping[str, Any]) -> str:
 # The document ---------------------------------------------------------------------------------
 
 
-def settings_parts(document: Mapping[str, Any], shown: Shown = _AS_USUAL) -> Iterator[Part]:
+def settings_parts(document: Mapping[str, Any], shown: ShowOptions = _AS_USUAL) -> Iterator[Part]:
     """A `show` document: one row per setting, then what to be careful about.
 
     Where `shown` sorts, its rows are in that order already.

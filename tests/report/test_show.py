@@ -17,14 +17,22 @@ from sd35bench.recommend.pareto import SAME_COST
 from sd35bench.report.leaderboard import setting_table
 from sd35bench.report.render import TERMINAL, markdown_document, print_document
 from sd35bench.report.rows import read_rows
-from sd35bench.report.shown import Shown, csv_text, flatten, mark_rows, settings_parts, sort_rows
+from sd35bench.report.show import (
+    ShowOptions,
+    csv_text,
+    flatten,
+    mark_rows,
+    settings_parts,
+    sort_rows,
+)
 from tests.studies.drawn import Synthetic
 
 
 def printed(document: dict, width: int = 160, **shown) -> str:
     out = io.StringIO()
     print_document(
-        settings_parts(document, Shown(**shown)), Console(file=out, width=width, highlight=False)
+        settings_parts(document, ShowOptions(**shown)),
+        Console(file=out, width=width, highlight=False),
     )
     return out.getvalue()
 
