@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sd35bench import words
-from sd35bench.report.provenance import environment_lines
+from sd35bench.report.provenance import closing_parts
 from sd35bench.report.render import (
     MARKDOWN,
     TERMINAL,
@@ -69,10 +69,7 @@ def claims_parts(document: Mapping[str, Any]) -> Iterator[Part]:
         yield from _detail(claim)
     for note in document["notes"]:
         yield say(("warning", "yellow"), f" {note}")
-    lines = environment_lines(document["environments"])
-    warnings = (f"Warning: {note}" for note in document["notes"])
-    for i, line in enumerate((*((text, "raw") for text in lines), *warnings)):
-        yield paragraph(line, joined=i > 0)
+    yield from closing_parts(document["environments"], document["notes"])
     yield say((_RULES, "dim"), wraps=True)
 
 

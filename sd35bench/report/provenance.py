@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -21,6 +21,7 @@ from sd35bench.analysis.commands import (
 from sd35bench.analysis.settings import Numbered, setting_codes, shared_negatives, tasks
 from sd35bench.errors import count_error
 from sd35bench.fields import FIELDS, SETTING
+from sd35bench.report.render import Part, paragraph
 from sd35bench.report.rows import Row
 from sd35bench.study.columns import (
     Some,
@@ -61,13 +62,17 @@ def list_environments(sessions: Mapping[str, Session]) -> list[dict[str, Any]]:
     ]
 
 
-def environment_lines(environments: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What ran a document's images: a line for each unlike environment."""
+def closing_parts(
+    environments: Mapping[str, Mapping[str, Any]], warnings: Iterable[str]
+) -> Iterator[Part]:
+    """What ran a document's images, a line for each unlike environment, and its warnings."""
     facts = [
         ", ".join(f"{name} {environment[name]}" for name in _FACTS if environment.get(name))
         for environment in environments.values()
     ]
-    return [f"Environment: {text}." for text in dict.fromkeys(facts)]
+    ran = ((f"Environment: {text}.", "raw") for text in dict.fromkeys(facts))
+    for i, line in enumerate((*ran, *(f"Warning: {text}" for text in warnings))):
+        yield paragraph(line, joined=i > 0)
 
 
 def list_loads(sessions: Mapping[str, Session], records: Some) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from sd35bench.fields import label, value_text
 from sd35bench.report.blocks import comparison_blocks
 from sd35bench.report.hosted import hosted_blocks, network_note
 from sd35bench.report.leaderboard import LAST_TO_GO, front_ids, primary_metric, setting_table
-from sd35bench.report.provenance import environment_lines, list_warnings
+from sd35bench.report.provenance import closing_parts, list_warnings
 from sd35bench.report.render import (
     MARKDOWN,
     Cell,
@@ -286,9 +286,7 @@ def settings_parts(document: Mapping[str, Any], shown: ShowOptions = _AS_USUAL) 
     warnings = list_warnings(document, rows, extra)
     for warning in warnings:
         yield say(("warning ", "yellow"), warning, wraps=True)
-    lines = environment_lines(document.get("environments", {}))
-    for i, line in enumerate((*((t, "raw") for t in lines), *(f"Warning: {t}" for t in warnings))):
-        yield paragraph(line, joined=i > 0)
+    yield from closing_parts(document.get("environments", {}), warnings)
 
 
 def _title(document: Mapping[str, Any], rows: Sequence[Row]) -> Part:
