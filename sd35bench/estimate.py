@@ -20,7 +20,7 @@ from sd35bench.evaluations import work
 from sd35bench.machine.contention import read_contention
 from sd35bench.plan import Plan
 from sd35bench.remote.ledger import Ledger
-from sd35bench.study.store import Study
+from sd35bench.study.store import Study, study_names
 from sd35bench.trials import shares
 from sd35bench.types import Record, Request, Session, Status, Trial
 
@@ -172,8 +172,8 @@ def _alike(thing: Trial | Session, plan: Plan) -> bool:
 
 
 def _studies(results_dir: Path) -> Iterable[Study]:
-    for marker in sorted(results_dir.glob("*/study.json")):
+    for name in study_names(results_dir):
         try:
-            yield Study.open(results_dir, marker.parent.name)
+            yield Study.open(results_dir, name)
         except StoreError:
             continue

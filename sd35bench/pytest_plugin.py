@@ -87,7 +87,9 @@ def _from_root(root: Path, given: str | os.PathLike[str], *endings: str) -> str:
 
 
 def _only_study(results_dir: Path) -> str:
-    names = sorted(path.parent.name for path in results_dir.glob("*/study.json"))
+    from sd35bench.study.store import study_names
+
+    names = study_names(results_dir)
     if len(names) != 1:
         there = ", ".join(names) if names else "none"
         pytest.fail(

@@ -31,7 +31,7 @@ from sd35bench.errors import ConfigError, SD35BenchError, StudyLocked
 from sd35bench.report.render import Table, print_document, text_table
 from sd35bench.study.columns import texts
 from sd35bench.study.journal import new_shard_id
-from sd35bench.study.store import Study
+from sd35bench.study.store import Study, study_names
 from sd35bench.types import Status
 
 REMOVED = ".removed-"
@@ -49,7 +49,7 @@ _OLD_TEMPORARY = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp|npz|img)\.[0-9]+\.tmp"
 def list_studies(given: Given) -> Answer:
     """List every study of the results folder; one that cannot be read says why."""
     root = given.results_dir
-    rows = [_row(root, path.parent.name) for path in sorted(root.glob("*/study.json"))]
+    rows = [_row(root, name) for name in study_names(root)]
     out = console(given.as_json)
     if rows:
         print_document([_table(rows)], out)
@@ -147,7 +147,7 @@ def _removable(root: Path, name: str) -> Path:
     if "/" in name or name.startswith("."):
         raise ConfigError(f"rm {name}: give a study's name, not a path")
     if not (path / "study.json").is_file():
-        there = ", ".join(sorted(p.parent.name for p in root.glob("*/study.json"))) or "none"
+        there = ", ".join(study_names(root)) or "none"
         raise ConfigError(f"study {name!r} is not in {root}; there: {there}")
     if path.is_symlink():
         raise ConfigError(f"rm {name}: {path} is a link; remove the link or its target by hand")

@@ -34,7 +34,7 @@ from sd35bench.cli.sinks import SINK
 from sd35bench.cli.slices import FLAGS as SLICES
 from sd35bench.cli.slices import answer_parts, asks_part, parts_of, said
 from sd35bench.errors import ConfigError, SD35BenchError, StoreError
-from sd35bench.study.store import Study
+from sd35bench.study.store import Study, study_names
 from sd35bench.words import plural
 
 if TYPE_CHECKING:
@@ -332,8 +332,7 @@ def _open(given: Given) -> Study:
             raise ConfigError(f"{LATEST.name} names the study; leave {given.words[0]!r} out")
         given = replace(given, words=[latest(root)])
     if not given.words:
-        known = sorted(path.parent.name for path in root.glob("*/study.json"))
-        there = ", ".join(known) if known else "none yet; make one with sd35bench run"
+        there = ", ".join(study_names(root)) or "none yet; make one with sd35bench run"
         raise ConfigError(f"which study? in {root} there are: {there}")
     study = open_study(root, given.words[0])
     if not study.has_image():
@@ -356,9 +355,9 @@ def written_at(study: Study) -> float:
 def latest(root: Path) -> str:
     """Name the study whose journal was written last. Raises: ConfigError where there is none."""
     times: dict[str, float] = {}
-    for path in root.glob("*/study.json"):
+    for name in study_names(root):
         with contextlib.suppress(SD35BenchError):  # one that cannot be read is not the one meant
-            times[path.parent.name] = written_at(Study.open(root, path.parent.name))
+            times[name] = written_at(Study.open(root, name))
     if not times:
         raise ConfigError(f"--latest: no study in {root}; sd35bench run makes one")
     return max(times, key=lambda name: times[name])

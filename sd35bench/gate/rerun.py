@@ -8,12 +8,11 @@ of their own, `NAME.rerun-1` and on, since a trial that is done is never done tw
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from sd35bench.errors import ConfigError
 from sd35bench.fields import setting_identity
 from sd35bench.plan import Batch, Plan
-from sd35bench.study.store import Study
+from sd35bench.study.store import Study, study_names
 from sd35bench.types import Record, Status
 from sd35bench.workers.process import run_plan
 
@@ -51,12 +50,9 @@ def rerun(
 
 def reruns_of(study: Study) -> list[Study]:
     """Find the reruns of a study that lie beside it, in their order."""
-    found = [
-        Study.open(study.path.parent, path.parent.name)
-        for path in Path(study.path.parent).glob("*/study.json")
-        if _NUMBER.sub("", path.parent.name) == study.name and path.parent.name != study.name
-    ]
-    return sorted(found, key=_number)
+    root = study.path.parent
+    alike = (name for name in study_names(root) if _NUMBER.sub("", name) == study.name != name)
+    return sorted((Study.open(root, name) for name in alike), key=_number)
 
 
 def _require_same_environment(study: Study, fresh: Study) -> None:

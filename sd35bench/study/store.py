@@ -74,6 +74,11 @@ def _check_schema(marker: Path, name: str) -> None:
         raise StoreError(f"study {name!r} has schema {schema}, this version reads {SCHEMA}")
 
 
+def study_names(root: Path) -> list[str]:
+    """Names of the studies of a folder, in order; some may be unreadable."""
+    return sorted(path.parent.name for path in Path(root).glob("*/study.json"))
+
+
 class Study:
     """A named set of trials under a results folder.
 
@@ -107,8 +112,7 @@ class Study:
         marker = path / "study.json"
         if not os.path.lexists(marker):
             if not create:
-                known = sorted(p.parent.name for p in Path(root).glob("*/study.json"))
-                there = ", ".join(known) if known else "none"
+                there = ", ".join(study_names(root)) or "none"
                 raise StoreError(f"study {name!r} is not in {root}; there: {there}")
             with disk_errors(path):
                 for folder in ("journal", "scores", "images", "inits", "features"):
