@@ -195,19 +195,16 @@ def size(count: int | float | None) -> str:
     """Bytes in MiB or GiB, a dash where unknown."""
     if count is None:
         return MISSING
-    if count >= 2**30:
-        return f"{count / 2**30:.2f} GiB"
-    if count >= 2**20:
-        return f"{count / 2**20:.0f} MiB"
-    return f"{count / 2**10:.0f} KiB"
+    unit = next((unit for unit in ("GiB", "MiB") if count >= _UNITS[unit]), "KiB")
+    return size_in(count, unit, 2 if unit == "GiB" else 0)
+
+
+_UNITS = {"MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def size_in(count: float, unit: str, decimals: int = 1) -> str:
     """Bytes in one unit whatever their size, for sizes that are held against each other."""
     return f"{number(count / _UNITS[unit], decimals)} {unit}"
-
-
-_UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 
 def gib(count: float) -> str:

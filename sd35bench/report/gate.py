@@ -359,7 +359,7 @@ def _value(value: float | None, unit: str) -> str:
     if value is None:
         return MISSING
     if unit == "bytes":
-        return f"{words.number(value / 2**20, 0)} MiB"
+        return words.size_in(value, "MiB", 0)
     if unit.startswith("share of "):
         return _amount(value, True)
     return f"{words.digits(value, 4)}{' s' if unit == 's' else ''}"
