@@ -24,7 +24,7 @@ from sd35bench.config.place import place_of
 from sd35bench.engine import Engine
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import EVALUATIONS_PER_STEP, SAMPLERS, parse_skip_layers, plugin_sampler
-from sd35bench.fields import GUIDES, value_text
+from sd35bench.fields import GUIDES, OF_MODEL, SIZE, value_text
 from sd35bench.plan import PAIR_AXES, PNG_QUALITY, SETTING_AXES, AxisValue, Sweep
 from sd35bench.prompts import (
     FEWEST_TO_SPLIT,
@@ -156,7 +156,7 @@ def _axes(conf: RunConf, schema: Schema) -> dict[str, tuple[AxisValue, ...]]:
                 f" {model.max_sequence_length}"
             )
     # Asking for what the model does anyway is the same image, and must be the same trial.
-    for name in ("shift", "max_sequence_length"):
+    for name in OF_MODEL:
         if name in axes:
             own = getattr(model, name)
             axes[name] = tuple(None if value == own else value for value in axes[name])
@@ -189,7 +189,7 @@ def _sizes(conf: RunConf) -> tuple[tuple[int, int], ...]:
             for height in (heights if heights else (model.height,))
         ]
     for size in sizes:
-        for name, side in zip(("width", "height"), size, strict=True):
+        for name, side in zip(SIZE, size, strict=True):
             if side % model.size_multiple or not model.size_multiple <= side <= model.max_side_px:
                 raise ConfigError(
                     f"{name}={side}: must be a multiple of {model.size_multiple} from"

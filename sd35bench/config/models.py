@@ -29,7 +29,7 @@ from pydantic import (
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.evaluations import SAMPLERS
 from sd35bench.fields import FIELDS as REQUEST_FIELDS
-from sd35bench.fields import MOST_SEED, allowed
+from sd35bench.fields import MOST_SEED, OF_MODEL, allowed
 from sd35bench.remote.inputs import Kind
 from sd35bench.types import Scalar, Task
 
@@ -442,7 +442,7 @@ class RunConf(LoadConf):
 
 # Made from the table of fields ------------------------------------------------------------------
 
-_NULL_IN_LISTS = ("shift", "max_sequence_length", "skip_layer_scale")
+_NULL_IN_LISTS = (*OF_MODEL, "skip_layer_scale")
 """Axes on which null, the model's own, may stand beside other values."""
 
 

@@ -28,7 +28,7 @@ CATEGORIES = (
     *("sampler", "backend", "skip_layer_guidance"),
     *("guidance", "guidance_interval", "step_cache"),
 )
-_LISTED = ("sampler", "guidance", "guidance_interval", "step_cache")
+_LISTED = tuple(n for n in CATEGORIES if n not in ("backend", "skip_layer_guidance"))
 """Categories of which one job has every value; a preset has a job of its own."""
 OWN = {"profile": "balanced", "trials": "", "images": "", "first": "8"}
 """What only `tune` takes, and the defaults."""

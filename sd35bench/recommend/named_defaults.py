@@ -16,7 +16,7 @@ from typing import Any
 
 from sd35bench.analysis.table import Row
 from sd35bench.errors import ConfigError
-from sd35bench.fields import FIELDS, SETTING, asked_fields, completed
+from sd35bench.fields import FIELDS, SETTING, SIZE, asked_fields, completed
 from sd35bench.stats.intervals import Interval
 from sd35bench.stats.verdicts import images_between
 from sd35bench.types import Request, Task
@@ -28,7 +28,7 @@ PRESET = "stability"
 OWN_SHIFT = {None, 3.0}
 """The checkpoint's shift: unasked, or asked for as the value that it has."""
 
-_FREE = ("max_sequence_length", "width", "height", "output_format", "output_quality")
+_FREE = ("max_sequence_length", *SIZE, "output_format", "output_quality")
 """What of a setting no default names; all else that a default does not name is as unasked."""
 
 
@@ -162,7 +162,7 @@ def _values(default: NamedDefault) -> dict[str, Any]:
 
 
 def _same_place(row: Row, like: Row) -> bool:
-    names = ("model", "weights_digest", "backend", "backend_options", "threads", "width", "height")
+    names = ("model", "weights_digest", "backend", "backend_options", "threads", *SIZE)
     return row.environment_id == like.environment_id and all(
         row.setting[name] == like.setting[name] for name in names
     )

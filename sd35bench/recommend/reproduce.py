@@ -23,7 +23,7 @@ from sd35bench.analysis.commands import (
 from sd35bench.analysis.settings import shared_negatives
 from sd35bench.architectures import PIPELINES
 from sd35bench.evaluations import skip_layer_window
-from sd35bench.fields import CURVES, FIELDS, SIZE, later_asked
+from sd35bench.fields import CURVES, FIELDS, OF_MODEL, SIZE, later_asked
 from sd35bench.recommend.named_defaults import OWN_SHIFT
 from sd35bench.remote.providers.wire import MOST_CFG, MOST_STEPS, RATIOS, schema_input
 from sd35bench.study.columns import Some, seeds
@@ -199,9 +199,7 @@ def api_body(record: Record) -> dict[str, Any]:
         return {"body": None, "not_sent": [], "why_not": why}
     image = None if request.init_image is None else INIT_IMAGE
     inputs = schema_input(request, {(request.width, request.height): ratio}, image)
-    unsaid = [
-        name for name in ("shift", "max_sequence_length") if getattr(request, name) is not None
-    ]
+    unsaid = [name for name in OF_MODEL if getattr(request, name) is not None]
     body = {"model": SLUG, "version": "0.0.1", "input": inputs}
     return {"body": body, "not_sent": [*SIZE, *unsaid], "why_not": None}
 

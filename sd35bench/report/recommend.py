@@ -12,7 +12,7 @@ import yaml
 from sd35bench import plugins, words
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
-from sd35bench.fields import describe, unusual_words
+from sd35bench.fields import CURVES, describe, unusual_words
 from sd35bench.recommend.entry import confirmation_text
 from sd35bench.report.render import (
     HTML,
@@ -451,7 +451,7 @@ def default_table(entry: Mapping[str, Any], form: str) -> Table | None:
 
 def _default_row(default: Mapping[str, Any]) -> list[str]:
     """Name, setting, quality, the choice minus it, speed, verdict."""
-    said = unusual_words(default, ("steps", "cfg", "prompt_strength", "sampler"))
+    said = unusual_words(default, (*CURVES, "sampler"))
     name = ", ".join([*said, *(["skip-layer guidance"] if default["skip_layer_guidance"] else [])])
     verdict = default["verdict"]
     if default["status"] == "not in the study":

@@ -17,6 +17,7 @@ whose journal is small (`LEAST_BYTES`), and none where a text is no Unicode (a l
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import io
@@ -32,7 +33,7 @@ import msgspec
 
 from sd35bench.disk import file_stamp, open_lock, read_regular, try_flock, write_atomic
 from sd35bench.errors import StoreError
-from sd35bench.types import Session, Status
+from sd35bench.types import Request, Session, Status
 
 LEAST_BYTES = 8_000_000
 """Of a smaller journal (some 5,000 records) no view is kept: reading it takes half a second."""
@@ -40,6 +41,7 @@ VERSION = 3
 FOLDER = "view"
 FREE = ("prompt", "negative_prompt", "seed", "init_image")
 """What of a request is a column of its own, and not in `asked`."""
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
 _RECORD = b'{"kind":"record",'
 
 
@@ -547,9 +549,8 @@ class JournalView(ParquetView):
             found[f"has_{name}"] = [_text(getattr(r, name)) is not None for r in rows]
         found["has_surroundings"] = [r.surroundings is not None for r in rows]
         requests = [t.request for t in trials]
-        defaults = {"negative_prompt": "", "init_image": None}
         for name in FREE:
-            found[name] = [r.pop(name, defaults.get(name)) for r in requests]
+            found[name] = [r.pop(name, _DEFAULTS[name]) for r in requests]
         encode = msgspec.json.Encoder().encode
         found["asked"] = [encode(r).decode() for r in requests]
         return found

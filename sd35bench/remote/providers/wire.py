@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sd35bench.errors import RemoteError
-from sd35bench.fields import FIELDS, later_asked
+from sd35bench.fields import FIELDS, OF_MODEL, later_asked
 from sd35bench.remote.providers.base import UNNAMED, Phase, Prediction
 from sd35bench.types import Request
 
@@ -249,7 +249,7 @@ def _refusals(
         yield (
             f"sampler={request.sampler}: the service's own cannot be chosen; use sampler={SAMPLER}"
         )
-    for name in ("shift", "max_sequence_length"):
+    for name in OF_MODEL:
         if getattr(request, name) is not None:
             yield f"{name}: the protocol has none; use {name}=null"
     for name in later_asked(request):
