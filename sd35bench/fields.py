@@ -481,7 +481,11 @@ _FLOATS = frozenset(f.name for f in _FIELDS if get_args(f.takes)[:1] == (float,)
 _INTS = frozenset(f.name for f in _FIELDS if get_args(f.takes)[:1] == (int,))
 NUMBERS = tuple(name for name in SETTING if name in _FLOATS | _INTS)
 """Fields of a setting whose values are numbers."""
-OF_MODEL = tuple(n for n in NUMBERS if FIELDS[n].quiet is None and not FIELDS[n].sent)
+OF_MODEL = tuple(
+    f.name
+    for f in map(FIELDS.__getitem__, NUMBERS)
+    if f.quiet is None and f.neutral is KEYED and not f.sent
+)
 """Numbers that a model has of its own, where a request asks for none."""
 
 
