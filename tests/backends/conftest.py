@@ -18,8 +18,10 @@ from sd35bench.export import artifact, onnx_model
 from sd35bench.export.artifact import Artifact
 from sd35bench.loading.checkpoint import weights_digest
 from sd35bench.types import BackendSpec, Load, ModelSpec, Request
+from tests.kept_models import kept_models
 from tests.studies.tiny import TOKENS, write_tiny_sd3
 
+__all__ = ["kept_models"]
 NANO = Path(__file__).parents[2] / "sd35bench" / "nano" / "weights"
 
 

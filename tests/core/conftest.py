@@ -1,5 +1,6 @@
 """The tiny checkpoint, as the backends' tests have it."""
 
 from tests.backends.conftest import tiny_path
+from tests.kept_models import kept_models
 
-__all__ = ["tiny_path"]
+__all__ = ["kept_models", "tiny_path"]
