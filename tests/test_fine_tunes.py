@@ -102,13 +102,13 @@ def test_every_command_of_the_page_is_one_that_there_is(tuned: Path, monkeypatch
 
 
 def test_did_my_fine_tune_regress_is_one_command(tuned: Path, monkeypatch: Any) -> None:
-    """The page's first two runs and their comparison, with 4 steps of 10 prompts.
+    """The page's first two runs and their comparison, with 4 steps of 7 prompts.
 
     A fine-tune of 4 steps changes little, so that it is taken 40 times over: nothing is right then.
     """
     monkeypatch.chdir(tuned.parent)
     compute_here(monkeypatch)
-    fewer = {"steps=8": "steps=4", "prompts.limit=64": "prompts.limit=10"}
+    fewer = {"steps=8": "steps=4", "prompts.limit=64": "prompts.limit=7"}
     fewer |= {"model.lora=dark.safetensors": "model.lora=dark.safetensors:40"}
     base, dark, verdict, *_ = commands("sd35bench")
     for words in (base, dark):

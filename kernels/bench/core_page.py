@@ -18,6 +18,7 @@ it; the exit code is 1 where a part failed.
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -245,11 +246,17 @@ def surroundings(threads: int) -> Row:
     found: Row = dict(environment(threads=threads))
     found["instructions"] = pick_level()
     found["compiler"] = _first_line([os.environ.get("CXX", "g++"), "--version"])
-    distributions = importlib.metadata.packages_distributions()  # onnxruntime has several names
+    distributions = _distributions()
     for name in PEERS:
         for distribution in distributions.get(name, ())[:1]:
             found[name] = importlib.metadata.version(distribution)
     return found
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Distributions by module, as onnxruntime has several names; 1 s, hence once a process."""
+    return importlib.metadata.packages_distributions()
 
 
 def _first_line(command: list[str]) -> str | None:

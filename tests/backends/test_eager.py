@@ -34,8 +34,15 @@ def test_eager_is_bit_identical_to_bare_diffusers(
     assert not differs(images, bare_images(tiny_path, requests))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("kind", ["text-batch-3", "image-batch-2"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        ("bf16", "text-batch-3"),
+        ("fp16", "image-batch-2"),
+        pytest.param("fp16", "text-batch-3", marks=pytest.mark.slow),
+        pytest.param("bf16", "image-batch-2", marks=pytest.mark.slow),
+    ],
+)
 def test_eager_is_bit_identical_in_half_precision(tiny_path: Path, dtype: str, kind: str) -> None:
     requests = IDENTICAL[kind]
     backend = EagerBackend(make_load(tiny_path, dtype=dtype))
@@ -69,12 +76,12 @@ def test_nano_keeps_the_init_image_at_low_strength(nano: EagerBackend) -> None:
     item = prompt_set("heldout", "edit", limit=1)[0]
     init = init_image(item)
     kept = []
-    for strength in (0.2, 0.5, 0.8, 1.0):
+    for strength in (0.2, 0.6, 1.0):
         request = make_request(
             prompt=item.prompt,
             width=item.width,
             height=item.height,
-            steps=10,
+            steps=5,
             init_image="digest",
             prompt_strength=strength,
         )
@@ -98,7 +105,7 @@ def test_nano_makes_every_documented_aspect_ratio(
     sizes = list(ASPECT_RATIOS.values())
     for width, height in sizes[::5] if changes else sizes:  # the image's own part is its encoding
         size = {"width": width, "height": height}
-        request = make_request(**size, steps=2, negative_prompt="red", **changes)
+        request = make_request(**size, steps=1, cfg=1.0, **changes)
         made = nano.generate([request], make_inits([request]))
         assert made.images[0].shape == (height, width, 3)
         assert made.images[0].std() > 1, size

@@ -32,6 +32,7 @@ from sd35bench.report.provenance import rerun_commands
 from sd35bench.server.schema import parse_json, read_create, to_request
 from sd35bench.server.settings import ServedModel
 from sd35bench.types import BackendSpec, Change, Load, ModelSpec, SkipLayerGuidance
+from tests.kept_models import keep_models
 from tests.studies.memory import LOAD, record
 from tests.studies.tiny import TOKENS, write_tiny_sd3
 from tests.studies.tiny_families import write_tiny
@@ -44,7 +45,9 @@ def load(tmp_path_factory):
     path = write_tiny_sd3(tmp_path_factory.mktemp("weights") / "it's tiny")
     model = replace(LOAD.model, path=str(path), max_sequence_length=TOKENS)
     backend = BackendSpec(name="eager", kind="eager", options={"dtype": "fp32"})
-    return replace(LOAD, model=model, backend=backend, threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        keep_models(patch)
+        yield replace(LOAD, model=model, backend=backend, threads=1)
 
 
 @pytest.mark.parametrize(

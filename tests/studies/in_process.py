@@ -80,5 +80,8 @@ def fakes_here(monkeypatch: "pytest.MonkeyPatch") -> None:
 
 def compute_here(monkeypatch: "pytest.MonkeyPatch") -> None:
     """Have all runs use such workers, and leave the machine's limits unmeasured (20 s of CPU)."""
+    from tests.kept_models import keep_models  # it imports torch
+
+    keep_models(monkeypatch)
     monkeypatch.setattr(process, "WorkerProcess", HereWorker)
     monkeypatch.setattr(process, "measure_once", lambda *_: None)
