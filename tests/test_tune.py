@@ -70,7 +70,13 @@ def regret(lab: Surface, outcome: Outcome) -> float:
 
 # Over 60 to 100 seeds 98 % (grid, 64 prompts), 100 % (ranges, 128) and 93 % (ranges, 64).
 @pytest.mark.parametrize(
-    ("space", "prompts"), [(GRID, 64), (RANGES, 128)], ids=["the demo's grid", "ranges"]
+    ("space", "prompts"),
+    [
+        (GRID, 64),
+        (RANGES, 64),
+        pytest.param(RANGES, 128, marks=pytest.mark.slow),
+    ],
+    ids=["the demo's grid", "ranges", "ranges, 128 prompts"],
 )
 def test_tune_finds_a_setting_within_the_margin_for_40_percent_of_the_images(space, prompts):
     trials = min(space.size, 40)

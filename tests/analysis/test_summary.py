@@ -211,8 +211,8 @@ def test_set_metric_below_its_minimum_is_refused_with_the_count(tmp_path, n):
 
 @pytest.mark.parametrize(
     ("settings", "limit_s"),
-    [(20, 10.0), pytest.param(100, 30.0, marks=pytest.mark.slow)],
-    ids=["20000-records", "100000-records"],
+    [(10, 10.0), pytest.param(100, 30.0, marks=pytest.mark.slow)],
+    ids=["10000-records", "100000-records"],
 )
 def test_show_document_of_many_records_takes_seconds(tmp_path, settings, limit_s):
     study = MemoryStudy(tmp_path)

@@ -191,7 +191,7 @@ def test_layer_undone_after_the_proof_is_caught(tiny_path: Path) -> None:
 
 
 def test_calibrated_activations_are_in_force(tiny_path: Path, eager: EagerBackend) -> None:
-    options = {"activations": "int8", "calibration_prompts": 2, "calibration_steps": 2}
+    options = {"activations": "int8", "calibration_prompts": 2, "calibration_steps": 1}
     backend = load_int8(tiny_path, **options)
     said = backend.in_force["quantised"]
     assert said["activations"] == "int8"

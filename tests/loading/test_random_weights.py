@@ -169,7 +169,11 @@ def test_restore_buffers_makes_diffusers_own_position_table() -> None:
     assert list(module.state_dict()) == list(own.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],  # fp16 overflows first
+    ids=str,
+)
 def test_transformer_of_true_width_stays_near_one(dtype: torch.dtype) -> None:
     """One layer of SD3.5-Medium's width; a small position table keeps the test small."""
     config = {**random_parts("sd35-medium", 1)["transformer"], "pos_embed_max_size": 8}
@@ -231,10 +235,10 @@ def test_encoded_text_embeds_ids_as_diffusers_does() -> None:
 def test_random_nano_makes_images_that_depend_on_prompt_and_seed(encoders: bool) -> None:
     backend = make_backend(random_spec(encoders=encoders))
     requests = [
-        make_request(),
-        make_request(prompt="blue square"),
-        make_request(seed=1),
-        make_request(),
+        make_request(steps=2),
+        make_request(steps=2, prompt="blue square"),
+        make_request(steps=2, seed=1),
+        make_request(steps=2),
     ]
     images = backend.generate(requests, [None] * 4).images
     assert not differs(images[:1], images[3:])
@@ -251,7 +255,7 @@ def test_random_nano_of_fewer_layers_is_another_model() -> None:
     images = []
     for layers in (None, 2):
         backend = make_backend(random_spec(layers=layers))
-        images.append(backend.generate([make_request()], [None]).images)
+        images.append(backend.generate([make_request(steps=1)], [None]).images)
         assert backend.in_force["layers"] == (6 if layers is None else layers)
         backend.close()
     assert differs(*images)

@@ -36,6 +36,23 @@ def renders():
     return [[true_render(item, seed) for item in items] for seed in (0, 1)]
 
 
+@pytest.fixture(scope="module")
+def features(nano, renders):
+    """Features of true renders, of their reference, and of what damage makes of the renders."""
+    images, reference = renders
+    large = [_enlarged(x) for x in images]
+    shown = {
+        "images": images,
+        "reference": reference,
+        "swapped channels": [x[:, :, ::-1].copy() for x in images],
+        "compressed": [_jpeg(x) for x in images],
+        "noise": pictures(len(images)),
+        "large": large,
+        "large, resized without antialiasing": [x[::2, ::2].copy() for x in large],
+    }
+    return {name: nano.embed(each) for name, each in shown.items()}
+
+
 def _reference(features: np.ndarray, prompts: np.ndarray | None = None) -> Reference:
     return Reference(
         name="r", gaussian=fit(features), source="a test", features=features, prompts=prompts
@@ -65,30 +82,22 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("statistic", PARAMETERS)
-def test_true_renders_are_near_and_every_mutant_is_far(statistic, nano, renders):
-    images, reference = renders
-    target = nano.embed(reference)
+def test_true_renders_are_near_and_every_mutant_is_far(statistic, features):
+    target = features["reference"]
     better = -1.0 if statistic in ("precision", "recall") else 1.0
-    right = better * _value(statistic, nano.embed(images), target)
-    mutants = {
-        "swapped channels": [x[:, :, ::-1].copy() for x in images],
-        "compressed": [_jpeg(x) for x in images],
-        "noise": pictures(len(images)),
-    }
-    for name, mutant in mutants.items():
-        wrong = better * _value(statistic, nano.embed(mutant), target)
-        assert wrong > right + 0.05 * abs(right), name
+    right = better * _value(statistic, features["images"], target)
+    for mutant in ("swapped channels", "compressed", "noise"):
+        wrong = better * _value(statistic, features[mutant], target)
+        assert wrong > right + 0.05 * abs(right), mutant
     # The reference's own damage is seen as much as the images'.
-    assert better * _value(statistic, target, nano.embed(mutants["compressed"])) > right
+    assert better * _value(statistic, target, features["compressed"]) > right
 
 
 @pytest.mark.parametrize("statistic", ["kid", "cmmd"])
-def test_resizing_mutant_without_antialiasing_is_far(statistic, nano, renders):
-    images, reference = renders
-    target = nano.embed(reference)
-    large = [_enlarged(x) for x in images]
-    right = _value(statistic, nano.embed(large), target)
-    wrong = _value(statistic, nano.embed([x[::2, ::2].copy() for x in large]), target)
+def test_resizing_mutant_without_antialiasing_is_far(statistic, features):
+    target = features["reference"]
+    right = _value(statistic, features["large"], target)
+    wrong = _value(statistic, features["large, resized without antialiasing"], target)
     assert wrong > 3 * abs(right)
 
 
@@ -110,8 +119,8 @@ def test_extrapolated_distance_sees_swapped_channels_and_compression(nano, rende
     assert value([_jpeg(x) for x in images]) > abs(right) + 10
 
 
-def test_kid_of_clip_features_is_the_kernel_of_their_cosine(nano, renders):
-    x, y = (nano.embed(part).astype(float) for part in renders)
+def test_kid_of_clip_features_is_the_kernel_of_their_cosine(features):
+    x, y = (features[name].astype(float) for name in ("images", "reference"))
     cosines = [
         (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T
         for a, b in ((x, x), (y, y), (x, y))
@@ -129,10 +138,10 @@ def test_floats_never_reach_an_extractor(family):
         metric.extractor.embed([np.zeros((64, 64, 3), np.float32)])
 
 
-def test_cmmd_does_not_see_the_length_of_features_and_is_1000_times_the_distance(nano, renders):
+def test_cmmd_does_not_see_the_length_of_features_and_is_1000_times_the_distance(features):
     from sd35bench.stats.kernel import gaussian_kernel, kernel_distance
 
-    x, y = (nano.embed(part) for part in renders)
+    x, y = (features[name] for name in ("images", "reference"))
     longer = x * np.linspace(0.5, 2.0, len(x))[:, None]
     plain = _value("cmmd", x, y)
     assert _value("cmmd", longer, y) == pytest.approx(plain, abs=1e-4)
@@ -142,9 +151,9 @@ def test_cmmd_does_not_see_the_length_of_features_and_is_1000_times_the_distance
     assert plain == pytest.approx(1000 * kernel_distance(*sides, gaussian_kernel(10.0)).value)
 
 
-def test_cmmd_plus_each_images_pair_with_itself_is_what_the_authors_code_gives(nano, renders):
+def test_cmmd_plus_each_images_pair_with_itself_is_what_the_authors_code_gives(features):
     """google-research/cmmd/distance.py, with 1 / n of the diagonal in its means."""
-    x, y = (nano.embed(part).astype(float) for part in renders)
+    x, y = (features[name].astype(float) for name in ("images", "reference"))
     x, y = (f / np.linalg.norm(f, axis=1)[:, None] for f in (x, y))
 
     def k(a, b):

@@ -35,7 +35,7 @@ def scenes(number: int, levels: tuple[Level, ...], seed: int = 0) -> list[Scene]
 
 
 def test_verify_true_renders_at_least_99_percent():
-    right = [verify(render(scene), caption(scene)).all_right for scene in scenes(200, CLEAR)]
+    right = [verify(render(scene), caption(scene)).all_right for scene in scenes(100, CLEAR)]
     assert np.mean(right) >= 0.99
 
 
@@ -45,7 +45,7 @@ def test_verify_overlap_true_renders():
 
 
 def test_verify_shuffled_captions_near_chance():
-    made = scenes(100, CLEAR)
+    made = scenes(50, CLEAR)
     right = [
         verify(render(scene), caption(other)).all_right
         for scene, other in zip(made, made[7:] + made[:7], strict=True)
