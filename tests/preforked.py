@@ -45,6 +45,7 @@ PRELOADED = (
 """None of them loads torch; modules of their own commands run anew in each fork."""
 COLLECTED = (
     *("numpy", "torch", "torch._dynamo", "scipy.stats", "omegaconf", "PIL.Image", "open_clip"),
+    "schemathesis",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img",
 )
 """What of other packages a worker of the suite imports to collect its tests: 17 s of CPU."""
@@ -188,7 +189,26 @@ def serve_workers(handle: int) -> None:
     for name in COLLECTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    if not sys.dont_write_bytecode:
+        with contextlib.suppress(AttributeError, TypeError):  # of another version of pytest
+            _compile_from_the_end()
     _serve(handle)
+
+
+def _compile_from_the_end() -> None:
+    """Write the bytecode that pytest makes of our modules, while the first worker is at the others.
+
+    In a fresh clone every worker would take 20 s of CPU for it, all at the same time.
+    """
+    from _pytest.assertion import rewrite
+
+    tests = [path for path in ROOT.glob("tests/**/*.py") if path.name[:5] in ("test_", "conft")]
+    for path in [*sorted(tests, reverse=True), *ROOT.glob("sd35bench/**/*.py")]:
+        bytecode = rewrite.get_cache_dir(path) / f"{path.stem}{rewrite.PYC_TAIL}"
+        if not bytecode.exists():
+            digest, code = rewrite._rewrite_test(path, None)  # type: ignore[arg-type]
+            bytecode.parent.mkdir(exist_ok=True)
+            rewrite._write_pyc(None, code, digest, bytecode)  # type: ignore[arg-type]
 
 
 def _serve(handle: int) -> None:

@@ -17,7 +17,7 @@ import sd35bench.remote.limiter as limiter
 from sd35bench.errors import StoreError
 from sd35bench.remote.limiter import Limiter, SharedCount, boot_clock, limiter_path
 
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 PATIENCE_S = 60.0
 """For what a busy machine may be slow at; nothing waits that long where it works."""
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -351,10 +351,9 @@ def hammer(path: str, out, ready) -> None:
 
 
 def test_three_processes_together_keep_both_limits_and_use_them(tmp_path):
-    out, ready = SPAWN.Queue(), SPAWN.Barrier(3)
+    out, ready = FORK.Queue(), FORK.Barrier(3)
     workers = [
-        SPAWN.Process(target=hammer, args=(str(tmp_path / "l.sqlite"), out, ready))
-        for _ in range(3)
+        FORK.Process(target=hammer, args=(str(tmp_path / "l.sqlite"), out, ready)) for _ in range(3)
     ]
     for worker in workers:
         worker.start()
@@ -383,8 +382,8 @@ def hold(path: str, entered) -> None:
 
 
 def test_the_slot_of_a_killed_process_comes_back_by_name_at_once_and_else_with_its_lease(tmp_path):
-    path, entered = tmp_path / "l.sqlite", SPAWN.Event()
-    worker = SPAWN.Process(target=hold, args=(str(path), entered))
+    path, entered = tmp_path / "l.sqlite", FORK.Event()
+    worker = FORK.Process(target=hold, args=(str(path), entered))
     worker.start()
     assert entered.wait(PATIENCE_S)
     assert worker.pid is not None

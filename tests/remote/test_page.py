@@ -34,6 +34,7 @@ def called(url: str, limit: int) -> list[str]:
         *("run", "experiment=page", "prompts=nano", f"prompts.limit={limit}", "timed_limit=1"),
         *(f"remote.base_url={url}", "remote.allow_loopback=true", "remote.accept_size=64x64"),
         *("remote.requests_per_minute=1000000", "remote.timeout_s=120", "--json"),
+        "remote.expected_latency_s=0.05",
     ]
 
 

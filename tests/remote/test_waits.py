@@ -67,7 +67,7 @@ def test_a_wait_for_the_rate_ends_within_two_windows_or_the_timeout_and_is_said(
 
 def test_mutant_without_a_bound_waits_for_the_rate_for_ever(tmp_path):
     async def request() -> None:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(0.5):  # twice the two windows of the bound
             await limited(tmp_path, []).request()
 
     with pytest.raises(TimeoutError):
@@ -80,7 +80,9 @@ def test_a_broken_file_of_limits_is_said_and_ends_the_run(server, study, monkeyp
     path.parent.mkdir(parents=True)
     path.write_bytes(b"garbage" * 1000)
     began = time.monotonic()
-    summary = run(study, hosted_plan(server.url, 2), server.url, timeout_s=TIMEOUT_S)
+    # The new file has a row for each request of the rate.
+    changes = {"timeout_s": TIMEOUT_S, "requests_per_minute": 1000}
+    summary = run(study, hosted_plan(server.url, 2), server.url, **changes)
     assert time.monotonic() - began < limiter.LEASE_S / 10
     assert "no slot was free" in str(summary.paused)
     assert "no slot was free" in capsys.readouterr().err
@@ -89,12 +91,12 @@ def test_a_broken_file_of_limits_is_said_and_ends_the_run(server, study, monkeyp
 
 def test_without_the_bounds_the_leases_would_be_awaited(server, study, monkeypatch):
     """The mutant: a wait that looks at nothing but its slot."""
-    monkeypatch.setattr(limiter, "LEASE_S", 3.0)
-    monkeypatch.setattr("sd35bench.remote.drive.LEASE_S", 3.0)
+    monkeypatch.setattr(limiter, "LEASE_S", 1.5)
+    monkeypatch.setattr("sd35bench.remote.drive.LEASE_S", 1.5)
     monkeypatch.setattr("sd35bench.remote.drive.WaitBounds", lambda **_: limiter.WaitBounds())
     plan = hosted_plan(server.url, 4)
     changes = {"timeout_s": TIMEOUT_S, "concurrency": 1, "single_stream": 0}
     run(study, plan, server.url, max_cost_usd=PRICE_USD, **changes)
     server.never_ends = True
     summary = run(study, plan, server.url, **changes)
-    assert summary.wall_s > 3.0
+    assert summary.wall_s > 1.5

@@ -64,18 +64,21 @@ DOCUMENT = {
 
 
 @pytest.fixture
-def page(browser, tmp_path):
+def page(tabs, tmp_path):
     for name, colour in (("a", (100, 50, 20)), ("b", (110, 50, 20))):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
     path, noise = tmp_path / "compare.html", []
     find = lambda digest: tmp_path / f"{digest}.png"  # noqa: E731
     path.write_text(compare_page(DOCUMENT, find, find), encoding="utf-8")
-    opened = browser.new_page()
-    opened.on("console", lambda m: noise.append(m.text))
-    opened.on("pageerror", lambda e: noise.append(str(e)))
+    opened = tabs.take(
+        {
+            "console": lambda m: noise.append(m.text),
+            "pageerror": lambda e: noise.append(str(e)),
+        }
+    )
     opened.goto(path.as_uri())
     yield opened
-    opened.close()
+    tabs.give_back()
     assert noise == []
 
 

@@ -26,17 +26,14 @@ def still(tmp_path: Path) -> Iterator[Served]:
 
 
 @pytest.fixture
-def visit(browser) -> Iterator[Callable]:
+def visit(tabs) -> Iterator[Callable]:
     """Open the page; what it logs, throws, or asks of others must stay empty.
 
     Chromium itself logs a refused request: `refusals` says that some are expected.
     """
     noise: list[str] = []
-    pages = []
 
     def go(server: Served, width: int = 1280, *, refusals: bool = False, **options):
-        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
-        page.set_default_timeout(60_000)
 
         def heard(message) -> None:
             if not (refusals and message.text.startswith("Failed to load resource")):
@@ -46,14 +43,13 @@ def visit(browser) -> Iterator[Callable]:
             if not request.url.startswith((server.url, "data:", "blob:")):
                 noise.append(f"request: {request.url}")
 
-        page.on("console", heard)
-        page.on("pageerror", lambda e: noise.append(f"error: {e}"))
-        page.on("request", requested)
+        said = lambda e: noise.append(f"error: {e}")  # noqa: E731
+        hears = {"console": heard, "pageerror": said, "request": requested}
+        page = tabs.take(hears, width, 900, **options)
+        page.set_default_timeout(60_000)
         page.goto(f"{server.url}/")
-        pages.append(page)
         return page
 
     yield go
-    for page in pages:
-        page.close()
+    tabs.give_back()
     assert noise == []

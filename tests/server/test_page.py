@@ -330,7 +330,7 @@ def test_page_goes_on_after_the_server_was_away(still: Served, visit):
 @pytest.mark.browser
 def test_polls_stay_within_the_rate(still: Served, visit):
     """A prediction that never ends, on a clock that runs ahead; nothing while nobody looks."""
-    page = visit(still)
+    page = visit(still, service_workers="block")  # a clock is a whole context's
     page.wait_for_selector(READY)
     page.clock.install()
     page.reload()

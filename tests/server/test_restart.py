@@ -155,8 +155,10 @@ def is_deaf(address: tuple[str, int]) -> bool:
 
 @FORKED
 def test_a_second_server_is_refused_and_a_second_ctrl_c_ends_at_once_in_silence(tmp_path):
-    slow = ("no_auth=true", "backend.delay_s=3")
-    with served(tmp_path, *slow) as server, socket.create_connection(server.address) as wire:
+    with (
+        served(tmp_path, "no_auth=true") as server,
+        socket.create_connection(server.address) as wire,
+    ):
         other = Served(tmp_path, "no_auth=true")
         assert other.process.communicate(timeout=WAIT_S)[0].count(b"another server uses it") == 1
         assert other.process.returncode == 2

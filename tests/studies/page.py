@@ -4,7 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import _utils
 
 from sd35bench.config.files import config_dir
 from sd35bench.config.model_inputs import declared
@@ -19,13 +20,21 @@ OWN = ("pixart-xl-2", "sana", "ideogram-v2-turbo", "omni-zero-couples")
 def group_file(group: str, name: str) -> dict[str, Any]:
     """A group's YAML with what it inherits from others of its group."""
     path = Path(config_dir()) / group / f"{name}.yaml"
-    own: Any = OmegaConf.to_container(OmegaConf.load(path))
+    own = yaml.load(path.read_text("utf-8"), Loader=_utils.get_yaml_loader())
     found: dict[str, Any] = {}
     for base in own.pop("defaults"):
         if isinstance(base, str) and base not in ("schema", "_self_"):
             found = group_file(group, base)
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(found, own))
-    return merged
+    return _merged(found, own)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, and so in what both have below a name."""
+    found = {**base, **own}
+    for name in base.keys() & own.keys():
+        if isinstance(base[name], dict) and isinstance(own[name], dict):
+            found[name] = _merged(base[name], own[name])
+    return found
 
 
 def model_conf(name: str) -> ModelConf:

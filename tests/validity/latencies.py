@@ -6,7 +6,7 @@ three times as long; process starts lie 0 or 5 % apart. What is told is what `sh
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +34,12 @@ Kind = Callable[[np.random.Generator, int, float, float, int], Held | None]
 """Says of each repetition whether the interval holds the truth; ``None``: it is not told."""
 
 
+@cache
 def true_log_median() -> float:
     """Of one image's log latency: that of the usual ones, moved by the slow ones."""
     rng = np.random.default_rng(0)
     logs = SIGMA * rng.standard_normal(4_000_000)
     return float(np.median(logs + np.log(TIMES) * (rng.random(len(logs)) < SLOW)))
-
-
-_MEDIAN = true_log_median()
 
 
 def _series(rng: np.random.Generator, n: int, likeness: float, columns: int) -> Floats:
@@ -57,7 +55,7 @@ def drawn(
 ) -> Floats:
     """Logs [n, columns] of one start's latencies, in the order of time, whose median is `start`."""
     logs = SIGMA * _series(rng, n, likeness, columns)
-    return logs - _MEDIAN + np.log(TIMES) * (rng.random(logs.shape) < SLOW) + start
+    return logs - true_log_median() + np.log(TIMES) * (rng.random(logs.shape) < SLOW) + start
 
 
 def _starts(
