@@ -52,7 +52,7 @@ CHROMIUM_FLAGS = [
 
 
 def pytest_configure() -> None:
-    """Keep each parallel worker, and the processes it starts, to one core of its own.
+    """Keep each parallel worker, and the processes it starts, to one core.
 
     Two threads that share their cores with another test wait for each other at every barrier: the
     notebook's 30 s became 300 s. No canary is read, but where a test asks for it: what the suite
