@@ -167,7 +167,8 @@ def forks_of_workers() -> Iterator[None]:
         return
     with _started_by(WorkerFork):
         yield
-    _server("serve_workers").close()
+    if WorkerFork.first:
+        WorkerFork.server().close()
 
 
 # In the process that forks -----------------------------------------------------------------------

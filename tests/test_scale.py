@@ -43,6 +43,7 @@ def test_only_some_commands_are_measured_where_some_are_asked_for(tmp_path, monk
     (tmp_path / "n200" / "study.json").touch()
     monkeypatch.setattr(scale, "PAGES", {})
     monkeypatch.setattr(scale, "append_one", lambda path: None)
+    monkeypatch.setattr(scale, "canary", lambda: 1.0)
     monkeypatch.setattr(scale, "measure", lambda command, folder: {"wall_s": 1.0})
     found = [each["command"] for each in scale.measure_all(tmp_path, [200], only)]
     assert found == (only or list(scale.commands(tmp_path)))
