@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sd35bench.analysis.settings import pair_keys
+from sd35bench.analysis.grouping import pair_keys
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.disk import disk_errors, write_atomic
 from sd35bench.errors import ConfigError, nearest

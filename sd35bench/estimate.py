@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.grouping import setting_key
 from sd35bench.engine import Engine
 from sd35bench.errors import StoreError
 from sd35bench.evaluations import work

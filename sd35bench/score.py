@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import GUARD, declared
+from sd35bench.analysis.grouping import HELD_OUT, of_requests, request_codes, setting_codes, tasks
 from sd35bench.analysis.scores import ScoreIndex, ScoreLike
-from sd35bench.analysis.settings import HELD_OUT, of_requests, request_codes, setting_codes, tasks
 from sd35bench.analysis.table import DAMAGED, MISSING
 from sd35bench.errors import MetricError, StoreError
 from sd35bench.metrics.base import (

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from sd35bench import fields
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.grouping import setting_key
 from sd35bench.fields import (
     FIELDS,
     KEYED,

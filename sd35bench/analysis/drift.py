@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.settings import cluster_labels
+from sd35bench.analysis.grouping import cluster_labels
 from sd35bench.analysis.table import Row, Table
 from sd35bench.stats.clustered import mean_t
 from sd35bench.stats.intervals import Interval, mean_interval

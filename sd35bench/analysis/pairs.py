@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sd35bench import plugins
 from sd35bench.analysis.facts import facts
-from sd35bench.analysis.settings import PairKey, PairNumbers, pair_clusters
+from sd35bench.analysis.grouping import PairKey, PairNumbers, pair_clusters
 from sd35bench.analysis.speed import LoneImage, log_ratio, lone_images
 from sd35bench.analysis.table import GUARD, Row, Table
 from sd35bench.errors import ConfigError

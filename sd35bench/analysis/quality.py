@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import facts
+from sd35bench.analysis.grouping import cluster_labels
 from sd35bench.analysis.reference import read_reference
 from sd35bench.analysis.scores import Found
 from sd35bench.analysis.set_metrics import FRECHET, compute
-from sd35bench.analysis.settings import cluster_labels
 from sd35bench.analysis.table import Row, Table
 from sd35bench.errors import MetricError
 from sd35bench.prompts import same_prompt

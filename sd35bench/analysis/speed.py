@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sd35bench.analysis.settings import PairKey, pair_codes, pair_keys
+from sd35bench.analysis.grouping import PairKey, pair_codes, pair_keys
 from sd35bench.analysis.table import Row, Table
 from sd35bench.machine.contention import unlike
 from sd35bench.machine.measure import RATE_FIELDS, device_of

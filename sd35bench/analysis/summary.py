@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from sd35bench.analysis.drift import drift_document
-from sd35bench.analysis.quality import row_metric
-from sd35bench.analysis.remote import (
+from sd35bench.analysis.grouping import weights_text
+from sd35bench.analysis.hosted_calls import (
     concurrent_phases,
     made_by_others,
     remote_summary,
     usd_per_image,
 )
-from sd35bench.analysis.settings import weights_text
+from sd35bench.analysis.quality import row_metric
 from sd35bench.analysis.speed import (
     Latency,
     latency_summary,

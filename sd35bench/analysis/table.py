@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import GUARD
+from sd35bench.analysis.grouping import HELD_OUT, setting_codes, setting_fields
 from sd35bench.analysis.scores import Found, ScoreIndex, ScoreLike
-from sd35bench.analysis.settings import HELD_OUT, setting_codes, setting_fields
 from sd35bench.machine.contention import Timed, choose, clock_text, read_contention, sentences
 from sd35bench.machine.measure import environment_id
 from sd35bench.study.columns import (

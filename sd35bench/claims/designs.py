@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from sd35bench.analysis.settings import pair_clusters, pair_key
+from sd35bench.analysis.grouping import pair_clusters, pair_key
 from sd35bench.analysis.table import Row
 from sd35bench.claims.contrasts import Contrast, Side
 from sd35bench.claims.effects import (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.settings import PairKey, pair_clusters, pair_key
+from sd35bench.analysis.grouping import PairKey, pair_clusters, pair_key
 from sd35bench.analysis.table import Row
 from sd35bench.claims.contrasts import Contrast, Side
 from sd35bench.claims.evidence import (

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd35bench.analysis.facts import facts
+from sd35bench.analysis.grouping import PairKey, cluster_labels, pair_clusters, pair_key
 from sd35bench.analysis.pairs import pick_family
-from sd35bench.analysis.settings import PairKey, cluster_labels, pair_clusters, pair_key
 from sd35bench.analysis.table import Row, Table
 from sd35bench.metrics.base import is_nano
 from sd35bench.stats.clustered import mean_t, ratio_of_sums

@@ -1,8 +1,8 @@
 """`run … prompts.limit=auto margin=M`: as many prompts as the study's own pilot says it takes.
 
 The first 16 prompts are the pilot; what a study has of them, or beyond, is not made again. Their
-differences plan the number (`recommend.plan`) for the seeds that the command asks for, and the same
-command goes on to it. Both parts ask for agreement to their own bill.
+differences plan the number (`recommend.sample_size`) for the seeds that the command asks for, and
+the same command goes on to it. Both parts ask for agreement to their own bill.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from sd35bench.cli.output import Answer, console
 from sd35bench.cli.parser import Given, name_of, number
 from sd35bench.cli.study import score_missing
 from sd35bench.errors import ConfigError
-from sd35bench.recommend.plan import Asked, plan_document
 from sd35bench.recommend.profiles import Profile
+from sd35bench.recommend.sample_size import Asked, plan_document
 from sd35bench.study.store import Study
 from sd35bench.types import Load
 

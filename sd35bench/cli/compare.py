@@ -94,7 +94,7 @@ def _plan(given: Given) -> Answer:
     """Say what each policy sees at which n; nothing is judged, so the exit code is 0."""
     from sd35bench.config import config_dir
     from sd35bench.gate.dimensions import ImageDistances
-    from sd35bench.gate.plan import plan_document
+    from sd35bench.gate.power import plan_document
     from sd35bench.gate.sides import match_sides
     from sd35bench.report.gate import plan_parts
 

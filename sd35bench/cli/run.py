@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sd35bench import plugins, words
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.grouping import setting_key
 from sd35bench.cli.hydra_flags import FLAGS as HYDRA_FLAGS
 from sd35bench.cli.hydra_flags import answer_hydra, asks_hydra, root_of
 from sd35bench.cli.output import (

@@ -138,7 +138,7 @@ def recommend(given: Given) -> Answer:
         )
     looks = given.whole("--looks")
     if looks is not None:
-        from sd35bench.recommend.looks import plan_looks
+        from sd35bench.recommend.look_plan import plan_looks
 
         plan_looks(study, looks)
     if given.has("--plan"):
@@ -160,7 +160,7 @@ def recommend(given: Given) -> Answer:
 
 def _plan(study: Study, profiles: dict[str, "Profile"], given: Given) -> Answer:
     """Say how many images would decide; nothing is written."""
-    from sd35bench.recommend.plan import Asked, plan_document
+    from sd35bench.recommend.sample_size import Asked, plan_document
 
     power = given.number("--power")
     asked = Asked(margin=given.number("--margin"))
@@ -242,7 +242,7 @@ def _print_recommended(document: dict[str, Any], given: Given) -> None:
 
 def claims(given: Given) -> Answer:
     """Judge the vendor page's claims on a study."""
-    from sd35bench.claims.verdicts import METRICS, claims_document
+    from sd35bench.claims.catalogue import METRICS, claims_document
 
     study = _open(given)
     score_missing(study)
@@ -257,7 +257,7 @@ def claims(given: Given) -> Answer:
 
 def report(given: Given) -> Answer:
     """Write the HTML report."""
-    from sd35bench.claims.verdicts import METRICS, is_claims_study
+    from sd35bench.claims.catalogue import METRICS, is_claims_study
     from sd35bench.report.page import write_report
 
     if len(given.words) > 1:

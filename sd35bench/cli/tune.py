@@ -18,10 +18,10 @@ from sd35bench.fields import FIELDS, KEYED
 from sd35bench.plan import Plan
 from sd35bench.study.store import Study
 from sd35bench.tune.confirm import confirm_choice, held_out_at_most
-from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.search import WAVE
 from sd35bench.tune.session import Budget, Outcome
 from sd35bench.tune.space import GRIDS
+from sd35bench.tune.study_adapter import StudyLab
 from sd35bench.types import Scalar
 
 SAMPLED = 24
@@ -82,7 +82,7 @@ def _tune(tuning: Tuning, confirm: bool) -> tuple[dict[str, Any], int]:
 
 
 def _search(tuning: Tuning, study: Study, lab: StudyLab) -> Outcome:
-    from sd35bench.tune.journal import Worker, open_journal
+    from sd35bench.tune.optuna_journal import Worker, open_journal
     from sd35bench.tune.search import Search
     from sd35bench.tune.session import tune as search_and_race
 

@@ -19,9 +19,9 @@ from sd35bench.errors import ConfigError, nearest
 from sd35bench.plan import SETTING_AXES
 from sd35bench.recommend.profiles import Profile, load_profile
 from sd35bench.study.store import Study
-from sd35bench.tune.lab import Source, StudyLab, shuffled
 from sd35bench.tune.session import Budget, default_images
 from sd35bench.tune.space import GRIDS, Axis, Space, spread
+from sd35bench.tune.study_adapter import Source, StudyLab, shuffled
 from sd35bench.types import Scalar, content_hash, to_json
 
 CATEGORIES = (

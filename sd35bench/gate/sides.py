@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from sd35bench.analysis.drift import drift_summary
 from sd35bench.analysis.facts import GUARD
+from sd35bench.analysis.grouping import cluster_key, pair_key, weights_text
 from sd35bench.analysis.reference import Reference, read_reference
 from sd35bench.analysis.set_metrics import FRECHET
-from sd35bench.analysis.settings import cluster_key, pair_key, weights_text
 from sd35bench.analysis.table import Row, Table, read_table, repeated_seeds
 from sd35bench.errors import ConfigError
 from sd35bench.fields import ASKED, describe

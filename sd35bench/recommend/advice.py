@@ -15,15 +15,15 @@ from typing import Any
 
 from sd35bench import plugins
 from sd35bench.analysis.commands import Elsewhere, results_dir_of
+from sd35bench.analysis.grouping import HELD_OUT
 from sd35bench.analysis.pairs import Candidate, Comparison, all_candidates, compare, pick_family
-from sd35bench.analysis.settings import HELD_OUT
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.errors import ConfigError
 from sd35bench.fields import describe
 from sd35bench.recommend.choice import choose
 from sd35bench.recommend.confirm import Parted, part_rows, read_held_out
 from sd35bench.recommend.entry import Claim, Entry, setting_of, shown_worse
-from sd35bench.recommend.looks import Look, read_look
+from sd35bench.recommend.look_plan import Look, read_look
 from sd35bench.recommend.named_defaults import check_name, find_default
 from sd35bench.recommend.pareto import Front, Speeds, front_of, speeds
 from sd35bench.recommend.profiles import BEST, Profile, as_profiles

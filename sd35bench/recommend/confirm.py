@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.analysis.grouping import HELD_OUT, pair_prompt, shared_negatives
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.settings import HELD_OUT, pair_prompt, shared_negatives
 from sd35bench.analysis.table import Row, Table, keep_records
 from sd35bench.errors import ConfigError
 from sd35bench.prompts import FEWEST_TO_SPLIT, PromptSpec, load_prompts, same_prompt

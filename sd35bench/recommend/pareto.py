@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.analysis.grouping import cluster_labels
+from sd35bench.analysis.hosted_calls import usd_per_image
 from sd35bench.analysis.pairs import Candidate, Comparison
-from sd35bench.analysis.remote import usd_per_image
-from sd35bench.analysis.settings import cluster_labels
 from sd35bench.analysis.speed import latency_summary, named_seconds
 from sd35bench.fields import describe
 from sd35bench.recommend.profiles import Profile

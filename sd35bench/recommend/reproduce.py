@@ -20,7 +20,7 @@ from sd35bench.analysis.commands import (
     negative_overrides,
     prompt_overrides,
 )
-from sd35bench.analysis.settings import shared_negatives
+from sd35bench.analysis.grouping import shared_negatives
 from sd35bench.architectures import PIPELINES
 from sd35bench.evaluations import skip_layer_window
 from sd35bench.fields import CURVES, FIELDS, OF_MODEL, SIZE, later_asked

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.grouping import setting_key
 from sd35bench.errors import ConfigError, Paused, UnsupportedRequest
 from sd35bench.machine.measure import environment, environment_id
 from sd35bench.plan import Plan

@@ -21,7 +21,7 @@ from sd35bench.analysis.commands import results_dir_of
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Table as StudyTable
 from sd35bench.analysis.table import by_host, read_table
-from sd35bench.claims.verdicts import claims_document, is_claims_study
+from sd35bench.claims.catalogue import claims_document, is_claims_study
 from sd35bench.disk import write_atomic
 from sd35bench.errors import ConfigError
 from sd35bench.recommend.advice import recommend_document

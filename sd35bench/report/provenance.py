@@ -18,7 +18,7 @@ from sd35bench.analysis.commands import (
     negative_overrides,
     prompt_overrides,
 )
-from sd35bench.analysis.settings import Numbered, setting_codes, shared_negatives, tasks
+from sd35bench.analysis.grouping import Numbered, setting_codes, shared_negatives, tasks
 from sd35bench.errors import count_error
 from sd35bench.fields import FIELDS, SETTING
 from sd35bench.report.render import Part, paragraph

@@ -10,8 +10,8 @@ from typing import Any
 
 from sd35bench import words
 from sd35bench.analysis.facts import METRICS, facts
+from sd35bench.analysis.grouping import setting_codes
 from sd35bench.analysis.pairs import EDIT_QUALITY
-from sd35bench.analysis.settings import setting_codes
 from sd35bench.fields import CURVES, SETTING, SIZE, field_words, unusual_words, value_text
 from sd35bench.study.columns import Some, coded, grouped, numbered, pick, split
 from sd35bench.types import Session, to_json

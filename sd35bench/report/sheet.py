@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sd35bench.analysis.settings import setting_fields
+from sd35bench.analysis.grouping import setting_fields
 from sd35bench.errors import ConfigError, nearest
 from sd35bench.fields import value_text
 from sd35bench.report.rows import size_rank

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sd35bench import words
+from sd35bench.analysis.grouping import PairKey, PairNumbers, tasks
 from sd35bench.analysis.scores import Found, ScoreIndex
-from sd35bench.analysis.settings import PairKey, PairNumbers, tasks
 from sd35bench.analysis.table import GUARD
 from sd35bench.errors import StoreError
 from sd35bench.fields import CURVES, label

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd35bench.analysis.settings import pair_keys
+from sd35bench.analysis.grouping import pair_keys
 from sd35bench.analysis.summary import show_document
 from sd35bench.analysis.table import Row, read_table
 from sd35bench.data import setting_rows

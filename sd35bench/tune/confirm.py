@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd35bench.analysis.commands import results_dir_of
+from sd35bench.analysis.grouping import pair_prompt, setting_key
 from sd35bench.analysis.pairs import Candidate, candidates, paired_difference
-from sd35bench.analysis.settings import pair_prompt, setting_key
 from sd35bench.analysis.table import Row, read_table
 from sd35bench.recommend.advice import Run, runs_document
 from sd35bench.recommend.confirm import (
@@ -25,9 +25,9 @@ from sd35bench.recommend.confirm import (
 from sd35bench.recommend.entry import confirmation_text, setting_of
 from sd35bench.recommend.profiles import Profile
 from sd35bench.study.store import Study
-from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS
 from sd35bench.tune.session import Outcome
+from sd35bench.tune.study_adapter import StudyLab
 
 _NO_CHOICE = "no setting was chosen, so there is nothing to confirm"
 _HOPELESS = ("failed", *OVER_LIMITS)

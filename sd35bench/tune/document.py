@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 
 from sd35bench import words
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.grouping import setting_key
 from sd35bench.disk import write_atomic
 from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.stats.clustered import mean_t, quantile_t
 from sd35bench.study.store import Study
 from sd35bench.tune.confirm import Confirmation
 from sd35bench.tune.final import Final
-from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS, Evidence
 from sd35bench.tune.session import Budget, Outcome
 from sd35bench.tune.space import Point, Space
+from sd35bench.tune.study_adapter import StudyLab
 
 _ORDER = ("winner", "racing", "set aside", "dominated", "out of reach", *OVER_LIMITS, "failed")
 

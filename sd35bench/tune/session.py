@@ -20,10 +20,10 @@ from sd35bench.errors import ConfigError
 from sd35bench.recommend.profiles import BEST, Profile
 from sd35bench.stats.looks import level_at
 from sd35bench.tune.final import Final, decide, settled
-from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.race import OVER_LIMITS, Evidence, Look, Out, judge, look, promise
 from sd35bench.tune.search import Found, Search
 from sd35bench.tune.space import Point, Space
+from sd35bench.tune.study_adapter import StudyLab
 
 SHARE = 0.4
 """Images that are made where none are stated, as a share of all prompts for every setting."""

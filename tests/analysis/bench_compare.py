@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from sd35bench.analysis.settings import setting_fields
+from sd35bench.analysis.grouping import setting_fields
 from sd35bench.gate.judge import compare_sides
 from sd35bench.gate.policy import as_policy
 from sd35bench.gate.sides import Side, Start

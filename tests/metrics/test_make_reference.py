@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sd35bench.analysis.grouping import setting_key
 from sd35bench.analysis.reference import load_reference
-from sd35bench.analysis.settings import setting_key
 from sd35bench.analysis.summary import show_document
 from sd35bench.cli import main
 from sd35bench.metrics.extractors import NanoEvaluator

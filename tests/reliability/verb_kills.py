@@ -32,7 +32,7 @@ ONE = ("run", "backend=fake", "study=one", "steps=1", "cfg=1", "prompts.limit=4"
 PRELOADED = (
     *("torch", "numpy", "hydra", "optuna", "sd35bench.cli.run", "sd35bench.cli.study"),
     *("sd35bench.cli.tune", "sd35bench.cli.compare", "sd35bench.cli.studies", "sd35bench.score"),
-    *("sd35bench.report.page", "sd35bench.recommend.advice", "sd35bench.claims.verdicts"),
+    *("sd35bench.report.page", "sd35bench.recommend.advice", "sd35bench.claims.catalogue"),
 )
 """Imported before the first fork, and never called there: a thread's lock would be forked, too."""
 POINTS = "backend=fake study=s steps=1,2 cfg=1 prompts.limit=8"

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from sd35bench.claims.verdicts import CLAIMS, claims_document
+from sd35bench.claims.catalogue import CLAIMS, claims_document
 from sd35bench.report.claims import claims_parts, claims_section
 from sd35bench.report.page import render_report
 from sd35bench.report.render import markdown_document, print_document

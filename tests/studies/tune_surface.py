@@ -9,8 +9,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from scipy import special
 
+from sd35bench.analysis.grouping import PairKey
 from sd35bench.analysis.pairs import Candidate, Comparison, compare
-from sd35bench.analysis.settings import PairKey
 from sd35bench.analysis.table import Row
 from sd35bench.recommend.profiles import Profile
 from sd35bench.tune.race import Evidence

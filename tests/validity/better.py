@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
+from sd35bench.analysis.grouping import PairKey, pair_key, setting_fields
 from sd35bench.analysis.pairs import Candidate, Comparison
-from sd35bench.analysis.settings import PairKey, pair_key, setting_fields
 from sd35bench.analysis.table import Row, Table
 from sd35bench.recommend.choice import Choice, choose
 from sd35bench.recommend.confirm import HeldOut

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import optuna
 
-from sd35bench.analysis.settings import setting_key
+from sd35bench.analysis.grouping import setting_key
 from sd35bench.config.tune import Tuning, read_tuning
 from sd35bench.errors import ConfigError
 from sd35bench.plan import Plan
-from sd35bench.tune.lab import StudyLab
 from sd35bench.tune.search import Search
 from sd35bench.tune.session import default_images, tune
+from sd35bench.tune.study_adapter import StudyLab
 from tests.validity_runs.grid import BACKEND, View, grid_words, open_grid
 from tests.validity_runs.truth import Truth, held_against, read_truth
 

@@ -11,9 +11,9 @@ import pytest
 from sd35bench.claims import contrasts as claim_contrasts
 from sd35bench.claims import designs as claim_designs
 from sd35bench.claims import effects as claim_effects
+from sd35bench.claims.catalogue import CLAIMS, claims_document, is_claims_study
 from sd35bench.claims.contrasts import Contrast, Verdict, judge_claims, more_images
 from sd35bench.claims.evidence import group_difference
-from sd35bench.claims.verdicts import CLAIMS, claims_document, is_claims_study
 from sd35bench.stats.intervals import Interval
 from sd35bench.types import BackendSpec, Load, RemoteCall, Timings
 from tests.studies.memory import LOAD, MODEL, record, session

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sd35bench.analysis.settings import cluster_labels, setting_key
+from sd35bench.analysis.grouping import cluster_labels, setting_key
 from sd35bench.analysis.speed import by_start
 from sd35bench.analysis.table import BESIDE, RESUMED, Row, Table
 from sd35bench.stats.clustered import mean_t

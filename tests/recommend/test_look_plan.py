@@ -4,7 +4,7 @@ import pytest
 
 from sd35bench.errors import ConfigError, StoreError
 from sd35bench.recommend.advice import recommend_document
-from sd35bench.recommend.looks import FILE, plan_looks, read_planned
+from sd35bench.recommend.look_plan import FILE, plan_looks, read_planned
 from sd35bench.recommend.profiles import Profile
 from tests.recommend.test_advice import T2I
 from tests.studies.memory import planted

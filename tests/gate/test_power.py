@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd35bench.gate import plan as gate_plan
-from sd35bench.gate.plan import COUPLES, PROMPTS, plan_document
+from sd35bench.gate import power as gate_plan
 from sd35bench.gate.policy import as_policy, load_policy
+from sd35bench.gate.power import COUPLES, PROMPTS, plan_document
 from sd35bench.gate.sides import read_sides
 from sd35bench.report.gate import plan_parts
 from sd35bench.report.render import markdown_document

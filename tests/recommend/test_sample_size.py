@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from sd35bench.errors import ConfigError
-from sd35bench.recommend.plan import Asked, plan_document
 from sd35bench.recommend.profiles import Profile
+from sd35bench.recommend.sample_size import Asked, plan_document
 from sd35bench.report.recommend import plan_parts
 from sd35bench.report.render import markdown_document, print_document
 from tests.recommend.test_advice import GRID, T2I

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from sd35bench.analysis.settings import cluster_key, pair_clusters, pair_key, setting_key
+from sd35bench.analysis.grouping import cluster_key, pair_clusters, pair_key, setting_key
 from sd35bench.types import BackendSpec, SkipLayerGuidance
 from tests.studies.memory import LOAD, record
 

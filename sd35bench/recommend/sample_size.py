@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from sd35bench.analysis.commands import Elsewhere, results_dir_of
+from sd35bench.analysis.hosted_calls import usd_per_image
 from sd35bench.analysis.pairs import Comparison, candidates, compare, pick_family
-from sd35bench.analysis.remote import usd_per_image
 from sd35bench.analysis.speed import seconds_by_start
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.errors import ConfigError

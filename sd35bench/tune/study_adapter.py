@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from sd35bench.analysis.facts import facts
+from sd35bench.analysis.grouping import PairKey, pair_prompt, setting_key
 from sd35bench.analysis.pairs import EDIT_QUALITY, Candidate, Comparison, candidates, compare
-from sd35bench.analysis.settings import PairKey, pair_prompt, setting_key
 from sd35bench.analysis.table import Row, Table, read_table
 from sd35bench.disk import open_lock, try_flock
 from sd35bench.errors import ConfigError, StudyLocked
