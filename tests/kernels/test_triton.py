@@ -97,7 +97,16 @@ def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_quantised_products_agree_in_the_interpreter(interpreted: dict[str, Any]) -> None:
+def test_kernels_agree_and_their_mutants_fail_in_the_interpreter(
+    interpreted: dict[str, Any],
+) -> None:
+    """One test, or two workers of the suite would interpret all: 10 s each."""
+    products_agree(interpreted)
+    mutant_of_the_product_fails(interpreted)
+    fused_passes_agree_and_their_mutants_fail(interpreted)
+
+
+def products_agree(interpreted: dict[str, Any]) -> None:
     for case in interpreted["cases"]:
         assert case["quantised"] <= 1, case
         assert case["as_torch"] >= (0.999 if "int8" in case["case"] else 0.85), case
@@ -109,14 +118,12 @@ def test_quantised_products_agree_in_the_interpreter(interpreted: dict[str, Any]
     assert special["zero_row"]
 
 
-def test_mutant_of_the_product_fails_in_the_interpreter(interpreted: dict[str, Any]) -> None:
+def mutant_of_the_product_fails(interpreted: dict[str, Any]) -> None:
     """The mutant: scales of the weights that are 2 % too large."""
     assert min(case["mutant"] for case in interpreted["cases"]) > 1
 
 
-def test_fused_passes_agree_and_their_mutants_fail_in_the_interpreter(
-    interpreted: dict[str, Any],
-) -> None:
+def fused_passes_agree_and_their_mutants_fail(interpreted: dict[str, Any]) -> None:
     for case in interpreted["fused"]:
         assert case["error"] <= 1, case
         # 8-bit floats: one value in eight is halved by the interpreter, and bounds are as wide.
