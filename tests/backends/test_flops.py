@@ -156,8 +156,16 @@ def test_mmdit_without_skipped_layers_is_what_torch_counts():
     assert mmdit_flops(config, (64, 112), 154, (1, 2, 3)) == pytest.approx(seen, rel=0.005)
 
 
-@pytest.mark.parametrize(("px", "published"), [(1024, 10.47), (512, 2.51)])
-@pytest.mark.parametrize("quantised", [False, True], ids=["plain", "quant-convolutions"])
+@pytest.mark.parametrize(
+    ("px", "published", "quantised"),
+    [
+        (1024, 10.47, False),
+        (512, 2.51, True),
+        pytest.param(512, 2.51, False, marks=pytest.mark.slow),
+        pytest.param(1024, 10.47, True, marks=pytest.mark.slow),
+    ],
+    ids=["1024", "512-quant-convolutions", "512", "1024-quant-convolutions"],
+)
 def test_vae_at_its_true_shape_is_what_torch_counts(px, published, quantised):
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

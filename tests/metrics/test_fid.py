@@ -24,15 +24,19 @@ def _records(prompts=PROMPTS, **fields):
     return [record(i, prompt=p, **fields) for i, p in enumerate(prompts)]
 
 
+@pytest.fixture(scope="module")
+def made(nano):
+    """The reference of true renders of `PROMPTS`."""
+    return Fid(nano, "nano").make_reference(_records())
+
+
 def _fid(nano, images, reference_images) -> float:
     return frechet_distance(fit(nano.embed(images)), fit(nano.embed(reference_images)))
 
 
-def test_reference_from_true_renders_has_twice_the_minimum_and_is_repeatable(nano):
-    metric = Fid(nano, "nano")
-    made = metric.make_reference(_records())
+def test_reference_from_true_renders_has_twice_the_minimum_and_is_repeatable(nano, made):
     assert made.n >= 2 * nano.min_images
-    again = metric.make_reference(_records())
+    again = Fid(nano, "nano").make_reference(_records())
     assert np.array_equal(made.mean, again.mean)
     assert "true renders" in made.source
 
@@ -45,8 +49,7 @@ def test_reference_key_follows_prompts_and_size_not_their_order(nano):
     assert key != metric.reference_key(_records(width=72))
 
 
-def test_reference_of_true_renders_is_near_other_true_renders_and_far_from_noise(nano):
-    made = Fid(nano, "nano").make_reference(_records())
+def test_reference_of_true_renders_is_near_other_true_renders_and_far_from_noise(nano, made):
     reference = Gaussian(made.mean, made.cov, made.n)
     fresh = [x for p in PROMPTS for x in list(true_renders(p, (64, 64), 400))[300:]]
     near = frechet_distance(fit(nano.embed(fresh)), reference)
