@@ -63,21 +63,19 @@ class Lpips:
     def _network(self) -> Any:
         import torch
         from torchmetrics.functional.image.lpips import _LPIPS
-        from torchvision.models import alexnet
 
+        network = _LPIPS(net="alex", pnet_rand=True)  # no download: the backbone comes from here
         try:
             state = torch.load(self.weights, map_location="cpu", weights_only=True)
-            features = alexnet(weights=None).features
             own = {k.removeprefix("features."): v for k, v in state.items() if k[0] == "f"}
-            features.load_state_dict(own)
-        except (OSError, RuntimeError, AttributeError, pickle.UnpicklingError) as exc:
+            for part in (getattr(network.net, f"slice{i}") for i in range(1, 6)):
+                for name, layer in part.named_children():
+                    found = {key: own[f"{name}.{key}"] for key in layer.state_dict()}
+                    layer.load_state_dict(found)
+        except (OSError, RuntimeError, AttributeError, KeyError, pickle.UnpicklingError) as exc:
             raise MetricError(
                 f"{self.weights} is not torchvision's {_WEIGHTS}, which LPIPS needs: {exc}"
             ) from exc
-        network = _LPIPS(net="alex", pnet_rand=True)  # no download: the backbone comes from here
-        for part in (getattr(network.net, f"slice{i}") for i in range(1, 6)):
-            for name, layer in part.named_children():
-                layer.load_state_dict(features[int(name)].state_dict())
         return network.eval()
 
 

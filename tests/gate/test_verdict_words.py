@@ -81,7 +81,7 @@ def families(draw) -> list[_Judged]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(families())
 def test_words_interval_and_verdict_never_contradict_each_other(family):
     assert contradictions(_judged(family)) == []

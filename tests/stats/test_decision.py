@@ -110,7 +110,7 @@ def _studies(draw):
     return quality, rng.uniform(0.1, 4.0, count), rng
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(_studies(), st.sampled_from([0.0, 0.02, 0.08, 0.3]), st.booleans())
 def test_a_dominated_setting_changes_no_name_and_no_certainty_that_it_does_not_share(
     study, margin, fastest

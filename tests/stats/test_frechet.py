@@ -141,12 +141,12 @@ def test_extrapolation_takes_the_bias_of_n_away(paired):
     d = 12
     exact = Gaussian(np.zeros(d), VARIANCE * np.eye(d), 10**9)
     found = []
-    for _ in range(40):
+    for _ in range(20):
         x, y = _draw(rng, 64, 2, d)
         found.append(_extrapolated(x, fit(y.features) if paired else exact, y if paired else None))
     value = np.mean([f.value for f in found])
     at_n = np.mean([f.at_n for f in found])
-    error = np.std([f.value for f in found]) / np.sqrt(40)
+    error = np.std([f.value for f in found]) / np.sqrt(20)
     assert value == pytest.approx(_truth(d), abs=3.5 * error)
     assert at_n > value + 5 * error  # the mutant that extrapolates nothing
 

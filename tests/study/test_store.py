@@ -425,7 +425,7 @@ def newest_survives(root, monkeypatch, runs) -> bool:
 
 
 @given(CLOCKS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_newest_record_counts_whatever_the_clocks_say(tmp_path_factory, runs):
     with pytest.MonkeyPatch.context() as patch:
         assert newest_survives(tmp_path_factory.mktemp("clocks"), patch, runs)
