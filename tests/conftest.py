@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import sd35bench.export.artifact as artifact
+from sd35bench import plugins
 from sd35bench.cli import main
 from sd35bench.machine import measure
 from tests import preforked
@@ -118,6 +119,16 @@ def settled_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_earlier_flags() -> Iterator[None]:
+    """Forget the folders that the last command of a module was given.
+
+    What prints commands names them until the next one runs; a report that a test makes is not one.
+    """
+    yield
+    plugins.keep_flags(None, None)
 
 
 @pytest.fixture(scope="session", autouse=True)
