@@ -65,8 +65,18 @@ def watch_denoiser(backend: EagerBackend, monkeypatch: pytest.MonkeyPatch) -> li
     return calls
 
 
-@pytest.mark.parametrize("window", [(0.01, 0.2), (0.3, 0.7), (0.0, 1.0)], ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+WINDOWS = ((0.3, 0.7), (0.01, 0.2), (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "window"),
+    [
+        # Samplers of one evaluation a step differ in nothing here; the slow suite has all.
+        pytest.param(s, w, marks=[pytest.mark.slow] if s in ("dpmpp_2m", "unipc") and i else [])
+        for s in SAMPLERS
+        for i, w in enumerate(WINDOWS)
+    ],
+)
 def test_layers_are_left_out_at_the_steps_that_the_fractions_name(
     eager: EagerBackend,
     monkeypatch: pytest.MonkeyPatch,
