@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from sd35bench.disk import write_atomic
@@ -80,6 +80,9 @@ class Generator:
         Raises: BackendError, WorkerDied where the backend cannot be had.
         """
         self._thread.start()
+        # A signal that comes just before a thread sleeps does not wake it: look twice a second.
+        while not self._ready.done():
+            wait([self._ready], timeout=0.5)
         self._ready.result()
 
     @property
