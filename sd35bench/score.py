@@ -57,6 +57,7 @@ from sd35bench.study.columns import (
 )
 from sd35bench.study.store import Score, Study
 from sd35bench.types import Record, Status
+from sd35bench.workers.waiting import result_of
 
 if TYPE_CHECKING:
     from sd35bench.workers.features import Spread
@@ -367,7 +368,7 @@ class _Job:
         """Wait, in the order of asking, until at most `most` batches are with workers."""
         while len(self.out) > most:
             name, digests, rows = self.out.popleft()
-            self._keep_rows(name, digests, rows.result())
+            self._keep_rows(name, digests, result_of(rows))
 
     def _keep_rows(self, name: str, digests: list[str], rows: np.ndarray) -> None:
         for digest, row in zip(digests, rows, strict=True):

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 
 from sd35bench.disk import write_atomic
@@ -26,11 +26,13 @@ from sd35bench.server.settings import ServerSettings
 from sd35bench.types import Request, Status
 from sd35bench.workers.limits import work_of
 from sd35bench.workers.process import WorkerProcess
+from sd35bench.workers.waiting import result_of
 from sd35bench.workers.worker import Answer, BatchJob, Failed
 
 RETRY_S = 1.0
+"""Until a disk that failed is asked again."""
 ENDING_S = 0.1
-"""How long to wait before asking a disk again that failed."""
+"""How often `stop` looks for a worker that is being started meanwhile."""
 
 
 class InitFiles:
@@ -80,10 +82,7 @@ class Generator:
         Raises: BackendError, WorkerDied where the backend cannot be had.
         """
         self._thread.start()
-        # A signal that comes just before a thread sleeps does not wake it: look twice a second.
-        while not self._ready.done():
-            wait([self._ready], timeout=0.5)
-        self._ready.result()
+        result_of(self._ready)
 
     @property
     def is_warm(self) -> bool:

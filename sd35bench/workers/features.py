@@ -30,6 +30,7 @@ from sd35bench.pictures import decode_rgb
 from sd35bench.workers.leases import Lease
 from sd35bench.workers.process import start_child
 from sd35bench.workers.seats import share_cores
+from sd35bench.workers.waiting import result_of
 from sd35bench.workers.worker import answer_parent
 
 DEATHS = 3
@@ -75,9 +76,9 @@ class Spread:
         for images in batches:
             out.append(self.ask(extractor, images))
             if len(out) > self.most_out:
-                yield out.popleft().result()
+                yield result_of(out.popleft())
         while out:
-            yield out.popleft().result()
+            yield result_of(out.popleft())
 
     def close(self) -> None:
         """End all workers; what was asked and not made is dropped."""

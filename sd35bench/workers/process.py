@@ -38,6 +38,7 @@ from sd35bench.workers.lane import Crew, Worker, run_plans
 from sd35bench.workers.leases import Lease
 from sd35bench.workers.limits import Limits
 from sd35bench.workers.seats import Seat, occupies, resources, seats_of
+from sd35bench.workers.waiting import has_answer
 from sd35bench.workers.worker import Answer, BatchJob, Failed, Ready, Settle, Settled
 
 WATCH_S = 0.05
@@ -191,7 +192,7 @@ class WorkerProcess:
     def _ask(self, message: Any, deadline_s: float) -> Any:
         try:
             self._connection.send(message)
-            if self._connection.poll(deadline_s):
+            if has_answer(self._connection, deadline_s):
                 return self._connection.recv()
         except (EOFError, OSError) as exc:
             died = self._died()

@@ -1,7 +1,5 @@
 """The generator: a worker that dies or hangs costs its own prediction, and no other."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from sd35bench.errors import BackendError, StoreError, WorkerDied
@@ -105,23 +103,6 @@ def test_stop_leaves_a_long_image_for_the_next_start(tmp_path, monkeypatch):
         assert state.store.get("", made).status == "created"
         work = state.store.take()
         assert (work.id, work.request.prompt) == (made, "a cat")
-
-
-def test_the_wait_for_a_load_looks_up_so_that_a_signal_is_seen(monkeypatch):
-    """One that comes just before a thread sleeps does not wake it; `result()` alone slept on."""
-    looks: list[float] = []
-
-    def look(_, timeout: float) -> None:
-        looks.append(timeout)
-        if len(looks) == 3:
-            raise KeyboardInterrupt  # what the signal's handler does
-
-    monkeypatch.setattr(generation, "wait", look)
-    loads = SimpleNamespace(done=lambda: False, result=raising(AssertionError("it slept")))
-    thread = SimpleNamespace(start=lambda: None)
-    with pytest.raises(KeyboardInterrupt):
-        generation.Generator.start(SimpleNamespace(_thread=thread, _ready=loads))  # type: ignore
-    assert max(looks) <= 1.0
 
 
 def raising(error: Exception):
