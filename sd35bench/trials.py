@@ -1,4 +1,4 @@
-"""A run of a plan: what is missing, and the one place that writes it down.
+"""A run of a plan: what is missing, and the one place that adds to the journal.
 
 `open_run` holds the load's lock and hands out a `Run`: the missing trials, the open journal shard
 and the counts. An engine makes the images and gives each record to it: local worker processes

@@ -1,4 +1,6 @@
-"""Numbers in words: the only place where a figure, an interval or a share becomes text.
+"""Numbers in words: where a measured figure, an interval or a share becomes text.
+
+A value that was typed is repeated elsewhere too, as it was typed (`:g`); a test finds the rest.
 
 A figure has as many digits as its interval supports, its unit, and never a 0 that was not measured.
 An interval is written ``0.77 [0.60, 0.88]`` everywhere.

@@ -7,7 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sd35bench import fields
 from sd35bench.cli import compare, main
+from sd35bench.gate import rerun
 from sd35bench.gate.rerun import reruns_of
 from sd35bench.gate.sides import read_sides
 from sd35bench.study.store import Study
@@ -185,9 +187,9 @@ def test_rerun_refuses_another_environment(studies, capsys, monkeypatch):
     assert "differs in commit" in capsys.readouterr().err
 
 
-def test_settings_that_differ_in_shift_alone_are_two_in_reruns_and_titles(tmp_path, capsys):
-    # Mutants: `asked = (r.steps, r.cfg, …)` without the shift in alternate.py made 24 and 24; a
-    # title of steps and cfg named both comparisons "fake, 4 steps, cfg 4".
+def test_settings_that_differ_in_shift_alone_are_two_in_reruns_and_titles(
+    tmp_path, capsys, monkeypatch
+):
     asked = ["shift=1,3", "steps=4", "cfg=4", "prompts.limit=64", "-m"]
     for name in ("a", "b"):
         assert _run(tmp_path, name, *asked) == 0
@@ -201,6 +203,20 @@ def test_settings_that_differ_in_shift_alone_are_two_in_reruns_and_titles(tmp_pa
         (again,) = reruns_of(Study.open(tmp_path, name))
         made = Counter(r.trial.request.shift for r in again.records())
         assert made == {1.0: 48, 3.0: 48}
+
+    def asked() -> Counter[float | None]:
+        trials = [b.trials[0] for plan in rerun._plans(study) for b in plan.batches]
+        return Counter(trial.request.shift for trial in trials)
+
+    # Mutants: an own list of what a setting is, and a title that knows no shift.
+    study = Study.open(tmp_path, "a")
+    assert asked() == {1.0: 48, 3.0: 48}
+    monkeypatch.setattr(rerun, "setting_identity", lambda request: (request.steps, request.cfg))
+    assert asked().total() == 48
+    said = fields.unusual_words
+    shiftless = lambda setting, names: said(setting, (n for n in names if n != "shift"))  # noqa: E731
+    monkeypatch.setattr(fields, "unusual_words", shiftless)
+    assert not {side.title for side in read_sides(study)} & set(titles)
 
 
 @pytest.mark.usefixtures("two_cores")

@@ -2,7 +2,7 @@
 
 Python runs a signal's handler in the main thread, between two of its instructions. A signal that
 arrives after the last such place and before the thread sleeps is seen when the sleep ends. Beside
-a busy thread that is a matter of milliseconds: 6 of some 250 servers that were told to end as they
+a busy thread that is a matter of milliseconds: 6 of some 200 servers that were told to end as they
 began to load went on. So no wait here lasts longer than `HEARS_S` at a time.
 """
 
