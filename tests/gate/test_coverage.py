@@ -348,10 +348,11 @@ def test_study_against_itself_is_said(tmp_path, base):
     [
         ('"environment": {"device": "cpu"}', '"environment": null'),
         ('"cfg": 4.0', '"cfg": "4"'),
+        ('"width": 64', '"width": "64"'),
         ('"task": ', '"tusk": '),
         ('"setting": {', '"setting": 1, "was": {'),
     ],
-    ids=["no-environment", "cfg-is-text", "no-task", "no-setting"],
+    ids=["no-environment", "cfg-is-text", "width-is-text", "no-task", "no-setting"],
 )
 def test_baseline_file_that_lacks_what_a_comparison_reads_is_wrong_input(tmp_path, base, old, new):
     path, text = tmp_path / "main.json", baseline_text(read_sides(base))
