@@ -4,9 +4,9 @@ Three ways in which a worker can fail to answer, told apart by type: it ended by
 (`WorkerDied`, with the exit code or signal), it let a deadline pass (`WorkerHung`), its resident
 set passed the limit (`WorkerTooLarge`). In the last two it is killed here.
 
-Cost: waiting is one poll(2) per message; the memory watch, only there with a limit, reads the
-process's size every `WATCH_S`, 10 µs each time in the parent, so it takes 0.02 % of one core
-and none of the worker's.
+Cost: waiting is two poll(2) a second (`waiting.py`); the memory watch, only there with a limit,
+reads the process's size every `WATCH_S`, 10 µs each time in the parent, so it takes 0.02 % of one
+core and none of the worker's.
 """
 
 import contextlib

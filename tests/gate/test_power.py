@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd35bench.gate import power as gate_plan
+from sd35bench.gate import power
 from sd35bench.gate.policy import as_policy, load_policy
 from sd35bench.gate.power import COUPLES, PROMPTS, plan_document
 from sd35bench.gate.sides import read_sides
@@ -79,7 +79,7 @@ def test_what_is_said_to_be_seen_fails_in_four_of_five(sides, monkeypatch):
 
     assert _failing(said(128), 128) == pytest.approx(POWER, abs=0.1)
     # Mutant: without the spread of a loss itself two images that agree would see anything.
-    monkeypatch.setattr(gate_plan, "_spread_at", lambda known, _: known.sd)
+    monkeypatch.setattr(power, "_spread_at", lambda known, _: known.sd)
     assert _failing(said(128), 128) < 0.2
 
 
